@@ -1,0 +1,94 @@
+"""Measures sink_attention_ext against its peers; prints tables, saves them with JSON and plots.
+
+python benchmarks/run.py [--quick] [--only forward,decode] [--out DIR] [--device cpu]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import backward
+import decode
+import environment
+import forward
+import memory
+import overhead
+import plots
+import report
+import torch
+import window
+from cases import Record, Settings
+
+SECTIONS = {
+    "forward": forward,
+    "backward": backward,
+    "window": window,
+    "overhead": overhead,
+    "decode": decode,
+    "memory": memory,
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer shapes and turns; two minutes")
+    parser.add_argument(
+        "--only",
+        type=lambda text: text.split(","),
+        default=list(SECTIONS),
+        metavar="NAMES",
+        help=f"comma-separated, of {','.join(SECTIONS)}",
+    )
+    parser.add_argument("--out", type=Path, help="default: build/benchmarks/<device>")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    arguments = parser.parse_args()
+    unknown = set(arguments.only) - SECTIONS.keys()
+    if unknown:
+        parser.error(f"--only: no section {', '.join(sorted(unknown))}; there are {list(SECTIONS)}")
+    return arguments
+
+
+def save(folder: Path, described: dict, parts: list[str], records: list[Record]) -> None:
+    """results.md, results.json and the plots."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record_dicts = [record.as_dict() for record in records]
+    images = [f"![{path.stem}]({path.name})\n" for path in plots.draw(record_dicts, folder)]
+    text = "\n".join(["# Benchmark results\n", *parts, *images])
+    (folder / "results.md").write_text(text.rstrip() + "\n")
+    result = {"environment": described, "records": record_dicts}
+    (folder / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    seqlens = (512, 2048) if arguments.quick else Settings.seqlens
+    settings = Settings(arguments.device, arguments.quick, seqlens)
+    started = time.perf_counter()
+    described = environment.describe(settings.device)
+    print(report.environment_markdown(described))
+
+    records: list[Record] = []
+    sections: list[str] = []
+    for name in arguments.only:
+        module = SECTIONS[name]
+        new = module.run(settings)
+        if not new:
+            continue
+        records += new
+        sections.append(report.section_markdown(module.TITLE, module.__doc__, new))
+        print("\n" + sections[-1], flush=True)
+
+    described["minutes taken"] = f"{(time.perf_counter() - started) / 60:.1f}"
+    goals = report.goals_markdown(records)
+    print(goals)
+    root = environment.ROOT
+    folder = arguments.out or root / "build" / "benchmarks" / settings.device.type
+    save(folder, described, [report.environment_markdown(described), goals, *sections], records)
+    print(f"saved in {folder}; {described['minutes taken']} minutes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+// Rows of keys or values of one sequence and one kv head, wherever they lie: in a tensor or behind a block table.
+#pragma once
+
+#include "attention/host_device.h"
+#include "attention/mask.h"
+#include "attention/problem.h"
+#include "attention/seqlen_info.h"
+
+namespace sink_attention::attention {
+
+SA_HOST_DEVICE int64_t bytes_of(DataType dtype) {
+  switch (dtype) {
+    case DataType::kFloat64:
+      return 8;
+    case DataType::kFloat32:
+      return 4;
+    case DataType::kFloat8E4M3:
+      return 1;
+    default:
+      return 2;
+  }
+}
+
+struct KeyRows {
+  const char* base;       // of key 0, or of page 0 slot 0 with a block table
+  const int32_t* pages;   // the sequence's row of the block table; null: keys follow each other at row_bytes
+  int64_t row_bytes;
+  int64_t page_bytes;
+  int64_t page_size;
+  int64_t num_keys;       // seqlen_k: the keys that exist
+  int64_t dim;
+  DataType dtype;
+  float scale;            // what stored numbers are multiplied with; 1 but for float8
+
+  SA_HOST_DEVICE const void* row(int64_t key) const {
+    if (pages == nullptr) return base + key * row_bytes;
+    return base + pages[key / page_size] * page_bytes + key % page_size * row_bytes;
+  }
+};
+
+namespace internal {
+SA_HOST_DEVICE KeyRows rows_of(const FlashFwdProblem& problem, int64_t batch_idx, const SeqlenInfo& info,
+                               int64_t head_idx, const void* tensor, int64_t stride_batch, int64_t stride_row,
+                               int64_t stride_head, int64_t dim, const float* scale) {
+  const int64_t bytes = bytes_of(problem.kv_dtype);
+  KeyRows rows{};
+  rows.base = static_cast<const char*>(tensor) + head_idx * stride_head * bytes;
+  rows.row_bytes = stride_row * bytes;
+  rows.num_keys = info.seqlen_k;
+  rows.dim = dim;
+  rows.dtype = problem.kv_dtype;
+  rows.scale = scale == nullptr ? 1.0f : scale[head_idx * problem.kv_scale_stride];
+  if (problem.block_table != nullptr) {
+    rows.pages = problem.block_table + batch_idx * problem.block_table_stride;
+    rows.page_bytes = stride_batch * bytes;
+    rows.page_size = problem.page_size;
+  } else {
+    rows.base += (info.k_batch * stride_batch + info.k_row * stride_row) * bytes;
+  }
+  return rows;
+}
+}  // namespace internal
+
+SA_HOST_DEVICE KeyRows key_rows(const FlashFwdProblem& problem, int64_t batch_idx, const SeqlenInfo& info,
+                                int64_t head_idx) {
+  return internal::rows_of(problem, batch_idx, info, head_idx, problem.k, problem.k_stride_batch, problem.k_stride_row,
+                           problem.k_stride_head, problem.head_dim, problem.k_scale);
+}
+
+SA_HOST_DEVICE KeyRows value_rows(const FlashFwdProblem& problem, int64_t batch_idx, const SeqlenInfo& info,
+                                  int64_t head_idx) {
+  return internal::rows_of(problem, batch_idx, info, head_idx, problem.v, problem.v_stride_batch, problem.v_stride_row,
+                           problem.v_stride_head, problem.head_dim_v, problem.v_scale);
+}
+
+}  // namespace sink_attention::attention

@@ -1,0 +1,38 @@
+// Where one sequence of the batch lies and how long it is: the same answer for dense, varlen and paged problems.
+#pragma once
+
+#include "attention/problem.h"
+#include "attention/host_device.h"
+
+namespace sink_attention::attention {
+
+struct SeqlenInfo {
+  int64_t q_batch;   // index to multiply q's (out's, lse's) batch stride with; 0 in varlen
+  int64_t q_row;     // first row of the sequence there
+  int64_t seqlen_q;
+  int64_t k_batch;   // the same for k and v; meaningless where a block table says where keys lie
+  int64_t k_row;
+  int64_t seqlen_k;  // keys that count
+};
+
+SA_HOST_DEVICE SeqlenInfo seqlen_info(const FlashFwdProblem& problem, int64_t batch_idx) {
+  SeqlenInfo info{};
+  if (problem.cu_seqlens_q != nullptr) {
+    info.q_row = problem.cu_seqlens_q[batch_idx];
+    info.seqlen_q = problem.cu_seqlens_q[batch_idx + 1] - info.q_row;
+  } else {
+    info.q_batch = batch_idx;
+    info.seqlen_q = problem.seqlen_q;
+  }
+  if (problem.cu_seqlens_k != nullptr) {
+    info.k_row = problem.cu_seqlens_k[batch_idx];
+    info.seqlen_k = problem.cu_seqlens_k[batch_idx + 1] - info.k_row;
+  } else {
+    info.k_batch = batch_idx;
+    info.seqlen_k = problem.seqlen_k;
+  }
+  if (problem.seqused_k != nullptr) info.seqlen_k = problem.seqused_k[batch_idx];
+  return info;
+}
+
+}  // namespace sink_attention::attention

@@ -1,0 +1,207 @@
+// The backward's division of work, five matrix products a tile and no atomics on numbers.
+//
+// A job is one block of keys of one sequence and kv head: its dK and dV stay with the thread, which goes over the query
+// tiles from the last to the first. dQ of a tile is summed over blocks in one accumulator, block after block: a job
+// adds to a tile only when the block before it has. Jobs are taken in the order of their blocks, so the job that is
+// waited for runs already or has run, and two threads on one head follow each other a tile apart. The order of every
+// sum is fixed, so the gradients are bitwise the same whatever the number of threads.
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "attention/mask.h"
+#include "attention/numeric.h"
+#include "attention/seqlen_info.h"
+#include "cpu/backend.h"
+#include "cpu/instruction_set.h"
+#include "cpu/key_blocks.h"
+#include "cpu/parallel.h"
+
+namespace sink_attention::cpu {
+namespace {
+
+using attention::DataType;
+using attention::FlashBwdProblem;
+using attention::FlashFwdProblem;
+using attention::Range;
+using attention::SeqlenInfo;
+
+// One sequence with one kv head while its blocks are worked on.
+struct HeadState {
+  int64_t batch_idx;
+  int64_t kv_head_idx;
+  SeqlenInfo info;
+  attention::Mask mask;
+  int64_t num_tiles;
+  int64_t num_blocks;
+  std::atomic<int64_t> jobs_left;
+  std::atomic<char*> dq_accumulator;              // null until the first job has zeroed it
+  std::unique_ptr<std::atomic<int64_t>[]> done;   // [num_tiles]: the block that a tile's dQ waits for
+};
+
+// Memory for the dQ accumulators of the heads in work: at most one a thread, and one whose next job is not yet taken.
+class AccumulatorPool {
+ public:
+  AccumulatorPool(int64_t count, int64_t bytes) : bytes_((bytes + 63) / 64 * 64), memory_(count * bytes_) {
+    for (int64_t i = 0; i < count; ++i) free_.push_back(memory_.data() + i * bytes_);
+  }
+  char* take() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    char* piece = free_.back();
+    free_.pop_back();
+    return piece;
+  }
+  void give_back(char* piece) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    free_.push_back(piece);
+  }
+
+ private:
+  int64_t bytes_;
+  AlignedBuffer memory_;
+  std::vector<char*> free_;
+  std::mutex mutex_;
+};
+
+template <class Ready>
+void wait_until(const Ready& ready) {
+  for (int spins = 0; !ready(); ++spins) {
+    if (spins > 64) std::this_thread::yield();
+  }
+}
+
+void write_number(double value, void* base, DataType dtype, int64_t idx) {
+  switch (dtype) {
+    case DataType::kFloat64:
+      static_cast<double*>(base)[idx] = value;
+      return;
+    case DataType::kFloat32:
+      static_cast<float*>(base)[idx] = static_cast<float>(value);
+      return;
+    case DataType::kBFloat16:
+      static_cast<attention::BFloat16*>(base)[idx] = attention::to_bfloat16(static_cast<float>(value));
+      return;
+    default:
+      static_cast<attention::Float16*>(base)[idx] = attention::to_float16(static_cast<float>(value));
+  }
+}
+
+// delta of every row, packed like a contiguous lse, and ds_aux summed over rows and sequences in their order.
+struct Delta {
+  AlignedBuffer memory;
+  int64_t stride_batch;
+  int64_t stride_head;
+};
+
+Delta preprocess(const FlashBwdProblem& problem, const Kernels& kernels, int64_t real_bytes, const Executor& executor) {
+  const FlashFwdProblem& fwd = problem.fwd;
+  const bool varlen = fwd.cu_seqlens_q != nullptr;
+  const int64_t head_rows = varlen ? fwd.cu_seqlens_q[fwd.batch] : fwd.seqlen_q;
+  const int64_t num_sets = varlen ? 1 : fwd.batch;
+  Delta delta{AlignedBuffer(num_sets * fwd.num_heads_q * head_rows * real_bytes),
+              varlen ? 0 : fwd.num_heads_q * head_rows, head_rows};
+  std::vector<double> ds_aux(fwd.batch * fwd.num_heads_q);
+  parallel_jobs(executor, fwd.batch * fwd.num_heads_q, 0, [&](int64_t job, char*) {
+    const int64_t batch_idx = job / fwd.num_heads_q;
+    const int64_t head_idx = job % fwd.num_heads_q;
+    const SeqlenInfo info = attention::seqlen_info(fwd, batch_idx);
+    char* rows = delta.memory.data() + (info.q_batch * delta.stride_batch + head_idx * delta.stride_head + info.q_row) *
+                                           real_bytes;
+    ds_aux[job] = kernels.bwd_preprocess(problem, batch_idx, head_idx, rows);
+  });
+  if (problem.ds_aux != nullptr) {
+    for (int64_t head_idx = 0; head_idx < fwd.num_heads_q; ++head_idx) {
+      double sum = 0;
+      for (int64_t batch_idx = 0; batch_idx < fwd.batch; ++batch_idx) {
+        sum += ds_aux[batch_idx * fwd.num_heads_q + head_idx];
+      }
+      write_number(sum, problem.ds_aux, fwd.s_aux_dtype, head_idx);
+    }
+  }
+  return delta;
+}
+
+}  // namespace
+
+void flash_bwd(const FlashBwdProblem& problem, const Executor& executor) {
+  const FlashFwdProblem& fwd = problem.fwd;
+  const Kernels& kernels = kernels_for(fwd.dtype, fwd.kv_dtype);
+  const int64_t real_bytes = fwd.dtype == DataType::kFloat64 ? 8 : 4;
+  const Delta delta = preprocess(problem, kernels, real_bytes, executor);
+  if (fwd.num_heads_q == 0) return;
+  const BwdPlan plan = kernels.plan_bwd(problem);
+  const int64_t group = fwd.num_heads_q / fwd.num_heads_kv;
+
+  std::vector<std::unique_ptr<HeadState>> heads;
+  struct Job {
+    HeadState* head;
+    int64_t block_idx;
+  };
+  std::vector<Job> jobs;
+  int64_t accumulator_bytes = 0;
+  for (int64_t batch_idx = 0; batch_idx < fwd.batch; ++batch_idx) {
+    for (int64_t kv_head_idx = 0; kv_head_idx < fwd.num_heads_kv; ++kv_head_idx) {
+      auto head = std::make_unique<HeadState>();
+      head->batch_idx = batch_idx;
+      head->kv_head_idx = kv_head_idx;
+      head->info = attention::seqlen_info(fwd, batch_idx);
+      head->mask = attention::make_mask(fwd, head->info.seqlen_q, head->info.seqlen_k);
+      head->num_tiles = (head->info.seqlen_q + plan.tile_positions - 1) / plan.tile_positions;
+      // A sequence without keys still has a job: the one that writes its dQ of zeros.
+      head->num_blocks = std::max<int64_t>(1, blocks_of({0, head->info.seqlen_k}, plan.block_keys).end);
+      head->jobs_left = head->num_blocks;
+      head->done = std::make_unique<std::atomic<int64_t>[]>(head->num_tiles);
+      for (int64_t tile = 0; tile < head->num_tiles; ++tile) {
+        const int64_t q_begin = tile * plan.tile_positions;
+        const int64_t q_end = std::min(q_begin + plan.tile_positions, head->info.seqlen_q);
+        head->done[tile] = blocks_of(head->mask.visible_keys(q_begin, q_end), plan.block_keys).begin;
+      }
+      accumulator_bytes = std::max(accumulator_bytes, head->info.seqlen_q * group * plan.dq_row_bytes);
+      for (int64_t block = 0; block < head->num_blocks; ++block) jobs.push_back({head.get(), block});
+      heads.push_back(std::move(head));
+    }
+  }
+  AccumulatorPool pool(std::min<int64_t>(std::max(executor.num_threads, 1) + 1, static_cast<int64_t>(heads.size())),
+                       std::max<int64_t>(accumulator_bytes, 64));
+
+  parallel_jobs(executor, static_cast<int64_t>(jobs.size()), plan.scratch_bytes, [&](int64_t job, char* scratch) {
+    HeadState& head = *jobs[job].head;
+    const int64_t block_idx = jobs[job].block_idx;
+    if (block_idx == 0) {
+      char* accumulator = pool.take();
+      std::fill_n(accumulator, head.info.seqlen_q * group * plan.dq_row_bytes, 0);
+      head.dq_accumulator.store(accumulator, std::memory_order_release);
+    }
+    BwdTask task{};
+    task.batch_idx = head.batch_idx;
+    task.kv_head_idx = head.kv_head_idx;
+    task.block_idx = block_idx;
+    task.scratch = scratch;
+    task.delta = delta.memory.data();
+    task.delta_stride_batch = delta.stride_batch;
+    task.delta_stride_head = delta.stride_head;
+    kernels.bwd_begin_block(problem, plan, task);
+    wait_until([&] { return head.dq_accumulator.load(std::memory_order_acquire) != nullptr; });
+    task.dq_accumulator = head.dq_accumulator.load(std::memory_order_acquire);
+    const Range keys{block_idx * plan.block_keys, std::min((block_idx + 1) * plan.block_keys, head.info.seqlen_k)};
+    const Range queries = head.mask.visible_queries(keys.begin, keys.end);
+    const Range tiles = blocks_of(queries, plan.tile_positions);
+    for (int64_t tile = tiles.end - 1; tile >= tiles.begin; --tile) {
+      const int64_t q_begin = tile * plan.tile_positions;
+      const int64_t q_end = std::min(q_begin + plan.tile_positions, head.info.seqlen_q);
+      wait_until([&] { return head.done[tile].load(std::memory_order_acquire) >= block_idx; });
+      kernels.bwd_tile(problem, plan, task, q_begin, q_end);
+      head.done[tile].store(block_idx + 1, std::memory_order_release);
+    }
+    kernels.bwd_end_block(problem, plan, task);
+    if (head.jobs_left.fetch_sub(1) == 1) {
+      kernels.bwd_store_dq(problem, head.batch_idx, head.kv_head_idx, task.dq_accumulator);
+      pool.give_back(task.dq_accumulator);
+    }
+  });
+}
+
+}  // namespace sink_attention::cpu

@@ -1,0 +1,13 @@
+// Which of the binary's instruction sets is in use, and its kernels.
+#pragma once
+
+#include "cpu/simd/kernels.h"
+
+namespace sink_attention::cpu {
+
+const InstructionSet& current_instruction_set();
+
+// The table that computes a forward or backward problem of these element types.
+const Kernels& kernels_for(attention::DataType dtype, attention::DataType kv_dtype);
+
+}  // namespace sink_attention::cpu

@@ -1,0 +1,284 @@
+// One tile of the forward: tile_positions query positions, all query heads of one kv head, against blocks of keys.
+//
+// Rows are (position, head of the group), position-major, so that neighbouring rows share their mask; row r of a tile is
+// position q_begin + r / group, head r % group. For each block of keys (packed once, in cache), strips of kTileRows rows
+// are scored (kTileRows x block_keys in L1), softened and multiplied with V while the strip's weights are still in L1.
+#pragma once
+
+#include "attention/seqlen_info.h"
+#include "cpu/simd/gemm.h"
+#include "cpu/simd/kernels.h"
+#include "cpu/simd/pack.h"
+#include "cpu/simd/soften.h"
+
+namespace sink_attention::cpu::SA_ISA {
+
+using attention::FlashFwdProblem;
+using attention::Mask;
+using attention::SeqlenInfo;
+
+constexpr int64_t kTargetRows = 128;  // rows a tile: K and V are read from L2 once for so many rows
+
+// Hands out pieces of a thread's scratch, each aligned to 64 bytes. With a null base it only counts.
+class ScratchCarver {
+ public:
+  explicit ScratchCarver(char* base) : base_(base) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(base_ + used_);
+    used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return piece;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+template <class Arithmetic>
+struct ForwardTile {
+  using Real = typename Arithmetic::Real;
+  using Unit = typename Arithmetic::Unit;
+  using Geo = Geometry<Arithmetic>;
+
+  struct Scratch {
+    Unit* q;                 // [rows][q_stride]
+    Real* out;               // [rows][columns(head_dim_v)], not yet divided
+    RowState<Real>* state;   // [rows]
+    Real* scores;            // [kTileRows][score_stride], weights in place
+    Unit* k;                 // a block packed on the way
+    Unit* v;
+  };
+
+  const FlashFwdProblem& problem;
+  const FwdPlan& plan;
+  const FwdTask& task;
+  int64_t group;
+  int64_t rows;
+  SeqlenInfo info;
+  Mask mask;
+  ScoreScale<Real> scale;
+  Scratch scratch;
+
+  static Scratch carve(const FlashFwdProblem& problem, const FwdPlan& plan, ScratchCarver& carver) {
+    const int64_t rows = plan.tile_positions * (problem.num_heads_q / problem.num_heads_kv);
+    Scratch scratch{};
+    scratch.q = carver.take<Unit>(rows * q_stride(problem));
+    scratch.out = carver.take<Real>(rows * Geo::columns(problem.head_dim_v));
+    scratch.state = carver.take<RowState<Real>>(rows);
+    scratch.scores = carver.take<Real>(kTileRows * score_stride(plan));
+    scratch.k = reinterpret_cast<Unit*>(carver.take<char>(plan.packed_k_bytes));
+    scratch.v = reinterpret_cast<Unit*>(carver.take<char>(plan.packed_v_bytes));
+    return scratch;
+  }
+
+  static int64_t q_stride(const FlashFwdProblem& problem) { return round_up(Geo::units(problem.head_dim), Geo::kLanesReal); }
+  // One vector more than a block, so that the strip's rows do not fall on the same cache sets.
+  static int64_t score_stride(const FwdPlan& plan) { return plan.block_keys + Geo::kLanesReal; }
+
+  static FwdPlan make_plan(const FlashFwdProblem& problem) {
+    const int64_t group = max_of(problem.num_heads_q / max_of(problem.num_heads_kv, 1), 1);
+    const int64_t larger_dim = max_of(problem.head_dim, problem.head_dim_v);
+    FwdPlan plan{};
+    plan.tile_positions = max_of(1, kTargetRows / group);
+    plan.block_keys = larger_dim <= 128 ? 256 : 128;
+    plan.packed_k_bytes = plan.block_keys * Geo::units(problem.head_dim) * static_cast<int64_t>(sizeof(Unit));
+    plan.packed_v_bytes = plan.block_keys / Geo::kPair * round_up(problem.head_dim_v, Geo::kPanel) *
+                          static_cast<int64_t>(sizeof(Unit));
+    const int64_t rows = plan.tile_positions * group;
+    plan.partial_bytes = round_up(rows * (Geo::columns(problem.head_dim_v) * static_cast<int64_t>(sizeof(Real)) +
+                                          static_cast<int64_t>(sizeof(RowState<Real>))),
+                                  64);
+    ScratchCarver carver(nullptr);
+    carve(problem, plan, carver);
+    plan.scratch_bytes = carver.used();
+    return plan;
+  }
+
+  static void pack_block(const FlashFwdProblem& problem, const FwdPlan& plan, int64_t batch_idx, int64_t kv_head_idx,
+                         int64_t block_idx, Unit* k, Unit* v) {
+    const SeqlenInfo info = attention::seqlen_info(problem, batch_idx);
+    const int64_t begin = block_idx * plan.block_keys;
+    const int64_t end = min_of(begin + plan.block_keys, info.seqlen_k);
+    pack_transposed<Arithmetic>(attention::key_rows(problem, batch_idx, info, kv_head_idx), begin, end, k);
+    pack_rowwise<Arithmetic>(attention::value_rows(problem, batch_idx, info, kv_head_idx), begin, end, plan.block_keys,
+                             v);
+  }
+
+  ForwardTile(const FlashFwdProblem& problem, const FwdPlan& plan, const FwdTask& task)
+      : problem(problem),
+        plan(plan),
+        task(task),
+        group(problem.num_heads_q / problem.num_heads_kv),
+        rows((task.q_end - task.q_begin) * group),
+        info(attention::seqlen_info(problem, task.batch_idx)),
+        mask(attention::make_mask(problem, info.seqlen_q, info.seqlen_k)),
+        scale(score_scale<Real>(problem)) {
+    ScratchCarver carver(task.scratch);
+    scratch = carve(problem, plan, carver);
+  }
+
+  int64_t position(int64_t row) const { return task.q_begin + row / group; }
+  int64_t head(int64_t row) const { return task.kv_head_idx * group + row % group; }
+
+  void load_q() {
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t offset = info.q_batch * problem.q_stride_batch +
+                             (info.q_row + position(row)) * problem.q_stride_row + head(row) * problem.q_stride_head;
+      pack_row_units<Arithmetic>(element(problem.q, problem.dtype, offset), problem.dtype, problem.head_dim, Real(1),
+                                 q_stride(problem), scratch.q + row * q_stride(problem));
+      scratch.state[row] = {attention::negative_infinity<Real>(), Real(0)};
+    }
+    memset(scratch.out, 0, rows * Geo::columns(problem.head_dim_v) * sizeof(Real));
+  }
+
+  void attend() {
+    load_q();
+    for (int64_t block_idx = task.block_begin; block_idx < task.block_end; ++block_idx) {
+      const Unit* k = scratch.k;
+      const Unit* v = scratch.v;
+      if (task.packed != nullptr) {
+        k = reinterpret_cast<const Unit*>(task.packed + block_idx * (plan.packed_k_bytes + plan.packed_v_bytes));
+        v = k + plan.packed_k_bytes / static_cast<int64_t>(sizeof(Unit));
+      } else {
+        pack_block(problem, plan, task.batch_idx, task.kv_head_idx, block_idx, scratch.k, scratch.v);
+      }
+      for (int64_t row = 0; row < rows; row += kTileRows) {
+        attend_strip(block_idx * plan.block_keys, row, static_cast<int>(min_of(kTileRows, rows - row)), k, v);
+      }
+    }
+  }
+
+  // Rows [row, row + count) against one block of keys that starts at key `first`.
+  void attend_strip(int64_t first, int64_t row, int count, const Unit* k, const Unit* v) {
+    const Range block{first, first + plan.block_keys};
+    const Range seen = intersect(mask.visible_keys(position(row), position(row + count - 1) + 1), block);
+    if (seen.begin >= seen.end) return;
+    const int64_t begin = (seen.begin - first) / Geo::kPanel * Geo::kPanel;  // whole panels, relative to the block
+    const int64_t end = round_up(seen.end - first, Geo::kPanel);
+    score(k, row, count, begin, end);
+    Real rescale[kTileRows];
+    for (int i = 0; i < count; ++i) {
+      const Range keys = intersect(mask.visible_keys(position(row + i)), {first + begin, first + end});
+      rescale[i] = soften_row<Arithmetic>(scratch.scores + i * score_stride(plan), end - begin,
+                                          {keys.begin - first - begin, keys.end - first - begin}, scale,
+                                          scratch.state[row + i]);
+    }
+    accumulate(v, row, count, begin, end, rescale);
+  }
+
+  void score(const Unit* k, int64_t row, int count, int64_t begin, int64_t end) {
+    const int64_t units = Geo::units(problem.head_dim);
+    GemmOperands<Arithmetic> op{};
+    op.a = scratch.q + row * q_stride(problem);
+    op.a_stride = q_stride(problem);
+    op.b = k + begin * units;
+    op.b_stride = Geo::kPanel;
+    op.depth = units;
+    op.c = scratch.scores;
+    op.c_stride = score_stride(plan);
+    for (int64_t key = begin; key < end; key += Geo::kPanel) {
+      gemm<Arithmetic, AOrder::kRowMajor, Accumulate::kNo>(op, count, kTileVecs);
+      op.b += units * Geo::kPanel;
+      op.c += Geo::kPanel;
+    }
+  }
+
+  void accumulate(const Unit* v, int64_t row, int count, int64_t begin, int64_t end, const Real* rescale) {
+    const int64_t columns = Geo::columns(problem.head_dim_v);
+    GemmOperands<Arithmetic> op{};
+    op.a = reinterpret_cast<const Unit*>(scratch.scores);
+    op.a_stride = score_stride(plan);
+    op.b = v + begin / Geo::kPair * Geo::kPanel;
+    op.b_stride = Geo::kPanel;
+    op.depth = (end - begin) / Geo::kPair;
+    op.c = scratch.out + row * columns;
+    op.c_stride = columns;
+    op.row_scale = rescale;
+    for (int64_t column = 0; column < columns; column += Geo::kPanel) {
+      const int vecs = static_cast<int>(min_of(kTileVecs, (columns - column) / Geo::kLanesReal));
+      gemm<Arithmetic, AOrder::kRowMajor, Accumulate::kRescale>(op, count, vecs);
+      op.b += plan.block_keys / Geo::kPair * Geo::kPanel;
+      op.c += Geo::kPanel;
+    }
+  }
+
+  Real sink(int64_t head_idx) const {
+    if (problem.s_aux == nullptr) return attention::negative_infinity<Real>();
+    Real value;
+    load_row(element(problem.s_aux, problem.s_aux_dtype, head_idx), problem.s_aux_dtype, 1, Real(1), &value);
+    return value;
+  }
+
+  // Folds the sink in, once, and writes out and lse.
+  void finish() {
+    for (int64_t row = 0; row < rows; ++row) {
+      const attention::RowResult<Real> result = attention::fold_sink(scratch.state[row], sink(head(row)));
+      const int64_t q_row = info.q_row + position(row);
+      const int64_t offset = info.q_batch * problem.out_stride_batch + q_row * problem.out_stride_row +
+                             head(row) * problem.out_stride_head;
+      store_row(scratch.out + row * Geo::columns(problem.head_dim_v), problem.head_dim_v, result.scale,
+                element(problem.out, problem.dtype, offset), problem.dtype);
+      static_cast<Real*>(problem.lse)[info.q_batch * problem.lse_stride_batch + head(row) * problem.lse_stride_head +
+                                      q_row] = result.lse;
+    }
+  }
+
+  // A partial result: the rows' states, then their outputs.
+  void leave_partial() {
+    memcpy(task.partial, scratch.state, rows * sizeof(RowState<Real>));
+    memcpy(task.partial + rows * sizeof(RowState<Real>), scratch.out,
+           rows * Geo::columns(problem.head_dim_v) * sizeof(Real));
+  }
+
+  void merge_partial(const char* partial) {
+    const int64_t columns = Geo::columns(problem.head_dim_v);
+    const RowState<Real>* states = reinterpret_cast<const RowState<Real>*>(partial);
+    const Real* outs = reinterpret_cast<const Real*>(partial + rows * sizeof(RowState<Real>));
+    for (int64_t row = 0; row < rows; ++row) {
+      RowState<Real>& state = scratch.state[row];
+      const Real max = state.max > states[row].max ? state.max : states[row].max;
+      const Real mine = attention::rebase_factor(state.max, max);
+      const Real theirs = attention::rebase_factor(states[row].max, max);
+      state = {max, state.sum * mine + states[row].sum * theirs};
+      Real* out = scratch.out + row * columns;
+      for (int64_t i = 0; i < columns; ++i) out[i] = out[i] * mine + outs[row * columns + i] * theirs;
+    }
+  }
+};
+
+template <class Arithmetic>
+FwdPlan plan_fwd(const FlashFwdProblem& problem) {
+  return ForwardTile<Arithmetic>::make_plan(problem);
+}
+
+template <class Arithmetic>
+void pack_block(const FlashFwdProblem& problem, const FwdPlan& plan, int64_t batch_idx, int64_t kv_head_idx,
+                int64_t block_idx, char* packed) {
+  using Unit = typename Arithmetic::Unit;
+  ForwardTile<Arithmetic>::pack_block(problem, plan, batch_idx, kv_head_idx, block_idx, reinterpret_cast<Unit*>(packed),
+                                      reinterpret_cast<Unit*>(packed + plan.packed_k_bytes));
+}
+
+template <class Arithmetic>
+void fwd_tile(const FlashFwdProblem& problem, const FwdPlan& plan, const FwdTask& task) {
+  ForwardTile<Arithmetic> tile(problem, plan, task);
+  tile.attend();
+  if (task.partial != nullptr) {
+    tile.leave_partial();
+  } else {
+    tile.finish();
+  }
+}
+
+template <class Arithmetic>
+void combine_splits(const FlashFwdProblem& problem, const FwdPlan& plan, const FwdTask& task, int64_t num_splits,
+                    int64_t split_stride) {
+  ForwardTile<Arithmetic> tile(problem, plan, task);
+  tile.load_q();
+  for (int64_t split = 0; split < num_splits; ++split) tile.merge_partial(task.partial + split * split_stride);
+  tile.finish();
+}
+
+}  // namespace sink_attention::cpu::SA_ISA

@@ -1,0 +1,83 @@
+// What an instruction set offers: tables of functions, one table an arithmetic. Knows no instruction set itself.
+//
+// The files beside csrc/cpu/simd decide who computes what and hold the memory; the functions here compute.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "attention/problem.h"
+
+namespace sink_attention::cpu {
+
+// How a forward problem is cut, and the bytes that its pieces take. A tile is tile_positions query positions of one
+// sequence with all query heads of one kv head; keys come in blocks of block_keys, counted from key 0, so that a row's
+// sums are taken in the same order whatever tile, batch or split it is computed in.
+struct FwdPlan {
+  int64_t tile_positions;
+  int64_t block_keys;
+  int64_t packed_k_bytes;   // of one block of keys
+  int64_t packed_v_bytes;
+  int64_t scratch_bytes;    // of one thread
+  int64_t partial_bytes;    // of one tile's partial result in one split
+};
+
+// One tile against the key blocks [block_begin, block_end).
+struct FwdTask {
+  int64_t batch_idx, kv_head_idx;
+  int64_t q_begin, q_end;
+  int64_t block_begin, block_end;
+  const char* packed;    // the kv head's packed blocks, K and V of a block side by side; null: pack as you go
+  char* scratch;         // scratch_bytes, aligned to 64
+  char* partial;         // null: finish the rows; else leave the tile's state here, without the sink
+};
+
+struct BwdPlan {
+  int64_t tile_positions;
+  int64_t block_keys;
+  int64_t scratch_bytes;       // of one thread
+  int64_t dq_row_bytes;        // of one row of the dQ accumulator
+};
+
+// One block of keys: query tiles add to dQ's accumulator, and to dK and dV in scratch.
+struct BwdTask {
+  int64_t batch_idx, kv_head_idx;
+  int64_t block_idx;
+  char* scratch;
+  const void* delta;        // Real [batch, num_heads_q, seqlen_q] or [num_heads_q, total_q]: D - dlse
+  int64_t delta_stride_batch, delta_stride_head;
+  char* dq_accumulator;     // Real [seqlen_q * group][columns(head_dim)] of this sequence and kv head
+};
+
+struct Kernels {
+  FwdPlan (*plan_fwd)(const attention::FlashFwdProblem&);
+  void (*pack_block)(const attention::FlashFwdProblem&, const FwdPlan&, int64_t batch_idx, int64_t kv_head_idx,
+                     int64_t block_idx, char* packed);
+  void (*fwd_tile)(const attention::FlashFwdProblem&, const FwdPlan&, const FwdTask&);
+  // Merges num_splits partial results that lie split_stride bytes apart, from task.partial on.
+  void (*combine_splits)(const attention::FlashFwdProblem&, const FwdPlan&, const FwdTask&, int64_t num_splits,
+                         int64_t split_stride);
+
+  BwdPlan (*plan_bwd)(const attention::FlashBwdProblem&);
+  // delta = <dout, out> - dlse of one head of one sequence; returns its part of ds_aux.
+  double (*bwd_preprocess)(const attention::FlashBwdProblem&, int64_t batch_idx, int64_t head_idx, void* delta);
+  void (*bwd_begin_block)(const attention::FlashBwdProblem&, const BwdPlan&, const BwdTask&);
+  void (*bwd_tile)(const attention::FlashBwdProblem&, const BwdPlan&, const BwdTask&, int64_t q_begin, int64_t q_end);
+  void (*bwd_end_block)(const attention::FlashBwdProblem&, const BwdPlan&, const BwdTask&);
+  // Writes dQ's accumulator out.
+  void (*bwd_store_dq)(const attention::FlashBwdProblem&, int64_t batch_idx, int64_t kv_head_idx,
+                       const char* dq_accumulator);
+
+  // Rows [begin, end) of the merged result.
+  void (*merge_rows)(const attention::MergeProblem&, int64_t begin, int64_t end);
+  void (*cache_head)(const attention::ReshapeAndCacheProblem&, int64_t head_idx);
+};
+
+struct InstructionSet {
+  const char* name;
+  const Kernels* float64;
+  const Kernels* float32;    // for float16 and float8 too
+  const Kernels* bfloat16;   // bfloat16 q, k and v; float32's where there is no dot product for it
+};
+
+}  // namespace sink_attention::cpu

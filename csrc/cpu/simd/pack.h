@@ -1,0 +1,153 @@
+// Copies rows of q, k, v or dout out of their tensors into operands that a register tile reads at full speed.
+//
+// Row units    [row][units(dim)]                              a row as it lies, in units: operand A
+// Transposed   [panel of keys][units(dim)][kPanel]            operand B of  S = Q K^T  and  dP = dO V^T
+// Row-wise     [panel of columns][units(rows)][kPanel]        operand B of  O += P V  and  dQ += dS K
+// Whatever lies beyond the last key or column of a panel is zero.
+#pragma once
+
+#include "attention/paged_kv.h"
+#include "cpu/simd/arithmetic.h"
+#include "cpu/simd/convert.h"
+#include "cpu/simd/transpose.h"
+
+namespace sink_attention::cpu::SA_ISA {
+
+using attention::KeyRows;
+using attention::max_of;
+using attention::min_of;
+
+constexpr int64_t kMaxHeadDim = 256;
+
+// Writes a row as units, zero up to `padded` units.
+template <class Arithmetic>
+SA_INLINE void pack_row_units(const void* row, DataType dtype, int64_t dim, typename Arithmetic::Real scale,
+                              int64_t padded, typename Arithmetic::Unit* destination) {
+  if constexpr (Arithmetic::kPair == 1) {
+    load_row(row, dtype, dim, scale, destination);
+    for (int64_t i = dim; i < padded; ++i) destination[i] = 0;
+  } else {
+    BFloat16* numbers = reinterpret_cast<BFloat16*>(destination);
+    memcpy(numbers, row, dim * sizeof(BFloat16));
+    memset(numbers + dim, 0, (2 * padded - dim) * sizeof(BFloat16));
+  }
+}
+
+// Whether rows of this type are units already and come in whole vectors, so that they need no staging.
+template <class Arithmetic>
+SA_INLINE bool rows_are_units(DataType dtype, int64_t dim) {
+  if (dim % (kLanes<typename Arithmetic::Real> * Arithmetic::kPair) != 0) return false;
+  if constexpr (Arithmetic::kPair == 2) return true;
+  return dtype == (sizeof(typename Arithmetic::Real) == 4 ? DataType::kFloat32 : DataType::kFloat64);
+}
+
+// Asks for a row's cache lines ahead of their use. A head's rows lie a token's stride apart (2 KiB in a GPT-OSS cache),
+// which the hardware's prefetchers do not follow: without this, a decode step waits for each row.
+SA_INLINE void prefetch_row(const KeyRows& rows, int64_t key, int64_t row_bytes) {
+  if (key >= rows.num_keys) return;
+  const char* row = static_cast<const char*>(rows.row(key));
+  for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(row + i);
+  __builtin_prefetch(row + row_bytes - 1);
+}
+
+constexpr int kPrefetchKeys = 32;  // how far ahead: with head_dim 64 in float32, 8 KiB are on their way
+
+// Keys [begin, end) to transposed panels.
+template <class Arithmetic>
+void pack_transposed(const KeyRows& rows, int64_t begin, int64_t end, typename Arithmetic::Unit* destination) {
+  using Unit = typename Arithmetic::Unit;
+  using Real = typename Arithmetic::Real;
+  constexpr int kStep = kLanes<Unit>;
+  constexpr int kPanel = Geometry<Arithmetic>::kPanel;
+  const int64_t units = Geometry<Arithmetic>::units(rows.dim);
+  const int64_t padded_units = round_up(units, kStep);
+  const bool direct = rows_are_units<Arithmetic>(rows.dtype, rows.dim);
+  const int64_t row_bytes = rows.dim * attention::bytes_of(rows.dtype);
+  alignas(64) Unit staging[kStep * kMaxHeadDim];
+  alignas(64) static const Unit zeros[kMaxHeadDim] = {};
+  for (int64_t panel = begin; panel < end; panel += kPanel, destination += units * kPanel) {
+    for (int half = 0; half < kTileVecs; ++half) {
+      const Unit* sources[kStep];
+      for (int lane = 0; lane < kStep; ++lane) {
+        const int64_t key = panel + half * kStep + lane;
+        prefetch_row(rows, key + kPrefetchKeys, row_bytes);
+        if (key >= end) {
+          sources[lane] = zeros;
+        } else if (direct) {
+          sources[lane] = static_cast<const Unit*>(rows.row(key));
+        } else {
+          Unit* staged = staging + lane * padded_units;
+          pack_row_units<Arithmetic>(rows.row(key), rows.dtype, rows.dim, static_cast<Real>(rows.scale), padded_units,
+                                     staged);
+          sources[lane] = staged;
+        }
+      }
+      for (int64_t unit = 0; unit < units; unit += kStep) {
+        Vec<Unit> square[kStep];
+        SA_UNROLL
+        for (int lane = 0; lane < kStep; ++lane) square[lane] = load(sources[lane] + unit);
+        transpose<Unit>(square);
+        Unit* column = destination + unit * kPanel + half * kStep;
+        if (unit + kStep <= units) {
+          SA_UNROLL
+          for (int i = 0; i < kStep; ++i) store(column + i * kPanel, square[i]);
+        } else {
+          for (int i = 0; i < units - unit; ++i) store(column + i * kPanel, square[i]);
+        }
+      }
+    }
+  }
+}
+
+// Zips two rows of units, each a pair along the row, into one row of pairs along the column: out[c] = (even[c], odd[c])
+// for the numbers c. Reads whole vectors: `numbers` is rounded up to kLanes and the rows are readable that far.
+SA_INLINE void zip_unit_rows(const uint32_t* even, const uint32_t* odd, int64_t numbers, uint32_t* destination) {
+  const uint16_t* low = reinterpret_cast<const uint16_t*>(even);
+  const uint16_t* high = reinterpret_cast<const uint16_t*>(odd);
+  for (int64_t i = 0; i < numbers; ++i) destination[i] = low[i] | uint32_t{high[i]} << 16;
+}
+
+// Keys [begin, end), then zeros up to block_rows, to row-wise panels of columns.
+template <class Arithmetic>
+void pack_rowwise(const KeyRows& rows, int64_t begin, int64_t end, int64_t block_rows,
+                  typename Arithmetic::Unit* destination) {
+  using Unit = typename Arithmetic::Unit;
+  using Real = typename Arithmetic::Real;
+  constexpr int kStep = kLanes<Real>;
+  constexpr int kPanel = Geometry<Arithmetic>::kPanel;
+  constexpr int kPair = Arithmetic::kPair;
+  const int64_t columns = Geometry<Arithmetic>::columns(rows.dim);
+  const int64_t panel_units = block_rows / kPair * kPanel;
+  const int64_t used_rows = min_of(round_up(end - begin, kPanel), block_rows);
+  const bool direct = rows_are_units<Arithmetic>(rows.dtype, rows.dim);
+  const int64_t row_bytes = rows.dim * attention::bytes_of(rows.dtype);
+  alignas(64) Unit staging[2][kMaxHeadDim];
+  alignas(64) static const Unit zeros[kMaxHeadDim] = {};
+  for (int64_t i = 0; i < used_rows; i += kPair) {
+    const Unit* sources[kPair];
+    for (int half = 0; half < kPair; ++half) {
+      const int64_t key = begin + i + half;
+      prefetch_row(rows, key + kPrefetchKeys, row_bytes);
+      if (key >= end) {
+        sources[half] = zeros;
+      } else if (direct) {
+        sources[half] = static_cast<const Unit*>(rows.row(key));
+      } else {
+        pack_row_units<Arithmetic>(rows.row(key), rows.dtype, rows.dim, static_cast<Real>(rows.scale),
+                                   divide_up(columns, kPair), staging[half]);
+        sources[half] = staging[half];
+      }
+    }
+    Unit* out = destination + i / kPair * kPanel;
+    for (int64_t column = 0; column < columns; column += kStep) {
+      Unit* target = out + column / kPanel * panel_units + column % kPanel;
+      if constexpr (kPair == 1) {
+        store(target, load(sources[0] + column));
+      } else {
+        zip_unit_rows(sources[0] + column / 2, sources[1] + column / 2, kStep, target);
+      }
+    }
+  }
+}
+
+}  // namespace sink_attention::cpu::SA_ISA

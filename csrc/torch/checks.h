@@ -1,0 +1,127 @@
+// Refusals: one helper that throws with the argument's name, what came and what was expected, and the checks of shape,
+// dtype and stride that every op shares. Values inside tensors are looked at in check_values.h.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <cstdint>
+#include <initializer_list>
+#include <limits>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "attention/problem.h"
+
+namespace sink_attention::binding {
+
+using attention::DataType;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Throws std::runtime_error (RuntimeError in Python) with the parts as its message unless ok.
+template <class... Parts>
+inline void check(bool ok, const Parts&... parts) {
+  if (ok) [[likely]]
+    return;
+  std::ostringstream message;
+  ((message << parts), ...);
+  throw std::runtime_error(std::move(message).str());
+}
+
+inline std::string shape_string(const int64_t* sizes, size_t rank) {
+  std::ostringstream text;
+  text << '(';
+  for (size_t i = 0; i < rank; ++i) text << (i > 0 ? ", " : "") << sizes[i];
+  text << (rank == 1 ? ",)" : ")");
+  return std::move(text).str();
+}
+
+inline std::string shape_of(const Tensor& tensor) { return shape_string(tensor.sizes().data(), tensor.dim()); }
+
+inline const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return "another dtype";
+  }
+}
+
+inline void check_rank(const Tensor& tensor, const char* name, int64_t rank, const char* dims) {
+  check(tensor.dim() == rank, name, " must have ", rank, " dimensions ", dims, ", got shape ", shape_of(tensor));
+}
+
+inline void check_shape(const Tensor& tensor, const char* name, std::initializer_list<int64_t> expected) {
+  bool same = tensor.dim() == static_cast<int64_t>(expected.size());
+  const int64_t* want = expected.begin();
+  for (size_t i = 0; same && i < expected.size(); ++i) same = tensor.size(i) == want[i];
+  check(same, name, " must have shape ", shape_string(want, expected.size()), ", got ", shape_of(tensor));
+}
+
+inline void check_dtype(const Tensor& tensor, const char* name, ScalarType expected) {
+  check(tensor.scalar_type() == expected, name, " must be ", dtype_name(expected), ", got ",
+        dtype_name(tensor.scalar_type()));
+}
+
+inline void check_same_device(const Tensor& tensor, const char* name, const Tensor& q) {
+  check(tensor.device() == q.device(), name, " must be on the device of the first argument");
+}
+
+// A dimension of size 0 or 1 has no stride to speak of.
+inline bool has_unit_last_stride(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  return tensor.size(last) <= 1 || tensor.stride(last) == 1;
+}
+
+inline void check_unit_last_stride(const Tensor& tensor, const char* name) {
+  check(has_unit_last_stride(tensor), name, " must have stride 1 in its last dimension, got stride ",
+        tensor.stride(tensor.dim() - 1), "; call .contiguous() on it");
+}
+
+// Of q, k, v and what is shaped like them.
+inline DataType float_type(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return DataType::kFloat64;
+    case ScalarType::Float:
+      return DataType::kFloat32;
+    case ScalarType::Half:
+      return DataType::kFloat16;
+    case ScalarType::BFloat16:
+      return DataType::kBFloat16;
+    default:
+      break;
+  }
+  check(false, name, " must be float64, float32, float16 or bfloat16, got ", dtype_name(tensor.scalar_type()));
+  return DataType::kFloat32;
+}
+
+// An int32 vector such as cu_seqlens_q.
+inline const int32_t* int32_vector(const Tensor& tensor, const char* name, int64_t length, const Tensor& q) {
+  check_dtype(tensor, name, ScalarType::Int);
+  check_shape(tensor, name, {length});
+  check_unit_last_stride(tensor, name);
+  check_same_device(tensor, name, q);
+  return tensor.const_data_ptr<int32_t>();
+}
+
+inline ScalarType lse_scalar_type(const Tensor& q) {
+  return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+}  // namespace sink_attention::binding

@@ -1,0 +1,351 @@
+#include "torch/make_problem.h"
+
+namespace sink_attention::binding {
+namespace {
+
+using attention::FlashBwdProblem;
+using attention::FlashFwdProblem;
+using attention::MergeProblem;
+using attention::ReshapeAndCacheProblem;
+
+constexpr int64_t kMaxHeadDim = 256;
+constexpr const char* kDense = "(batch, seqlen, num_heads, head_dim)";
+constexpr const char* kVarlen = "(total, num_heads, head_dim)";
+constexpr const char* kPaged = "(num_pages, page_size, num_heads_kv, head_dim)";
+
+void check_dim_range(const char* name, int64_t value, int64_t largest) {
+  check(value >= 1 && value <= largest, name, " must be in [1, ", largest, "], got ", value);
+}
+
+void set_mask(FlashFwdProblem& problem, const MaskArgs& mask) {
+  check(std::isfinite(mask.softmax_scale), "softmax_scale must be finite, got ", mask.softmax_scale);
+  check(std::isfinite(mask.softcap) && mask.softcap >= 0, "softcap must be finite and >= 0, got ", mask.softcap);
+  check(mask.window_left >= -1, "window_left must be >= -1 (-1: unbounded), got ", mask.window_left);
+  check(mask.window_right >= -1, "window_right must be >= -1 (-1: unbounded), got ", mask.window_right);
+  problem.softmax_scale = mask.softmax_scale;
+  problem.softcap = mask.softcap;
+  problem.window_left = mask.window_left;
+  problem.window_right = mask.causal ? 0 : mask.window_right;
+}
+
+const void* sink_data(const std::optional<Tensor>& s_aux, int64_t num_heads, const Tensor& q, DataType& dtype) {
+  if (!s_aux) return nullptr;
+  check_same_device(*s_aux, "s_aux", q);
+  dtype = float_type(*s_aux, "s_aux");
+  check_shape(*s_aux, "s_aux", {num_heads});
+  check_unit_last_stride(*s_aux, "s_aux");
+  return s_aux->const_data_ptr();
+}
+
+// Heads, head dims, dtypes and data of q, k and v; row and head are the dimensions that k and v count from.
+void set_qkv(FlashFwdProblem& problem, const Tensor& q, const Tensor& k, const Tensor& v, const char* k_name,
+             const char* v_name) {
+  problem.dtype = float_type(q, "q");
+  problem.kv_dtype = problem.dtype;
+  check_same_device(k, k_name, q);
+  check_same_device(v, v_name, q);
+  check_unit_last_stride(q, "q");
+  check_unit_last_stride(k, k_name);
+  check_unit_last_stride(v, v_name);
+  const int64_t q_rank = q.dim(), k_rank = k.dim();
+  problem.num_heads_q = q.size(q_rank - 2);
+  problem.head_dim = q.size(q_rank - 1);
+  problem.num_heads_kv = k.size(k_rank - 2);
+  problem.head_dim_v = v.size(k_rank - 1);
+  for (int64_t i = 0; i < k_rank - 1; ++i) {
+    check(v.size(i) == k.size(i), v_name, " must have ", k_name, "'s shape ", shape_of(k),
+          " but for the last dimension, got ", shape_of(v));
+  }
+  check(k.size(k_rank - 1) == problem.head_dim, k_name, " must have q's head_dim ", problem.head_dim, ", got ",
+        k.size(k_rank - 1));
+  check_dim_range("head_dim of q", problem.head_dim, kMaxHeadDim);
+  check_dim_range("head_dim of v", problem.head_dim_v, kMaxHeadDim);
+  check(problem.num_heads_kv >= 1 && problem.num_heads_q >= 1 && problem.num_heads_q % problem.num_heads_kv == 0,
+        "num_heads of q must be a multiple of num_heads of ", k_name, ", got ", problem.num_heads_q, " and ",
+        problem.num_heads_kv);
+  problem.q = q.const_data_ptr();
+  problem.k = k.const_data_ptr();
+  problem.v = v.const_data_ptr();
+  problem.q_stride_batch = q_rank == 4 ? q.stride(0) : 0;
+  problem.q_stride_row = q.stride(q_rank - 3);
+  problem.q_stride_head = q.stride(q_rank - 2);
+  problem.k_stride_batch = k_rank == 4 ? k.stride(0) : 0;
+  problem.k_stride_row = k.stride(k_rank - 3);
+  problem.k_stride_head = k.stride(k_rank - 2);
+  problem.v_stride_batch = k_rank == 4 ? v.stride(0) : 0;
+  problem.v_stride_row = v.stride(k_rank - 3);
+  problem.v_stride_head = v.stride(k_rank - 2);
+}
+
+// float8 caches come with both scales, float32 of shape (), (1,) or (num_heads_kv,); others with none.
+const float* cache_scale(const std::optional<Tensor>& scale, const char* name, bool float8, int64_t num_heads_kv,
+                         const Tensor& q) {
+  if (!float8) {
+    check(!scale, name, " is only for float8_e4m3fn caches");
+    return nullptr;
+  }
+  check(scale.has_value(), name, " is needed for a float8_e4m3fn cache");
+  check_same_device(*scale, name, q);
+  check_dtype(*scale, name, ScalarType::Float);
+  const bool one = scale->dim() == 0 || (scale->dim() == 1 && scale->size(0) == 1);
+  check(one || (scale->dim() == 1 && scale->size(0) == num_heads_kv), name,
+        " must have shape (), (1,) or (num_heads_kv,) = (", num_heads_kv, ",), got ", shape_of(*scale));
+  if (!one) check_unit_last_stride(*scale, name);
+  return scale->const_data_ptr<float>();
+}
+
+int64_t scale_stride(const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
+  if (!k_scale) return 0;
+  check(k_scale->numel() == v_scale->numel(), "k_scale and v_scale must have one shape, got ", shape_of(*k_scale),
+        " and ", shape_of(*v_scale));
+  return k_scale->numel() > 1 ? 1 : 0;
+}
+
+}  // namespace
+
+FlashFwdProblem make_dense_problem(const Tensor& q, const Tensor& k, const Tensor& v,
+                                   const std::optional<Tensor>& s_aux, const MaskArgs& mask) {
+  FlashFwdProblem problem{};
+  check_rank(q, "q", 4, kDense);
+  check_rank(k, "k", 4, kDense);
+  check_rank(v, "v", 4, kDense);
+  check_dtype(k, "k", q.scalar_type());
+  check_dtype(v, "v", q.scalar_type());
+  set_qkv(problem, q, k, v, "k", "v");
+  check(k.size(0) == q.size(0), "k must have q's batch size ", q.size(0), ", got ", k.size(0));
+  problem.s_aux = sink_data(s_aux, problem.num_heads_q, q, problem.s_aux_dtype);
+  problem.batch = q.size(0);
+  problem.seqlen_q = q.size(1);
+  problem.seqlen_k = k.size(1);
+  set_mask(problem, mask);
+  return problem;
+}
+
+FlashFwdProblem make_varlen_problem(const Tensor& q, const Tensor& k, const Tensor& v,
+                                    const std::optional<Tensor>& s_aux, const VarlenArgs& varlen,
+                                    const MaskArgs& mask) {
+  FlashFwdProblem problem{};
+  check_rank(q, "q", 3, kVarlen);
+  check_rank(k, "k", 3, kVarlen);
+  check_rank(v, "v", 3, kVarlen);
+  check_dtype(k, "k", q.scalar_type());
+  check_dtype(v, "v", q.scalar_type());
+  set_qkv(problem, q, k, v, "k", "v");
+  problem.s_aux = sink_data(s_aux, problem.num_heads_q, q, problem.s_aux_dtype);
+  check(varlen.cu_seqlens_q.dim() == 1 && varlen.cu_seqlens_q.numel() >= 1,
+        "cu_seqlens_q must have shape (batch + 1,), got ", shape_of(varlen.cu_seqlens_q));
+  problem.batch = varlen.cu_seqlens_q.numel() - 1;
+  problem.cu_seqlens_q = int32_vector(varlen.cu_seqlens_q, "cu_seqlens_q", problem.batch + 1, q);
+  problem.cu_seqlens_k = int32_vector(varlen.cu_seqlens_k, "cu_seqlens_k", problem.batch + 1, q);
+  if (varlen.seqused_k) problem.seqused_k = int32_vector(*varlen.seqused_k, "seqused_k", problem.batch, q);
+  check(varlen.max_seqlen_q >= 0, "max_seqlen_q must be >= 0, got ", varlen.max_seqlen_q);
+  check(varlen.max_seqlen_k >= 0, "max_seqlen_k must be >= 0, got ", varlen.max_seqlen_k);
+  problem.seqlen_q = varlen.max_seqlen_q;
+  problem.seqlen_k = varlen.max_seqlen_k;
+  set_mask(problem, mask);
+  return problem;
+}
+
+FlashFwdProblem make_paged_problem(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                   const std::optional<Tensor>& s_aux, const PagedArgs& paged, const MaskArgs& mask) {
+  FlashFwdProblem problem{};
+  if (paged.cu_seqlens_q) {
+    check_rank(q, "q", 3, "(total_q, num_heads, head_dim) with cu_seqlens_q");
+  } else {
+    check_rank(q, "q", 4, "(batch, seqlen_q, num_heads, head_dim) without cu_seqlens_q");
+  }
+  check_rank(k_cache, "k_cache", 4, kPaged);
+  check_rank(v_cache, "v_cache", 4, kPaged);
+  const bool float8 = k_cache.scalar_type() == ScalarType::Float8_e4m3fn;
+  if (!float8) check_dtype(k_cache, "k_cache", q.scalar_type());
+  check_dtype(v_cache, "v_cache", k_cache.scalar_type());
+  set_qkv(problem, q, k_cache, v_cache, "k_cache", "v_cache");
+  if (float8) problem.kv_dtype = DataType::kFloat8E4M3;
+  problem.k_scale = cache_scale(paged.k_scale, "k_scale", float8, problem.num_heads_kv, q);
+  problem.v_scale = cache_scale(paged.v_scale, "v_scale", float8, problem.num_heads_kv, q);
+  problem.kv_scale_stride = scale_stride(paged.k_scale, paged.v_scale);
+  problem.s_aux = sink_data(s_aux, problem.num_heads_q, q, problem.s_aux_dtype);
+
+  const Tensor& table = paged.block_table;
+  check_rank(table, "block_table", 2, "(batch, max_pages_per_seq)");
+  check_dtype(table, "block_table", ScalarType::Int);
+  check_unit_last_stride(table, "block_table");
+  check_same_device(table, "block_table", q);
+  problem.batch = table.size(0);
+  problem.page_size = k_cache.size(1);
+  problem.seqlen_k = table.size(1) * problem.page_size;
+  problem.block_table_stride = table.stride(0);
+  static const int32_t no_pages = 0;  // an empty table is still one: a null pointer would mean a dense problem
+  problem.block_table = table.numel() > 0 ? table.const_data_ptr<int32_t>() : &no_pages;
+  problem.seqused_k = int32_vector(paged.seqused_k, "seqused_k", problem.batch, q);
+  if (paged.cu_seqlens_q) {
+    problem.cu_seqlens_q = int32_vector(*paged.cu_seqlens_q, "cu_seqlens_q", problem.batch + 1, q);
+    check(paged.max_seqlen_q >= 0, "max_seqlen_q must be >= 0, got ", paged.max_seqlen_q);
+    problem.seqlen_q = paged.max_seqlen_q;
+  } else {
+    check(q.size(0) == problem.batch, "q must have block_table's batch size ", problem.batch, ", got ", q.size(0));
+    problem.seqlen_q = q.size(1);
+  }
+  check(paged.num_splits >= 0, "num_splits must be >= 0 (0: chosen), got ", paged.num_splits);
+  problem.num_splits = paged.num_splits;
+  set_mask(problem, mask);
+  return problem;
+}
+
+void set_results(FlashFwdProblem& problem, const Tensor& q, const Tensor& out, const Tensor& lse) {
+  check_dtype(out, "out", q.scalar_type());
+  check_dtype(lse, "lse", lse_scalar_type(q));
+  check_same_device(out, "out", q);
+  check_same_device(lse, "lse", q);
+  const bool dense = q.dim() == 4;
+  if (dense) {
+    check_shape(out, "out", {q.size(0), q.size(1), problem.num_heads_q, problem.head_dim_v});
+    check_shape(lse, "lse", {q.size(0), problem.num_heads_q, q.size(1)});
+  } else {
+    check_shape(out, "out", {q.size(0), problem.num_heads_q, problem.head_dim_v});
+    check_shape(lse, "lse", {problem.num_heads_q, q.size(0)});
+  }
+  check_unit_last_stride(out, "out");
+  check_unit_last_stride(lse, "lse");
+  problem.out = out.mutable_data_ptr();
+  problem.lse = lse.mutable_data_ptr();
+  problem.out_stride_batch = dense ? out.stride(0) : 0;
+  problem.out_stride_row = out.stride(dense ? 1 : 0);
+  problem.out_stride_head = out.stride(dense ? 2 : 1);
+  problem.lse_stride_batch = dense ? lse.stride(0) : 0;
+  problem.lse_stride_head = lse.stride(dense ? 1 : 0);
+}
+
+FlashBwdProblem make_bwd_problem(const FlashFwdProblem& fwd, const Tensor& q, const Tensor& out, const Tensor& lse,
+                                 const Tensor& dout, const std::optional<Tensor>& dlse, const Gradients& gradients,
+                                 bool deterministic) {
+  FlashBwdProblem problem{};
+  problem.fwd = fwd;
+  problem.deterministic = deterministic;
+  const bool dense = q.dim() == 4;
+  const int64_t row = dense ? 1 : 0, head = dense ? 2 : 1;
+  check_dtype(dout, "dout", q.scalar_type());
+  check_same_device(dout, "dout", q);
+  check(dout.sizes() == out.sizes(), "dout must have out's shape ", shape_of(out), ", got ", shape_of(dout));
+  check_unit_last_stride(dout, "dout");
+  problem.dout = dout.const_data_ptr();
+  problem.dout_stride_batch = dense ? dout.stride(0) : 0;
+  problem.dout_stride_row = dout.stride(row);
+  problem.dout_stride_head = dout.stride(head);
+  if (dlse) {
+    check_dtype(*dlse, "dlse", lse_scalar_type(q));
+    check_same_device(*dlse, "dlse", q);
+    check(dlse->sizes() == lse.sizes(), "dlse must have lse's shape ", shape_of(lse), ", got ", shape_of(*dlse));
+    problem.dlse = dlse->const_data_ptr();
+    problem.dlse_stride_batch = dense ? dlse->stride(0) : 0;
+    problem.dlse_stride_head = dlse->stride(dense ? 1 : 0);
+    problem.dlse_stride_row = dlse->stride(dense ? 2 : 1);
+  }
+  problem.dq = gradients.dq.mutable_data_ptr();
+  problem.dk = gradients.dk.mutable_data_ptr();
+  problem.dv = gradients.dv.mutable_data_ptr();
+  if (fwd.s_aux != nullptr) problem.ds_aux = gradients.ds_aux.mutable_data_ptr();
+  problem.dq_stride_batch = dense ? gradients.dq.stride(0) : 0;
+  problem.dq_stride_row = gradients.dq.stride(row);
+  problem.dq_stride_head = gradients.dq.stride(head);
+  problem.dk_stride_batch = dense ? gradients.dk.stride(0) : 0;
+  problem.dk_stride_row = gradients.dk.stride(row);
+  problem.dk_stride_head = gradients.dk.stride(head);
+  problem.dv_stride_batch = dense ? gradients.dv.stride(0) : 0;
+  problem.dv_stride_row = gradients.dv.stride(row);
+  problem.dv_stride_head = gradients.dv.stride(head);
+  return problem;
+}
+
+ReshapeAndCacheProblem make_reshape_and_cache_problem(const Tensor& k, const Tensor& v, const Tensor& k_cache,
+                                                      const Tensor& v_cache, const Tensor& slot_mapping,
+                                                      const std::optional<Tensor>& k_scale,
+                                                      const std::optional<Tensor>& v_scale) {
+  ReshapeAndCacheProblem problem{};
+  check_rank(k, "k", 3, "(num_tokens, num_heads_kv, head_dim)");
+  check_rank(v, "v", 3, "(num_tokens, num_heads_kv, head_dim_v)");
+  check_rank(k_cache, "k_cache", 4, kPaged);
+  check_rank(v_cache, "v_cache", 4, kPaged);
+  problem.dtype = float_type(k, "k");
+  check_dtype(v, "v", k.scalar_type());
+  const bool float8 = k_cache.scalar_type() == ScalarType::Float8_e4m3fn;
+  if (!float8) check_dtype(k_cache, "k_cache", k.scalar_type());
+  check_dtype(v_cache, "v_cache", k_cache.scalar_type());
+  problem.cache_dtype = float8 ? DataType::kFloat8E4M3 : problem.dtype;
+  problem.num_tokens = k.size(0);
+  problem.num_heads_kv = k.size(1);
+  problem.head_dim = k.size(2);
+  problem.head_dim_v = v.size(2);
+  problem.page_size = k_cache.size(1);
+  const int64_t num_pages = k_cache.size(0);
+  check_shape(v, "v", {problem.num_tokens, problem.num_heads_kv, problem.head_dim_v});
+  check_shape(k_cache, "k_cache", {num_pages, problem.page_size, problem.num_heads_kv, problem.head_dim});
+  check_shape(v_cache, "v_cache", {num_pages, problem.page_size, problem.num_heads_kv, problem.head_dim_v});
+  check_dtype(slot_mapping, "slot_mapping", ScalarType::Long);
+  check_shape(slot_mapping, "slot_mapping", {problem.num_tokens});
+  const std::pair<const char*, const Tensor*> tensors[] = {
+      {"k", &k}, {"v", &v}, {"k_cache", &k_cache}, {"v_cache", &v_cache}, {"slot_mapping", &slot_mapping}};
+  for (const auto& [name, tensor] : tensors) {
+    check_unit_last_stride(*tensor, name);
+    check_same_device(*tensor, name, k);
+  }
+  problem.k_scale = cache_scale(k_scale, "k_scale", float8, problem.num_heads_kv, k);
+  problem.v_scale = cache_scale(v_scale, "v_scale", float8, problem.num_heads_kv, k);
+  problem.kv_scale_stride = scale_stride(k_scale, v_scale);
+  problem.k = k.const_data_ptr();
+  problem.v = v.const_data_ptr();
+  problem.k_cache = k_cache.mutable_data_ptr();
+  problem.v_cache = v_cache.mutable_data_ptr();
+  problem.slot_mapping = slot_mapping.const_data_ptr<int64_t>();
+  problem.k_stride_token = k.stride(0);
+  problem.k_stride_head = k.stride(1);
+  problem.v_stride_token = v.stride(0);
+  problem.v_stride_head = v.stride(1);
+  problem.k_cache_stride_page = k_cache.stride(0);
+  problem.k_cache_stride_slot = k_cache.stride(1);
+  problem.k_cache_stride_head = k_cache.stride(2);
+  problem.v_cache_stride_page = v_cache.stride(0);
+  problem.v_cache_stride_slot = v_cache.stride(1);
+  problem.v_cache_stride_head = v_cache.stride(2);
+  return problem;
+}
+
+MergeProblem make_merge_problem(const std::vector<Tensor>& outs, const std::vector<Tensor>& lses,
+                                const std::optional<Tensor>& s_aux, MergeInputs& inputs) {
+  check(!outs.empty(), "outs must hold at least one partial result");
+  check(outs.size() == lses.size(), "outs and lses must be equally many, got ", outs.size(), " and ", lses.size());
+  const Tensor& first = outs[0];
+  const bool dense = first.dim() == 4;
+  check(dense || first.dim() == 3, "outs[0] must be (batch, seqlen, num_heads, head_dim) or (total, num_heads, ",
+        "head_dim), got shape ", shape_of(first));
+  MergeProblem problem{};
+  problem.dtype = float_type(first, "outs[0]");
+  problem.num_parts = static_cast<int64_t>(outs.size());
+  problem.batch = dense ? first.size(0) : 1;
+  problem.seqlen = first.size(dense ? 1 : 0);
+  problem.num_heads = first.size(dense ? 2 : 1);
+  problem.head_dim = first.size(dense ? 3 : 2);
+  for (size_t part = 0; part < outs.size(); ++part) {
+    const std::string out_name = "outs[" + std::to_string(part) + "]", lse_name = "lses[" + std::to_string(part) + "]";
+    const Tensor &out = outs[part], &lse = lses[part];
+    check_dtype(out, out_name.c_str(), first.scalar_type());
+    check_dtype(lse, lse_name.c_str(), lse_scalar_type(first));
+    check_same_device(out, out_name.c_str(), first);
+    check_same_device(lse, lse_name.c_str(), first);
+    check(out.sizes() == first.sizes(), out_name, " must have the shape of outs[0] ", shape_of(first), ", got ",
+          shape_of(out));
+    if (dense) {
+      check_shape(lse, lse_name.c_str(), {problem.batch, problem.num_heads, problem.seqlen});
+    } else {
+      check_shape(lse, lse_name.c_str(), {problem.num_heads, problem.seqlen});
+    }
+    inputs.outs.push_back(out.const_data_ptr());
+    inputs.lses.push_back(lse.const_data_ptr());
+  }
+  problem.outs = inputs.outs.data();
+  problem.lses = inputs.lses.data();
+  problem.s_aux = sink_data(s_aux, problem.num_heads, first, problem.s_aux_dtype);
+  return problem;
+}
+
+}  // namespace sink_attention::binding

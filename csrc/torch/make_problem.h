@@ -1,0 +1,76 @@
+// From an op's arguments to its problem struct: every check of shape, dtype, device and stride, and no computation.
+// The same for every device; what the tensors hold is checked apart (check_values.h).
+#pragma once
+
+#include <vector>
+
+#include "attention/problem.h"
+#include "torch/checks.h"
+
+namespace sink_attention::binding {
+
+struct MaskArgs {  // what q, k scores go through, as the schemas order it
+  double softmax_scale;
+  bool causal;
+  int64_t window_left;
+  int64_t window_right;
+  double softcap;
+};
+
+struct VarlenArgs {
+  const Tensor& cu_seqlens_q;
+  const Tensor& cu_seqlens_k;
+  const std::optional<Tensor>& seqused_k;
+  int64_t max_seqlen_q;
+  int64_t max_seqlen_k;
+};
+
+struct PagedArgs {
+  const Tensor& block_table;
+  const Tensor& seqused_k;
+  const std::optional<Tensor>& cu_seqlens_q;
+  const std::optional<Tensor>& k_scale;
+  const std::optional<Tensor>& v_scale;
+  int64_t max_seqlen_q;
+  int64_t num_splits;
+};
+
+// Problems without their results, which set_results adds.
+attention::FlashFwdProblem make_dense_problem(const Tensor& q, const Tensor& k, const Tensor& v,
+                                              const std::optional<Tensor>& s_aux, const MaskArgs& mask);
+attention::FlashFwdProblem make_varlen_problem(const Tensor& q, const Tensor& k, const Tensor& v,
+                                               const std::optional<Tensor>& s_aux, const VarlenArgs& varlen,
+                                               const MaskArgs& mask);
+attention::FlashFwdProblem make_paged_problem(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                              const std::optional<Tensor>& s_aux, const PagedArgs& paged,
+                                              const MaskArgs& mask);
+
+// out: q's leading dimensions and head_dim_v; lse: (batch, num_heads_q, seqlen_q), or (num_heads_q, total_q) where q
+// has three dimensions.
+void set_results(attention::FlashFwdProblem& problem, const Tensor& q, const Tensor& out, const Tensor& lse);
+
+struct Gradients {
+  Tensor dq, dk, dv;
+  Tensor ds_aux;  // (0,) where there is no sink
+};
+
+// fwd holds the forward's results already.
+attention::FlashBwdProblem make_bwd_problem(const attention::FlashFwdProblem& fwd, const Tensor& q, const Tensor& out,
+                                            const Tensor& lse, const Tensor& dout, const std::optional<Tensor>& dlse,
+                                            const Gradients& gradients, bool deterministic);
+
+attention::ReshapeAndCacheProblem make_reshape_and_cache_problem(const Tensor& k, const Tensor& v,
+                                                                 const Tensor& k_cache, const Tensor& v_cache,
+                                                                 const Tensor& slot_mapping,
+                                                                 const std::optional<Tensor>& k_scale,
+                                                                 const std::optional<Tensor>& v_scale);
+
+// Holds the arrays of pointers that a merge problem points to.
+struct MergeInputs {
+  std::vector<const void*> outs;
+  std::vector<const void*> lses;
+};
+attention::MergeProblem make_merge_problem(const std::vector<Tensor>& outs, const std::vector<Tensor>& lses,
+                                           const std::optional<Tensor>& s_aux, MergeInputs& inputs);
+
+}  // namespace sink_attention::binding

@@ -1,0 +1,273 @@
+"""Builds sink_attention_ext/_C.abi3.so through ninja: one library for every Python, every torch from
+2.10 on (torch's stable ABI) and every CPU (each instruction set's kernels, chosen at run time).
+
+Environment:
+    SINK_CUDA=auto|0|1        CUDA kernels: where nvcc and a CUDA torch are there (auto), never, or an
+                              error if they cannot be built
+    TORCH_CUDA_ARCH_LIST      what they are built for, as in torch ("8.0;9.0a+PTX")
+    SINK_SANITIZE=1           with AddressSanitizer and UBSan, into build/ext-sanitize
+    CXX, MAX_JOBS             compiler; how many files at once
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import Command, setup
+
+try:
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ImportError as error:
+    raise SystemExit(
+        f"""
+sink_attention_ext is built against the torch of the environment that it is installed into, and this
+Python finds none ({error}). pip's isolated build environment never has one. Install torch, then build
+without isolation:
+    pip install torch setuptools ninja
+    pip install --no-build-isolation .
+"""
+    ) from None
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+SANITIZE = os.environ.get("SINK_SANITIZE") == "1"
+# Not setuptools' temporary folder: objects stay between builds, so one touched file compiles one file.
+OBJECTS = ROOT / "build" / ("ext-sanitize" if SANITIZE else "ext")
+LIBRARY = "_C.abi3.so"
+
+IS_X86_64 = platform.machine().lower() in ("x86_64", "amd64")
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+INSTRUCTION_SET_FLAGS = {  # of csrc/cpu/simd/<name>.cpp: the same headers, compiled once for each
+    "kernels_portable": [],
+    "kernels_avx2": AVX2,
+    "kernels_avx512": AVX512,
+    "kernels_avx512_bf16": [*AVX512, "-mavx512bf16"],
+}
+SANITIZE_FLAGS = [
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer",
+    "-g1",
+]
+TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the oldest torch that the library loads into
+DEFAULT_CUDA_ARCHS = "8.0;9.0a;12.0+PTX"
+CHECKED_CUDA_ARCHS = "8.0;9.0a;12.0"
+
+
+def cpp_sources(with_cuda: bool) -> list[Path]:
+    """csrc/torch and csrc/cpu, with those instruction sets that this machine's compiler has."""
+    sources = sorted((CSRC / "torch").glob("*.cpp")) + sorted((CSRC / "cpu").glob("*.cpp"))
+    sources += sorted((CSRC / "cpu" / "simd").glob("*.cpp"))
+    if (CSRC / "cpu" / "naive.cpp").exists():
+        fast = os.environ.get("SINK_FAST") == "1"
+        sources = [
+            s
+            for s in sources
+            if s.parent.name == "torch" or (s.stem != "naive" if fast else s.stem == "naive")
+        ]
+    return [
+        source
+        for source in sources
+        if (with_cuda or source.stem != "ops_cuda")
+        and (IS_X86_64 or source.stem == "kernels_portable" or source.parent.name != "simd")
+    ]
+
+
+def cuda_sources() -> list[Path]:
+    return sorted((CSRC / "cuda").rglob("*.cu"))
+
+
+def nvcc_root() -> Path | None:
+    """The toolkit's folder. nvcc on PATH may be a wrapper script, so nvcc itself is asked."""
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
+        if home and (Path(home) / "bin" / "nvcc").exists():
+            return Path(home)
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    dry_run = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True
+    )
+    top = re.search(r"^#\$ TOP=(.*)$", dry_run.stderr, re.MULTILINE)
+    return Path(top.group(1)).resolve() if top else None
+
+
+def choose_cuda() -> Path | None:
+    """The toolkit to build the CUDA kernels with, or None; says what was chosen and why."""
+    wish = os.environ.get("SINK_CUDA", "auto")
+    if wish not in ("auto", "0", "1"):
+        raise SystemExit(f"SINK_CUDA must be auto, 0 or 1, got {wish!r}")
+    root = nvcc_root()
+    if wish == "0":
+        missing = "SINK_CUDA=0"
+    elif not cuda_sources():
+        missing = "this version has no CUDA kernels"
+    elif torch.version.cuda is None:
+        missing = f"torch {torch.__version__} is built without CUDA (make check-cuda compiles the kernels)"
+    elif root is None:
+        missing = "no nvcc on PATH or in CUDA_HOME"
+    else:
+        print(f"sink_attention_ext: CPU and CUDA ({root}, for {cuda_archs()})")
+        return root
+    if wish == "1":
+        raise SystemExit(f"SINK_CUDA=1, but CUDA kernels cannot be built: {missing}")
+    print(f"sink_attention_ext: CPU only ({missing})")
+    return None
+
+
+def cuda_archs() -> str:
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHS
+
+
+def gencode_flags(archs: str) -> list[str]:
+    """"8.0;9.0a+PTX" -> -gencode for each, PTX too where asked for."""
+    flags = []
+    for arch in archs.replace(" ", ";").split(";"):
+        match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", arch)
+        if match is None:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {arch!r} is not of the form 8.0 or 9.0a+PTX")
+        number = match.group(1) + match.group(2)
+        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        if match.group(3):
+            flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    return flags
+
+
+def quoted(flags: list[str]) -> str:
+    return shlex.join(str(flag) for flag in flags).replace("$", "$$")
+
+
+def nvcc_rule(root: Path) -> list[str]:
+    host = "-fPIC,-fvisibility=hidden"
+    flags = ["-std=c++17", "-O3", "-Xcompiler", host, "-cudart", "static", f"-I{CSRC}"]
+    return [
+        "rule nvcc",
+        f"  command = {root}/bin/nvcc -MD -MF $out.d {quoted(flags)} $flags -c $in -o $out $log",
+        "  depfile = $out.d",
+        "  deps = gcc",
+    ]
+
+
+def run_ninja(folder: Path, lines: list[str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+    subprocess.run([find_ninja(), "-C", str(folder), *jobs], check=True)
+
+
+def find_ninja() -> str:
+    try:
+        from ninja import BIN_DIR  # the package's own, where the environment is not activated
+
+        return str(Path(BIN_DIR) / "ninja")
+    except ImportError:
+        return shutil.which("ninja") or "ninja"
+
+
+class NinjaBuild(BuildExtension):
+    """The whole extension as one ninja file, because torch's ninja step has one set of flags for all."""
+
+    def build_extension(self, ext) -> None:
+        try:
+            run_ninja(OBJECTS, self.ninja_lines(ext, choose_cuda()))
+        except subprocess.CalledProcessError:
+            raise SystemExit("sink_attention_ext: the compiler's messages are above") from None
+        database = subprocess.run(
+            [find_ninja(), "-C", str(OBJECTS), "-t", "compdb", "cxx"], capture_output=True, text=True
+        )
+        (ROOT / "compile_commands.json").write_text(database.stdout)
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.copy_file(str(OBJECTS / LIBRARY), str(target))
+
+    def ninja_lines(self, ext, cuda_root: Path | None) -> list[str]:
+        cxx_flags = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        cxx_flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-I{CSRC}"]
+        cxx_flags += [flag for folder in ext.include_dirs for flag in ("-isystem", folder)]
+        if not IS_X86_64:
+            cxx_flags.append("-DSA_NO_X86")
+        # libtorch by name: the CUDA runtime's symbols are found only through it, and nothing else
+        # keeps a library without a directly used symbol.
+        link_flags = [f"-L{folder}" for folder in ext.library_dirs]
+        link_flags += ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu", "-lc10"]
+        if SANITIZE:
+            cxx_flags += SANITIZE_FLAGS
+            link_flags += SANITIZE_FLAGS
+        if cuda_root is not None:
+            cxx_flags.append("-DSA_WITH_CUDA")
+            link_flags += [f"-L{cuda_root}/lib64", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+        lines = [
+            f"cxx = {os.environ.get('CXX', 'c++')}",
+            f"cxx_flags = {quoted(cxx_flags)}",
+            "rule cxx",
+            "  command = $cxx -MMD -MF $out.d $cxx_flags $flags -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = c++ $out",
+            "rule link",
+            f"  command = $cxx -shared $in -o $out {quoted(link_flags)}",
+            "  description = link $out",
+        ]
+        objects = []
+        for source in cpp_sources(with_cuda=cuda_root is not None):
+            objects.append(source.relative_to(CSRC).with_suffix(".o"))
+            flags = INSTRUCTION_SET_FLAGS.get(source.stem, [])
+            lines += [f"build {objects[-1]}: cxx {source}", f"  flags = {quoted(flags)}"]
+        if cuda_root is not None:
+            lines += nvcc_rule(cuda_root)
+            for source in cuda_sources():
+                objects.append(source.relative_to(CSRC).with_suffix(".cu.o"))
+                flags = gencode_flags(cuda_archs())
+                lines += [f"build {objects[-1]}: nvcc {source}", f"  flags = {quoted(flags)}"]
+        return [*lines, f"build {LIBRARY}: link {' '.join(map(str, objects))}"]
+
+
+class CheckCuda(Command):
+    """Compiles every .cu file for each architecture, without linking: needs nvcc, but no CUDA torch."""
+
+    description = "compile each CUDA kernel for each architecture into build/check-cuda"
+    user_options = []
+
+    def initialize_options(self) -> None:
+        pass
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        root = nvcc_root()
+        if not cuda_sources():
+            print("check-cuda: this version has no CUDA kernels; nothing to compile")
+            return
+        if root is None:
+            raise SystemExit("check-cuda: no nvcc on PATH or in CUDA_HOME")
+        folder = ROOT / "build" / "check-cuda"
+        lines = nvcc_rule(root)
+        archs = (os.environ.get("TORCH_CUDA_ARCH_LIST") or CHECKED_CUDA_ARCHS).replace(" ", ";")
+        for source in cuda_sources():
+            for arch in archs.split(";"):
+                target = source.relative_to(CSRC / "cuda").with_suffix(f".sm_{arch}.o")
+                flags = quoted(["-Xptxas", "-v", *gencode_flags(arch)])
+                lines += [f"build {target}: nvcc {source}", f"  flags = {flags}"]
+                lines += ["  log = > $out.log 2>&1 || (cat $out.log; false)"]
+        run_ninja(folder, lines)
+        for log in sorted(folder.rglob("*.log")):
+            print(f"== {log.relative_to(folder)}")
+            print(log.read_text())
+
+
+setup(
+    ext_modules=[
+        CppExtension("sink_attention_ext._C", ["csrc/torch/schema.cpp"], py_limited_api=True)
+    ],
+    cmdclass={"build_ext": NinjaBuild, "check_cuda": CheckCuda},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

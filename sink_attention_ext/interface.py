@@ -1,0 +1,184 @@
+"""flash_attn_func and flash_attn_varlen_func: attention with learnable sinks, with gradients.
+
+Conventions of every function of this package:
+
+* q is (..., num_heads_q, head_dim); num_heads_kv divides num_heads_q, and query head h reads kv
+  head ``h // (num_heads_q // num_heads_kv)`` (multi-query and grouped-query attention).
+* ``s_aux`` (num_heads_q,) holds each head's sink: a logit that takes part in the softmax and has no
+  value, as in GPT-OSS. It is a natural-logarithm logit, neither multiplied by softmax_scale nor
+  softcapped. None and -inf both mean no sink.
+* ``causal`` and ``window_size = (left, right)`` are aligned bottom-right: row i stands at key
+  position ``p = i + seqlen_k - seqlen_q`` and sees the keys ``p - left <= j <= p + right``, both
+  bounds included; -1 or None is unbounded. Causal makes ``right`` 0, whatever was passed. A sliding
+  window of N tokens, the token itself included (transformers' ``sliding_window=N``), is therefore
+  ``window_size=(N - 1, 0)``.
+* ``lse`` is the natural logarithm of the softmax's denominator, **the sink included**, float32
+  (float64 for float64 inputs). It is differentiable.
+* A row without a visible key gives ``out = 0`` and ``lse = s_aux`` (``-inf`` without a sink), never
+  NaN.
+
+Argument names and order are FlashAttention's; the formula is in sink_attention_ext/reference.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sink_attention_ext import checks, ops
+from sink_attention_ext.reference import WindowSize
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: WindowSize = (-1, -1),
+    softcap: float = 0.0,
+    s_aux: Tensor | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention with an optional learnable sink per head. Differentiable in q, k, v and s_aux.
+
+    Memory is O(seqlen): no (seqlen_q, seqlen_k) matrix exists, in the backward neither. Tiles
+    without a visible key are skipped, so a windowed layer costs seqlen * window.
+
+    Args:
+        q: (batch, seqlen_q, num_heads_q, head_dim), float64, float32, float16 or bfloat16; head_dim
+            1 to 256.
+        k: (batch, seqlen_k, num_heads_kv, head_dim), the dtype of q.
+        v: (batch, seqlen_k, num_heads_kv, head_dim_v), the dtype of q; head_dim_v 1 to 256, not
+            necessarily head_dim. Strides of q, k and v are free but for the last, which is 1.
+        softmax_scale: factor of the scores <q, k>; None is head_dim ** -0.5.
+        causal: row i sees no key after its position i + seqlen_k - seqlen_q. Wins over
+            window_size[1].
+        window_size: (left, right) keys seen beside the row's own position; -1 or None is unbounded.
+        softcap: if > 0, scores become softcap * tanh(score / softcap).
+        s_aux: (num_heads_q,) sinks of any of the four float dtypes, whatever q has; read as
+            float32, its gradient comes in its own dtype.
+        deterministic: makes the backward bitwise repeatable (on the CPU it always is).
+        return_lse: also return lse.
+
+    Returns:
+        out (batch, seqlen_q, num_heads_q, head_dim_v) in the dtype of q; with return_lse ``(out,
+        lse)``, lse (batch, num_heads_q, seqlen_q) float32 (float64 for float64). The gradient
+        through lse is exact.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it. Nothing has been
+            computed.
+        RuntimeError: from a second derivative, which is not implemented.
+
+    Under torch.autocast q, k and v are cast to autocast's dtype, s_aux and lse are not.
+
+    Example::
+
+        q, k, v = (torch.randn(2, 128, heads, 64) for heads in (8, 2, 2))
+        sinks = torch.zeros(8, requires_grad=True)
+        out = flash_attn_func(q, k, v, causal=True, window_size=(127, 0), s_aux=sinks)
+        out.sum().backward()  # sinks.grad is the gradient of each head's sink
+    """
+    checks.check_qkv(q, k, v, (checks.Q_DENSE, checks.K_DENSE, checks.V_DENSE))
+    s_aux = checks.check_s_aux(s_aux, q.shape[2], q.device)
+    checks.check_bool("causal", causal)
+    checks.check_bool("deterministic", deterministic)
+    window_left, window_right = checks.check_window(window_size, causal)
+    out, lse = ops.flash_attn_fwd(
+        q,
+        k,
+        v,
+        s_aux,
+        checks.check_softmax_scale(softmax_scale, q.shape[-1]),
+        causal,
+        window_left,
+        window_right,
+        checks.check_softcap(softcap),
+        deterministic,
+    )
+    return (out, lse) if checks.check_bool("return_lse", return_lse) else out
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | torch.SymInt | Tensor,
+    max_seqlen_k: int | torch.SymInt | Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: WindowSize = (-1, -1),
+    softcap: float = 0.0,
+    s_aux: Tensor | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    seqused_k: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over packed sequences of different lengths. Differentiable in q, k, v and s_aux.
+
+    Sequence b is rows ``[cu_seqlens_q[b], cu_seqlens_q[b + 1])`` of q and ``[cu_seqlens_k[b],
+    cu_seqlens_k[b + 1])`` of k and v; it sees no other sequence. An empty sequence is allowed on
+    either side.
+
+    Args:
+        q: (total_q, num_heads_q, head_dim).
+        k: (total_k, num_heads_kv, head_dim).
+        v: (total_k, num_heads_kv, head_dim_v).
+        cu_seqlens_q: (batch + 1,) int32, starts of the sequences in q, from 0, never falling, at
+            most total_q. Rows from cu_seqlens_q[-1] on are in no sequence: out = 0, lse = -inf,
+            gradient 0.
+        cu_seqlens_k: (batch + 1,) int32, the same for k and v.
+        max_seqlen_q: at least the longest query length. An int (also a SymInt or a 0-d integer
+            tensor, which is read by the host).
+        max_seqlen_k: at least the longest key length.
+        seqused_k: (batch,) int32: only the first seqused_k[b] keys of sequence b count, which also
+            is the seqlen_k of the bottom-right alignment. None: all.
+        softmax_scale, causal, window_size, softcap, s_aux, deterministic, return_lse: as in
+            flash_attn_func.
+
+    Returns:
+        out (total_q, num_heads_q, head_dim_v); with return_lse ``(out, lse)``, lse (num_heads_q,
+        total_q).
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        RuntimeError: lengths inside cu_seqlens or seqused_k are out of range (checked by the
+            operator before it computes), or a second derivative is taken.
+
+    Example::
+
+        cu_seqlens = torch.tensor([0, 5, 8], dtype=torch.int32)  # lengths 5 and 3
+        q, k, v = (torch.randn(8, heads, 64) for heads in (8, 2, 2))
+        sinks = torch.zeros(8)
+        out = flash_attn_varlen_func(
+            q, k, v, cu_seqlens, cu_seqlens, 5, 5, causal=True, s_aux=sinks
+        )
+    """
+    checks.check_qkv(q, k, v, (checks.Q_PACKED, checks.K_PACKED, checks.V_PACKED))
+    checks.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, seqused_k, q.device)
+    s_aux = checks.check_s_aux(s_aux, q.shape[1], q.device)
+    checks.check_bool("causal", causal)
+    checks.check_bool("deterministic", deterministic)
+    window_left, window_right = checks.check_window(window_size, causal)
+    out, lse = ops.flash_attn_varlen_fwd(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_k,
+        s_aux,
+        checks.check_max_seqlen("max_seqlen_q", max_seqlen_q),
+        checks.check_max_seqlen("max_seqlen_k", max_seqlen_k),
+        checks.check_softmax_scale(softmax_scale, q.shape[-1]),
+        causal,
+        window_left,
+        window_right,
+        checks.check_softcap(softcap),
+        deterministic,
+    )
+    return (out, lse) if checks.check_bool("return_lse", return_lse) else out

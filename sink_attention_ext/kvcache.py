@@ -1,0 +1,318 @@
+"""flash_attn_with_kvcache and reshape_and_cache: serving from paged and dense key-value caches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sink_attention_ext import checks, ops
+from sink_attention_ext.autograd import refuse_gradient
+from sink_attention_ext.reference import WindowSize
+
+SKIP_SLOT = -1  # reshape_and_cache leaves the token out
+INVALID_SLOT = -2  # reshape_and_cache refuses the call before it writes
+
+
+def reshape_and_cache(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    """Writes the keys and values of tokens into a paged cache, in place.
+
+    Token t goes to slot ``slot_mapping[t] % page_size`` of page ``slot_mapping[t] // page_size``.
+
+    Args:
+        k: (num_tokens, num_heads_kv, head_dim).
+        v: (num_tokens, num_heads_kv, head_dim_v).
+        k_cache: (num_pages, page_size, num_heads_kv, head_dim), the dtype of k or float8_e4m3fn.
+            Any strides but for the last, which is 1: a (num_pages, num_heads_kv, page_size,
+            head_dim) cache is passed as ``cache.transpose(1, 2)``.
+        v_cache: (num_pages, page_size, num_heads_kv, head_dim_v), the dtype of k_cache.
+        slot_mapping: (num_tokens,) int64 from 0 to num_pages * page_size - 1; -1 leaves the token
+            out.
+        k_scale: for float8 caches, and only for them: float32 of shape (), (1,) or (num_heads_kv,);
+            what is stored is k / k_scale, saturated to +-448.
+        v_scale: the same for v.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        RuntimeError: a slot is out of range (the operator checks before it writes), or autograd
+            would have to differentiate this.
+
+    Under torch.autocast k and v are cast to the caches' dtype.
+
+    Example::
+
+        cache = torch.zeros(2, 16, 4, 8, 64)  # k and v: 16 pages of 4 tokens, 8 heads
+        slots = torch.tensor([5, 6, -1])
+        reshape_and_cache(torch.randn(3, 8, 64), torch.randn(3, 8, 64), cache[0], cache[1], slots)
+    """
+    checks.check_caches(k_cache, v_cache)
+    checks.check_new_kv(k, v, k_cache, v_cache, checks.K_TOKENS, checks.V_TOKENS)
+    k_scale = checks.check_cache_scale("k_scale", k_scale, k_cache)
+    v_scale = checks.check_cache_scale("v_scale", v_scale, k_cache)
+    checks.check_tensor("slot_mapping", slot_mapping, ("num_tokens",))
+    if slot_mapping.dtype != torch.int64:
+        raise TypeError(f"slot_mapping must have dtype torch.int64; got {slot_mapping.dtype}")
+    checks.check_device("slot_mapping", slot_mapping, k_cache.device)
+    checks.check_last_stride("slot_mapping", slot_mapping)
+    checks.check_size("slot_mapping", slot_mapping, 0, "num_tokens", k.shape[0], "as k has")
+    refuse_gradient("reshape_and_cache", k, v, k_cache, v_cache)
+    ops.reshape_and_cache(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    block_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | torch.SymInt | Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: WindowSize = (-1, -1),
+    softcap: float = 0.0,
+    s_aux: Tensor | None = None,
+    return_lse: bool = False,
+    num_splits: int = 0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of new queries over a paged or dense cache, after appending new keys to it in
+    place.
+
+    One function for decode (seqlen_q = 1), several tokens at once (speculative decoding) and
+    prefill in chunks. Rows are aligned bottom-right with the keys that the cache holds after the
+    append, so ``causal=True`` lets the last query see all of them. Not differentiable.
+
+    Args:
+        q: (batch, seqlen_q, num_heads_q, head_dim), or (total_q, num_heads_q, head_dim) with
+            cu_seqlens_q. The caches' dtype; with float8 caches any float dtype.
+        k_cache: with block_table (num_pages, page_size, num_heads_kv, head_dim), without it
+            (batch, seqlen_cache, num_heads_kv, head_dim): one row per sequence. Any strides but for
+            the last, which is 1: a (num_pages, num_heads_kv, page_size, head_dim) cache is passed
+            as ``cache.transpose(1, 2)``.
+        v_cache: like k_cache with head_dim_v.
+        k: new keys (batch, seqlen_new, num_heads_kv, head_dim), or (total_q, num_heads_kv,
+            head_dim) with cu_seqlens_q, which then gives the lengths of the queries and of the new
+            keys. They are written behind the cache_seqlens[b] keys of sequence b, then attended to.
+            None: nothing is appended.
+        v: new values, like k with head_dim_v; given exactly when k is.
+        cache_seqlens: int or (batch,) int32, the keys that the cache held **before** the append.
+            None: the cache is full.
+        block_table: (batch, max_pages_per_seq) int32: key j of sequence b lies in page
+            ``block_table[b, j // page_size]``. Entries beyond a sequence's length are not read.
+        cu_seqlens_q: (batch + 1,) int32: q is packed.
+        max_seqlen_q: with cu_seqlens_q at least the longest query length; None is total_q. Refused
+            without it.
+        softmax_scale, causal, window_size, softcap, s_aux, return_lse: as in flash_attn_func.
+        num_splits: parts into which the keys are cut, computed apart and merged; 0: chosen for you;
+            1: never.
+        k_scale: for float8 caches, and only for them: float32 of shape (), (1,) or (num_heads_kv,).
+        v_scale: the same for v.
+
+    Returns:
+        out (batch, seqlen_q, num_heads_q, head_dim_v), or (total_q, num_heads_q, head_dim_v); with
+        return_lse ``(out, lse)``, lse (batch, num_heads_q, seqlen_q), or (num_heads_q, total_q),
+        the sink included.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, and nothing has been
+            written. Where keys are appended in eager mode on the CPU, this includes values in
+            cache_seqlens, block_table and cu_seqlens_q.
+        RuntimeError: the operators found such values out of range (without k and v, and under
+            torch.compile), or autograd would have to differentiate this.
+
+    Under torch.autocast q, k and v are cast to the caches' dtype: a cache is never cast.
+
+    Example::
+
+        cache = torch.zeros(2, 4, 512, 2, 64)  # k and v of 4 sequences
+        lengths = torch.zeros(4, dtype=torch.int32)
+        q, k, v = (torch.randn(4, 1, heads, 64) for heads in (8, 2, 2))
+        sinks = torch.zeros(8)
+        out = flash_attn_with_kvcache(
+            q, cache[0], cache[1], k, v, lengths, causal=True, s_aux=sinks
+        )
+        lengths += 1
+    """
+    is_packed = cu_seqlens_q is not None
+    checks.check_caches(k_cache, v_cache)
+    checks.check_tensor("q", q, checks.Q_PACKED if is_packed else checks.Q_DENSE)
+    checks.check_device("q", q, k_cache.device)
+    checks.check_dtype_against_cache("q", q, k_cache)
+    checks.check_heads(q, "k_cache", k_cache, "v_cache", v_cache)
+    checks.check_last_stride("q", q)
+    batch = _check_batch(q, k_cache, block_table, cu_seqlens_q)
+    k_scale = checks.check_cache_scale("k_scale", k_scale, k_cache)
+    v_scale = checks.check_cache_scale("v_scale", v_scale, k_cache)
+    s_aux = checks.check_s_aux(s_aux, q.shape[-2], q.device)
+    checks.check_bool("causal", causal)
+    window_left, window_right = checks.check_window(window_size, causal)
+    scale = checks.check_softmax_scale(softmax_scale, q.shape[-1])
+    softcap = checks.check_softcap(softcap)
+    num_splits = checks.check_num_splits(num_splits)
+    checks.check_bool("return_lse", return_lse)
+    if not is_packed and max_seqlen_q is not None:
+        raise ValueError(f"max_seqlen_q must be None without cu_seqlens_q; got {max_seqlen_q!r}")
+    if max_seqlen_q is None:
+        max_seqlen_q = q.shape[0] if is_packed else q.shape[1]
+    max_seqlen_q = checks.check_max_seqlen("max_seqlen_q", max_seqlen_q)
+    refuse_gradient("flash_attn_with_kvcache", q, k, v, k_cache, v_cache, s_aux)
+
+    page_size = k_cache.shape[1]
+    pages = block_table
+    if pages is None:  # a dense cache: every sequence has one page
+        pages = torch.arange(batch, dtype=torch.int32, device=q.device)[:, None]
+    capacity = pages.shape[1] * page_size
+    seqused_k = _cache_lengths(cache_seqlens, k, batch, capacity, q.device)
+
+    if k is not None or v is not None:
+        _check_append(q, k, v, k_cache, v_cache, is_packed)
+        lengths, num_pages = seqused_k, k_cache.shape[0]
+        seqused_k = lengths + (cu_seqlens_q.diff() if is_packed else k.shape[1])
+        if checks.can_read_values(lengths):
+            if is_packed:
+                checks.check_packed_lengths(cu_seqlens_q, q.shape[0], max_seqlen_q)
+            checks.check_append_lengths(lengths, seqused_k, capacity)
+            if block_table is not None:
+                seqlens_q = cu_seqlens_q.diff() if is_packed else q.shape[1]
+                first_key = _first_key(lengths, seqused_k, seqlens_q, window_left)
+                checks.check_block_table_values(pages, first_key, seqused_k, num_pages, page_size)
+        if batch > 0:
+            tokens = _new_positions(lengths, cu_seqlens_q, k)
+            slots = _slots(*tokens, pages, num_pages, page_size)
+            if not is_packed:
+                k, v = k.flatten(0, 1), v.flatten(0, 1)
+            ops.reshape_and_cache(k, v, k_cache, v_cache, slots, k_scale, v_scale)
+
+    out, lse = ops.paged_attn(
+        q,
+        k_cache,
+        v_cache,
+        pages,
+        seqused_k,
+        cu_seqlens_q,
+        s_aux,
+        k_scale,
+        v_scale,
+        max_seqlen_q,
+        scale,
+        causal,
+        window_left,
+        window_right,
+        softcap,
+        num_splits,
+    )
+    return (out, lse) if return_lse else out
+
+
+def _check_batch(q: Tensor, k_cache: Tensor, block_table: Any, cu_seqlens_q: Any) -> int:
+    """The number of sequences, the same in q, cu_seqlens_q, block_table and a dense cache."""
+    if cu_seqlens_q is not None:
+        checks.check_int32("cu_seqlens_q", cu_seqlens_q, ("batch + 1",), q.device)
+        if cu_seqlens_q.shape[0] < 1:
+            raise ValueError("cu_seqlens_q must have batch + 1 entries, at least 1; got shape (0,)")
+        batch, source = cu_seqlens_q.shape[0] - 1, "cu_seqlens_q"
+    else:
+        batch, source = q.shape[0], "q"
+    if block_table is None:
+        checks.check_size(
+            "k_cache", k_cache, 0, "batch", batch, f"as {source} has, without block_table"
+        )
+    else:
+        checks.check_int32("block_table", block_table, ("batch", "max_pages_per_seq"), q.device)
+        checks.check_size("block_table", block_table, 0, "batch", batch, f"as {source} has")
+    return batch
+
+
+def _check_append(
+    q: Tensor, k: Any, v: Any, k_cache: Tensor, v_cache: Tensor, is_packed: bool
+) -> None:
+    if is_packed:
+        checks.check_new_kv(k, v, k_cache, v_cache, checks.K_PACKED_NEW, checks.V_PACKED_NEW)
+        checks.check_size("k", k, 0, "total_q", q.shape[0], "as q has: cu_seqlens_q is for both")
+    else:
+        checks.check_new_kv(k, v, k_cache, v_cache, checks.K_NEW, checks.V_NEW)
+        checks.check_size("k", k, 0, "batch", q.shape[0], "as q has")
+
+
+def _cache_lengths(
+    cache_seqlens: Any, k: Any, batch: int, capacity: int, device: torch.device
+) -> Tensor:
+    """cache_seqlens as a (batch,) int32 tensor."""
+    if isinstance(cache_seqlens, Tensor):
+        checks.check_int32("cache_seqlens", cache_seqlens, ("batch",), device)
+        checks.check_size(
+            "cache_seqlens", cache_seqlens, 0, "batch", batch, "one length per sequence"
+        )
+        return cache_seqlens
+    if cache_seqlens is None:
+        if k is not None:
+            raise ValueError(
+                "cache_seqlens must be given where k and v are to be appended; got None"
+            )
+        cache_seqlens = capacity
+    elif not isinstance(cache_seqlens, (int, torch.SymInt)) or isinstance(cache_seqlens, bool):
+        raise TypeError(
+            f"cache_seqlens must be an int or an int32 tensor (batch,); got {cache_seqlens!r}"
+        )
+    if cache_seqlens < 0 or cache_seqlens > capacity:
+        raise ValueError(
+            f"cache_seqlens must be from 0 to {capacity}, the tokens that a sequence's cache can "
+            "hold; "
+            f"got {cache_seqlens}"
+        )
+    return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=device)
+
+
+def _first_key(
+    lengths: Tensor, seqused_k: Tensor, seqlens_q: Tensor | int, window_left: int
+) -> Tensor:
+    """(batch,): the first key that is written or seen; pages before it need not exist."""
+    if window_left < 0:
+        return torch.zeros_like(lengths)
+    return torch.minimum(lengths, seqused_k - seqlens_q - window_left).clamp(min=0)
+
+
+def _new_positions(
+    lengths: Tensor, cu_seqlens_q: Tensor | None, k: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of each new token its sequence, its position there, and whether it is in one (None: all are)."""
+    if cu_seqlens_q is None:
+        batch, seqlen_new = k.shape[:2]
+        sequence = torch.arange(batch, device=k.device)[:, None].expand(batch, seqlen_new)
+        position = lengths[:, None] + torch.arange(seqlen_new, device=k.device)
+        return sequence.flatten(), position.flatten(), None
+    token = torch.arange(k.shape[0], device=k.device)
+    is_in_a_sequence = (token >= cu_seqlens_q[0]) & (token < cu_seqlens_q[-1])
+    sequence = torch.searchsorted(cu_seqlens_q, token, right=True) - 1
+    sequence = torch.where(is_in_a_sequence, sequence, 0)
+    return sequence, lengths[sequence] + token - cu_seqlens_q[sequence], is_in_a_sequence
+
+
+def _slots(
+    sequence: Tensor,
+    position: Tensor,
+    is_in_a_sequence: Tensor | None,
+    block_table: Tensor,
+    num_pages: int,
+    page_size: int,
+) -> Tensor:
+    """Where each new token lies in the cache, (num_tokens,) int64; the host reads no value."""
+    column = position // page_size
+    column_inside = column.clamp(0, block_table.shape[1] - 1)
+    page = block_table[sequence, column_inside]
+    exists = (column == column_inside) & (page == page.clamp(0, num_pages - 1))
+    slot = torch.where(exists, position + (page - column) * page_size, INVALID_SLOT)
+    return slot if is_in_a_sequence is None else torch.where(is_in_a_sequence, slot, SKIP_SLOT)

@@ -1,0 +1,104 @@
+"""supports(): whether this build runs a combination, through which kernel, and if not, why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sink_attention_ext import checks, ops
+
+
+@dataclass(frozen=True)
+class Support:
+    """The answer of supports(); true in a condition when supported."""
+
+    supported: bool
+    kernel: str | None  # what would run, e.g. "cpu/avx2"; None when not supported
+    reason: str | None  # why not; None when supported
+
+    def __bool__(self) -> bool:
+        return self.supported
+
+
+def _no(reason: str) -> Support:
+    return Support(False, None, reason)
+
+
+def supports(
+    *,
+    dtype: torch.dtype,
+    head_dim: int,
+    head_dim_v: int | None = None,
+    num_heads_q: int = 1,
+    num_heads_kv: int | None = None,
+    device: torch.device | str = "cpu",
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    s_aux_dtype: torch.dtype | None = None,
+    kv_dtype: torch.dtype | None = None,
+    varlen: bool = False,
+    paged: bool = False,
+    backward: bool = False,
+    deterministic: bool = False,
+) -> Support:
+    """Whether this build computes attention for such inputs.
+
+    Args:
+        dtype: of q (and of k and v, unless kv_dtype says otherwise).
+        head_dim: of q and k.
+        head_dim_v: of v; None is head_dim.
+        num_heads_q: query heads.
+        num_heads_kv: key-value heads; None is num_heads_q.
+        device: where the tensors lie.
+        causal, window_size, softcap, deterministic: as in flash_attn_func.
+        s_aux_dtype: dtype of the sinks; None: no sinks.
+        kv_dtype: dtype of the paged cache; None is dtype.
+        varlen: sequences packed by cu_seqlens.
+        paged: over a key-value cache (flash_attn_with_kvcache).
+        backward: gradients are wanted.
+
+    Returns:
+        Support(supported, kernel, reason).
+
+    Example::
+
+        if not (answer := supports(dtype=torch.bfloat16, head_dim=64, device="cuda")):
+            print(answer.reason)
+    """
+    head_dim_v = head_dim if head_dim_v is None else head_dim_v
+    num_heads_kv = num_heads_q if num_heads_kv is None else num_heads_kv
+    kv_dtype = dtype if kv_dtype is None else kv_dtype
+    device_type = torch.device(device).type
+
+    if ops.LIBRARY_PATH is None:
+        return _no("the compiled library is missing: run `make build`")
+    if device_type not in ops.BACKENDS:
+        return _no(
+            f"this build has no {device_type.upper()} kernels: it has {', '.join(ops.BACKENDS)}"
+        )
+    if dtype not in checks.FLOAT_DTYPES:
+        return _no(f"dtype is float64, float32, float16 or bfloat16, not {dtype}")
+    if s_aux_dtype is not None and s_aux_dtype not in checks.FLOAT_DTYPES:
+        return _no(f"s_aux_dtype is float64, float32, float16 or bfloat16, not {s_aux_dtype}")
+    for name, size in (("head_dim", head_dim), ("head_dim_v", head_dim_v)):
+        if not 1 <= size <= checks.MAX_HEAD_DIM:
+            return _no(f"{name} is 1 to {checks.MAX_HEAD_DIM}, not {size}")
+    if num_heads_q < 1 or num_heads_kv < 1 or num_heads_q % num_heads_kv != 0:
+        return _no(f"num_heads_kv = {num_heads_kv} does not divide num_heads_q = {num_heads_q}")
+    if kv_dtype != dtype and not (paged and kv_dtype == checks.FLOAT8):
+        return _no(f"kv_dtype is {dtype}, or float8_e4m3fn in a paged cache, not {kv_dtype}")
+    if paged and backward:
+        return _no("attention over a key-value cache has no backward")
+    try:
+        checks.check_bool("causal", causal)
+        checks.check_bool("deterministic", deterministic)
+        checks.check_window(window_size, causal)
+        checks.check_softcap(softcap)
+    except (TypeError, ValueError) as error:
+        return _no(str(error))
+    # What remains is one computation for the CPU: varlen only changes where rows lie.
+    return Support(
+        True, f"cpu/{ops.cpu_instruction_set()}" if device_type == "cpu" else device_type, None
+    )

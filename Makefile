@@ -1,4 +1,98 @@
-PYTHON ?= python3
+# make help lists the targets. Each works in a fresh clone with nothing else typed.
+#
+# PYTHON (default python3) is used as it is if it has torch, and its torch is never replaced. Otherwise
+# .venv is made here with $(TORCH). What is missing besides is installed into the one that is used.
 
-build:
-	$(PYTHON) setup.py -q build_ext --inplace
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+.DEFAULT_GOAL := build
+MAKEFLAGS += --no-print-directory
+
+HAS_TORCH := $(shell $(PYTHON) -c 'import importlib.util; print(importlib.util.find_spec("torch") and "yes" or "")' 2>/dev/null)
+ifeq ($(HAS_TORCH),yes)
+PY := $(shell $(PYTHON) -c 'import sys; print(sys.executable)')
+else
+PY := $(CURDIR)/.venv/bin/python
+endif
+
+# What was installed, for each interpreter apart; so a second call starts at once.
+STAMPS := build/stamps$(PY)
+export PATH := $(PATH):$(dir $(PY))# where cmake and ninja are if the system has none
+CLANG_FORMAT := $(PY) -c 'import clang_format; clang_format.clang_format()'
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+LIBRARY := sink_attention_ext/_C.abi3.so
+SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+PYTHON_FILES = setup.py tools sink_attention_ext tests benchmarks examples
+
+.PHONY: help build demo test test-all bench checklist lint format native sanitize sanitize-native \
+        sanitize-python check-cuda clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */\1|/' | \
+	  awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+	@echo "  PYTHON=...        the interpreter to use (now: $(PY))"
+
+build: $(LIBRARY)  ## the extension, in place
+
+demo: build $(STAMPS)/demo  ## train a small GPT-OSS with our op, then serve it (under 5 minutes)
+	$(PY) examples/train_and_serve.py
+
+test: build $(STAMPS)/test lint native  ## lint, native tests and all tests that are not slow
+	$(PY) -m pytest -q tests -m "not slow"
+
+test-all: build $(STAMPS)/test lint native  ## the slow ones too
+	$(PY) -m pytest -q tests
+
+bench: build $(STAMPS)/bench  ## the benchmark tables and plots
+	$(PY) benchmarks/run.py
+
+checklist: build $(STAMPS)/test  ## the nine checks of adding sinks to a model, by name
+	$(PY) -m pytest -v tests/test_checklist.py
+
+lint: $(STAMPS)/lint  ## ruff and clang-format
+	$(PY) -m ruff check $(wildcard $(PYTHON_FILES))
+	$(CLANG_FORMAT) --dry-run -Werror $(CXX_FILES)
+
+format: $(STAMPS)/lint  ## let both rewrite the files
+	$(PY) -m ruff check --fix $(wildcard $(PYTHON_FILES))
+	$(CLANG_FORMAT) -i $(CXX_FILES)
+
+native: $(STAMPS)/native  ## the C++ library without torch, and its tests
+	cmake -S . -B build/native -G Ninja -DCMAKE_BUILD_TYPE=Release > build/native.log || (cat build/native.log; false)
+	cmake --build build/native
+	ctest --test-dir build/native --output-on-failure --no-tests=error
+
+sanitize: sanitize-native sanitize-python  ## both test suites under AddressSanitizer and UBSan
+
+sanitize-native: $(STAMPS)/native
+	cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=Release -DSINK_SANITIZE=ON
+	cmake --build build/sanitize
+	ctest --test-dir build/sanitize --output-on-failure --no-tests=error
+
+check-cuda: $(STAMPS)/build  ## compile each CUDA kernel for each architecture (needs nvcc, no GPU)
+	$(PY) setup.py --quiet check_cuda
+
+clean:  ## all that was built; .venv stays
+	rm -rf build sink_attention_ext/_C*.so compile_commands.json *.egg-info
+
+$(LIBRARY): $(SOURCES) | $(STAMPS)/build
+	$(PY) setup.py --quiet build_ext --inplace
+	@touch $@
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+$(STAMPS)/torch: $(if $(HAS_TORCH),,.venv/bin/python)
+	@$(PY) -c 'import torch' 2>/dev/null || \
+	  (echo "$(PYTHON) has no torch: installing $(TORCH) into .venv" && $(PY) -m pip install --quiet $(TORCH))
+	@mkdir -p $(@D) && touch $@
+
+$(STAMPS)/native: | $(STAMPS)/build
+	@command -v cmake > /dev/null || $(PY) tools/install_missing.py native
+	@touch $@
+
+$(STAMPS)/%: pyproject.toml tools/install_missing.py | $(STAMPS)/torch
+	@$(PY) tools/install_missing.py $*
+	@touch $@

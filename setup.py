@@ -1,9 +1,9 @@
-"""Builds sink_attention_ext/_C.abi3.so through ninja: one library for every Python, every torch from
-2.10 on (torch's stable ABI) and every CPU (each instruction set's kernels, chosen at run time).
+"""Builds sink_attention_ext/_C.abi3.so through ninja: one library for every Python, for torch from
+2.10 on (through its stable ABI) and every CPU (the kernels of each instruction set are in it).
 
 Environment:
-    SINK_CUDA=auto|0|1        CUDA kernels: where nvcc and a CUDA torch are there (auto), never, or an
-                              error if they cannot be built
+    SINK_CUDA=auto|0|1        CUDA kernels: where nvcc and a CUDA torch are there (auto), never, or
+                              an error if they cannot be built
     TORCH_CUDA_ARCH_LIST      what they are built for, as in torch ("8.0;9.0a+PTX")
     SINK_SANITIZE=1           with AddressSanitizer and UBSan, into build/ext-sanitize
     CXX, MAX_JOBS             compiler; how many files at once
@@ -28,8 +28,8 @@ except ImportError as error:
     raise SystemExit(
         f"""
 sink_attention_ext is built against the torch of the environment that it is installed into, and this
-Python finds none ({error}). pip's isolated build environment never has one. Install torch, then build
-without isolation:
+Python finds none ({error}). pip's isolated build environment never has one. Install torch, then
+build without isolation:
     pip install torch setuptools ninja
     pip install --no-build-isolation .
 """
@@ -38,7 +38,7 @@ without isolation:
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 SANITIZE = os.environ.get("SINK_SANITIZE") == "1"
-# Not setuptools' temporary folder: objects stay between builds, so one touched file compiles one file.
+# Not setuptools' temporary folder: objects stay, so that one touched file compiles one file.
 OBJECTS = ROOT / "build" / ("ext-sanitize" if SANITIZE else "ext")
 LIBRARY = "_C.abi3.so"
 
@@ -66,13 +66,6 @@ def cpp_sources(with_cuda: bool) -> list[Path]:
     """csrc/torch and csrc/cpu, with those instruction sets that this machine's compiler has."""
     sources = sorted((CSRC / "torch").glob("*.cpp")) + sorted((CSRC / "cpu").glob("*.cpp"))
     sources += sorted((CSRC / "cpu" / "simd").glob("*.cpp"))
-    if (CSRC / "cpu" / "naive.cpp").exists():
-        fast = os.environ.get("SINK_FAST") == "1"
-        sources = [
-            s
-            for s in sources
-            if s.parent.name == "torch" or (s.stem != "naive" if fast else s.stem == "naive")
-        ]
     return [
         source
         for source in sources
@@ -111,7 +104,7 @@ def choose_cuda() -> Path | None:
     elif not cuda_sources():
         missing = "this version has no CUDA kernels"
     elif torch.version.cuda is None:
-        missing = f"torch {torch.__version__} is built without CUDA (make check-cuda compiles the kernels)"
+        missing = f"torch {torch.__version__} has no CUDA; make check-cuda compiles the kernels"
     elif root is None:
         missing = "no nvcc on PATH or in CUDA_HOME"
     else:
@@ -128,7 +121,7 @@ def cuda_archs() -> str:
 
 
 def gencode_flags(archs: str) -> list[str]:
-    """"8.0;9.0a+PTX" -> -gencode for each, PTX too where asked for."""
+    """-gencode flags for a list such as "8.0;9.0a+PTX", PTX too where asked for."""
     flags = []
     for arch in archs.replace(" ", ";").split(";"):
         match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", arch)
@@ -173,16 +166,15 @@ def find_ninja() -> str:
 
 
 class NinjaBuild(BuildExtension):
-    """The whole extension as one ninja file, because torch's ninja step has one set of flags for all."""
+    """The whole extension as one ninja file; torch's own has one set of flags for all sources."""
 
     def build_extension(self, ext) -> None:
         try:
             run_ninja(OBJECTS, self.ninja_lines(ext, choose_cuda()))
         except subprocess.CalledProcessError:
             raise SystemExit("sink_attention_ext: the compiler's messages are above") from None
-        database = subprocess.run(
-            [find_ninja(), "-C", str(OBJECTS), "-t", "compdb", "cxx"], capture_output=True, text=True
-        )
+        command = [find_ninja(), "-C", str(OBJECTS), "-t", "compdb", "cxx"]
+        database = subprocess.run(command, capture_output=True, text=True, check=True)
         (ROOT / "compile_commands.json").write_text(database.stdout)
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -190,6 +182,8 @@ class NinjaBuild(BuildExtension):
 
     def ninja_lines(self, ext, cuda_root: Path | None) -> list[str]:
         cxx_flags = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        # GCC's own AVX-512 headers use undefined registers and warn about it (GCC bug 105593).
+        cxx_flags.append("-Wno-maybe-uninitialized")
         cxx_flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-I{CSRC}"]
         cxx_flags += [flag for folder in ext.include_dirs for flag in ("-isystem", folder)]
         if not IS_X86_64:
@@ -231,7 +225,7 @@ class NinjaBuild(BuildExtension):
 
 
 class CheckCuda(Command):
-    """Compiles every .cu file for each architecture, without linking: needs nvcc, but no CUDA torch."""
+    """Compiles every .cu file for each architecture; needs nvcc, but neither GPU nor CUDA torch."""
 
     description = "compile each CUDA kernel for each architecture into build/check-cuda"
     user_options = []

@@ -26,9 +26,9 @@ class Layer:
         return (-1, -1) if self.window is None else (self.window - 1, 0)
 
 
-GPT_OSS_FULL = Layer("GPT-OSS full (64/8 heads, d 64)", 64, 8, 64)
-GPT_OSS_WINDOW = Layer("GPT-OSS window 128 (64/8 heads, d 64)", 64, 8, 64, window=128)
-HEAD_DIM_128 = Layer("causal (32/8 heads, d 128)", 32, 8, 128)
+GPT_OSS_FULL = Layer("GPT-OSS full", 64, 8, 64)
+GPT_OSS_WINDOW = Layer("GPT-OSS window 128", 64, 8, 64, window=128)
+HEAD_DIM_128 = Layer("32/8 heads, d 128", 32, 8, 128)
 
 
 @dataclass(frozen=True)

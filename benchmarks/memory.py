@@ -49,7 +49,7 @@ def measure_here(peer: str, layer: Layer, dtype: torch.dtype, seqlen: int, backw
     cpu = torch.device("cpu")
     a = torch.randn(256, 256, dtype=dtype)
     a @ a
-    contender_of(peer, Problem(TINY, 16, dtype, cpu), backward).call()
+    contender_of(peer, Problem(TINY, 64, dtype, cpu), backward).call()
     contender = contender_of(peer, Problem(layer, seqlen, dtype, cpu), backward)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident_bytes("VmRSS")

@@ -59,7 +59,8 @@ def plot_lines(records: list[dict], title: str, unit: str, scale: float, target:
             axis.set_xlabel("tokens")
             axis.set_ylabel(unit)
             axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=7)
+    if axes[0][0].lines:
+        axes[0][0].legend(fontsize=7)
     save(figure, target)
 
 

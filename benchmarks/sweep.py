@@ -15,7 +15,7 @@ EAGER_TURNS = 2
 
 
 def progress(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    print(f"... {message}", file=sys.stderr, flush=True)
 
 
 def rounds_for(settings: Settings, seqlen: int, backward: bool) -> Rounds:

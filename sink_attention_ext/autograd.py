@@ -221,8 +221,9 @@ def _autocast_kernel(
     keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, dispatch_key))
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
+        args = cast(*args)  # outside the guard, under which autocast reads as disabled
         with torch._C._ExcludeDispatchKeyGuard(keyset):
-            return op(*cast(*args), **kwargs)
+            return op(*args, **kwargs)
 
     return kernel
 

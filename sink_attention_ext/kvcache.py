@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sink_attention_ext import checks, ops
+from sink_attention_ext import cache_checks, checks, ops
 from sink_attention_ext.autograd import refuse_gradient
 from sink_attention_ext.reference import WindowSize
 
@@ -54,10 +54,9 @@ def reshape_and_cache(
         slots = torch.tensor([5, 6, -1])
         reshape_and_cache(torch.randn(3, 8, 64), torch.randn(3, 8, 64), cache[0], cache[1], slots)
     """
-    checks.check_caches(k_cache, v_cache)
-    checks.check_new_kv(k, v, k_cache, v_cache, checks.K_TOKENS, checks.V_TOKENS)
-    k_scale = checks.check_cache_scale("k_scale", k_scale, k_cache)
-    v_scale = checks.check_cache_scale("v_scale", v_scale, k_cache)
+    cache_checks.check_caches(k_cache, v_cache)
+    cache_checks.check_new_kv(k, v, k_cache, v_cache, cache_checks.K_TOKENS, cache_checks.V_TOKENS)
+    k_scale, v_scale = cache_checks.check_cache_scales(k_scale, v_scale, k_cache)
     checks.check_tensor("slot_mapping", slot_mapping, ("num_tokens",))
     if slot_mapping.dtype != torch.int64:
         raise TypeError(f"slot_mapping must have dtype torch.int64; got {slot_mapping.dtype}")
@@ -147,15 +146,14 @@ def flash_attn_with_kvcache(
         lengths += 1
     """
     is_packed = cu_seqlens_q is not None
-    checks.check_caches(k_cache, v_cache)
+    cache_checks.check_caches(k_cache, v_cache)
     checks.check_tensor("q", q, checks.Q_PACKED if is_packed else checks.Q_DENSE)
     checks.check_device("q", q, k_cache.device)
-    checks.check_dtype_against_cache("q", q, k_cache)
+    cache_checks.check_dtype_against_cache("q", q, k_cache)
     checks.check_heads(q, "k_cache", k_cache, "v_cache", v_cache)
     checks.check_last_stride("q", q)
     batch = _check_batch(q, k_cache, block_table, cu_seqlens_q)
-    k_scale = checks.check_cache_scale("k_scale", k_scale, k_cache)
-    v_scale = checks.check_cache_scale("v_scale", v_scale, k_cache)
+    k_scale, v_scale = cache_checks.check_cache_scales(k_scale, v_scale, k_cache)
     s_aux = checks.check_s_aux(s_aux, q.shape[-2], q.device)
     checks.check_bool("causal", causal)
     window_left, window_right = checks.check_window(window_size, causal)
@@ -181,14 +179,16 @@ def flash_attn_with_kvcache(
         _check_append(q, k, v, k_cache, v_cache, is_packed)
         lengths, num_pages = seqused_k, k_cache.shape[0]
         seqused_k = lengths + (cu_seqlens_q.diff() if is_packed else k.shape[1])
-        if checks.can_read_values(lengths):
+        if cache_checks.can_read_values(lengths):
             if is_packed:
-                checks.check_packed_lengths(cu_seqlens_q, q.shape[0], max_seqlen_q)
-            checks.check_append_lengths(lengths, seqused_k, capacity)
+                cache_checks.check_packed_lengths(cu_seqlens_q, q.shape[0], max_seqlen_q)
+            cache_checks.check_append_lengths(lengths, seqused_k, capacity)
             if block_table is not None:
                 seqlens_q = cu_seqlens_q.diff() if is_packed else q.shape[1]
                 first_key = _first_key(lengths, seqused_k, seqlens_q, window_left)
-                checks.check_block_table_values(pages, first_key, seqused_k, num_pages, page_size)
+                cache_checks.check_block_table_values(
+                    pages, first_key, seqused_k, num_pages, page_size
+                )
         if batch > 0:
             tokens = _new_positions(lengths, cu_seqlens_q, k)
             slots = _slots(*tokens, pages, num_pages, page_size)
@@ -240,10 +240,12 @@ def _check_append(
     q: Tensor, k: Any, v: Any, k_cache: Tensor, v_cache: Tensor, is_packed: bool
 ) -> None:
     if is_packed:
-        checks.check_new_kv(k, v, k_cache, v_cache, checks.K_PACKED_NEW, checks.V_PACKED_NEW)
+        cache_checks.check_new_kv(
+            k, v, k_cache, v_cache, cache_checks.K_PACKED_NEW, cache_checks.V_PACKED_NEW
+        )
         checks.check_size("k", k, 0, "total_q", q.shape[0], "as q has: cu_seqlens_q is for both")
     else:
-        checks.check_new_kv(k, v, k_cache, v_cache, checks.K_NEW, checks.V_NEW)
+        cache_checks.check_new_kv(k, v, k_cache, v_cache, cache_checks.K_NEW, cache_checks.V_NEW)
         checks.check_size("k", k, 0, "batch", q.shape[0], "as q has")
 
 
@@ -288,7 +290,7 @@ def _first_key(
 def _new_positions(
     lengths: Tensor, cu_seqlens_q: Tensor | None, k: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of each new token its sequence, its position there, and whether it is in one (None: all are)."""
+    """Of each new token: its sequence, its position there, and whether it is in one (None: all)."""
     if cu_seqlens_q is None:
         batch, seqlen_new = k.shape[:2]
         sequence = torch.arange(batch, device=k.device)[:, None].expand(batch, seqlen_new)

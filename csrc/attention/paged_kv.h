@@ -27,7 +27,6 @@ struct KeyRows {
   int64_t row_bytes;
   int64_t page_bytes;
   int64_t page_size;
-  int64_t num_keys;       // seqlen_k: the keys that exist
   int64_t dim;
   DataType dtype;
   float scale;            // what stored numbers are multiplied with; 1 but for float8
@@ -46,7 +45,6 @@ SA_HOST_DEVICE KeyRows rows_of(const FlashFwdProblem& problem, int64_t batch_idx
   KeyRows rows{};
   rows.base = static_cast<const char*>(tensor) + head_idx * stride_head * bytes;
   rows.row_bytes = stride_row * bytes;
-  rows.num_keys = info.seqlen_k;
   rows.dim = dim;
   rows.dtype = problem.kv_dtype;
   rows.scale = scale == nullptr ? 1.0f : scale[head_idx * problem.kv_scale_stride];

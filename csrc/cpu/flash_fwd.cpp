@@ -2,8 +2,10 @@
 //
 // A job is one tile: some query positions of one sequence with all query heads of one kv head. Where a sequence has
 // several tiles, its keys and values are packed first, once for each kv head, and shared by all of them; where it has
-// one (decode), each job packs the blocks that it reads as it goes, so that a cache is read once and never copied.
-// Where there are fewer jobs than threads want, the key range of each is split, and the parts are merged with the sink.
+// one (decode), a job takes several kv heads and packs the blocks that it reads as it goes, so that a cache is read once
+// and never copied. Where there are fewer jobs than threads want, the key range of each is split, and the parts are
+// merged with the sink.
+#include <algorithm>
 #include <vector>
 
 #include "attention/mask.h"
@@ -61,15 +63,30 @@ Schedule make_schedule(const FlashFwdProblem& problem, const FwdPlan& plan) {
 // Jobs of at least this many keys are worth the merge that splitting them costs.
 constexpr int64_t kMinSplitKeys = 512;
 
-int64_t choose_splits(const FlashFwdProblem& problem, const FwdPlan& plan, const Schedule& schedule, int num_threads) {
-  if (problem.num_splits > 0) return problem.num_splits;
-  const int64_t jobs = schedule.num_tiles * problem.num_heads_kv;
-  if (jobs >= 2 * num_threads || num_threads == 1) return 1;
+struct Division {
+  int64_t num_splits;     // of each job's key range
+  int64_t heads_per_job;  // kv heads that a job of a sequence with a single tile takes at once
+};
+
+// Enough jobs for the threads: first by splitting key ranges (where the caller left that open), which leaves a cache
+// read in the order in which it lies, then by giving each kv head to a job of its own.
+Division divide(const FlashFwdProblem& problem, const FwdPlan& plan, const Schedule& schedule, int num_threads) {
+  const int64_t wanted = num_threads == 1 ? 1 : 2 * num_threads;
   int64_t longest = 0;
+  int64_t jobs = 0;
   for (const Sequence& sequence : schedule.sequences) {
     longest = std::max(longest, (sequence.blocks.end - sequence.blocks.begin) * plan.block_keys);
+    jobs += sequence.num_tiles > 1 ? sequence.num_tiles * problem.num_heads_kv : 1;
   }
-  return std::clamp<int64_t>(longest / kMinSplitKeys, 1, (4 * num_threads + jobs - 1) / jobs);
+  Division division{problem.num_splits, problem.num_heads_kv};
+  if (division.num_splits <= 0) {
+    division.num_splits = jobs >= wanted ? 1 : std::clamp<int64_t>(longest / kMinSplitKeys, 1, wanted / jobs);
+  }
+  jobs *= division.num_splits;
+  while (division.heads_per_job > 1 && jobs * ((problem.num_heads_kv + division.heads_per_job - 1) / division.heads_per_job) < wanted) {
+    division.heads_per_job = (division.heads_per_job + 1) / 2;
+  }
+  return division;
 }
 
 }  // namespace
@@ -101,34 +118,38 @@ void flash_fwd(const FlashFwdProblem& problem, const Executor& executor) {
   }
   parallel_jobs(executor, static_cast<int64_t>(pack_jobs.size()), 0, [&](int64_t job, char*) {
     const PackJob& pack = pack_jobs[job];
-    kernels.pack_block(problem, plan, pack.sequence->batch_idx, pack.kv_head_idx, pack.block_idx,
-                       packed.data() + job * block_bytes);
+    kernels.pack_blocks(problem, plan, pack.sequence->batch_idx, pack.kv_head_idx, pack.kv_head_idx + 1, pack.block_idx,
+                        packed.data() + job * block_bytes);
   });
 
   // Attend. Jobs of one kv head follow each other (its packed keys stay in cache), the last tile, under a causal mask
   // the longest, first.
-  const int64_t num_splits = choose_splits(problem, plan, schedule, executor.num_threads);
+  const auto [num_splits, heads_per_job] = divide(problem, plan, schedule, executor.num_threads);
   struct TileJob {
     const Sequence* sequence;
-    int64_t kv_head_idx;
+    int64_t kv_head_begin, kv_head_end;
     int64_t tile_idx;
   };
   std::vector<TileJob> tile_jobs;
-  tile_jobs.reserve(schedule.num_tiles * num_heads);
   for (const Sequence& sequence : schedule.sequences) {
-    for (int64_t head = 0; head < num_heads; ++head) {
-      for (int64_t tile = sequence.num_tiles - 1; tile >= 0; --tile) tile_jobs.push_back({&sequence, head, tile});
+    const int64_t step = sequence.num_tiles > 1 ? 1 : heads_per_job;
+    for (int64_t head = 0; head < num_heads; head += step) {
+      for (int64_t tile = sequence.num_tiles - 1; tile >= 0; --tile) {
+        tile_jobs.push_back({&sequence, head, std::min(head + step, num_heads), tile});
+      }
     }
   }
-  const int64_t num_tile_jobs = static_cast<int64_t>(tile_jobs.size());
-  const AlignedBuffer partials(num_splits > 1 ? num_tile_jobs * num_splits * plan.partial_bytes : 0);
+  // Partial results lie as [tile over the batch][kv head][split].
+  const int64_t split_stride = plan.partial_bytes;
+  const int64_t head_stride = num_splits * split_stride;
+  const AlignedBuffer partials(num_splits > 1 ? schedule.num_tiles * num_heads * head_stride : 0);
 
-  const auto make_task = [&](int64_t tile_job, int64_t split, char* scratch) {
-    const TileJob& job = tile_jobs[tile_job];
+  const auto make_task = [&](const TileJob& job, int64_t split, char* scratch) {
     const Sequence& sequence = *job.sequence;
     FwdTask task{};
     task.batch_idx = sequence.batch_idx;
-    task.kv_head_idx = job.kv_head_idx;
+    task.kv_head_begin = job.kv_head_begin;
+    task.kv_head_end = job.kv_head_end;
     task.q_begin = job.tile_idx * plan.tile_positions;
     task.q_end = std::min(task.q_begin + plan.tile_positions, sequence.info.seqlen_q);
     const Range blocks = blocks_of(sequence.mask.visible_keys(task.q_begin, task.q_end), plan.block_keys);
@@ -138,18 +159,29 @@ void flash_fwd(const FlashFwdProblem& problem, const Executor& executor) {
     if (sequence.packed_block >= 0) {
       const int64_t head_blocks = sequence.blocks.end - sequence.blocks.begin;
       task.packed = packed.data() +
-                    (sequence.packed_block + job.kv_head_idx * head_blocks - sequence.blocks.begin) * block_bytes;
+                    (sequence.packed_block + job.kv_head_begin * head_blocks - sequence.blocks.begin) * block_bytes;
     }
-    if (num_splits > 1) task.partial = partials.data() + (tile_job * num_splits + split) * plan.partial_bytes;
+    if (num_splits > 1) {
+      const int64_t tile = (sequence.first_tile + job.tile_idx) * num_heads + job.kv_head_begin;
+      task.partial = partials.data() + tile * head_stride + split * split_stride;
+      task.partial_stride = head_stride;
+    }
     task.scratch = scratch;
     return task;
   };
-  parallel_jobs(executor, num_tile_jobs * num_splits, plan.scratch_bytes, [&](int64_t job, char* scratch) {
-    kernels.fwd_tile(problem, plan, make_task(job / num_splits, job % num_splits, scratch));
-  });
+  const int64_t scratch_bytes = plan.shared_scratch_bytes + heads_per_job * (plan.tile_scratch_bytes + block_bytes);
+  parallel_jobs(executor, static_cast<int64_t>(tile_jobs.size()) * num_splits, scratch_bytes,
+                [&](int64_t job, char* scratch) {
+                  kernels.fwd_tile(problem, plan, make_task(tile_jobs[job / num_splits], job % num_splits, scratch));
+                });
   if (num_splits == 1) return;
-  parallel_jobs(executor, num_tile_jobs, plan.scratch_bytes, [&](int64_t job, char* scratch) {
-    kernels.combine_splits(problem, plan, make_task(job, 0, scratch), num_splits, plan.partial_bytes);
+  parallel_jobs(executor, schedule.num_tiles * num_heads, scratch_bytes, [&](int64_t idx, char* scratch) {
+    const int64_t tile = idx / num_heads;
+    const auto after = std::upper_bound(schedule.sequences.begin(), schedule.sequences.end(), tile,
+                                        [](int64_t t, const Sequence& sequence) { return t < sequence.first_tile; });
+    const Sequence& sequence = *(after - 1);
+    const TileJob job{&sequence, idx % num_heads, idx % num_heads + 1, tile - sequence.first_tile};
+    kernels.combine_splits(problem, plan, make_task(job, 0, scratch), num_splits, split_stride);
   });
 }
 

@@ -9,14 +9,15 @@ namespace {
 
 using attention::FlashFwdProblem;
 
-void check_cu_seqlens(const int32_t* cu_seqlens, const char* name, int64_t batch, int64_t rows, const char* rows_name) {
+void check_cu_seqlens(const int32_t* cu_seqlens, const char* name, int64_t batch, int64_t rows,
+                      const char* rows_name) {
   check(cu_seqlens[0] == 0, name, "[0] must be 0, got ", cu_seqlens[0]);
   for (int64_t i = 1; i <= batch; ++i) {
-    check(cu_seqlens[i] >= cu_seqlens[i - 1], name, " must not fall, got ", name, "[", i, "] = ", cu_seqlens[i],
-          " after ", cu_seqlens[i - 1]);
+    check(cu_seqlens[i] >= cu_seqlens[i - 1], name, " must not fall, got ", name, "[", i,
+          "] = ", cu_seqlens[i], " after ", cu_seqlens[i - 1]);
   }
-  check(cu_seqlens[batch] <= rows, name, "[", batch, "] must be at most ", rows_name, " = ", rows, ", got ",
-        cu_seqlens[batch]);
+  check(cu_seqlens[batch] <= rows, name, "[", batch, "] must be at most ", rows_name, " = ", rows,
+        ", got ", cu_seqlens[batch]);
 }
 
 void check_seqused_k(const FlashFwdProblem& problem) {
@@ -27,12 +28,13 @@ void check_seqused_k(const FlashFwdProblem& problem) {
       capacity = problem.cu_seqlens_k[b + 1] - problem.cu_seqlens_k[b];
       meaning = "the sequence's keys";
     }
-    check(problem.seqused_k[b] >= 0 && problem.seqused_k[b] <= capacity, "seqused_k[", b, "] must be in [0, ",
-          capacity, "] (", meaning, "), got ", problem.seqused_k[b]);
+    check(problem.seqused_k[b] >= 0 && problem.seqused_k[b] <= capacity, "seqused_k[", b,
+          "] must be in [0, ", capacity, "] (", meaning, "), got ", problem.seqused_k[b]);
   }
 }
 
-// Only pages that some query sees are read, so only those need to exist: a windowed layer's older pages may be gone.
+// Only pages that some query sees are read, so only those need to exist: a windowed layer's older
+// pages may be gone.
 void check_block_table(const FlashFwdProblem& problem, int64_t batch_idx, int64_t num_pages) {
   const attention::SeqlenInfo info = attention::seqlen_info(problem, batch_idx);
   const attention::Range keys =
@@ -40,8 +42,8 @@ void check_block_table(const FlashFwdProblem& problem, int64_t batch_idx, int64_
   if (keys.begin >= keys.end) return;
   const int32_t* pages = problem.block_table + batch_idx * problem.block_table_stride;
   for (int64_t i = keys.begin / problem.page_size; i <= (keys.end - 1) / problem.page_size; ++i) {
-    check(pages[i] >= 0 && pages[i] < num_pages, "block_table[", batch_idx, ", ", i, "] must be in [0, ", num_pages,
-          ") (k_cache's pages), got ", pages[i]);
+    check(pages[i] >= 0 && pages[i] < num_pages, "block_table[", batch_idx, ", ", i,
+          "] must be in [0, ", num_pages, ") (k_cache's pages), got ", pages[i]);
   }
 }
 
@@ -57,10 +59,12 @@ void check_values(const FlashFwdProblem& problem, const Extent& extent) {
   if (problem.seqused_k != nullptr) check_seqused_k(problem);
   for (int64_t b = 0; b < problem.batch; ++b) {
     const attention::SeqlenInfo info = attention::seqlen_info(problem, b);
-    check(info.seqlen_q <= problem.seqlen_q, "max_seqlen_q must be at least every sequence's length, got ",
-          problem.seqlen_q, " but sequence ", b, " has ", info.seqlen_q, " queries");
-    check(info.seqlen_k <= problem.seqlen_k, "max_seqlen_k must be at least every sequence's length, got ",
-          problem.seqlen_k, " but sequence ", b, " has ", info.seqlen_k, " keys");
+    check(info.seqlen_q <= problem.seqlen_q,
+          "max_seqlen_q must be at least every sequence's length, got ", problem.seqlen_q,
+          " but sequence ", b, " has ", info.seqlen_q, " queries");
+    check(info.seqlen_k <= problem.seqlen_k,
+          "max_seqlen_k must be at least every sequence's length, got ", problem.seqlen_k,
+          " but sequence ", b, " has ", info.seqlen_k, " keys");
     if (problem.block_table != nullptr) check_block_table(problem, b, extent.num_pages);
   }
 }
@@ -69,8 +73,8 @@ void check_values(const attention::ReshapeAndCacheProblem& problem, int64_t num_
   const int64_t num_slots = num_pages * problem.page_size;
   for (int64_t token = 0; token < problem.num_tokens; ++token) {
     const int64_t slot = problem.slot_mapping[token];
-    check(slot >= -1 && slot < num_slots, "slot_mapping[", token, "] must be -1 (skip) or in [0, ", num_slots,
-          ") (num_pages * page_size), got ", slot);
+    check(slot >= -1 && slot < num_slots, "slot_mapping[", token, "] must be -1 (skip) or in [0, ",
+          num_slots, ") (num_pages * page_size), got ", slot);
   }
 }
 

@@ -1,5 +1,6 @@
-// Refusals: one helper that throws with the argument's name, what came and what was expected, and the checks of shape,
-// dtype and stride that every op shares. Values inside tensors are looked at in check_values.h.
+// Refusals: one helper that throws with the argument's name, what came and what was expected, and
+// the checks of shape, dtype and stride that every op shares. Values inside tensors are looked at
+// in check_values.h.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -39,7 +40,9 @@ inline std::string shape_string(const int64_t* sizes, size_t rank) {
   return std::move(text).str();
 }
 
-inline std::string shape_of(const Tensor& tensor) { return shape_string(tensor.sizes().data(), tensor.dim()); }
+inline std::string shape_of(const Tensor& tensor) {
+  return shape_string(tensor.sizes().data(), tensor.dim());
+}
 
 inline const char* dtype_name(ScalarType dtype) {
   switch (dtype) {
@@ -63,14 +66,17 @@ inline const char* dtype_name(ScalarType dtype) {
 }
 
 inline void check_rank(const Tensor& tensor, const char* name, int64_t rank, const char* dims) {
-  check(tensor.dim() == rank, name, " must have ", rank, " dimensions ", dims, ", got shape ", shape_of(tensor));
+  check(tensor.dim() == rank, name, " must have ", rank, " dimensions ", dims, ", got shape ",
+        shape_of(tensor));
 }
 
-inline void check_shape(const Tensor& tensor, const char* name, std::initializer_list<int64_t> expected) {
+inline void check_shape(const Tensor& tensor, const char* name,
+                        std::initializer_list<int64_t> expected) {
   bool same = tensor.dim() == static_cast<int64_t>(expected.size());
   const int64_t* want = expected.begin();
   for (size_t i = 0; same && i < expected.size(); ++i) same = tensor.size(i) == want[i];
-  check(same, name, " must have shape ", shape_string(want, expected.size()), ", got ", shape_of(tensor));
+  check(same, name, " must have shape ", shape_string(want, expected.size()), ", got ",
+        shape_of(tensor));
 }
 
 inline void check_dtype(const Tensor& tensor, const char* name, ScalarType expected) {
@@ -89,8 +95,9 @@ inline bool has_unit_last_stride(const Tensor& tensor) {
 }
 
 inline void check_unit_last_stride(const Tensor& tensor, const char* name) {
-  check(has_unit_last_stride(tensor), name, " must have stride 1 in its last dimension, got stride ",
-        tensor.stride(tensor.dim() - 1), "; call .contiguous() on it");
+  check(has_unit_last_stride(tensor), name,
+        " must have stride 1 in its last dimension, got stride ", tensor.stride(tensor.dim() - 1),
+        "; call .contiguous() on it");
 }
 
 // Of q, k, v and what is shaped like them.
@@ -107,12 +114,14 @@ inline DataType float_type(const Tensor& tensor, const char* name) {
     default:
       break;
   }
-  check(false, name, " must be float64, float32, float16 or bfloat16, got ", dtype_name(tensor.scalar_type()));
+  check(false, name, " must be float64, float32, float16 or bfloat16, got ",
+        dtype_name(tensor.scalar_type()));
   return DataType::kFloat32;
 }
 
 // An int32 vector such as cu_seqlens_q.
-inline const int32_t* int32_vector(const Tensor& tensor, const char* name, int64_t length, const Tensor& q) {
+inline const int32_t* int32_vector(const Tensor& tensor, const char* name, int64_t length,
+                                   const Tensor& q) {
   check_dtype(tensor, name, ScalarType::Int);
   check_shape(tensor, name, {length});
   check_unit_last_stride(tensor, name);

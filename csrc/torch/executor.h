@@ -11,10 +11,12 @@
 
 namespace sink_attention::binding {
 
-// torch's pool runs min(threads, tasks) workers, each of which takes tasks from one counter. Inside another parallel
-// region torch runs the first worker alone, which then takes every task. An exception crosses torch's C interface as
-// an error code without its message, so the first one is carried around it; the others' remaining tasks are dropped.
-inline void run_on_torch_threads(void* context, int num_tasks, void (*task)(void* arg, int task_idx), void* arg) {
+// torch's pool runs min(threads, tasks) workers, each of which takes tasks from one counter. Inside
+// another parallel region torch runs the first worker alone, which then takes every task. An
+// exception crosses torch's C interface as an error code without its message, so the first one is
+// carried around it; the others' remaining tasks are dropped.
+inline void run_on_torch_threads(void* context, int num_tasks,
+                                 void (*task)(void* arg, int task_idx), void* arg) {
   if (num_tasks <= 0) return;
   const int num_threads = *static_cast<const int*>(context);
   if (num_tasks == 1 || num_threads == 1) {
@@ -38,7 +40,9 @@ inline void run_on_torch_threads(void* context, int num_tasks, void (*task)(void
 }
 
 struct TorchExecutor : cpu::Executor {
-  TorchExecutor() : Executor{static_cast<int>(torch::stable::get_num_threads()), nullptr, run_on_torch_threads} {
+  TorchExecutor()
+      : Executor{static_cast<int>(torch::stable::get_num_threads()), nullptr,
+                 run_on_torch_threads} {
     context = &num_threads;
   }
   TorchExecutor(const TorchExecutor&) = delete;  // context points into this object

@@ -18,17 +18,22 @@ void check_dim_range(const char* name, int64_t value, int64_t largest) {
 }
 
 void set_mask(FlashFwdProblem& problem, const MaskArgs& mask) {
-  check(std::isfinite(mask.softmax_scale), "softmax_scale must be finite, got ", mask.softmax_scale);
-  check(std::isfinite(mask.softcap) && mask.softcap >= 0, "softcap must be finite and >= 0, got ", mask.softcap);
-  check(mask.window_left >= -1, "window_left must be >= -1 (-1: unbounded), got ", mask.window_left);
-  check(mask.window_right >= -1, "window_right must be >= -1 (-1: unbounded), got ", mask.window_right);
+  check(std::isfinite(mask.softmax_scale), "softmax_scale must be finite, got ",
+        mask.softmax_scale);
+  check(std::isfinite(mask.softcap) && mask.softcap >= 0, "softcap must be finite and >= 0, got ",
+        mask.softcap);
+  check(mask.window_left >= -1, "window_left must be >= -1 (-1: unbounded), got ",
+        mask.window_left);
+  check(mask.window_right >= -1, "window_right must be >= -1 (-1: unbounded), got ",
+        mask.window_right);
   problem.softmax_scale = mask.softmax_scale;
   problem.softcap = mask.softcap;
   problem.window_left = mask.window_left;
   problem.window_right = mask.causal ? 0 : mask.window_right;
 }
 
-const void* sink_data(const std::optional<Tensor>& s_aux, int64_t num_heads, const Tensor& q, DataType& dtype) {
+const void* sink_data(const std::optional<Tensor>& s_aux, int64_t num_heads, const Tensor& q,
+                      DataType& dtype) {
   if (!s_aux) return nullptr;
   check_same_device(*s_aux, "s_aux", q);
   dtype = float_type(*s_aux, "s_aux");
@@ -37,9 +42,10 @@ const void* sink_data(const std::optional<Tensor>& s_aux, int64_t num_heads, con
   return s_aux->const_data_ptr();
 }
 
-// Heads, head dims, dtypes and data of q, k and v; row and head are the dimensions that k and v count from.
-void set_qkv(FlashFwdProblem& problem, const Tensor& q, const Tensor& k, const Tensor& v, const char* k_name,
-             const char* v_name) {
+// Heads, head dims, dtypes and data of q, k and v; row and head are the dimensions that k and v
+// count from.
+void set_qkv(FlashFwdProblem& problem, const Tensor& q, const Tensor& k, const Tensor& v,
+             const char* k_name, const char* v_name) {
   problem.dtype = float_type(q, "q");
   problem.kv_dtype = problem.dtype;
   check_same_device(k, k_name, q);
@@ -56,13 +62,14 @@ void set_qkv(FlashFwdProblem& problem, const Tensor& q, const Tensor& k, const T
     check(v.size(i) == k.size(i), v_name, " must have ", k_name, "'s shape ", shape_of(k),
           " but for the last dimension, got ", shape_of(v));
   }
-  check(k.size(k_rank - 1) == problem.head_dim, k_name, " must have q's head_dim ", problem.head_dim, ", got ",
-        k.size(k_rank - 1));
+  check(k.size(k_rank - 1) == problem.head_dim, k_name, " must have q's head_dim ",
+        problem.head_dim, ", got ", k.size(k_rank - 1));
   check_dim_range("head_dim of q", problem.head_dim, kMaxHeadDim);
   check_dim_range("head_dim of v", problem.head_dim_v, kMaxHeadDim);
-  check(problem.num_heads_kv >= 1 && problem.num_heads_q >= 1 && problem.num_heads_q % problem.num_heads_kv == 0,
-        "num_heads of q must be a multiple of num_heads of ", k_name, ", got ", problem.num_heads_q, " and ",
-        problem.num_heads_kv);
+  check(problem.num_heads_kv >= 1 && problem.num_heads_q >= 1 &&
+            problem.num_heads_q % problem.num_heads_kv == 0,
+        "num_heads of q must be a multiple of num_heads of ", k_name, ", got ", problem.num_heads_q,
+        " and ", problem.num_heads_kv);
   problem.q = q.const_data_ptr();
   problem.k = k.const_data_ptr();
   problem.v = v.const_data_ptr();
@@ -77,9 +84,10 @@ void set_qkv(FlashFwdProblem& problem, const Tensor& q, const Tensor& k, const T
   problem.v_stride_head = v.stride(k_rank - 2);
 }
 
-// float8 caches come with both scales, float32 of shape (), (1,) or (num_heads_kv,); others with none.
-const float* cache_scale(const std::optional<Tensor>& scale, const char* name, bool float8, int64_t num_heads_kv,
-                         const Tensor& q) {
+// float8 caches come with both scales, float32 of shape (), (1,) or (num_heads_kv,); others with
+// none.
+const float* cache_scale(const std::optional<Tensor>& scale, const char* name, bool float8,
+                         int64_t num_heads_kv, const Tensor& q) {
   if (!float8) {
     check(!scale, name, " is only for float8_e4m3fn caches");
     return nullptr;
@@ -89,15 +97,16 @@ const float* cache_scale(const std::optional<Tensor>& scale, const char* name, b
   check_dtype(*scale, name, ScalarType::Float);
   const bool one = scale->dim() == 0 || (scale->dim() == 1 && scale->size(0) == 1);
   check(one || (scale->dim() == 1 && scale->size(0) == num_heads_kv), name,
-        " must have shape (), (1,) or (num_heads_kv,) = (", num_heads_kv, ",), got ", shape_of(*scale));
+        " must have shape (), (1,) or (num_heads_kv,) = (", num_heads_kv, ",), got ",
+        shape_of(*scale));
   if (!one) check_unit_last_stride(*scale, name);
   return scale->const_data_ptr<float>();
 }
 
 int64_t scale_stride(const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
   if (!k_scale) return 0;
-  check(k_scale->numel() == v_scale->numel(), "k_scale and v_scale must have one shape, got ", shape_of(*k_scale),
-        " and ", shape_of(*v_scale));
+  check(k_scale->numel() == v_scale->numel(), "k_scale and v_scale must have one shape, got ",
+        shape_of(*k_scale), " and ", shape_of(*v_scale));
   return k_scale->numel() > 1 ? 1 : 0;
 }
 
@@ -137,7 +146,8 @@ FlashFwdProblem make_varlen_problem(const Tensor& q, const Tensor& k, const Tens
   problem.batch = varlen.cu_seqlens_q.numel() - 1;
   problem.cu_seqlens_q = int32_vector(varlen.cu_seqlens_q, "cu_seqlens_q", problem.batch + 1, q);
   problem.cu_seqlens_k = int32_vector(varlen.cu_seqlens_k, "cu_seqlens_k", problem.batch + 1, q);
-  if (varlen.seqused_k) problem.seqused_k = int32_vector(*varlen.seqused_k, "seqused_k", problem.batch, q);
+  if (varlen.seqused_k)
+    problem.seqused_k = int32_vector(*varlen.seqused_k, "seqused_k", problem.batch, q);
   check(varlen.max_seqlen_q >= 0, "max_seqlen_q must be >= 0, got ", varlen.max_seqlen_q);
   check(varlen.max_seqlen_k >= 0, "max_seqlen_k must be >= 0, got ", varlen.max_seqlen_k);
   problem.seqlen_q = varlen.max_seqlen_q;
@@ -147,7 +157,8 @@ FlashFwdProblem make_varlen_problem(const Tensor& q, const Tensor& k, const Tens
 }
 
 FlashFwdProblem make_paged_problem(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                   const std::optional<Tensor>& s_aux, const PagedArgs& paged, const MaskArgs& mask) {
+                                   const std::optional<Tensor>& s_aux, const PagedArgs& paged,
+                                   const MaskArgs& mask) {
   FlashFwdProblem problem{};
   if (paged.cu_seqlens_q) {
     check_rank(q, "q", 3, "(total_q, num_heads, head_dim) with cu_seqlens_q");
@@ -175,7 +186,8 @@ FlashFwdProblem make_paged_problem(const Tensor& q, const Tensor& k_cache, const
   problem.page_size = k_cache.size(1);
   problem.seqlen_k = table.size(1) * problem.page_size;
   problem.block_table_stride = table.stride(0);
-  static const int32_t no_pages = 0;  // an empty table is still one: a null pointer would mean a dense problem
+  static const int32_t no_pages =
+      0;  // an empty table is still one: a null pointer would mean a dense problem
   problem.block_table = table.numel() > 0 ? table.const_data_ptr<int32_t>() : &no_pages;
   problem.seqused_k = int32_vector(paged.seqused_k, "seqused_k", problem.batch, q);
   if (paged.cu_seqlens_q) {
@@ -183,7 +195,8 @@ FlashFwdProblem make_paged_problem(const Tensor& q, const Tensor& k_cache, const
     check(paged.max_seqlen_q >= 0, "max_seqlen_q must be >= 0, got ", paged.max_seqlen_q);
     problem.seqlen_q = paged.max_seqlen_q;
   } else {
-    check(q.size(0) == problem.batch, "q must have block_table's batch size ", problem.batch, ", got ", q.size(0));
+    check(q.size(0) == problem.batch, "q must have block_table's batch size ", problem.batch,
+          ", got ", q.size(0));
     problem.seqlen_q = q.size(1);
   }
   check(paged.num_splits >= 0, "num_splits must be >= 0 (0: chosen), got ", paged.num_splits);
@@ -216,8 +229,9 @@ void set_results(FlashFwdProblem& problem, const Tensor& q, const Tensor& out, c
   problem.lse_stride_head = lse.stride(dense ? 1 : 0);
 }
 
-FlashBwdProblem make_bwd_problem(const FlashFwdProblem& fwd, const Tensor& q, const Tensor& out, const Tensor& lse,
-                                 const Tensor& dout, const std::optional<Tensor>& dlse, const Gradients& gradients,
+FlashBwdProblem make_bwd_problem(const FlashFwdProblem& fwd, const Tensor& q, const Tensor& out,
+                                 const Tensor& lse, const Tensor& dout,
+                                 const std::optional<Tensor>& dlse, const Gradients& gradients,
                                  bool deterministic) {
   FlashBwdProblem problem{};
   problem.fwd = fwd;
@@ -226,7 +240,8 @@ FlashBwdProblem make_bwd_problem(const FlashFwdProblem& fwd, const Tensor& q, co
   const int64_t row = dense ? 1 : 0, head = dense ? 2 : 1;
   check_dtype(dout, "dout", q.scalar_type());
   check_same_device(dout, "dout", q);
-  check(dout.sizes() == out.sizes(), "dout must have out's shape ", shape_of(out), ", got ", shape_of(dout));
+  check(dout.sizes() == out.sizes(), "dout must have out's shape ", shape_of(out), ", got ",
+        shape_of(dout));
   check_unit_last_stride(dout, "dout");
   problem.dout = dout.const_data_ptr();
   problem.dout_stride_batch = dense ? dout.stride(0) : 0;
@@ -235,7 +250,8 @@ FlashBwdProblem make_bwd_problem(const FlashFwdProblem& fwd, const Tensor& q, co
   if (dlse) {
     check_dtype(*dlse, "dlse", lse_scalar_type(q));
     check_same_device(*dlse, "dlse", q);
-    check(dlse->sizes() == lse.sizes(), "dlse must have lse's shape ", shape_of(lse), ", got ", shape_of(*dlse));
+    check(dlse->sizes() == lse.sizes(), "dlse must have lse's shape ", shape_of(lse), ", got ",
+          shape_of(*dlse));
     problem.dlse = dlse->const_data_ptr();
     problem.dlse_stride_batch = dense ? dlse->stride(0) : 0;
     problem.dlse_stride_head = dlse->stride(dense ? 1 : 0);
@@ -257,8 +273,9 @@ FlashBwdProblem make_bwd_problem(const FlashFwdProblem& fwd, const Tensor& q, co
   return problem;
 }
 
-ReshapeAndCacheProblem make_reshape_and_cache_problem(const Tensor& k, const Tensor& v, const Tensor& k_cache,
-                                                      const Tensor& v_cache, const Tensor& slot_mapping,
+ReshapeAndCacheProblem make_reshape_and_cache_problem(const Tensor& k, const Tensor& v,
+                                                      const Tensor& k_cache, const Tensor& v_cache,
+                                                      const Tensor& slot_mapping,
                                                       const std::optional<Tensor>& k_scale,
                                                       const std::optional<Tensor>& v_scale) {
   ReshapeAndCacheProblem problem{};
@@ -276,15 +293,22 @@ ReshapeAndCacheProblem make_reshape_and_cache_problem(const Tensor& k, const Ten
   problem.num_heads_kv = k.size(1);
   problem.head_dim = k.size(2);
   problem.head_dim_v = v.size(2);
+  check_dim_range("head_dim of k", problem.head_dim, kMaxHeadDim);
+  check_dim_range("head_dim of v", problem.head_dim_v, kMaxHeadDim);
   problem.page_size = k_cache.size(1);
   const int64_t num_pages = k_cache.size(0);
   check_shape(v, "v", {problem.num_tokens, problem.num_heads_kv, problem.head_dim_v});
-  check_shape(k_cache, "k_cache", {num_pages, problem.page_size, problem.num_heads_kv, problem.head_dim});
-  check_shape(v_cache, "v_cache", {num_pages, problem.page_size, problem.num_heads_kv, problem.head_dim_v});
+  check_shape(k_cache, "k_cache",
+              {num_pages, problem.page_size, problem.num_heads_kv, problem.head_dim});
+  check_shape(v_cache, "v_cache",
+              {num_pages, problem.page_size, problem.num_heads_kv, problem.head_dim_v});
   check_dtype(slot_mapping, "slot_mapping", ScalarType::Long);
   check_shape(slot_mapping, "slot_mapping", {problem.num_tokens});
-  const std::pair<const char*, const Tensor*> tensors[] = {
-      {"k", &k}, {"v", &v}, {"k_cache", &k_cache}, {"v_cache", &v_cache}, {"slot_mapping", &slot_mapping}};
+  const std::pair<const char*, const Tensor*> tensors[] = {{"k", &k},
+                                                           {"v", &v},
+                                                           {"k_cache", &k_cache},
+                                                           {"v_cache", &v_cache},
+                                                           {"slot_mapping", &slot_mapping}};
   for (const auto& [name, tensor] : tensors) {
     check_unit_last_stride(*tensor, name);
     check_same_device(*tensor, name, k);
@@ -313,10 +337,12 @@ ReshapeAndCacheProblem make_reshape_and_cache_problem(const Tensor& k, const Ten
 MergeProblem make_merge_problem(const std::vector<Tensor>& outs, const std::vector<Tensor>& lses,
                                 const std::optional<Tensor>& s_aux, MergeInputs& inputs) {
   check(!outs.empty(), "outs must hold at least one partial result");
-  check(outs.size() == lses.size(), "outs and lses must be equally many, got ", outs.size(), " and ", lses.size());
+  check(outs.size() == lses.size(), "outs and lses must be equally many, got ", outs.size(),
+        " and ", lses.size());
   const Tensor& first = outs[0];
   const bool dense = first.dim() == 4;
-  check(dense || first.dim() == 3, "outs[0] must be (batch, seqlen, num_heads, head_dim) or (total, num_heads, ",
+  check(dense || first.dim() == 3,
+        "outs[0] must be (batch, seqlen, num_heads, head_dim) or (total, num_heads, ",
         "head_dim), got shape ", shape_of(first));
   MergeProblem problem{};
   problem.dtype = float_type(first, "outs[0]");
@@ -326,14 +352,15 @@ MergeProblem make_merge_problem(const std::vector<Tensor>& outs, const std::vect
   problem.num_heads = first.size(dense ? 2 : 1);
   problem.head_dim = first.size(dense ? 3 : 2);
   for (size_t part = 0; part < outs.size(); ++part) {
-    const std::string out_name = "outs[" + std::to_string(part) + "]", lse_name = "lses[" + std::to_string(part) + "]";
+    const std::string out_name = "outs[" + std::to_string(part) + "]",
+                      lse_name = "lses[" + std::to_string(part) + "]";
     const Tensor &out = outs[part], &lse = lses[part];
     check_dtype(out, out_name.c_str(), first.scalar_type());
     check_dtype(lse, lse_name.c_str(), lse_scalar_type(first));
     check_same_device(out, out_name.c_str(), first);
     check_same_device(lse, lse_name.c_str(), first);
-    check(out.sizes() == first.sizes(), out_name, " must have the shape of outs[0] ", shape_of(first), ", got ",
-          shape_of(out));
+    check(out.sizes() == first.sizes(), out_name, " must have the shape of outs[0] ",
+          shape_of(first), ", got ", shape_of(out));
     if (dense) {
       check_shape(lse, lse_name.c_str(), {problem.batch, problem.num_heads, problem.seqlen});
     } else {

@@ -1,5 +1,6 @@
-// From an op's arguments to its problem struct: every check of shape, dtype, device and stride, and no computation.
-// The same for every device; what the tensors hold is checked apart (check_values.h).
+// From an op's arguments to its problem struct: every check of shape, dtype, device and stride, and
+// no computation. The same for every device; what the tensors hold is checked apart
+// (check_values.h).
 #pragma once
 
 #include <vector>
@@ -37,17 +38,20 @@ struct PagedArgs {
 
 // Problems without their results, which set_results adds.
 attention::FlashFwdProblem make_dense_problem(const Tensor& q, const Tensor& k, const Tensor& v,
-                                              const std::optional<Tensor>& s_aux, const MaskArgs& mask);
-attention::FlashFwdProblem make_varlen_problem(const Tensor& q, const Tensor& k, const Tensor& v,
-                                               const std::optional<Tensor>& s_aux, const VarlenArgs& varlen,
-                                               const MaskArgs& mask);
-attention::FlashFwdProblem make_paged_problem(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                              const std::optional<Tensor>& s_aux, const PagedArgs& paged,
+                                              const std::optional<Tensor>& s_aux,
                                               const MaskArgs& mask);
+attention::FlashFwdProblem make_varlen_problem(const Tensor& q, const Tensor& k, const Tensor& v,
+                                               const std::optional<Tensor>& s_aux,
+                                               const VarlenArgs& varlen, const MaskArgs& mask);
+attention::FlashFwdProblem make_paged_problem(const Tensor& q, const Tensor& k_cache,
+                                              const Tensor& v_cache,
+                                              const std::optional<Tensor>& s_aux,
+                                              const PagedArgs& paged, const MaskArgs& mask);
 
-// out: q's leading dimensions and head_dim_v; lse: (batch, num_heads_q, seqlen_q), or (num_heads_q, total_q) where q
-// has three dimensions.
-void set_results(attention::FlashFwdProblem& problem, const Tensor& q, const Tensor& out, const Tensor& lse);
+// out: q's leading dimensions and head_dim_v; lse: (batch, num_heads_q, seqlen_q), or (num_heads_q,
+// total_q) where q has three dimensions.
+void set_results(attention::FlashFwdProblem& problem, const Tensor& q, const Tensor& out,
+                 const Tensor& lse);
 
 struct Gradients {
   Tensor dq, dk, dv;
@@ -55,22 +59,23 @@ struct Gradients {
 };
 
 // fwd holds the forward's results already.
-attention::FlashBwdProblem make_bwd_problem(const attention::FlashFwdProblem& fwd, const Tensor& q, const Tensor& out,
-                                            const Tensor& lse, const Tensor& dout, const std::optional<Tensor>& dlse,
+attention::FlashBwdProblem make_bwd_problem(const attention::FlashFwdProblem& fwd, const Tensor& q,
+                                            const Tensor& out, const Tensor& lse,
+                                            const Tensor& dout, const std::optional<Tensor>& dlse,
                                             const Gradients& gradients, bool deterministic);
 
-attention::ReshapeAndCacheProblem make_reshape_and_cache_problem(const Tensor& k, const Tensor& v,
-                                                                 const Tensor& k_cache, const Tensor& v_cache,
-                                                                 const Tensor& slot_mapping,
-                                                                 const std::optional<Tensor>& k_scale,
-                                                                 const std::optional<Tensor>& v_scale);
+attention::ReshapeAndCacheProblem make_reshape_and_cache_problem(
+    const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
+    const Tensor& slot_mapping, const std::optional<Tensor>& k_scale,
+    const std::optional<Tensor>& v_scale);
 
 // Holds the arrays of pointers that a merge problem points to.
 struct MergeInputs {
   std::vector<const void*> outs;
   std::vector<const void*> lses;
 };
-attention::MergeProblem make_merge_problem(const std::vector<Tensor>& outs, const std::vector<Tensor>& lses,
+attention::MergeProblem make_merge_problem(const std::vector<Tensor>& outs,
+                                           const std::vector<Tensor>& lses,
                                            const std::optional<Tensor>& s_aux, MergeInputs& inputs);
 
 }  // namespace sink_attention::binding

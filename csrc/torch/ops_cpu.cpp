@@ -24,14 +24,16 @@ struct Forward {
 Forward new_results(const Tensor& q, const FlashFwdProblem& problem) {
   const ScalarType lse_type = lse_scalar_type(q);
   if (q.dim() == 4) {
-    return {torch::stable::new_empty(q, {q.size(0), q.size(1), problem.num_heads_q, problem.head_dim_v}),
+    return {torch::stable::new_empty(
+                q, {q.size(0), q.size(1), problem.num_heads_q, problem.head_dim_v}),
             torch::stable::new_empty(q, {q.size(0), problem.num_heads_q, q.size(1)}, lse_type)};
   }
   return {torch::stable::new_empty(q, {q.size(0), problem.num_heads_q, problem.head_dim_v}),
           torch::stable::new_empty(q, {problem.num_heads_q, q.size(0)}, lse_type)};
 }
 
-// Rows of q beyond the last sequence: out = 0, lse = -inf. The backend writes those of sequences only.
+// Rows of q beyond the last sequence: out = 0, lse = -inf. The backend writes those of sequences
+// only.
 void fill_unused_rows(const Tensor& q, const FlashFwdProblem& problem, Forward& results) {
   if (problem.cu_seqlens_q == nullptr || problem.cu_seqlens_q[problem.batch] == q.size(0)) return;
   torch::stable::zero_(results.out);
@@ -52,18 +54,23 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const FlashFwdProblem& probl
 
 // Gradients and saved results come from autograd, with whatever strides it made.
 Tensor with_unit_last_stride(const Tensor& tensor) {
-  return tensor.dim() == 0 || has_unit_last_stride(tensor) ? tensor : torch::stable::contiguous(tensor);
+  return tensor.dim() == 0 || has_unit_last_stride(tensor) ? tensor
+                                                           : torch::stable::contiguous(tensor);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(FlashFwdProblem fwd, const Tensor& dout, const OptionalTensor& dlse,
-                                                    const Tensor& q, const Tensor& k, const Tensor& v,
-                                                    const Tensor& out, const Tensor& lse, const OptionalTensor& s_aux,
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(FlashFwdProblem fwd, const Tensor& dout,
+                                                    const OptionalTensor& dlse, const Tensor& q,
+                                                    const Tensor& k, const Tensor& v,
+                                                    const Tensor& out, const Tensor& lse,
+                                                    const OptionalTensor& s_aux,
                                                     bool deterministic) {
   const Tensor dense_dout = with_unit_last_stride(dout), dense_out = with_unit_last_stride(out),
                dense_lse = with_unit_last_stride(lse);
   set_results(fwd, q, dense_out, dense_lse);
-  // The backend writes the rows of sequences; with cu_seqlens or seqused_k there may be others.
-  const bool zero = fwd.cu_seqlens_q != nullptr;
+  // The backend writes the rows of sequences, up to seqused_k; here there may be others.
+  const bool zero = fwd.cu_seqlens_q != nullptr &&
+                    (fwd.seqused_k != nullptr || fwd.cu_seqlens_q[fwd.batch] < q.size(0) ||
+                     fwd.cu_seqlens_k[fwd.batch] < k.size(0));
   const auto like = [zero](const Tensor& x) {
     return zero ? torch::stable::new_zeros(x, x.sizes()) : torch::stable::new_empty(x, x.sizes());
   };
@@ -77,44 +84,50 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(FlashFwdProblem fwd, const T
 }
 
 std::tuple<Tensor, Tensor> flash_attn_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
-                                          const OptionalTensor& s_aux, double softmax_scale, bool causal,
-                                          int64_t window_left, int64_t window_right, double softcap,
-                                          bool /*deterministic: of the backward*/) {
-  return forward(q, make_dense_problem(q, k, v, s_aux, {softmax_scale, causal, window_left, window_right, softcap}));
+                                          const OptionalTensor& s_aux, double softmax_scale,
+                                          bool causal, int64_t window_left, int64_t window_right,
+                                          double softcap, bool /*deterministic: of the backward*/) {
+  return forward(q,
+                 make_dense_problem(q, k, v, s_aux,
+                                    {softmax_scale, causal, window_left, window_right, softcap}));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
-    const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
-    const Tensor& out, const Tensor& lse, const OptionalTensor& s_aux, double softmax_scale, bool causal,
-    int64_t window_left, int64_t window_right, double softcap, bool deterministic) {
-  const FlashFwdProblem fwd =
-      make_dense_problem(q, k, v, s_aux, {softmax_scale, causal, window_left, window_right, softcap});
+    const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
+    const Tensor& v, const Tensor& out, const Tensor& lse, const OptionalTensor& s_aux,
+    double softmax_scale, bool causal, int64_t window_left, int64_t window_right, double softcap,
+    bool deterministic) {
+  const FlashFwdProblem fwd = make_dense_problem(
+      q, k, v, s_aux, {softmax_scale, causal, window_left, window_right, softcap});
   return backward(fwd, dout, dlse, q, k, v, out, lse, s_aux, deterministic);
 }
 
-FlashFwdProblem checked_varlen_problem(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& s_aux,
-                                       const VarlenArgs& varlen, const MaskArgs& mask) {
+FlashFwdProblem checked_varlen_problem(const Tensor& q, const Tensor& k, const Tensor& v,
+                                       const OptionalTensor& s_aux, const VarlenArgs& varlen,
+                                       const MaskArgs& mask) {
   const FlashFwdProblem problem = make_varlen_problem(q, k, v, s_aux, varlen, mask);
   check_values(problem, {q.size(0), k.size(0), 0});
   return problem;
 }
 
-std::tuple<Tensor, Tensor> flash_attn_varlen_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                 const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                                                 const OptionalTensor& seqused_k, const OptionalTensor& s_aux,
-                                                 int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale,
-                                                 bool causal, int64_t window_left, int64_t window_right,
-                                                 double softcap, bool /*deterministic: of the backward*/) {
-  return forward(q, checked_varlen_problem(q, k, v, s_aux,
-                                           {cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k},
-                                           {softmax_scale, causal, window_left, window_right, softcap}));
+std::tuple<Tensor, Tensor> flash_attn_varlen_fwd(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+    const Tensor& cu_seqlens_k, const OptionalTensor& seqused_k, const OptionalTensor& s_aux,
+    int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale, bool causal,
+    int64_t window_left, int64_t window_right, double softcap,
+    bool /*deterministic: of the backward*/) {
+  return forward(
+      q, checked_varlen_problem(q, k, v, s_aux,
+                                {cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k},
+                                {softmax_scale, causal, window_left, window_right, softcap}));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attn_varlen_bwd(
-    const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
-    const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-    const OptionalTensor& seqused_k, const OptionalTensor& s_aux, int64_t max_seqlen_q, int64_t max_seqlen_k,
-    double softmax_scale, bool causal, int64_t window_left, int64_t window_right, double softcap, bool deterministic) {
+    const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
+    const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q,
+    const Tensor& cu_seqlens_k, const OptionalTensor& seqused_k, const OptionalTensor& s_aux,
+    int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale, bool causal,
+    int64_t window_left, int64_t window_right, double softcap, bool deterministic) {
   const FlashFwdProblem fwd = checked_varlen_problem(
       q, k, v, s_aux, {cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k},
       {softmax_scale, causal, window_left, window_right, softcap});
@@ -122,7 +135,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attn_varlen_bwd(
 }
 
 FlashFwdProblem checked_paged_problem(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                      const OptionalTensor& s_aux, const PagedArgs& paged, const MaskArgs& mask) {
+                                      const OptionalTensor& s_aux, const PagedArgs& paged,
+                                      const MaskArgs& mask) {
   const FlashFwdProblem problem = make_paged_problem(q, k_cache, v_cache, s_aux, paged, mask);
   check_values(problem, {q.size(0), 0, k_cache.size(0)});
   return problem;
@@ -130,32 +144,37 @@ FlashFwdProblem checked_paged_problem(const Tensor& q, const Tensor& k_cache, co
 
 std::tuple<Tensor, Tensor> paged_attn(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                       const Tensor& block_table, const Tensor& seqused_k,
-                                      const OptionalTensor& cu_seqlens_q, const OptionalTensor& s_aux,
-                                      const OptionalTensor& k_scale, const OptionalTensor& v_scale,
-                                      int64_t max_seqlen_q, double softmax_scale, bool causal, int64_t window_left,
+                                      const OptionalTensor& cu_seqlens_q,
+                                      const OptionalTensor& s_aux, const OptionalTensor& k_scale,
+                                      const OptionalTensor& v_scale, int64_t max_seqlen_q,
+                                      double softmax_scale, bool causal, int64_t window_left,
                                       int64_t window_right, double softcap, int64_t num_splits) {
-  return forward(q, checked_paged_problem(
-                        q, k_cache, v_cache, s_aux,
-                        {block_table, seqused_k, cu_seqlens_q, k_scale, v_scale, max_seqlen_q, num_splits},
-                        {softmax_scale, causal, window_left, window_right, softcap}));
+  return forward(
+      q, checked_paged_problem(
+             q, k_cache, v_cache, s_aux,
+             {block_table, seqused_k, cu_seqlens_q, k_scale, v_scale, max_seqlen_q, num_splits},
+             {softmax_scale, causal, window_left, window_right, softcap}));
 }
 
-void paged_attn_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
-                    const Tensor& seqused_k, const OptionalTensor& cu_seqlens_q, const OptionalTensor& s_aux,
-                    const OptionalTensor& k_scale, const OptionalTensor& v_scale, int64_t max_seqlen_q,
-                    double softmax_scale, bool causal, int64_t window_left, int64_t window_right, double softcap,
-                    int64_t num_splits, const Tensor& out, const Tensor& lse) {
+void paged_attn_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                    const Tensor& block_table, const Tensor& seqused_k,
+                    const OptionalTensor& cu_seqlens_q, const OptionalTensor& s_aux,
+                    const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                    int64_t max_seqlen_q, double softmax_scale, bool causal, int64_t window_left,
+                    int64_t window_right, double softcap, int64_t num_splits, const Tensor& out,
+                    const Tensor& lse) {
   Forward results{out, lse};
   forward_into(q,
-               checked_paged_problem(
-                   q, k_cache, v_cache, s_aux,
-                   {block_table, seqused_k, cu_seqlens_q, k_scale, v_scale, max_seqlen_q, num_splits},
-                   {softmax_scale, causal, window_left, window_right, softcap}),
+               checked_paged_problem(q, k_cache, v_cache, s_aux,
+                                     {block_table, seqused_k, cu_seqlens_q, k_scale, v_scale,
+                                      max_seqlen_q, num_splits},
+                                     {softmax_scale, causal, window_left, window_right, softcap}),
                results);
 }
 
-void reshape_and_cache(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
-                       const Tensor& slot_mapping, const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
+void reshape_and_cache(const Tensor& k, const Tensor& v, const Tensor& k_cache,
+                       const Tensor& v_cache, const Tensor& slot_mapping,
+                       const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
   const attention::ReshapeAndCacheProblem problem =
       make_reshape_and_cache_problem(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale);
   check_values(problem, k_cache.size(0));
@@ -180,7 +199,8 @@ std::string cpu_instruction_set() { return cpu::instruction_set(); }
 
 std::string cpu_instruction_sets() {
   std::string names;
-  for (const std::string& name : cpu::available_instruction_sets()) names += (names.empty() ? "" : ",") + name;
+  for (const std::string& name : cpu::available_instruction_sets())
+    names += (names.empty() ? "" : ",") + name;
   return names;
 }
 

@@ -1,35 +1,48 @@
-// Every op's schema. Fake kernels, autograd and autocast rules are registered in Python (sink_attention_ext/ops.py).
+// Every op's schema. Fake kernels, autograd and autocast rules are registered in Python
+// (sink_attention_ext/ops.py).
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(sink_attention_ext, m) {
   m.def(
-      "flash_attn_fwd(Tensor q, Tensor k, Tensor v, Tensor? s_aux, float softmax_scale, bool causal, int window_left, "
+      "flash_attn_fwd(Tensor q, Tensor k, Tensor v, Tensor? s_aux, float softmax_scale, bool "
+      "causal, int window_left, "
       "int window_right, float softcap, bool deterministic) -> (Tensor, Tensor)");
   m.def(
-      "flash_attn_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? s_aux, "
-      "float softmax_scale, bool causal, int window_left, int window_right, float softcap, bool deterministic) "
+      "flash_attn_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor "
+      "lse, Tensor? s_aux, "
+      "float softmax_scale, bool causal, int window_left, int window_right, float softcap, bool "
+      "deterministic) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "flash_attn_varlen_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
-      "Tensor? seqused_k, Tensor? s_aux, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool causal, "
+      "flash_attn_varlen_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor "
+      "cu_seqlens_k, "
+      "Tensor? seqused_k, Tensor? s_aux, SymInt max_seqlen_q, SymInt max_seqlen_k, float "
+      "softmax_scale, bool causal, "
       "int window_left, int window_right, float softcap, bool deterministic) -> (Tensor, Tensor)");
   m.def(
-      "flash_attn_varlen_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_k, Tensor? s_aux, SymInt max_seqlen_q, "
-      "SymInt max_seqlen_k, float softmax_scale, bool causal, int window_left, int window_right, float softcap, "
+      "flash_attn_varlen_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
+      "Tensor lse, "
+      "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_k, Tensor? s_aux, SymInt "
+      "max_seqlen_q, "
+      "SymInt max_seqlen_k, float softmax_scale, bool causal, int window_left, int window_right, "
+      "float softcap, "
       "bool deterministic) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "paged_attn(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seqused_k, "
       "Tensor? cu_seqlens_q, Tensor? s_aux, Tensor? k_scale, Tensor? v_scale, SymInt max_seqlen_q, "
-      "float softmax_scale, bool causal, int window_left, int window_right, float softcap, int num_splits) "
+      "float softmax_scale, bool causal, int window_left, int window_right, float softcap, int "
+      "num_splits) "
       "-> (Tensor, Tensor)");
   m.def(
-      "paged_attn.out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seqused_k, "
+      "paged_attn.out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor "
+      "seqused_k, "
       "Tensor? cu_seqlens_q, Tensor? s_aux, Tensor? k_scale, Tensor? v_scale, SymInt max_seqlen_q, "
-      "float softmax_scale, bool causal, int window_left, int window_right, float softcap, int num_splits, *, "
+      "float softmax_scale, bool causal, int window_left, int window_right, float softcap, int "
+      "num_splits, *, "
       "Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def(
-      "reshape_and_cache(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, "
+      "reshape_and_cache(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor "
+      "slot_mapping, "
       "Tensor? k_scale, Tensor? v_scale) -> ()");
   m.def("merge_attn_states(Tensor[] outs, Tensor[] lses, Tensor? s_aux) -> (Tensor, Tensor)");
   m.def("cpu_instruction_set() -> str");

@@ -3,6 +3,11 @@
 // Rows are (position, head of the group), position-major, so that neighbouring rows share their mask; row r of a tile is
 // position q_begin + r / group, head r % group. For each block of keys (packed once, in cache), strips of kTileRows rows
 // are scored (kTileRows x block_keys in L1), softened and multiplied with V while the strip's weights are still in L1.
+//
+// A task may hold a tile of several kv heads, which then take turns at each block of keys: that is decode, where what
+// counts is to read the cache in the order in which it lies. In a cache [page][slot][head][dim] one head's rows are a
+// small piece of each token's; read alone they keep a few of the memory's channels busy (8.5 of 21 GB/s measured). So
+// a block is packed for all heads first, a panel of keys at a time, the next panel's tokens prefetched whole meanwhile.
 #pragma once
 
 #include "attention/seqlen_info.h"
@@ -46,14 +51,13 @@ struct ForwardTile {
     Unit* q;                 // [rows][q_stride]
     Real* out;               // [rows][columns(head_dim_v)], not yet divided
     RowState<Real>* state;   // [rows]
-    Real* scores;            // [kTileRows][score_stride], weights in place
-    Unit* k;                 // a block packed on the way
-    Unit* v;
+    Real* scores;            // [kTileRows][score_stride], weights in place; serves all kv heads in turn
   };
 
   const FlashFwdProblem& problem;
   const FwdPlan& plan;
   const FwdTask& task;
+  int64_t kv_head_idx;
   int64_t group;
   int64_t rows;
   SeqlenInfo info;
@@ -61,18 +65,12 @@ struct ForwardTile {
   ScoreScale<Real> scale;
   Scratch scratch;
 
-  static Scratch carve(const FlashFwdProblem& problem, const FwdPlan& plan, ScratchCarver& carver) {
+  static void carve_tile(const FlashFwdProblem& problem, const FwdPlan& plan, ScratchCarver& carver, Scratch& scratch) {
     const int64_t rows = plan.tile_positions * (problem.num_heads_q / problem.num_heads_kv);
-    Scratch scratch{};
     scratch.q = carver.take<Unit>(rows * q_stride(problem));
     scratch.out = carver.take<Real>(rows * Geo::columns(problem.head_dim_v));
     scratch.state = carver.take<RowState<Real>>(rows);
-    scratch.scores = carver.take<Real>(kTileRows * score_stride(plan));
-    scratch.k = reinterpret_cast<Unit*>(carver.take<char>(plan.packed_k_bytes));
-    scratch.v = reinterpret_cast<Unit*>(carver.take<char>(plan.packed_v_bytes));
-    return scratch;
   }
-
   static int64_t q_stride(const FlashFwdProblem& problem) { return round_up(Geo::units(problem.head_dim), Geo::kLanesReal); }
   // One vector more than a block, so that the strip's rows do not fall on the same cache sets.
   static int64_t score_stride(const FwdPlan& plan) { return plan.block_keys + Geo::kLanesReal; }
@@ -81,7 +79,7 @@ struct ForwardTile {
     const int64_t group = max_of(problem.num_heads_q / max_of(problem.num_heads_kv, 1), 1);
     const int64_t larger_dim = max_of(problem.head_dim, problem.head_dim_v);
     FwdPlan plan{};
-    plan.tile_positions = max_of(1, kTargetRows / group);
+    plan.tile_positions = min_of(max_of(1, kTargetRows / group), max_of(1, problem.seqlen_q));
     plan.block_keys = larger_dim <= 128 ? 256 : 128;
     plan.packed_k_bytes = plan.block_keys * Geo::units(problem.head_dim) * static_cast<int64_t>(sizeof(Unit));
     plan.packed_v_bytes = plan.block_keys / Geo::kPair * round_up(problem.head_dim_v, Geo::kPanel) *
@@ -90,37 +88,32 @@ struct ForwardTile {
     plan.partial_bytes = round_up(rows * (Geo::columns(problem.head_dim_v) * static_cast<int64_t>(sizeof(Real)) +
                                           static_cast<int64_t>(sizeof(RowState<Real>))),
                                   64);
-    ScratchCarver carver(nullptr);
-    carve(problem, plan, carver);
-    plan.scratch_bytes = carver.used();
+    Scratch scratch{};
+    ScratchCarver tile(nullptr);
+    carve_tile(problem, plan, tile, scratch);
+    plan.tile_scratch_bytes = tile.used();
+    plan.shared_scratch_bytes = kTileRows * score_stride(plan) * static_cast<int64_t>(sizeof(Real));
     return plan;
   }
 
-  static void pack_block(const FlashFwdProblem& problem, const FwdPlan& plan, int64_t batch_idx, int64_t kv_head_idx,
-                         int64_t block_idx, Unit* k, Unit* v) {
-    const SeqlenInfo info = attention::seqlen_info(problem, batch_idx);
-    const int64_t begin = block_idx * plan.block_keys;
-    const int64_t end = min_of(begin + plan.block_keys, info.seqlen_k);
-    pack_transposed<Arithmetic>(attention::key_rows(problem, batch_idx, info, kv_head_idx), begin, end, k);
-    pack_rowwise<Arithmetic>(attention::value_rows(problem, batch_idx, info, kv_head_idx), begin, end, plan.block_keys,
-                             v);
-  }
-
-  ForwardTile(const FlashFwdProblem& problem, const FwdPlan& plan, const FwdTask& task)
+  ForwardTile(const FlashFwdProblem& problem, const FwdPlan& plan, const FwdTask& task, int64_t kv_head_idx)
       : problem(problem),
         plan(plan),
         task(task),
+        kv_head_idx(kv_head_idx),
         group(problem.num_heads_q / problem.num_heads_kv),
         rows((task.q_end - task.q_begin) * group),
         info(attention::seqlen_info(problem, task.batch_idx)),
         mask(attention::make_mask(problem, info.seqlen_q, info.seqlen_k)),
         scale(score_scale<Real>(problem)) {
-    ScratchCarver carver(task.scratch);
-    scratch = carve(problem, plan, carver);
+    scratch.scores = reinterpret_cast<Real*>(task.scratch);
+    ScratchCarver tile(task.scratch + plan.shared_scratch_bytes +
+                       (kv_head_idx - task.kv_head_begin) * plan.tile_scratch_bytes);
+    carve_tile(problem, plan, tile, scratch);
   }
 
   int64_t position(int64_t row) const { return task.q_begin + row / group; }
-  int64_t head(int64_t row) const { return task.kv_head_idx * group + row % group; }
+  int64_t head(int64_t row) const { return kv_head_idx * group + row % group; }
 
   void load_q() {
     for (int64_t row = 0; row < rows; ++row) {
@@ -133,20 +126,12 @@ struct ForwardTile {
     memset(scratch.out, 0, rows * Geo::columns(problem.head_dim_v) * sizeof(Real));
   }
 
-  void attend() {
-    load_q();
-    for (int64_t block_idx = task.block_begin; block_idx < task.block_end; ++block_idx) {
-      const Unit* k = scratch.k;
-      const Unit* v = scratch.v;
-      if (task.packed != nullptr) {
-        k = reinterpret_cast<const Unit*>(task.packed + block_idx * (plan.packed_k_bytes + plan.packed_v_bytes));
-        v = k + plan.packed_k_bytes / static_cast<int64_t>(sizeof(Unit));
-      } else {
-        pack_block(problem, plan, task.batch_idx, task.kv_head_idx, block_idx, scratch.k, scratch.v);
-      }
-      for (int64_t row = 0; row < rows; row += kTileRows) {
-        attend_strip(block_idx * plan.block_keys, row, static_cast<int>(min_of(kTileRows, rows - row)), k, v);
-      }
+  // All rows against a block of keys, packed K and V side by side.
+  void attend_block(int64_t block_idx, const char* packed) {
+    const Unit* k = reinterpret_cast<const Unit*>(packed);
+    const Unit* v = reinterpret_cast<const Unit*>(packed + plan.packed_k_bytes);
+    for (int64_t row = 0; row < rows; row += kTileRows) {
+      attend_strip(block_idx * plan.block_keys, row, static_cast<int>(min_of(kTileRows, rows - row)), k, v);
     }
   }
 
@@ -226,9 +211,9 @@ struct ForwardTile {
   }
 
   // A partial result: the rows' states, then their outputs.
-  void leave_partial() {
-    memcpy(task.partial, scratch.state, rows * sizeof(RowState<Real>));
-    memcpy(task.partial + rows * sizeof(RowState<Real>), scratch.out,
+  void leave_partial(char* partial) {
+    memcpy(partial, scratch.state, rows * sizeof(RowState<Real>));
+    memcpy(partial + rows * sizeof(RowState<Real>), scratch.out,
            rows * Geo::columns(problem.head_dim_v) * sizeof(Real));
   }
 
@@ -253,29 +238,69 @@ FwdPlan plan_fwd(const FlashFwdProblem& problem) {
   return ForwardTile<Arithmetic>::make_plan(problem);
 }
 
+// Packs one block of keys for the kv heads [head_begin, head_end), one after the other into `packed`.
 template <class Arithmetic>
-void pack_block(const FlashFwdProblem& problem, const FwdPlan& plan, int64_t batch_idx, int64_t kv_head_idx,
-                int64_t block_idx, char* packed) {
+void pack_blocks(const FlashFwdProblem& problem, const FwdPlan& plan, int64_t batch_idx, int64_t head_begin,
+                 int64_t head_end, int64_t block_idx, char* packed) {
   using Unit = typename Arithmetic::Unit;
-  ForwardTile<Arithmetic>::pack_block(problem, plan, batch_idx, kv_head_idx, block_idx, reinterpret_cast<Unit*>(packed),
-                                      reinterpret_cast<Unit*>(packed + plan.packed_k_bytes));
+  using Geo = Geometry<Arithmetic>;
+  const SeqlenInfo info = attention::seqlen_info(problem, batch_idx);
+  const int64_t first = block_idx * plan.block_keys;
+  const int64_t last = min_of(first + plan.block_keys, info.seqlen_k);
+  const int64_t heads = head_end - head_begin;
+  const int64_t head_stride = plan.packed_k_bytes + plan.packed_v_bytes;
+  const KeyRows keys = attention::key_rows(problem, batch_idx, info, head_begin);
+  const KeyRows values = attention::value_rows(problem, batch_idx, info, head_begin);
+  for (int64_t key = first; key < last; key += Geo::kPanel) {
+    const int64_t end = min_of(key + Geo::kPanel, last);
+    for (int64_t head = 0; head < heads; ++head) {
+      prefetch_panel<Arithmetic>(keys, problem.k_stride_head, info.seqlen_k, key + Geo::kPanel, head, heads);
+      Unit* k = reinterpret_cast<Unit*>(packed + head * head_stride);
+      pack_transposed<Arithmetic>(attention::key_rows(problem, batch_idx, info, head_begin + head), key, end,
+                                  k + (key - first) * Geo::units(problem.head_dim));
+    }
+    for (int64_t head = 0; head < heads; ++head) {
+      prefetch_panel<Arithmetic>(values, problem.v_stride_head, info.seqlen_k, key + Geo::kPanel, head, heads);
+      Unit* v = reinterpret_cast<Unit*>(packed + head * head_stride + plan.packed_k_bytes);
+      pack_rowwise<Arithmetic>(attention::value_rows(problem, batch_idx, info, head_begin + head), key, end,
+                               plan.block_keys, v + (key - first) / Geo::kPair * Geo::kPanel);
+    }
+  }
 }
 
 template <class Arithmetic>
 void fwd_tile(const FlashFwdProblem& problem, const FwdPlan& plan, const FwdTask& task) {
-  ForwardTile<Arithmetic> tile(problem, plan, task);
-  tile.attend();
-  if (task.partial != nullptr) {
-    tile.leave_partial();
-  } else {
-    tile.finish();
+  const int64_t heads = task.kv_head_end - task.kv_head_begin;
+  const int64_t block_bytes = plan.packed_k_bytes + plan.packed_v_bytes;
+  char* packed_here = task.scratch + plan.shared_scratch_bytes + heads * plan.tile_scratch_bytes;
+  for (int64_t head = task.kv_head_begin; head < task.kv_head_end; ++head) {
+    ForwardTile<Arithmetic>(problem, plan, task, head).load_q();
+  }
+  for (int64_t block_idx = task.block_begin; block_idx < task.block_end; ++block_idx) {
+    const char* packed = task.packed + block_idx * block_bytes;
+    if (task.packed == nullptr) {
+      pack_blocks<Arithmetic>(problem, plan, task.batch_idx, task.kv_head_begin, task.kv_head_end, block_idx,
+                              packed_here);
+      packed = packed_here;
+    }
+    for (int64_t head = task.kv_head_begin; head < task.kv_head_end; ++head, packed += block_bytes) {
+      ForwardTile<Arithmetic>(problem, plan, task, head).attend_block(block_idx, packed);
+    }
+  }
+  for (int64_t head = task.kv_head_begin; head < task.kv_head_end; ++head) {
+    ForwardTile<Arithmetic> tile(problem, plan, task, head);
+    if (task.partial != nullptr) {
+      tile.leave_partial(task.partial + (head - task.kv_head_begin) * task.partial_stride);
+    } else {
+      tile.finish();
+    }
   }
 }
 
 template <class Arithmetic>
 void combine_splits(const FlashFwdProblem& problem, const FwdPlan& plan, const FwdTask& task, int64_t num_splits,
                     int64_t split_stride) {
-  ForwardTile<Arithmetic> tile(problem, plan, task);
+  ForwardTile<Arithmetic> tile(problem, plan, task, task.kv_head_begin);
   tile.load_q();
   for (int64_t split = 0; split < num_splits; ++split) tile.merge_partial(task.partial + split * split_stride);
   tile.finish();

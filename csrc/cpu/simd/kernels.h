@@ -16,20 +16,24 @@ namespace sink_attention::cpu {
 struct FwdPlan {
   int64_t tile_positions;
   int64_t block_keys;
-  int64_t packed_k_bytes;   // of one block of keys
+  int64_t packed_k_bytes;       // of one block of keys
   int64_t packed_v_bytes;
-  int64_t scratch_bytes;    // of one thread
-  int64_t partial_bytes;    // of one tile's partial result in one split
+  int64_t tile_scratch_bytes;   // a job's scratch takes so many for each kv head, and, where it packs as it goes, a
+                                // packed block for each,
+  int64_t shared_scratch_bytes; // and so many once
+  int64_t partial_bytes;        // of one tile's partial result in one split, for each kv head
 };
 
-// One tile against the key blocks [block_begin, block_end).
+// A tile of each of the kv heads [kv_head_begin, kv_head_end) against the key blocks [block_begin, block_end).
 struct FwdTask {
-  int64_t batch_idx, kv_head_idx;
+  int64_t batch_idx;
+  int64_t kv_head_begin, kv_head_end;
   int64_t q_begin, q_end;
   int64_t block_begin, block_end;
-  const char* packed;    // the kv head's packed blocks, K and V of a block side by side; null: pack as you go
-  char* scratch;         // scratch_bytes, aligned to 64
-  char* partial;         // null: finish the rows; else leave the tile's state here, without the sink
+  const char* packed;       // the packed blocks of the one kv head, K and V of a block side by side; null: pack as you go
+  char* scratch;            // aligned to 64
+  char* partial;            // null: finish the rows; else leave the first tile's state here, without the sink
+  int64_t partial_stride;   // bytes from one kv head's partial result to the next
 };
 
 struct BwdPlan {
@@ -51,10 +55,10 @@ struct BwdTask {
 
 struct Kernels {
   FwdPlan (*plan_fwd)(const attention::FlashFwdProblem&);
-  void (*pack_block)(const attention::FlashFwdProblem&, const FwdPlan&, int64_t batch_idx, int64_t kv_head_idx,
-                     int64_t block_idx, char* packed);
+  void (*pack_blocks)(const attention::FlashFwdProblem&, const FwdPlan&, int64_t batch_idx, int64_t kv_head_begin,
+                      int64_t kv_head_end, int64_t block_idx, char* packed);
   void (*fwd_tile)(const attention::FlashFwdProblem&, const FwdPlan&, const FwdTask&);
-  // Merges num_splits partial results that lie split_stride bytes apart, from task.partial on.
+  // Merges the partial results of one kv head's tile, which lie split_stride bytes apart from task.partial on.
   void (*combine_splits)(const attention::FlashFwdProblem&, const FwdPlan&, const FwdTask&, int64_t num_splits,
                          int64_t split_stride);
 

@@ -41,16 +41,22 @@ SA_INLINE bool rows_are_units(DataType dtype, int64_t dim) {
   return dtype == (sizeof(typename Arithmetic::Real) == 4 ? DataType::kFloat32 : DataType::kFloat64);
 }
 
-// Asks for a row's cache lines ahead of their use. A head's rows lie a token's stride apart (2 KiB in a GPT-OSS cache),
-// which the hardware's prefetchers do not follow: without this, a decode step waits for each row.
-SA_INLINE void prefetch_row(const KeyRows& rows, int64_t key, int64_t row_bytes) {
-  if (key >= rows.num_keys) return;
-  const char* row = static_cast<const char*>(rows.row(key));
-  for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(row + i);
-  __builtin_prefetch(row + row_bytes - 1);
+// Prefetches into L2 part `part` of `parts` of the panel of keys that starts at `first`, where each key has rows of
+// `parts` heads, head_stride numbers apart: a whole token at a time, the order in which a cache lies.
+template <class Arithmetic>
+SA_INLINE void prefetch_panel(const KeyRows& rows, int64_t head_stride, int64_t num_keys, int64_t first, int64_t part,
+                              int64_t parts) {
+  constexpr int64_t kKeys = Geometry<Arithmetic>::kPanel;
+  const int64_t head_bytes = head_stride * attention::bytes_of(rows.dtype);
+  const int64_t row_bytes = rows.dim * attention::bytes_of(rows.dtype);
+  const int64_t end = min_of(first + kKeys * (part + 1) / parts, num_keys);
+  for (int64_t key = first + kKeys * part / parts; key < end; ++key) {
+    const char* row = static_cast<const char*>(rows.row(key));
+    for (int64_t head = 0; head < parts; ++head, row += head_bytes) {
+      for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
+    }
+  }
 }
-
-constexpr int kPrefetchKeys = 32;  // how far ahead: with head_dim 64 in float32, 8 KiB are on their way
 
 // Keys [begin, end) to transposed panels.
 template <class Arithmetic>
@@ -62,7 +68,6 @@ void pack_transposed(const KeyRows& rows, int64_t begin, int64_t end, typename A
   const int64_t units = Geometry<Arithmetic>::units(rows.dim);
   const int64_t padded_units = round_up(units, kStep);
   const bool direct = rows_are_units<Arithmetic>(rows.dtype, rows.dim);
-  const int64_t row_bytes = rows.dim * attention::bytes_of(rows.dtype);
   alignas(64) Unit staging[kStep * kMaxHeadDim];
   alignas(64) static const Unit zeros[kMaxHeadDim] = {};
   for (int64_t panel = begin; panel < end; panel += kPanel, destination += units * kPanel) {
@@ -70,7 +75,6 @@ void pack_transposed(const KeyRows& rows, int64_t begin, int64_t end, typename A
       const Unit* sources[kStep];
       for (int lane = 0; lane < kStep; ++lane) {
         const int64_t key = panel + half * kStep + lane;
-        prefetch_row(rows, key + kPrefetchKeys, row_bytes);
         if (key >= end) {
           sources[lane] = zeros;
         } else if (direct) {
@@ -107,7 +111,7 @@ SA_INLINE void zip_unit_rows(const uint32_t* even, const uint32_t* odd, int64_t 
   for (int64_t i = 0; i < numbers; ++i) destination[i] = low[i] | uint32_t{high[i]} << 16;
 }
 
-// Keys [begin, end), then zeros up to block_rows, to row-wise panels of columns.
+// Keys [begin, end), then zeros up to a whole panel of keys, to row-wise panels of columns that hold block_rows keys.
 template <class Arithmetic>
 void pack_rowwise(const KeyRows& rows, int64_t begin, int64_t end, int64_t block_rows,
                   typename Arithmetic::Unit* destination) {
@@ -118,16 +122,14 @@ void pack_rowwise(const KeyRows& rows, int64_t begin, int64_t end, int64_t block
   constexpr int kPair = Arithmetic::kPair;
   const int64_t columns = Geometry<Arithmetic>::columns(rows.dim);
   const int64_t panel_units = block_rows / kPair * kPanel;
-  const int64_t used_rows = min_of(round_up(end - begin, kPanel), block_rows);
+  const int64_t used_rows = round_up(end - begin, kPanel);
   const bool direct = rows_are_units<Arithmetic>(rows.dtype, rows.dim);
-  const int64_t row_bytes = rows.dim * attention::bytes_of(rows.dtype);
   alignas(64) Unit staging[2][kMaxHeadDim];
   alignas(64) static const Unit zeros[kMaxHeadDim] = {};
   for (int64_t i = 0; i < used_rows; i += kPair) {
     const Unit* sources[kPair];
     for (int half = 0; half < kPair; ++half) {
       const int64_t key = begin + i + half;
-      prefetch_row(rows, key + kPrefetchKeys, row_bytes);
       if (key >= end) {
         sources[half] = zeros;
       } else if (direct) {

@@ -1,0 +1,1 @@
+"""Adapters to other libraries. Nothing here is imported by sink_attention_ext itself."""

@@ -1,0 +1,178 @@
+"""The mask function that transformers calls, once per forward and kind of layer, under our name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sink_attention_ext.integrations.mask_pattern import (
+    MaskPattern,
+    explain,
+    pattern_of_mask,
+    recognise,
+    recognise_traced,
+)
+from sink_attention_ext.integrations.masks import (
+    AttentionMask,
+    GatheredMask,
+    PackedMask,
+    PaddedMask,
+    UnpaddedMask,
+    is_tracing,
+)
+
+
+def sink_attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Tensor] | None = None,
+    attention_mask: Tensor | AttentionMask | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> AttentionMask:
+    """What row ``q_offset + i`` sees of the keys ``kv_offset + j``, as an object for our kernels.
+
+    Args:
+        batch_size, q_length, kv_length: the shape that a mask tensor would have. On a static cache
+            kv_length is its capacity.
+        q_offset: tokens before the first row; on static caches a tensor **that the cache changes in
+            place** while the forward runs, so what is derived from it is computed here and now.
+        kv_offset: position of the first key (a sliding cache has dropped the ones before).
+        mask_function: transformers' rule ``(batch, head, q_position, kv_position) -> bool``.
+        attention_mask: (batch, tokens) bool padding mask over all positions so far, or None.
+
+    Raises:
+        ValueError: the rule, or the padding under this rule, is not one that the kernels compute.
+    """
+    if isinstance(attention_mask, AttentionMask):  # generate() made it before the forward
+        return attention_mask
+    if is_tracing():
+        row_begin, pattern = q_offset - kv_offset, recognise_traced
+    else:
+        # A static cache's length is read by the host, but for decoding: that forward may be
+        # compiled, and should not depend on a number that changes with each token.
+        if isinstance(q_offset, Tensor) and q_length > 1:
+            q_offset = int(q_offset)
+        row_begin, pattern = q_offset - kv_offset, recognise
+    rule = pattern(
+        mask_function,
+        attention_mask=attention_mask,
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        device=device,
+        **kwargs,
+    )
+    if rule.key_start is not None:  # read off a mask that had been written out, padding included
+        return mask_of_pattern(rule, q_length, kv_length)
+
+    shape = (q_length, kv_length, rule.causal, rule.window_size)
+    if rule.starts is not None:
+        return PackedMask.from_starts(rule.starts, rule.causal, rule.window_size)
+    key_end = _key_end(rule, row_begin, q_length, kv_length, device)
+    if attention_mask is None:
+        return UnpaddedMask(*shape, key_end=key_end, may_be_packed=rule.may_be_packed)
+    return _padded(shape, attention_mask, row_begin, key_end, kv_offset, rule.may_be_packed)
+
+
+def mask_of_pattern(rule: MaskPattern, q_length: int, kv_length: int) -> AttentionMask:
+    """The mask of a pattern that was read off a (batch, 1, q_length, kv_length) tensor."""
+    shape = (q_length, kv_length, rule.causal, rule.window_size)
+    bounds = {"key_start": rule.key_start, "key_stop": rule.key_stop}
+    return PaddedMask(*shape, **bounds, row_begin=rule.row_begin)
+
+
+def _key_end(
+    rule: MaskPattern,
+    row_begin: int | Tensor,
+    q_length: int,
+    kv_length: int,
+    device: torch.device | str,
+) -> int | Tensor:
+    """One past the last key that any row sees: int, or a 0-d int32 tensor."""
+    if not rule.causal:
+        if rule.window_size != (-1, -1) and q_length != kv_length:
+            raise ValueError(
+                "sink_attention computes a bidirectional window only where queries and keys are "
+                f"the same tokens; got {q_length} queries and {kv_length} keys"
+            )
+        return kv_length
+    key_end = row_begin + q_length
+    if isinstance(key_end, Tensor):
+        return key_end.to(device=device, dtype=torch.int32)
+    if is_tracing():
+        return key_end
+    if key_end > kv_length:
+        raise ValueError(
+            f"the last query stands at key {key_end - 1}, but there are {kv_length} keys: the "
+            "cache is too short"
+        )
+    if q_length == 1 and key_end < kv_length:  # a static cache that fills: as with a tensor q_offset
+        return torch.tensor(key_end, dtype=torch.int32, device=device)
+    return key_end
+
+
+def _padded(
+    shape: tuple[int, int, bool, tuple[int, int]],
+    attention_mask: Tensor,
+    row_begin: int | Tensor,
+    key_end: int | Tensor,
+    kv_offset: int,
+    may_be_packed: bool,
+) -> AttentionMask:
+    """A 2D padding mask (batch, tokens) bool, on top of `shape`'s causality and window."""
+    q_length, kv_length, causal, window_size = shape
+    key_mask = attention_mask[:, kv_offset : kv_offset + kv_length]
+    key_mask = F.pad(key_mask, (0, kv_length - key_mask.shape[1]))  # columns it lacks are unused
+    column = torch.arange(kv_length, device=key_mask.device)
+    key_mask = key_mask & (column < key_end)
+
+    count = key_mask.sum(-1)
+    key_start = torch.where(count > 0, key_mask.int().argmax(-1), 0)
+    key_stop = torch.where(count > 0, kv_length - key_mask.flip(-1).int().argmax(-1), 0)
+    is_full = (count == key_end).all()
+    has_holes = (count != key_stop - key_start).any()
+    bounds = {"key_start": key_start.to(torch.int32), "key_stop": key_stop.to(torch.int32)}
+    if is_tracing():
+        torch._assert_async(
+            ~has_holes,
+            "sink_attention: an attention_mask with zeros between ones does not work under "
+            "torch.compile",
+        )
+        return PaddedMask(*shape, **bounds, row_begin=row_begin)
+
+    is_full, has_holes = torch.stack([is_full, has_holes]).tolist()
+    if is_full:
+        return UnpaddedMask(*shape, key_end=key_end, may_be_packed=may_be_packed)
+    if not has_holes:
+        return PaddedMask(*shape, **bounds, row_begin=row_begin)
+
+    window = window_size[0]
+    if window >= 0 and int(key_end) <= window + 1:  # no row is far enough for the window to matter
+        window_size = (-1, window_size[1])
+    if window_size not in ((-1, -1), (-1, 0)):
+        raise ValueError(
+            "sink_attention cannot compute an attention_mask with zeros between ones together with "
+            f"a sliding window of {window + 1} tokens over {int(key_end)} keys: pad on one side "
+            "(tokenizer.padding_side), or use attn_implementation='eager'"
+        )
+    if causal:
+        begin = int(row_begin)
+        row_mask = key_mask[:, begin : begin + q_length]
+    else:
+        row_mask = key_mask.new_ones(key_mask.shape[0], q_length)
+    return GatheredMask(
+        *(q_length, kv_length, causal, window_size), key_mask=key_mask, row_mask=row_mask
+    )
+
+
+__all__ = ["explain", "mask_of_pattern", "pattern_of_mask", "sink_attention_mask"]

@@ -1,0 +1,33 @@
+// The definition of attention with sinks, written out in float64: what the kernels are compared
+// with. It reads the problem struct, and shares no code with the backend.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "array.h"
+
+namespace sink_attention::tests {
+
+using attention::FlashBwdProblem;
+using attention::FlashFwdProblem;
+
+struct ReferenceForward {
+  std::vector<double> out;  // [rows of q][num_heads_q][head_dim_v]; NaN in rows of no sequence
+  std::vector<double> lse;  // [num_heads_q][rows of q]
+};
+
+struct ReferenceBackward {
+  std::vector<double> dq, dk,
+      dv;  // [rows][heads][dim]; NaN in rows of no sequence, or beyond seqused_k
+  std::vector<double> ds_aux;  // [num_heads_q]
+};
+
+// Rows are counted over the batch: dense row i of sequence b is b * seqlen + i.
+ReferenceForward reference_forward(const FlashFwdProblem& problem, int64_t q_rows);
+
+// From the forward's own out and lse in problem.fwd, as the kernels have it.
+ReferenceBackward reference_backward(const FlashBwdProblem& problem, int64_t q_rows,
+                                     int64_t k_rows);
+
+}  // namespace sink_attention::tests

@@ -1,0 +1,149 @@
+"""Small valid arguments for every operator, shared by the opcheck and the fake-kernel tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sink_attention_ext import ops
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+FWD_OPTIONS = (0.5, True, 3, 0, 0.0, False)  # scale, causal, window, softcap, deterministic
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, requires_grad: bool = False) -> Tensor:
+    return torch.randn(*shape).to(dtype).requires_grad_(requires_grad)
+
+
+def int32(*values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def dense_qkv(
+    dtype: torch.dtype, requires_grad: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v and sinks; q has rows with gaps, v a head_dim of its own."""
+    q = randn(2, 4, 5, 8, dtype=dtype).transpose(1, 2).requires_grad_(requires_grad)
+    k = randn(2, 7, 2, 8, dtype=dtype, requires_grad=requires_grad)
+    v = randn(2, 7, 2, 6, dtype=dtype, requires_grad=requires_grad)
+    return q, k, v, randn(4, requires_grad=requires_grad)
+
+
+def packed_qkv(
+    dtype: torch.dtype, requires_grad: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q = randn(4, 6, 8, dtype=dtype).transpose(0, 1).requires_grad_(requires_grad)
+    k = randn(9, 2, 8, dtype=dtype, requires_grad=requires_grad)
+    v = randn(9, 2, 6, dtype=dtype, requires_grad=requires_grad)
+    return q, k, v, randn(4, requires_grad=requires_grad)
+
+
+def fwd(dtype: torch.dtype, requires_grad: bool) -> Arguments:
+    return (*dense_qkv(dtype, requires_grad), *FWD_OPTIONS), {}
+
+
+def fwd_without_sink(dtype: torch.dtype, requires_grad: bool) -> Arguments:
+    return (*dense_qkv(dtype, requires_grad)[:3], None, *FWD_OPTIONS), {}
+
+
+def bwd(dtype: torch.dtype, requires_grad: bool) -> Arguments:
+    q, k, v, s_aux = dense_qkv(dtype)
+    out, lse = ops.flash_attn_fwd(q, k, v, s_aux, *FWD_OPTIONS)
+    dout = torch.randn_like(out).requires_grad_(requires_grad)
+    return (dout, torch.randn_like(lse), q, k, v, out, lse, s_aux, *FWD_OPTIONS), {}
+
+
+def bwd_without_sink(dtype: torch.dtype, requires_grad: bool) -> Arguments:
+    q, k, v, _ = dense_qkv(dtype)
+    out, lse = ops.flash_attn_fwd(q, k, v, None, *FWD_OPTIONS)
+    dout = torch.randn_like(out).requires_grad_(requires_grad)
+    return (dout, None, q, k, v, out, lse, None, *FWD_OPTIONS), {}
+
+
+CU_SEQLENS = ([0, 2, 2, 5], [0, 4, 6, 9])  # row 5 of q is in no sequence
+
+
+def varlen_fwd(dtype: torch.dtype, requires_grad: bool) -> Arguments:
+    q, k, v, s_aux = packed_qkv(dtype, requires_grad)
+    cu_seqlens_q, cu_seqlens_k = (int32(*ends) for ends in CU_SEQLENS)
+    lengths = (cu_seqlens_q, cu_seqlens_k, int32(4, 1, 2))
+    return (q, k, v, *lengths, s_aux, 3, 4, *FWD_OPTIONS), {}
+
+
+def varlen_bwd(dtype: torch.dtype, requires_grad: bool) -> Arguments:
+    (q, k, v, *lengths, s_aux, max_q, max_k), options = varlen_fwd(dtype, False)[0][:9], FWD_OPTIONS
+    out, lse = ops.flash_attn_varlen_fwd(q, k, v, *lengths, s_aux, max_q, max_k, *options)
+    dout = torch.randn_like(out).requires_grad_(requires_grad)
+    dlse = torch.randn_like(lse)
+    return (dout, dlse, q, k, v, out, lse, *lengths, s_aux, max_q, max_k, *options), {}
+
+
+def caches(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Four pages of four tokens, kept heads first."""
+    k_cache = randn(4, 2, 4, 8).to(dtype).transpose(1, 2)
+    return k_cache, randn(4, 2, 4, 6).to(dtype).transpose(1, 2)
+
+
+BLOCK_TABLE = ([1, 3, 0], [2, -7, 9])  # what lies beyond a sequence's length is not read
+
+
+def paged(dtype: torch.dtype, requires_grad: bool) -> Arguments:
+    q = randn(2, 3, 4, 8, dtype=dtype)
+    tables = (int32(*BLOCK_TABLE), int32(11, 2))
+    options = (3, 0.5, True, 5, 0, 0.0, 2)  # max_seqlen_q, scale, causal, window, softcap, splits
+    return (q, *caches(dtype), *tables, None, randn(4), None, None, *options), {}
+
+
+def paged_packed_float8(dtype: torch.dtype, requires_grad: bool) -> Arguments:
+    q = randn(6, 4, 8, dtype=dtype)
+    tables = (int32(*BLOCK_TABLE), int32(11, 2), int32(0, 4, 5))
+    scales = (torch.tensor([0.5, 2.0]), torch.tensor([1.5, 0.7]))
+    options = (4, 0.5, True, -1, 0, 0.0, 0)
+    return (q, *caches(torch.float8_e4m3fn), *tables, randn(4), *scales, *options), {}
+
+
+def paged_out(dtype: torch.dtype, requires_grad: bool) -> Arguments:
+    args, _ = paged(dtype, requires_grad)
+    lse = torch.empty(2, 4, 3, dtype=ops.lse_dtype(dtype))
+    return args, {"out": torch.empty(2, 3, 4, 6, dtype=dtype), "lse": lse}
+
+
+def reshape_and_cache(dtype: torch.dtype, requires_grad: bool) -> Arguments:
+    k, v = randn(3, 2, 8, dtype=dtype), randn(3, 2, 6, dtype=dtype)
+    return (k, v, *caches(dtype), torch.tensor([13, -1, 2]), None, None), {}
+
+
+def reshape_and_cache_float8(dtype: torch.dtype, requires_grad: bool) -> Arguments:
+    (k, v, *_), _ = reshape_and_cache(dtype, requires_grad)
+    scales = (torch.tensor([0.5, 2.0]), torch.tensor([1.5, 0.7]))
+    return (k, v, *caches(torch.float8_e4m3fn), torch.tensor([13, -1, 2]), *scales), {}
+
+
+def merge(dtype: torch.dtype, requires_grad: bool) -> Arguments:
+    outs = [randn(2, 3, 4, 5, dtype=dtype, requires_grad=requires_grad) for _ in range(3)]
+    lses = [torch.randn(2, 4, 3, dtype=ops.lse_dtype(dtype)) for _ in range(3)]
+    lses = [lse.requires_grad_(requires_grad) for lse in lses]
+    return (outs, lses, randn(4, requires_grad=requires_grad)), {}
+
+
+Sample = Callable[[torch.dtype, bool], Arguments]
+
+SAMPLES: dict[str, tuple[Callable[..., Any], Sample]] = {
+    "fwd": (ops.flash_attn_fwd, fwd),
+    "fwd_without_sink": (ops.flash_attn_fwd, fwd_without_sink),
+    "bwd": (ops.flash_attn_bwd, bwd),
+    "bwd_without_sink": (ops.flash_attn_bwd, bwd_without_sink),
+    "varlen_fwd": (ops.flash_attn_varlen_fwd, varlen_fwd),
+    "varlen_bwd": (ops.flash_attn_varlen_bwd, varlen_bwd),
+    "paged": (ops.paged_attn, paged),
+    "paged_packed_float8": (ops.paged_attn, paged_packed_float8),
+    "paged_out": (ops.paged_attn_out, paged_out),
+    "reshape_and_cache": (ops.reshape_and_cache, reshape_and_cache),
+    "reshape_and_cache_float8": (ops.reshape_and_cache, reshape_and_cache_float8),
+    "merge": (ops.merge_attn_states, merge),
+}
+DIFFERENTIABLE = ("fwd", "fwd_without_sink", "varlen_fwd", "merge")

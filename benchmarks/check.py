@@ -29,14 +29,16 @@ def attend_rows(
     s_aux: torch.Tensor | None,
 ) -> torch.Tensor:
     """Float64 attention of q_rows `(rows, heads, d)` on k and v `(seqlen, kv heads, d)`."""
-    group = q_rows.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    logits = torch.einsum("rhd,khd->hrk", q_rows, k) * problem.layer.head_dim**-0.5
-    logits = logits.masked_fill(~problem.visible(rows, k.shape[0]), float("-inf"))
+    num_rows, num_heads_q, head_dim = q_rows.shape
+    num_keys, num_heads_kv, _ = k.shape
+    grouped = q_rows.view(num_rows, num_heads_kv, num_heads_q // num_heads_kv, head_dim)
+    logits = torch.einsum("rhgd,khd->hgrk", grouped, k) * head_dim**-0.5
+    logits = logits.masked_fill(~problem.visible(rows, num_keys), float("-inf"))
     if s_aux is not None:
-        logits = torch.cat([logits, s_aux[:, None, None].expand(-1, len(rows), 1)], dim=-1)
-    probs = logits.softmax(dim=-1)[..., : k.shape[0]]
-    return torch.einsum("hrk,khd->rhd", probs, v)
+        sink = s_aux.view(num_heads_kv, -1, 1, 1).expand(-1, -1, num_rows, 1)
+        logits = torch.cat([logits, sink], dim=-1)
+    probs = logits.softmax(dim=-1)[..., :num_keys]
+    return torch.einsum("hgrk,khd->rhgd", probs, v).reshape(q_rows.shape)
 
 
 def ds_aux_of_head_0(problem: Problem) -> torch.Tensor:
@@ -45,7 +47,8 @@ def ds_aux_of_head_0(problem: Problem) -> torch.Tensor:
     total = torch.zeros(1, dtype=torch.float64, device=problem.device)
     for rows in torch.arange(problem.seqlen, device=problem.device).split(1024):
         s_aux = problem.s_aux[:1].double().requires_grad_()
-        out = attend_rows(problem, rows, q[rows], k, v, s_aux)
+        num_keys = int(rows[-1]) + 1  # a causal row sees no later key
+        out = attend_rows(problem, rows, q[rows], k[:num_keys], v[:num_keys], s_aux)
         total += torch.autograd.grad(out, s_aux, dout[rows])[0]
     return total
 

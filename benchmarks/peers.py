@@ -110,7 +110,7 @@ def eager(problem: Problem, *, backward: bool) -> Contender:
 
 def eager_bytes(layer: Layer, seqlen: int, itemsize: int, backward: bool) -> int:
     """Estimate of eager's peak: so many (heads, seqlen, seqlen) matrices are alive at once."""
-    return layer.num_heads_q * seqlen * seqlen * itemsize * (7 if backward else 5)
+    return layer.num_heads_q * seqlen * seqlen * itemsize * (5 if backward else 4)
 
 
 def why_not_eager(

@@ -18,7 +18,7 @@ def progress(message: str) -> None:
     print(f"... {message}", file=sys.stderr, flush=True)
 
 
-def rounds_for(settings: Settings, seqlen: int, backward: bool) -> Rounds:
+def rounds_for(settings: Settings, backward: bool) -> Rounds:
     """At least two turns at every length; more as long as a few seconds allow."""
     if settings.quick:
         return Rounds(least=2, most=5, budget_s=1.0)
@@ -57,7 +57,7 @@ def measure_shape(
         sdpa(problem, backward=backward, expand=sdpa_expands),
     ]
     left_out = {}
-    eager_limit_s = 3.0 if settings.quick else 12.0
+    eager_limit_s = 1.5 if settings.quick else 12.0
     reason = why_not_eager(
         problem.layer,
         problem.seqlen,
@@ -74,17 +74,19 @@ def measure_shape(
         contenders.append(contender)
 
     device, dtype = settings.device, problem.dtype
-    no_sink = flex.why_not(device, dtype, backward=backward, sink=True)
     flex_detail = None
-    if problem.seqlen not in flex.SEQLENS:
+    if settings.quick:
+        left_out[FLEX] = "left out of --quick: compiling takes seconds for each shape"
+    elif problem.seqlen not in flex.SEQLENS:
         left_out[FLEX] = f"measured at {' and '.join(map(str, flex.SEQLENS))} tokens only"
     elif reason := flex.why_not(device, dtype, backward=backward, sink=False):
         left_out[FLEX] = reason
     else:
+        no_sink = flex.why_not(device, dtype, backward=backward, sink=True)
         contenders.append(flex.build(problem, backward=backward, sink=no_sink is None))
         flex_detail = f"without sink, since with its LSE: {no_sink}" if no_sink else "LSE rescale"
 
-    rounds = rounds_for(settings, problem.seqlen, backward)
+    rounds = rounds_for(settings, backward)
     timings = interleave(contenders, rounds, device)
     timings |= {name: Timing(reason=reason) for name, reason in left_out.items()}
     records = {

@@ -142,9 +142,7 @@ def refuse_gradient(function: str, *tensors: Any) -> None:
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
         raise RuntimeError(
             f"{function} is not differentiable, but one of its tensors requires grad: call it "
-            "under "
-            "torch.no_grad(), or use flash_attn_func or flash_attn_varlen_func, which have "
-            "gradients"
+            "under torch.no_grad(), or use flash_attn_func or flash_attn_varlen_func instead"
         )
 
 
@@ -235,8 +233,7 @@ def _refuse_vmap(name: str) -> Callable[..., NoReturn]:
     def rule(info: Any, in_dims: Any, *args: Any) -> NoReturn:
         raise NotImplementedError(
             f"sink_attention_ext::{name} has no batching rule for torch.vmap: fold the mapped "
-            "dimension into "
-            "the batch dimension of q, k and v instead"
+            "dimension into the batch dimension of q, k and v instead"
         )
 
     return rule

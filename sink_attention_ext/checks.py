@@ -57,8 +57,7 @@ def check_last_stride(name: str, tensor: Tensor) -> None:
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         raise ValueError(
             f"{name} must have stride 1 in its last dimension; got strides "
-            f"{tuple(tensor.stride())}: "
-            f"pass {name}.contiguous()"
+            f"{tuple(tensor.stride())}: pass {name}.contiguous()"
         )
 
 
@@ -107,8 +106,7 @@ def check_same_dtype(name: str, tensor: Tensor, like_name: str, like: Tensor) ->
     if autocast_dtype(tensor) is not None and autocast_dtype(like) is not None:
         return
     raise TypeError(
-        f"{name} must have the dtype of {like_name}, {like.dtype}; got {tensor.dtype}: cast one "
-        "of them"
+        f"{name} must have the dtype of {like_name}, {like.dtype}; got {tensor.dtype}: cast it"
     )
 
 
@@ -131,9 +129,8 @@ def check_heads(q: Tensor, k_name: str, k: Tensor, v_name: str, v: Tensor) -> No
         raise ValueError(f"q must have num_heads_q of at least 1; got shape {shape_text(q)}")
     if num_heads_kv < 1 or num_heads_q % num_heads_kv != 0:
         raise ValueError(
-            f"{k_name} must have num_heads_kv that divides num_heads_q = {num_heads_q}; got "
-            f"{num_heads_kv} "
-            f"(shape {shape_text(k)})"
+            f"{k_name} must have num_heads_kv that divides num_heads_q = {num_heads_q}; "
+            f"got {num_heads_kv} (shape {shape_text(k)})"
         )
     check_size(v_name, v, -2, "num_heads_kv", num_heads_kv, f"as {k_name} has")
     check_head_dim("q", q, "head_dim")
@@ -238,20 +235,19 @@ def _window_bound(side: str, bound: Any) -> int:
         raise TypeError(f"window_size must hold integers or None; got {side} = {bound!r}")
     if bound < -1:
         raise ValueError(
-            f"window_size must hold numbers of tokens from 0, or -1 for unbounded; got {side} = "
-            f"{bound}"
+            "window_size must hold numbers of tokens from 0, or -1 for unbounded; "
+            f"got {side} = {bound}"
         )
     return bound
 
 
 def check_max_seqlen(name: str, max_seqlen: Any) -> int:
-    """A longest length: int, SymInt, or (in eager mode) a 0-d integer tensor on the CPU."""
+    """A longest length: int, SymInt, or a 0-d integer tensor, which the host reads."""
     if isinstance(max_seqlen, Tensor):
         if max_seqlen.dim() != 0 or max_seqlen.is_floating_point():
             raise TypeError(
-                f"{name} must be an int or a 0-d integer tensor; got a {max_seqlen.dtype} tensor "
-                "of "
-                f"shape {shape_text(max_seqlen)}"
+                f"{name} must be an int or a 0-d integer tensor; got a {max_seqlen.dtype} "
+                f"tensor of shape {shape_text(max_seqlen)}"
             )
         max_seqlen = max_seqlen.item()
     if not isinstance(max_seqlen, (int, torch.SymInt)) or isinstance(max_seqlen, bool):

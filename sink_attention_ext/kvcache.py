@@ -87,8 +87,7 @@ def flash_attn_with_kvcache(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of new queries over a paged or dense cache, after appending new keys to it in
-    place.
+    """Attention over a paged or dense cache, after appending new keys and values to it in place.
 
     One function for decode (seqlen_q = 1), several tokens at once (speculative decoding) and
     prefill in chunks. Rows are aligned bottom-right with the keys that the cache holds after the
@@ -112,8 +111,7 @@ def flash_attn_with_kvcache(
         block_table: (batch, max_pages_per_seq) int32: key j of sequence b lies in page
             ``block_table[b, j // page_size]``. Entries beyond a sequence's length are not read.
         cu_seqlens_q: (batch + 1,) int32: q is packed.
-        max_seqlen_q: with cu_seqlens_q at least the longest query length; None is total_q. Refused
-            without it.
+        max_seqlen_q: at least the longest query length; None is total_q, or seqlen_q.
         softmax_scale, causal, window_size, softcap, s_aux, return_lse: as in flash_attn_func.
         num_splits: parts into which the keys are cut, computed apart and merged; 0: chosen for you;
             1: never.
@@ -161,11 +159,7 @@ def flash_attn_with_kvcache(
     softcap = checks.check_softcap(softcap)
     num_splits = checks.check_num_splits(num_splits)
     checks.check_bool("return_lse", return_lse)
-    if not is_packed and max_seqlen_q is not None:
-        raise ValueError(f"max_seqlen_q must be None without cu_seqlens_q; got {max_seqlen_q!r}")
-    if max_seqlen_q is None:
-        max_seqlen_q = q.shape[0] if is_packed else q.shape[1]
-    max_seqlen_q = checks.check_max_seqlen("max_seqlen_q", max_seqlen_q)
+    max_seqlen_q = _max_seqlen_q(max_seqlen_q, q)
     refuse_gradient("flash_attn_with_kvcache", q, k, v, k_cache, v_cache, s_aux)
 
     page_size = k_cache.shape[1]
@@ -173,11 +167,11 @@ def flash_attn_with_kvcache(
     if pages is None:  # a dense cache: every sequence has one page
         pages = torch.arange(batch, dtype=torch.int32, device=q.device)[:, None]
     capacity = pages.shape[1] * page_size
-    seqused_k = _cache_lengths(cache_seqlens, k, batch, capacity, q.device)
+    lengths = _cache_lengths(cache_seqlens, k, batch, capacity, q.device)
 
+    seqused_k = lengths
     if k is not None or v is not None:
-        _check_append(q, k, v, k_cache, v_cache, is_packed)
-        lengths, num_pages = seqused_k, k_cache.shape[0]
+        _check_new_kv(q, k, v, k_cache, v_cache, is_packed)
         seqused_k = lengths + (cu_seqlens_q.diff() if is_packed else k.shape[1])
         if cache_checks.can_read_values(lengths):
             if is_packed:
@@ -187,11 +181,11 @@ def flash_attn_with_kvcache(
                 seqlens_q = cu_seqlens_q.diff() if is_packed else q.shape[1]
                 first_key = _first_key(lengths, seqused_k, seqlens_q, window_left)
                 cache_checks.check_block_table_values(
-                    pages, first_key, seqused_k, num_pages, page_size
+                    block_table, first_key, seqused_k, k_cache.shape[0], page_size
                 )
         if batch > 0:
             tokens = _new_positions(lengths, cu_seqlens_q, k)
-            slots = _slots(*tokens, pages, num_pages, page_size)
+            slots = _slots(*tokens, pages, k_cache.shape[0], page_size)
             if not is_packed:
                 k, v = k.flatten(0, 1), v.flatten(0, 1)
             ops.reshape_and_cache(k, v, k_cache, v_cache, slots, k_scale, v_scale)
@@ -236,7 +230,18 @@ def _check_batch(q: Tensor, k_cache: Tensor, block_table: Any, cu_seqlens_q: Any
     return batch
 
 
-def _check_append(
+def _max_seqlen_q(max_seqlen_q: Any, q: Tensor) -> int:
+    if max_seqlen_q is None:
+        return q.shape[-3]  # seqlen_q; of packed queries total_q, which no sequence exceeds
+    max_seqlen_q = checks.check_max_seqlen("max_seqlen_q", max_seqlen_q)
+    if q.dim() == 4 and max_seqlen_q < q.shape[1]:
+        raise ValueError(
+            f"max_seqlen_q must be at least seqlen_q = {q.shape[1]}; got {max_seqlen_q}"
+        )
+    return max_seqlen_q
+
+
+def _check_new_kv(
     q: Tensor, k: Any, v: Any, k_cache: Tensor, v_cache: Tensor, is_packed: bool
 ) -> None:
     if is_packed:
@@ -272,8 +277,7 @@ def _cache_lengths(
     if cache_seqlens < 0 or cache_seqlens > capacity:
         raise ValueError(
             f"cache_seqlens must be from 0 to {capacity}, the tokens that a sequence's cache can "
-            "hold; "
-            f"got {cache_seqlens}"
+            f"hold; got {cache_seqlens}"
         )
     return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=device)
 

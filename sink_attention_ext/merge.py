@@ -25,9 +25,8 @@ def _check_part(out_name: str, out: Any, lse_name: str, lse: Any) -> None:
     if tuple(lse.shape) != expected:
         layout = "(batch, num_heads, seqlen)" if out.dim() == 4 else "(num_heads, total)"
         raise ValueError(
-            f"{lse_name} must have shape {layout} = {expected}, heads before rows, for {out_name} "
-            "of shape "
-            f"{tuple(out.shape)}; got {tuple(lse.shape)}"
+            f"{lse_name} must have shape {layout} = {expected}, heads before rows, for "
+            f"{out_name} of shape {tuple(out.shape)}; got {tuple(lse.shape)}"
         )
     if lse.dtype != ops.lse_dtype(out.dtype):
         raise TypeError(

@@ -38,9 +38,7 @@ def _lookup(name: str) -> Callable[..., Any]:
     def missing(*args: Any, **kwargs: Any) -> NoReturn:
         raise ImportError(
             f"sink_attention_ext.{name} needs the compiled library sink_attention_ext/_C.abi3.so, "
-            "which is "
-            "not there: run `make build` (or `pip install --no-build-isolation .`) with this "
-            "interpreter"
+            "which is not there: run `make build` with this interpreter"
         )
 
     return missing

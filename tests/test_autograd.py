@@ -134,7 +134,7 @@ def test_gradcheck_apply_sink() -> None:
 
 
 def test_one_key() -> None:
-    """q = k = scale = 1, v = 2, sink 0: wrong wherever the gradient of lse is dropped."""
+    """q = k = scale = 1, v = 2, sink 0: wrong where the gradient of lse is dropped."""
     one = [torch.ones(1, 1, 1, 1, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     v = torch.full((1, 1, 1, 1), 2.0, dtype=torch.float64)
     s_aux = torch.zeros(1, dtype=torch.float64)

@@ -29,7 +29,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 def compiled(function: Callable[..., Any], backend: str = "aot_eager") -> Callable[..., Any]:
-    """The function, compiled at its first call and never again: a second compilation is an error."""
+    """The function, compiled at its first call; a second compilation is an error."""
     call = torch.compile(function, backend=backend, fullgraph=True, dynamic=True)
     is_compiled = False
 
@@ -171,7 +171,7 @@ def decode(
     v: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    cache_seqlens: Tensor,
+    cache_seqlens: Tensor | int,
     block_table: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Appends and attends."""
@@ -206,6 +206,19 @@ def test_prefill_in_chunks_of_any_length(dense: bool) -> None:
             new = qkv(3, chunk, chunk)
             actual = call(*new, *caches, int32(*lengths), block_table)
             assert_close(actual, decode(*new, *expected_caches, int32(*lengths), block_table))
+            assert_close(caches, expected_caches, 0.0)
+
+
+def test_decode_step_with_a_length_for_all() -> None:
+    """cache_seqlens as an int that grows."""
+    call = compiled(decode)
+    caches = paged_cache(3, 24)
+    expected_caches = tuple(cache.clone() for cache in caches)
+    with torch.no_grad():
+        for length in (13, 14, 15):
+            new = qkv(3, 1, 1)
+            actual = call(*new, *caches, length, None)
+            assert_close(actual, decode(*new, *expected_caches, length, None))
             assert_close(caches, expected_caches, 0.0)
 
 

@@ -1,4 +1,5 @@
-// Which keys a query sees: the one definition of causal, window and alignment, and what follows for intervals.
+// Which keys a query sees: the one definition of causal, window and alignment, and what follows for
+// intervals.
 #pragma once
 
 #include "attention/host_device.h"
@@ -13,10 +14,13 @@ struct Range {  // [begin, end), empty where end <= begin
 
 SA_HOST_DEVICE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 SA_HOST_DEVICE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-SA_HOST_DEVICE Range intersect(Range a, Range b) { return {max_of(a.begin, b.begin), min_of(a.end, b.end)}; }
+SA_HOST_DEVICE Range intersect(Range a, Range b) {
+  return {max_of(a.begin, b.begin), min_of(a.end, b.end)};
+}
 
-// A sequence's mask. Query row i stands at key position p = i + seqlen_k - seqlen_q (aligned bottom-right) and sees
-// the keys j with  0 <= j < seqlen_k  and  p - window_left <= j <= p + window_right;  -1 is no bound.
+// A sequence's mask. Query row i stands at key position p = i + seqlen_k - seqlen_q (aligned
+// bottom-right) and sees the keys j with  0 <= j < seqlen_k  and  p - window_left <= j <= p +
+// window_right;  -1 is no bound.
 struct Mask {
   int64_t seqlen_q;
   int64_t seqlen_k;

@@ -1,4 +1,5 @@
-// Number formats as bits: bfloat16, float16 and float8 e4m3 to and from float, round to nearest even.
+// Number formats as bits: bfloat16, float16 and float8 e4m3 to and from float, round to nearest
+// even.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +15,8 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
-struct Float8E4M3 {  // 1 sign, 4 exponent (bias 7), 3 mantissa bits; no infinity, 0x7f and 0xff are NaN, largest 448
+struct Float8E4M3 {  // 1 sign, 4 exponent (bias 7), 3 mantissa bits; no infinity, 0x7f and 0xff are
+                     // NaN, largest 448
   uint8_t bits;
 };
 
@@ -35,7 +37,8 @@ SA_HOST_DEVICE float to_float(BFloat16 value) { return float_of(uint32_t{value.b
 SA_HOST_DEVICE float to_float(Float16 value) {
   const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
-  if (magnitude >= 0x7c00u) return float_of(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));  // inf, NaN
+  if (magnitude >= 0x7c00u)
+    return float_of(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));  // inf, NaN
   // 2^112 re-biases the exponent (15 -> 127) and turns the subnormals into what they stand for.
   return float_of(sign | bits_of(float_of(magnitude << 13) * 0x1p112f));
 }
@@ -52,7 +55,8 @@ SA_HOST_DEVICE float to_float(Float8E4M3 value) {
 
 SA_HOST_DEVICE BFloat16 to_bfloat16(float value) {
   const uint32_t bits = bits_of(value);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};  // stay NaN
+  if ((bits & 0x7fffffffu) > 0x7f800000u)
+    return {static_cast<uint16_t>((bits >> 16) | 0x40u)};  // stay NaN
   return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
@@ -61,8 +65,10 @@ SA_HOST_DEVICE Float16 to_float16(float value) {
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
-  if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // 65520 and more round to inf
-  if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 lines the mantissa up with units of 2^-24
+  if (magnitude >= 0x477ff000u)
+    return {static_cast<uint16_t>(sign | 0x7c00u)};  // 65520 and more round to inf
+  if (magnitude <
+      0x38800000u) {  // below 2^-14: adding 0.5 lines the mantissa up with units of 2^-24
     const uint32_t aligned = bits_of(float_of(magnitude) + 0.5f);
     return {static_cast<uint16_t>(sign | (aligned - 0x3f000000u))};
   }
@@ -70,13 +76,15 @@ SA_HOST_DEVICE Float16 to_float16(float value) {
   return {static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};
 }
 
-SA_HOST_DEVICE Float8E4M3 to_float8_e4m3(float value) {  // saturates to +-448, as KV caches want; NaN stays NaN
+SA_HOST_DEVICE Float8E4M3
+to_float8_e4m3(float value) {  // saturates to +-448, as KV caches want; NaN stays NaN
   const uint32_t bits = bits_of(value);
   const uint32_t sign = (bits >> 24) & 0x80u;
   const uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return {static_cast<uint8_t>(sign | 0x7fu)};
   if (magnitude >= 0x43e00000u) return {static_cast<uint8_t>(sign | 0x7eu)};  // 448 and more
-  if (magnitude < 0x3c800000u) {  // below 2^-6: adding 2^14 lines the mantissa up with units of 2^-9
+  if (magnitude <
+      0x3c800000u) {  // below 2^-6: adding 2^14 lines the mantissa up with units of 2^-9
     const uint32_t aligned = bits_of(float_of(magnitude) + 0x1p14f);
     return {static_cast<uint8_t>(sign | (aligned - 0x46800000u))};
   }

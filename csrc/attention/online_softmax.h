@@ -1,7 +1,8 @@
 // The state of a softmax taken over keys in pieces, and the sink's one entry into it.
 //
-// A row's state over the keys seen so far is (max, sum): the largest logit and the sum of exp2(logit - max), both for
-// logits in base 2 (natural logit times log2 e). A row that saw no key is (-inf, 0).
+// A row's state over the keys seen so far is (max, sum): the largest logit and the sum of
+// exp2(logit - max), both for logits in base 2 (natural logit times log2 e). A row that saw no key
+// is (-inf, 0).
 #pragma once
 
 #include <cmath>
@@ -24,11 +25,12 @@ SA_HOST_DEVICE constexpr Real negative_infinity() {
   return -static_cast<Real>(INFINITY);
 }
 
-// exp2(from - to) for maxima: the factor that re-bases a sum from one maximum to another. -inf to -inf (no key on
-// either side) is 0, where the difference would be NaN.
+// exp2(from - to) for maxima: the factor that re-bases a sum from one maximum to another. -inf to
+// -inf (no key on either side) is 0, where the difference would be NaN.
 template <class Real>
 SA_HOST_DEVICE Real rebase_factor(Real from, Real to) {
-  return from == negative_infinity<Real>() ? Real(0) : (from == to ? Real(1) : std::exp2(from - to));
+  return from == negative_infinity<Real>() ? Real(0)
+                                           : (from == to ? Real(1) : std::exp2(from - to));
 }
 
 // What finishing a row yields: out = (sum of weights times v) * scale, lse in natural log.
@@ -38,15 +40,17 @@ struct RowResult {
   Real lse;
 };
 
-// Adds the sink s_aux (natural log; -inf for none) to the denominator and finishes the row. The maximum is re-based on
-// max(row max, sink), so that a sink far above every logit cannot overflow.
-//   no visible key: scale 0, lse = s_aux (-inf without a sink).   s_aux = +inf: scale 0, lse = +inf.
+// Adds the sink s_aux (natural log; -inf for none) to the denominator and finishes the row. The
+// maximum is re-based on max(row max, sink), so that a sink far above every logit cannot overflow.
+//   no visible key: scale 0, lse = s_aux (-inf without a sink).   s_aux = +inf: scale 0, lse =
+//   +inf.
 template <class Real>
 SA_HOST_DEVICE RowResult<Real> fold_sink(RowState<Real> row, Real s_aux) {
   const Real sink = s_aux * static_cast<Real>(kLog2E);
   if (row.max == negative_infinity<Real>() && row.sum == Real(0)) return {Real(0), s_aux};
   if (sink == static_cast<Real>(INFINITY)) return {row.sum == row.sum ? Real(0) : row.sum, s_aux};
-  const Real max = sink > row.max || sink != sink ? sink : row.max;  // a NaN sink reaches the result
+  const Real max =
+      sink > row.max || sink != sink ? sink : row.max;  // a NaN sink reaches the result
   const Real factor = rebase_factor(row.max, max);
   const Real denominator = row.sum * factor + rebase_factor(sink, max);
   return {factor / denominator, (max + std::log2(denominator)) * static_cast<Real>(kLn2)};

@@ -1,4 +1,5 @@
-// Rows of keys or values of one sequence and one kv head, wherever they lie: in a tensor or behind a block table.
+// Rows of keys or values of one sequence and one kv head, wherever they lie: in a tensor or behind
+// a block table.
 #pragma once
 
 #include "attention/host_device.h"
@@ -22,14 +23,15 @@ SA_HOST_DEVICE int64_t bytes_of(DataType dtype) {
 }
 
 struct KeyRows {
-  const char* base;       // of key 0, or of page 0 slot 0 with a block table
-  const int32_t* pages;   // the sequence's row of the block table; null: keys follow each other at row_bytes
+  const char* base;  // of key 0, or of page 0 slot 0 with a block table
+  const int32_t*
+      pages;  // the sequence's row of the block table; null: keys follow each other at row_bytes
   int64_t row_bytes;
   int64_t page_bytes;
   int64_t page_size;
   int64_t dim;
   DataType dtype;
-  float scale;            // what stored numbers are multiplied with; 1 but for float8
+  float scale;  // what stored numbers are multiplied with; 1 but for float8
 
   SA_HOST_DEVICE const void* row(int64_t key) const {
     if (pages == nullptr) return base + key * row_bytes;
@@ -38,9 +40,10 @@ struct KeyRows {
 };
 
 namespace internal {
-SA_HOST_DEVICE KeyRows rows_of(const FlashFwdProblem& problem, int64_t batch_idx, const SeqlenInfo& info,
-                               int64_t head_idx, const void* tensor, int64_t stride_batch, int64_t stride_row,
-                               int64_t stride_head, int64_t dim, const float* scale) {
+SA_HOST_DEVICE KeyRows rows_of(const FlashFwdProblem& problem, int64_t batch_idx,
+                               const SeqlenInfo& info, int64_t head_idx, const void* tensor,
+                               int64_t stride_batch, int64_t stride_row, int64_t stride_head,
+                               int64_t dim, const float* scale) {
   const int64_t bytes = bytes_of(problem.kv_dtype);
   KeyRows rows{};
   rows.base = static_cast<const char*>(tensor) + head_idx * stride_head * bytes;
@@ -59,16 +62,18 @@ SA_HOST_DEVICE KeyRows rows_of(const FlashFwdProblem& problem, int64_t batch_idx
 }
 }  // namespace internal
 
-SA_HOST_DEVICE KeyRows key_rows(const FlashFwdProblem& problem, int64_t batch_idx, const SeqlenInfo& info,
-                                int64_t head_idx) {
-  return internal::rows_of(problem, batch_idx, info, head_idx, problem.k, problem.k_stride_batch, problem.k_stride_row,
-                           problem.k_stride_head, problem.head_dim, problem.k_scale);
+SA_HOST_DEVICE KeyRows key_rows(const FlashFwdProblem& problem, int64_t batch_idx,
+                                const SeqlenInfo& info, int64_t head_idx) {
+  return internal::rows_of(problem, batch_idx, info, head_idx, problem.k, problem.k_stride_batch,
+                           problem.k_stride_row, problem.k_stride_head, problem.head_dim,
+                           problem.k_scale);
 }
 
-SA_HOST_DEVICE KeyRows value_rows(const FlashFwdProblem& problem, int64_t batch_idx, const SeqlenInfo& info,
-                                  int64_t head_idx) {
-  return internal::rows_of(problem, batch_idx, info, head_idx, problem.v, problem.v_stride_batch, problem.v_stride_row,
-                           problem.v_stride_head, problem.head_dim_v, problem.v_scale);
+SA_HOST_DEVICE KeyRows value_rows(const FlashFwdProblem& problem, int64_t batch_idx,
+                                  const SeqlenInfo& info, int64_t head_idx) {
+  return internal::rows_of(problem, batch_idx, info, head_idx, problem.v, problem.v_stride_batch,
+                           problem.v_stride_row, problem.v_stride_head, problem.head_dim_v,
+                           problem.v_scale);
 }
 
 }  // namespace sink_attention::attention

@@ -1,16 +1,17 @@
-// Where one sequence of the batch lies and how long it is: the same answer for dense, varlen and paged problems.
+// Where one sequence of the batch lies and how long it is: the same answer for dense, varlen and
+// paged problems.
 #pragma once
 
-#include "attention/problem.h"
 #include "attention/host_device.h"
+#include "attention/problem.h"
 
 namespace sink_attention::attention {
 
 struct SeqlenInfo {
-  int64_t q_batch;   // index to multiply q's (out's, lse's) batch stride with; 0 in varlen
-  int64_t q_row;     // first row of the sequence there
+  int64_t q_batch;  // index to multiply q's (out's, lse's) batch stride with; 0 in varlen
+  int64_t q_row;    // first row of the sequence there
   int64_t seqlen_q;
-  int64_t k_batch;   // the same for k and v; meaningless where a block table says where keys lie
+  int64_t k_batch;  // the same for k and v; meaningless where a block table says where keys lie
   int64_t k_row;
   int64_t seqlen_k;  // keys that count
 };

@@ -8,8 +8,9 @@
 
 namespace sink_attention::cpu {
 
-// How the caller lends threads. run() calls task(arg, i) for every i in [0, num_tasks), in any order, at most
-// num_threads at a time, and returns when all are done. A task's exception must reach run()'s caller.
+// How the caller lends threads. run() calls task(arg, i) for every i in [0, num_tasks), in any
+// order, at most num_threads at a time, and returns when all are done. A task's exception must
+// reach run()'s caller.
 struct Executor {
   int num_threads;
   void* context;
@@ -21,11 +22,12 @@ void flash_bwd(const attention::FlashBwdProblem& problem, const Executor& execut
 void reshape_and_cache(const attention::ReshapeAndCacheProblem& problem, const Executor& executor);
 void merge_attn_states(const attention::MergeProblem& problem, const Executor& executor);
 
-// The instruction set in use, one of available_instruction_sets(): "portable", "avx2", "avx512", "avx512_bf16".
-// The best one that the machine has is chosen at the first call, or the one that the environment variable
-// SINK_ATTENTION_CPU_ISA names (an error if the machine lacks it).
+// The instruction set in use, one of available_instruction_sets(): "portable", "avx2", "avx512",
+// "avx512_bf16". The best one that the machine has is chosen at the first call, or the one that the
+// environment variable SINK_ATTENTION_CPU_ISA names (an error if the machine lacks it).
 std::string instruction_set();
-std::vector<std::string> available_instruction_sets();  // that this binary holds and this machine has, best last
-void set_instruction_set(const std::string& name);      // throws std::invalid_argument if not available
+std::vector<std::string>
+available_instruction_sets();  // that this binary holds and this machine has, best last
+void set_instruction_set(const std::string& name);  // throws std::invalid_argument if not available
 
 }  // namespace sink_attention::cpu

@@ -7,7 +7,8 @@ namespace sink_attention::cpu {
 
 void merge_attn_states(const attention::MergeProblem& problem, const Executor& executor) {
   const InstructionSet& set = current_instruction_set();
-  const Kernels& kernels = problem.dtype == attention::DataType::kFloat64 ? *set.float64 : *set.float32;
+  const Kernels& kernels =
+      problem.dtype == attention::DataType::kFloat64 ? *set.float64 : *set.float32;
   constexpr int64_t kRowsPerJob = 256;
   const int64_t rows = problem.batch * problem.seqlen * problem.num_heads;
   parallel_jobs(executor, (rows + kRowsPerJob - 1) / kRowsPerJob, 0, [&](int64_t job, char*) {

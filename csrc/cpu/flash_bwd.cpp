@@ -1,10 +1,11 @@
 // The backward's division of work, five matrix products a tile and no atomics on numbers.
 //
-// A job is one block of keys of one sequence and kv head: its dK and dV stay with the thread, which goes over the query
-// tiles from the last to the first. dQ of a tile is summed over blocks in one accumulator, block after block: a job
-// adds to a tile only when the block before it has. Jobs are taken in the order of their blocks, so the job that is
-// waited for runs already or has run, and two threads on one head follow each other a tile apart. The order of every
-// sum is fixed, so the gradients are bitwise the same whatever the number of threads.
+// A job is one block of keys of one sequence and kv head: its dK and dV stay with the thread, which
+// goes over the query tiles from the last to the first. dQ of a tile is summed over blocks in one
+// accumulator, block after block: a job adds to a tile only when the block before it has. Jobs are
+// taken in the order of their blocks, so the job that is waited for runs already or has run, and
+// two threads on one head follow each other a tile apart. The order of every sum is fixed, so the
+// gradients are bitwise the same whatever the number of threads.
 #include <algorithm>
 #include <atomic>
 #include <memory>
@@ -38,14 +39,17 @@ struct HeadState {
   int64_t num_tiles;
   int64_t num_blocks;
   std::atomic<int64_t> jobs_left;
-  std::atomic<char*> dq_accumulator;              // null until the first job has zeroed it
-  std::unique_ptr<std::atomic<int64_t>[]> done;   // [num_tiles]: the block that a tile's dQ waits for
+  std::atomic<char*> dq_accumulator;  // null until the first job has zeroed it
+  std::unique_ptr<std::atomic<int64_t>[]>
+      done;  // [num_tiles]: the block that a tile's dQ waits for
 };
 
-// Memory for the dQ accumulators of the heads in work: at most one a thread, and one whose next job is not yet taken.
+// Memory for the dQ accumulators of the heads in work: at most one a thread, and one whose next job
+// is not yet taken.
 class AccumulatorPool {
  public:
-  AccumulatorPool(int64_t count, int64_t bytes) : bytes_((bytes + 63) / 64 * 64), memory_(count * bytes_) {
+  AccumulatorPool(int64_t count, int64_t bytes)
+      : bytes_((bytes + 63) / 64 * 64), memory_(count * bytes_) {
     for (int64_t i = 0; i < count; ++i) free_.push_back(memory_.data() + i * bytes_);
   }
   char* take() {
@@ -82,21 +86,25 @@ void write_number(double value, void* base, DataType dtype, int64_t idx) {
       static_cast<float*>(base)[idx] = static_cast<float>(value);
       return;
     case DataType::kBFloat16:
-      static_cast<attention::BFloat16*>(base)[idx] = attention::to_bfloat16(static_cast<float>(value));
+      static_cast<attention::BFloat16*>(base)[idx] =
+          attention::to_bfloat16(static_cast<float>(value));
       return;
     default:
-      static_cast<attention::Float16*>(base)[idx] = attention::to_float16(static_cast<float>(value));
+      static_cast<attention::Float16*>(base)[idx] =
+          attention::to_float16(static_cast<float>(value));
   }
 }
 
-// delta of every row, packed like a contiguous lse, and ds_aux summed over rows and sequences in their order.
+// delta of every row, packed like a contiguous lse, and ds_aux summed over rows and sequences in
+// their order.
 struct Delta {
   AlignedBuffer memory;
   int64_t stride_batch;
   int64_t stride_head;
 };
 
-Delta preprocess(const FlashBwdProblem& problem, const Kernels& kernels, int64_t real_bytes, const Executor& executor) {
+Delta preprocess(const FlashBwdProblem& problem, const Kernels& kernels, int64_t real_bytes,
+                 const Executor& executor) {
   const FlashFwdProblem& fwd = problem.fwd;
   const bool varlen = fwd.cu_seqlens_q != nullptr;
   const int64_t head_rows = varlen ? fwd.cu_seqlens_q[fwd.batch] : fwd.seqlen_q;
@@ -108,8 +116,9 @@ Delta preprocess(const FlashBwdProblem& problem, const Kernels& kernels, int64_t
     const int64_t batch_idx = job / fwd.num_heads_q;
     const int64_t head_idx = job % fwd.num_heads_q;
     const SeqlenInfo info = attention::seqlen_info(fwd, batch_idx);
-    char* rows = delta.memory.data() + (info.q_batch * delta.stride_batch + head_idx * delta.stride_head + info.q_row) *
-                                           real_bytes;
+    char* rows = delta.memory.data() +
+                 (info.q_batch * delta.stride_batch + head_idx * delta.stride_head + info.q_row) *
+                     real_bytes;
     ds_aux[job] = kernels.bwd_preprocess(problem, batch_idx, head_idx, rows);
   });
   if (problem.ds_aux != nullptr) {
@@ -151,57 +160,65 @@ void flash_bwd(const FlashBwdProblem& problem, const Executor& executor) {
       head->mask = attention::make_mask(fwd, head->info.seqlen_q, head->info.seqlen_k);
       head->num_tiles = (head->info.seqlen_q + plan.tile_positions - 1) / plan.tile_positions;
       // A sequence without keys still has a job: the one that writes its dQ of zeros.
-      head->num_blocks = std::max<int64_t>(1, blocks_of({0, head->info.seqlen_k}, plan.block_keys).end);
+      head->num_blocks =
+          std::max<int64_t>(1, blocks_of({0, head->info.seqlen_k}, plan.block_keys).end);
       head->jobs_left = head->num_blocks;
       head->done = std::make_unique<std::atomic<int64_t>[]>(head->num_tiles);
       for (int64_t tile = 0; tile < head->num_tiles; ++tile) {
         const int64_t q_begin = tile * plan.tile_positions;
         const int64_t q_end = std::min(q_begin + plan.tile_positions, head->info.seqlen_q);
-        head->done[tile] = blocks_of(head->mask.visible_keys(q_begin, q_end), plan.block_keys).begin;
+        head->done[tile] =
+            blocks_of(head->mask.visible_keys(q_begin, q_end), plan.block_keys).begin;
       }
-      accumulator_bytes = std::max(accumulator_bytes, head->info.seqlen_q * group * plan.dq_row_bytes);
-      for (int64_t block = 0; block < head->num_blocks; ++block) jobs.push_back({head.get(), block});
+      accumulator_bytes =
+          std::max(accumulator_bytes, head->info.seqlen_q * group * plan.dq_row_bytes);
+      for (int64_t block = 0; block < head->num_blocks; ++block)
+        jobs.push_back({head.get(), block});
       heads.push_back(std::move(head));
     }
   }
-  AccumulatorPool pool(std::min<int64_t>(std::max(executor.num_threads, 1) + 1, static_cast<int64_t>(heads.size())),
-                       std::max<int64_t>(accumulator_bytes, 64));
+  AccumulatorPool pool(
+      std::min<int64_t>(std::max(executor.num_threads, 1) + 1, static_cast<int64_t>(heads.size())),
+      std::max<int64_t>(accumulator_bytes, 64));
 
-  parallel_jobs(executor, static_cast<int64_t>(jobs.size()), plan.scratch_bytes, [&](int64_t job, char* scratch) {
-    HeadState& head = *jobs[job].head;
-    const int64_t block_idx = jobs[job].block_idx;
-    if (block_idx == 0) {
-      char* accumulator = pool.take();
-      std::fill_n(accumulator, head.info.seqlen_q * group * plan.dq_row_bytes, 0);
-      head.dq_accumulator.store(accumulator, std::memory_order_release);
-    }
-    BwdTask task{};
-    task.batch_idx = head.batch_idx;
-    task.kv_head_idx = head.kv_head_idx;
-    task.block_idx = block_idx;
-    task.scratch = scratch;
-    task.delta = delta.memory.data();
-    task.delta_stride_batch = delta.stride_batch;
-    task.delta_stride_head = delta.stride_head;
-    kernels.bwd_begin_block(problem, plan, task);
-    wait_until([&] { return head.dq_accumulator.load(std::memory_order_acquire) != nullptr; });
-    task.dq_accumulator = head.dq_accumulator.load(std::memory_order_acquire);
-    const Range keys{block_idx * plan.block_keys, std::min((block_idx + 1) * plan.block_keys, head.info.seqlen_k)};
-    const Range queries = head.mask.visible_queries(keys.begin, keys.end);
-    const Range tiles = blocks_of(queries, plan.tile_positions);
-    for (int64_t tile = tiles.end - 1; tile >= tiles.begin; --tile) {
-      const int64_t q_begin = tile * plan.tile_positions;
-      const int64_t q_end = std::min(q_begin + plan.tile_positions, head.info.seqlen_q);
-      wait_until([&] { return head.done[tile].load(std::memory_order_acquire) >= block_idx; });
-      kernels.bwd_tile(problem, plan, task, q_begin, q_end);
-      head.done[tile].store(block_idx + 1, std::memory_order_release);
-    }
-    kernels.bwd_end_block(problem, plan, task);
-    if (head.jobs_left.fetch_sub(1) == 1) {
-      kernels.bwd_store_dq(problem, head.batch_idx, head.kv_head_idx, task.dq_accumulator);
-      pool.give_back(task.dq_accumulator);
-    }
-  });
+  parallel_jobs(
+      executor, static_cast<int64_t>(jobs.size()), plan.scratch_bytes,
+      [&](int64_t job, char* scratch) {
+        HeadState& head = *jobs[job].head;
+        const int64_t block_idx = jobs[job].block_idx;
+        if (block_idx == 0) {
+          char* accumulator = pool.take();
+          std::fill_n(accumulator, head.info.seqlen_q * group * plan.dq_row_bytes, 0);
+          head.dq_accumulator.store(accumulator, std::memory_order_release);
+        }
+        BwdTask task{};
+        task.batch_idx = head.batch_idx;
+        task.kv_head_idx = head.kv_head_idx;
+        task.block_idx = block_idx;
+        task.scratch = scratch;
+        task.delta = delta.memory.data();
+        task.delta_stride_batch = delta.stride_batch;
+        task.delta_stride_head = delta.stride_head;
+        kernels.bwd_begin_block(problem, plan, task);
+        wait_until([&] { return head.dq_accumulator.load(std::memory_order_acquire) != nullptr; });
+        task.dq_accumulator = head.dq_accumulator.load(std::memory_order_acquire);
+        const Range keys{block_idx * plan.block_keys,
+                         std::min((block_idx + 1) * plan.block_keys, head.info.seqlen_k)};
+        const Range queries = head.mask.visible_queries(keys.begin, keys.end);
+        const Range tiles = blocks_of(queries, plan.tile_positions);
+        for (int64_t tile = tiles.end - 1; tile >= tiles.begin; --tile) {
+          const int64_t q_begin = tile * plan.tile_positions;
+          const int64_t q_end = std::min(q_begin + plan.tile_positions, head.info.seqlen_q);
+          wait_until([&] { return head.done[tile].load(std::memory_order_acquire) >= block_idx; });
+          kernels.bwd_tile(problem, plan, task, q_begin, q_end);
+          head.done[tile].store(block_idx + 1, std::memory_order_release);
+        }
+        kernels.bwd_end_block(problem, plan, task);
+        if (head.jobs_left.fetch_sub(1) == 1) {
+          kernels.bwd_store_dq(problem, head.batch_idx, head.kv_head_idx, task.dq_accumulator);
+          pool.give_back(task.dq_accumulator);
+        }
+      });
 }
 
 }  // namespace sink_attention::cpu

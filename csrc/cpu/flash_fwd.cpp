@@ -1,10 +1,11 @@
 // The forward's division of work: dense, varlen and paged alike.
 //
-// A job is one tile: some query positions of one sequence with all query heads of one kv head. Where a sequence has
-// several tiles, its keys and values are packed first, once for each kv head, and shared by all of them; where it has
-// one (decode), a job takes several kv heads and packs the blocks that it reads as it goes, so that a cache is read once
-// and never copied. Where there are fewer jobs than threads want, the key range of each is split, and the parts are
-// merged with the sink.
+// A job is one tile: some query positions of one sequence with all query heads of one kv head.
+// Where a sequence has several tiles, its keys and values are packed first, once for each kv head,
+// and shared by all of them; where it has one (decode), a job takes several kv heads and packs the
+// blocks that it reads as it goes, so that a cache is read once and never copied. Where there are
+// fewer jobs than threads want, the key range of each is split, and the parts are merged with the
+// sink.
 #include <algorithm>
 #include <vector>
 
@@ -26,16 +27,17 @@ struct Sequence {
   int64_t batch_idx;
   SeqlenInfo info;
   attention::Mask mask;
-  int64_t first_tile;   // tiles of a kv head, counted over the batch
+  int64_t first_tile;  // tiles of a kv head, counted over the batch
   int64_t num_tiles;
-  Range blocks;         // blocks of keys that some query sees
-  int64_t packed_block; // of the first kv head's blocks[0] in the packed buffer; -1: not packed ahead
+  Range blocks;  // blocks of keys that some query sees
+  int64_t
+      packed_block;  // of the first kv head's blocks[0] in the packed buffer; -1: not packed ahead
 };
 
 struct Schedule {
   std::vector<Sequence> sequences;
-  int64_t num_tiles = 0;           // of one kv head
-  int64_t num_packed_blocks = 0;   // of all kv heads
+  int64_t num_tiles = 0;          // of one kv head
+  int64_t num_packed_blocks = 0;  // of all kv heads
 };
 
 Schedule make_schedule(const FlashFwdProblem& problem, const FwdPlan& plan) {
@@ -47,11 +49,13 @@ Schedule make_schedule(const FlashFwdProblem& problem, const FwdPlan& plan) {
     sequence.mask = attention::make_mask(problem, sequence.info.seqlen_q, sequence.info.seqlen_k);
     sequence.first_tile = schedule.num_tiles;
     sequence.num_tiles = (sequence.info.seqlen_q + plan.tile_positions - 1) / plan.tile_positions;
-    sequence.blocks = blocks_of(sequence.mask.visible_keys(0, sequence.info.seqlen_q), plan.block_keys);
+    sequence.blocks =
+        blocks_of(sequence.mask.visible_keys(0, sequence.info.seqlen_q), plan.block_keys);
     sequence.packed_block = -1;
     if (sequence.num_tiles > 1) {
       sequence.packed_block = schedule.num_packed_blocks;
-      schedule.num_packed_blocks += (sequence.blocks.end - sequence.blocks.begin) * problem.num_heads_kv;
+      schedule.num_packed_blocks +=
+          (sequence.blocks.end - sequence.blocks.begin) * problem.num_heads_kv;
     }
     if (sequence.num_tiles == 0) continue;
     schedule.num_tiles += sequence.num_tiles;
@@ -68,9 +72,11 @@ struct Division {
   int64_t heads_per_job;  // kv heads that a job of a sequence with a single tile takes at once
 };
 
-// Enough jobs for the threads: first by splitting key ranges (where the caller left that open), which leaves a cache
-// read in the order in which it lies, then by giving each kv head to a job of its own.
-Division divide(const FlashFwdProblem& problem, const FwdPlan& plan, const Schedule& schedule, int num_threads) {
+// Enough jobs for the threads: first by splitting key ranges (where the caller left that open),
+// which leaves a cache read in the order in which it lies, then by giving each kv head to a job of
+// its own.
+Division divide(const FlashFwdProblem& problem, const FwdPlan& plan, const Schedule& schedule,
+                int num_threads) {
   const int64_t wanted = num_threads == 1 ? 1 : 2 * num_threads;
   int64_t longest = 0;
   int64_t jobs = 0;
@@ -80,10 +86,13 @@ Division divide(const FlashFwdProblem& problem, const FwdPlan& plan, const Sched
   }
   Division division{problem.num_splits, problem.num_heads_kv};
   if (division.num_splits <= 0) {
-    division.num_splits = jobs >= wanted ? 1 : std::clamp<int64_t>(longest / kMinSplitKeys, 1, wanted / jobs);
+    division.num_splits =
+        jobs >= wanted ? 1 : std::clamp<int64_t>(longest / kMinSplitKeys, 1, wanted / jobs);
   }
   jobs *= division.num_splits;
-  while (division.heads_per_job > 1 && jobs * ((problem.num_heads_kv + division.heads_per_job - 1) / division.heads_per_job) < wanted) {
+  while (division.heads_per_job > 1 &&
+         jobs * ((problem.num_heads_kv + division.heads_per_job - 1) / division.heads_per_job) <
+             wanted) {
     division.heads_per_job = (division.heads_per_job + 1) / 2;
   }
   return division;
@@ -96,6 +105,7 @@ void flash_fwd(const FlashFwdProblem& problem, const Executor& executor) {
   const Kernels& kernels = kernels_for(problem.dtype, problem.kv_dtype);
   const FwdPlan plan = kernels.plan_fwd(problem);
   const Schedule schedule = make_schedule(problem, plan);
+  if (schedule.sequences.empty()) return;
   const int64_t block_bytes = plan.packed_k_bytes + plan.packed_v_bytes;
   const int64_t num_heads = problem.num_heads_kv;
 
@@ -118,12 +128,12 @@ void flash_fwd(const FlashFwdProblem& problem, const Executor& executor) {
   }
   parallel_jobs(executor, static_cast<int64_t>(pack_jobs.size()), 0, [&](int64_t job, char*) {
     const PackJob& pack = pack_jobs[job];
-    kernels.pack_blocks(problem, plan, pack.sequence->batch_idx, pack.kv_head_idx, pack.kv_head_idx + 1, pack.block_idx,
-                        packed.data() + job * block_bytes);
+    kernels.pack_blocks(problem, plan, pack.sequence->batch_idx, pack.kv_head_idx,
+                        pack.kv_head_idx + 1, pack.block_idx, packed.data() + job * block_bytes);
   });
 
-  // Attend. Jobs of one kv head follow each other (its packed keys stay in cache), the last tile, under a causal mask
-  // the longest, first.
+  // Attend. Jobs of one kv head follow each other (its packed keys stay in cache), the last tile,
+  // under a causal mask the longest, first.
   const auto [num_splits, heads_per_job] = divide(problem, plan, schedule, executor.num_threads);
   struct TileJob {
     const Sequence* sequence;
@@ -152,14 +162,16 @@ void flash_fwd(const FlashFwdProblem& problem, const Executor& executor) {
     task.kv_head_end = job.kv_head_end;
     task.q_begin = job.tile_idx * plan.tile_positions;
     task.q_end = std::min(task.q_begin + plan.tile_positions, sequence.info.seqlen_q);
-    const Range blocks = blocks_of(sequence.mask.visible_keys(task.q_begin, task.q_end), plan.block_keys);
+    const Range blocks =
+        blocks_of(sequence.mask.visible_keys(task.q_begin, task.q_end), plan.block_keys);
     const int64_t num_blocks = blocks.end - blocks.begin;
     task.block_begin = blocks.begin + num_blocks * split / num_splits;
     task.block_end = blocks.begin + num_blocks * (split + 1) / num_splits;
     if (sequence.packed_block >= 0) {
       const int64_t head_blocks = sequence.blocks.end - sequence.blocks.begin;
-      task.packed = packed.data() +
-                    (sequence.packed_block + job.kv_head_begin * head_blocks - sequence.blocks.begin) * block_bytes;
+      task.packed = packed.data() + (sequence.packed_block + job.kv_head_begin * head_blocks -
+                                     sequence.blocks.begin) *
+                                        block_bytes;
     }
     if (num_splits > 1) {
       const int64_t tile = (sequence.first_tile + job.tile_idx) * num_heads + job.kv_head_begin;
@@ -169,20 +181,25 @@ void flash_fwd(const FlashFwdProblem& problem, const Executor& executor) {
     task.scratch = scratch;
     return task;
   };
-  const int64_t scratch_bytes = plan.shared_scratch_bytes + heads_per_job * (plan.tile_scratch_bytes + block_bytes);
+  const int64_t scratch_bytes = heads_per_job * (plan.tile_scratch_bytes + block_bytes);
   parallel_jobs(executor, static_cast<int64_t>(tile_jobs.size()) * num_splits, scratch_bytes,
                 [&](int64_t job, char* scratch) {
-                  kernels.fwd_tile(problem, plan, make_task(tile_jobs[job / num_splits], job % num_splits, scratch));
+                  kernels.fwd_tile(
+                      problem, plan,
+                      make_task(tile_jobs[job / num_splits], job % num_splits, scratch));
                 });
   if (num_splits == 1) return;
-  parallel_jobs(executor, schedule.num_tiles * num_heads, scratch_bytes, [&](int64_t idx, char* scratch) {
-    const int64_t tile = idx / num_heads;
-    const auto after = std::upper_bound(schedule.sequences.begin(), schedule.sequences.end(), tile,
-                                        [](int64_t t, const Sequence& sequence) { return t < sequence.first_tile; });
-    const Sequence& sequence = *(after - 1);
-    const TileJob job{&sequence, idx % num_heads, idx % num_heads + 1, tile - sequence.first_tile};
-    kernels.combine_splits(problem, plan, make_task(job, 0, scratch), num_splits, split_stride);
-  });
+  parallel_jobs(
+      executor, schedule.num_tiles * num_heads, scratch_bytes, [&](int64_t idx, char* scratch) {
+        const int64_t tile = idx / num_heads;
+        const auto after = std::upper_bound(
+            schedule.sequences.begin(), schedule.sequences.end(), tile,
+            [](int64_t t, const Sequence& sequence) { return t < sequence.first_tile; });
+        const Sequence& sequence = *(after - 1);
+        const TileJob job{&sequence, idx % num_heads, idx % num_heads + 1,
+                          tile - sequence.first_tile};
+        kernels.combine_splits(problem, plan, make_task(job, 0, scratch), num_splits, split_stride);
+      });
 }
 
 }  // namespace sink_attention::cpu

@@ -30,13 +30,15 @@ std::vector<const InstructionSet*> find_available() {
   std::vector<const InstructionSet*> sets{&isa_portable::instruction_set()};
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
   if (avx2) sets.push_back(&isa_avx2::instruction_set());
   if (avx512) sets.push_back(&isa_avx512::instruction_set());
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) sets.push_back(&isa_avx512_bf16::instruction_set());
+  if (avx512 && __builtin_cpu_supports("avx512bf16"))
+    sets.push_back(&isa_avx512_bf16::instruction_set());
 #endif
   return sets;
 }
@@ -52,7 +54,8 @@ const InstructionSet* find(const std::string& name) {
     if (name == set->name) return set;
     names += names.empty() ? set->name : std::string(", ") + set->name;
   }
-  throw std::invalid_argument("instruction set '" + name + "' is not available; this machine and build have: " + names);
+  throw std::invalid_argument("instruction set '" + name +
+                              "' is not available; this machine and build have: " + names);
 }
 
 std::atomic<const InstructionSet*>& current() {

@@ -16,10 +16,13 @@ class AlignedBuffer {
  public:
   explicit AlignedBuffer(int64_t bytes) {
     if (bytes <= 0) return;
-    memory_ = std::aligned_alloc(kAlignment, (static_cast<size_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment);
+    memory_ = std::aligned_alloc(
+        kAlignment, (static_cast<size_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment);
     if (memory_ == nullptr) throw std::bad_alloc();
   }
-  AlignedBuffer(AlignedBuffer&& other) noexcept : memory_(other.memory_) { other.memory_ = nullptr; }
+  AlignedBuffer(AlignedBuffer&& other) noexcept : memory_(other.memory_) {
+    other.memory_ = nullptr;
+  }
   AlignedBuffer(const AlignedBuffer&) = delete;
   AlignedBuffer& operator=(const AlignedBuffer&) = delete;
   AlignedBuffer& operator=(AlignedBuffer&& other) noexcept {
@@ -34,12 +37,14 @@ class AlignedBuffer {
   void* memory_ = nullptr;
 };
 
-// Calls body(job, scratch) for every job in [0, num_jobs), taken in order by whichever thread is free; scratch is
-// scratch_bytes of the thread's own, allocated before any job starts.
+// Calls body(job, scratch) for every job in [0, num_jobs), taken in order by whichever thread is
+// free; scratch is scratch_bytes of the thread's own, allocated before any job starts.
 template <class Body>
-void parallel_jobs(const Executor& executor, int64_t num_jobs, int64_t scratch_bytes, const Body& body) {
+void parallel_jobs(const Executor& executor, int64_t num_jobs, int64_t scratch_bytes,
+                   const Body& body) {
   if (num_jobs <= 0) return;
-  const int workers = static_cast<int>(std::min<int64_t>(std::max(executor.num_threads, 1), num_jobs));
+  const int workers =
+      static_cast<int>(std::min<int64_t>(std::max(executor.num_threads, 1), num_jobs));
   const int64_t stride = (scratch_bytes + 63) / 64 * 64;
   const AlignedBuffer scratch(workers * stride);
   struct Shared {

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from sink_attention_ext.integrations.mask_pattern import (
     MaskPattern,
-    explain,
-    pattern_of_mask,
     recognise,
     recognise_traced,
 )
@@ -116,7 +114,9 @@ def _key_end(
             f"the last query stands at key {key_end - 1}, but there are {kv_length} keys: the "
             "cache is too short"
         )
-    if q_length == 1 and key_end < kv_length:  # a static cache that fills: as with a tensor q_offset
+    if (
+        q_length == 1 and key_end < kv_length
+    ):  # a static cache that fills: as with a tensor q_offset
         return torch.tensor(key_end, dtype=torch.int32, device=device)
     return key_end
 
@@ -173,6 +173,3 @@ def _padded(
     return GatheredMask(
         *(q_length, kv_length, causal, window_size), key_mask=key_mask, row_mask=row_mask
     )
-
-
-__all__ = ["explain", "mask_of_pattern", "pattern_of_mask", "sink_attention_mask"]

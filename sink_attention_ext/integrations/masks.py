@@ -117,9 +117,7 @@ class UnpaddedMask(AttentionMask):
             return self._attend_varlen(q, k, v, deterministic, options)
         q = q.transpose(1, 2)
         k, v = (t[:, :, : self.key_end].transpose(1, 2) for t in (k, v))
-        return flash_attn_func(
-            q, k, v, **self._visible(), deterministic=deterministic, **options
-        )
+        return flash_attn_func(q, k, v, **self._visible(), deterministic=deterministic, **options)
 
     def _attend_varlen(
         self, q: Tensor, k: Tensor, v: Tensor, deterministic: bool, options: dict[str, Any]
@@ -209,7 +207,9 @@ class PaddedMask(AttentionMask):
         q_bounds = torch.stack([row_start, row_stop], -1) + (first * self.q_length)[:, None]
         k_bounds = torch.stack([key_start, key_stop], -1) + (first * self.kv_length)[:, None]
         seqlens = (key_stop - key_start).clamp(min=0)
-        self.seqused_k = F.pad(torch.stack([torch.zeros_like(seqlens), seqlens], -1).flatten(), (0, 1))
+        self.seqused_k = F.pad(
+            torch.stack([torch.zeros_like(seqlens), seqlens], -1).flatten(), (0, 1)
+        )
         self.cu_seqlens_q = _with_ends(q_bounds, batch * self.q_length)
         self.cu_seqlens_k = _with_ends(k_bounds, batch * self.kv_length)
 

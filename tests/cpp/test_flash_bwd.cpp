@@ -1,5 +1,7 @@
 // Backward, dense and varlen, of every instruction set against the float64 reference; bitwise
 // repeatable.
+#include <algorithm>
+
 #include "check.h"
 #include "reference.h"
 #include "scenario.h"
@@ -62,14 +64,35 @@ std::vector<double> values_of(const Array& array) {
   return values;
 }
 
+// The forward's results as the definition has them, rounded to their dtypes.
+void set_reference_results(Scenario& s) {
+  const attention::FlashFwdProblem& p = s.problem;
+  const ReferenceForward forward = reference_forward(p, s.q_rows);
+  for (int64_t row = 0; row < s.q_rows * p.num_heads_q; ++row) {
+    for (int64_t d = 0; d < p.head_dim_v; ++d) {
+      s.out.set(row * p.out_stride_head + d, forward.out[row * p.head_dim_v + d]);
+    }
+  }
+  const int64_t batch = p.cu_seqlens_q != nullptr ? 1 : p.batch, rows = s.q_rows / batch;
+  for (int64_t head = 0; head < p.num_heads_q; ++head) {
+    for (int64_t row = 0; row < s.q_rows; ++row) {
+      s.lse.set(row / std::max<int64_t>(rows, 1) * p.lse_stride_batch + head * p.lse_stride_head +
+                    row % std::max<int64_t>(rows, 1),
+                forward.lse[head * s.q_rows + row]);
+    }
+  }
+}
+
 void check_backward(const Spec& spec, unsigned seed) {
   Scenario scenario = make_scenario(spec, seed);
+  set_reference_results(scenario);
+  const bool with_dlse = seed % 2 == 0;
+  const Gradients inputs = make_gradients(scenario, with_dlse, seed);
+  const ReferenceBackward expected =
+      reference_backward(inputs.problem, scenario.q_rows, scenario.k_rows);
   with_each_instruction_set([&](const std::string& isa) {
-    cpu::flash_fwd(scenario.problem, thread_executor(3));
-    Gradients got = make_gradients(scenario, seed % 2 == 0, seed);
+    const Gradients got = make_gradients(scenario, with_dlse, seed);
     cpu::flash_bwd(got.problem, thread_executor(3));
-    const ReferenceBackward expected =
-        reference_backward(got.problem, scenario.q_rows, scenario.k_rows);
     const std::string name = isa + ": " + scenario.name;
     const double tolerance = 4 * tolerance_of(spec.dtype);
     compare(values_of(got.dq), expected.dq, tolerance, name + ": dq");

@@ -1,7 +1,9 @@
-// The three ways to multiply: what a packed operand is made of and how a register tile accumulates it.
+// The three ways to multiply: what a packed operand is made of and how a register tile accumulates
+// it.
 //
-// A Unit is one lane of a packed operand: one number, or (Bf16Arithmetic) a pair of bfloat16 numbers that neighbour each
-// other along the summed dimension, the lower index in the low half. One dot() multiplies and adds kPair products a lane.
+// A Unit is one lane of a packed operand: one number, or (Bf16Arithmetic) a pair of bfloat16
+// numbers that neighbour each other along the summed dimension, the lower index in the low half.
+// One dot() multiplies and adds kPair products a lane.
 #pragma once
 
 #include <type_traits>
@@ -15,7 +17,8 @@ namespace sink_attention::cpu::SA_ISA {
 using attention::BFloat16;
 using attention::DataType;
 
-// float32 products and sums: for float32, float16 and float8, and for bfloat16 where the machine has no dot product.
+// float32 products and sums: for float32, float16 and float8, and for bfloat16 where the machine
+// has no dot product.
 struct FloatArithmetic {
   using Real = float;
   using Unit = float;
@@ -41,7 +44,8 @@ struct Bf16Arithmetic {
   static SA_INLINE Vec<Real> dot(Vec<Unit> a, Vec<Unit> b, Vec<Real> sum) {
     return (Vec<Real>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
-  // The weight is rounded to bfloat16 (2^-9) before it is used, so a polynomial to 4e-6 loses nothing.
+  // The weight is rounded to bfloat16 (2^-9) before it is used, so a polynomial to 4e-6 loses
+  // nothing.
   static SA_INLINE Vec<Real> weight_exp2(Vec<Real> x) { return exp2_by(kExp2Fast, x); }
 };
 #endif
@@ -54,18 +58,22 @@ template <class Arithmetic>
 struct Geometry {
   using Real = typename Arithmetic::Real;
   static constexpr int kLanesReal = kLanes<Real>;
-  static constexpr int kPanel = kTileVecs * kLanesReal;  // columns of a register tile: keys of S, or of head_dim
+  static constexpr int kPanel =
+      kTileVecs * kLanesReal;  // columns of a register tile: keys of S, or of head_dim
   static constexpr int kPair = Arithmetic::kPair;
   // Units that a row of `dim` numbers takes.
   static constexpr int64_t units(int64_t dim) { return divide_up(dim, kPair); }
-  // Columns of a row-wise operand (and of the accumulator that it multiplies into), rounded up to whole vectors.
+  // Columns of a row-wise operand (and of the accumulator that it multiplies into), rounded up to
+  // whole vectors.
   static constexpr int64_t columns(int64_t dim) { return round_up(dim, kLanesReal); }
 };
 
-// Two vectors of weights side by side as units of a row: numbers j .. j + kLanes of a row go to units (j / kPair) ...
-// `row` may be the memory that the numbers themselves came from, as long as it is written front to back.
+// Two vectors of weights side by side as units of a row: numbers j .. j + kLanes of a row go to
+// units (j / kPair) ... `row` may be the memory that the numbers themselves came from, as long as
+// it is written front to back.
 template <class Arithmetic>
-SA_INLINE void store_row_units(typename Arithmetic::Unit* row, int64_t j, Vec<typename Arithmetic::Real> value) {
+SA_INLINE void store_row_units(typename Arithmetic::Unit* row, int64_t j,
+                               Vec<typename Arithmetic::Real> value) {
   if constexpr (Arithmetic::kPair == 1) {
     store(row + j, value);
   } else {

@@ -10,14 +10,16 @@ using attention::FlashBwdProblem;
 template <class Real>
 SA_INLINE double read_sink(const FlashFwdProblem& problem, int64_t head_idx) {
   double value;
-  load_row(element(problem.s_aux, problem.s_aux_dtype, head_idx), problem.s_aux_dtype, 1, 1.0, &value);
+  load_row(element(problem.s_aux, problem.s_aux_dtype, head_idx), problem.s_aux_dtype, 1, 1.0,
+           &value);
   return value;
 }
 
 // For every row of one head of one sequence: delta = <dout, out> - dlse, and the head's part of
 //   ds_aux = sum over rows of exp(s_aux - lse) * (dlse - <dout, out>).
 template <class Arithmetic>
-double bwd_preprocess(const FlashBwdProblem& bwd, int64_t batch_idx, int64_t head_idx, void* delta_of_head) {
+double bwd_preprocess(const FlashBwdProblem& bwd, int64_t batch_idx, int64_t head_idx,
+                      void* delta_of_head) {
   using Real = typename Arithmetic::Real;
   constexpr int kStep = kLanes<Real>;
   const FlashFwdProblem& problem = bwd.fwd;
@@ -31,23 +33,25 @@ double bwd_preprocess(const FlashBwdProblem& bwd, int64_t batch_idx, int64_t hea
   double ds_aux = 0;
   for (int64_t position = 0; position < info.seqlen_q; ++position) {
     const int64_t row = info.q_row + position;
-    const int64_t out_offset = info.q_batch * problem.out_stride_batch + row * problem.out_stride_row +
-                               head_idx * problem.out_stride_head;
-    const int64_t dout_offset =
-        info.q_batch * bwd.dout_stride_batch + row * bwd.dout_stride_row + head_idx * bwd.dout_stride_head;
+    const int64_t out_offset = info.q_batch * problem.out_stride_batch +
+                               row * problem.out_stride_row + head_idx * problem.out_stride_head;
+    const int64_t dout_offset = info.q_batch * bwd.dout_stride_batch + row * bwd.dout_stride_row +
+                                head_idx * bwd.dout_stride_head;
     load_row(element(problem.out, problem.dtype, out_offset), problem.dtype, dim, Real(1), out);
     load_row(element(bwd.dout, problem.dtype, dout_offset), problem.dtype, dim, Real(1), dout);
     Vec<Real> sum{};
     for (int64_t i = 0; i < padded; i += kStep) sum += load(out + i) * load(dout + i);
     Real value = reduce_add<Real>(sum);
     if (bwd.dlse != nullptr) {
-      value -= static_cast<const Real*>(bwd.dlse)[info.q_batch * bwd.dlse_stride_batch +
-                                                  head_idx * bwd.dlse_stride_head + row * bwd.dlse_stride_row];
+      value -= static_cast<const Real*>(
+          bwd.dlse)[info.q_batch * bwd.dlse_stride_batch + head_idx * bwd.dlse_stride_head +
+                    row * bwd.dlse_stride_row];
     }
     delta[position] = value;
     if (sink == -INFINITY) continue;
-    const double lse = static_cast<double>(static_cast<const Real*>(
-        problem.lse)[info.q_batch * problem.lse_stride_batch + head_idx * problem.lse_stride_head + row]);
+    const double lse = static_cast<double>(
+        static_cast<const Real*>(problem.lse)[info.q_batch * problem.lse_stride_batch +
+                                              head_idx * problem.lse_stride_head + row]);
     const double weight = lse == sink ? 1.0 : std::exp(sink - lse);  // equal where both are +inf
     ds_aux -= weight * static_cast<double>(value);
   }
@@ -55,7 +59,8 @@ double bwd_preprocess(const FlashBwdProblem& bwd, int64_t batch_idx, int64_t hea
 }
 
 template <class Arithmetic>
-void bwd_store_dq(const FlashBwdProblem& bwd, int64_t batch_idx, int64_t kv_head_idx, const char* dq_accumulator) {
+void bwd_store_dq(const FlashBwdProblem& bwd, int64_t batch_idx, int64_t kv_head_idx,
+                  const char* dq_accumulator) {
   using Real = typename Arithmetic::Real;
   const FlashFwdProblem& problem = bwd.fwd;
   const SeqlenInfo info = attention::seqlen_info(problem, batch_idx);
@@ -64,7 +69,8 @@ void bwd_store_dq(const FlashBwdProblem& bwd, int64_t batch_idx, int64_t kv_head
   const Real* source = reinterpret_cast<const Real*>(dq_accumulator);
   for (int64_t position = 0; position < info.seqlen_q; ++position) {
     for (int64_t g = 0; g < group; ++g, source += columns) {
-      const int64_t offset = info.q_batch * bwd.dq_stride_batch + (info.q_row + position) * bwd.dq_stride_row +
+      const int64_t offset = info.q_batch * bwd.dq_stride_batch +
+                             (info.q_row + position) * bwd.dq_stride_row +
                              (kv_head_idx * group + g) * bwd.dq_stride_head;
       store_row(source, problem.head_dim, static_cast<Real>(problem.softmax_scale),
                 element(bwd.dq, problem.dtype, offset), problem.dtype);

@@ -1,10 +1,13 @@
-// The backward of one block of keys: dK and dV of the block gathered over query tiles, dQ added to an accumulator.
+// The backward of one block of keys: dK and dV of the block gathered over query tiles, dQ added to
+// an accumulator.
 //
 //   P = exp(S - lse)    dP = dO V^T    dS = P (dP - delta)    delta = <dO, O> - dlse
-//   dV += P^T dO        dK += dS^T Q   dQ += dS K             (the softmax scale is multiplied in when they are stored)
+//   dV += P^T dO        dK += dS^T Q   dQ += dS K             (the softmax scale is multiplied in
+//   when they are stored)
 //
-// Rows are (position, head of the group) as in the forward, so the sum over the query heads of a kv head is part of the
-// products. K and V of the block are packed once; a tile's Q and dO are packed for each block (2% of its products).
+// Rows are (position, head of the group) as in the forward, so the sum over the query heads of a kv
+// head is part of the products. K and V of the block are packed once; a tile's Q and dO are packed
+// for each block (2% of its products).
 #pragma once
 
 #include "cpu/simd/fwd_tile.h"
@@ -22,7 +25,8 @@ struct BackwardBlock {
   using Geo = Geometry<Arithmetic>;
   static constexpr bool kPairs = Arithmetic::kPair == 2;
 
-  // One vector more than a block, so that a column of P, read row by row, does not fall on a few cache sets.
+  // One vector more than a block, so that a column of P, read row by row, does not fall on a few
+  // cache sets.
   struct Scratch {
     Unit* k_transposed;  // B of S
     Unit* v_transposed;  // B of dP
@@ -31,13 +35,13 @@ struct BackwardBlock {
     Real* dv;            // [block_keys][columns(head_dim_v)]
     Unit* q;             // [rows][row_stride(head_dim)]
     Unit* dout;
-    Unit* q_zipped;      // rows zipped in pairs, [rows / 2][columns]: B of dK; without pairs it is q
+    Unit* q_zipped;  // rows zipped in pairs, [rows / 2][columns]: B of dK; without pairs it is q
     Unit* dout_zipped;
-    Real* p;             // [rows][stride]: S, then P
-    Real* ds;            // [rows][stride]: dP, then dS as units along keys: A of dQ
-    Unit* p_zipped;      // [rows / 2][stride]: A of dV; without pairs it is p
+    Real* p;         // [rows][stride]: S, then P
+    Real* ds;        // [rows][stride]: dP, then dS as units along keys: A of dQ
+    Unit* p_zipped;  // [rows / 2][stride]: A of dV; without pairs it is p
     Unit* ds_zipped;
-    Real* lse_log2;      // [rows]
+    Real* lse_log2;  // [rows]
     Real* delta;
   };
 
@@ -56,13 +60,15 @@ struct BackwardBlock {
   static int64_t score_stride(const BwdPlan& plan) { return plan.block_keys + Geo::kLanesReal; }
 
   static Scratch carve(const FlashFwdProblem& problem, const BwdPlan& plan, ScratchCarver& carver) {
-    const int64_t rows = round_up(plan.tile_positions * (problem.num_heads_q / problem.num_heads_kv), 2);
+    const int64_t rows =
+        round_up(plan.tile_positions * (problem.num_heads_q / problem.num_heads_kv), 2);
     const int64_t dim = problem.head_dim;
     const int64_t dim_v = problem.head_dim_v;
     Scratch scratch{};
     scratch.k_transposed = carver.take<Unit>(plan.block_keys * Geo::units(dim));
     scratch.v_transposed = carver.take<Unit>(plan.block_keys * Geo::units(dim_v));
-    scratch.k_rowwise = carver.take<Unit>(plan.block_keys / Geo::kPair * round_up(dim, Geo::kPanel));
+    scratch.k_rowwise =
+        carver.take<Unit>(plan.block_keys / Geo::kPair * round_up(dim, Geo::kPanel));
     scratch.dk = carver.take<Real>(plan.block_keys * Geo::columns(dim));
     scratch.dv = carver.take<Real>(plan.block_keys * Geo::columns(dim_v));
     scratch.q = carver.take<Unit>(rows * row_stride(dim));
@@ -88,7 +94,8 @@ struct BackwardBlock {
   static BwdPlan make_plan(const FlashFwdProblem& problem) {
     const int64_t larger_dim = max_of(problem.head_dim, problem.head_dim_v);
     BwdPlan plan{};
-    plan.tile_positions = max_of(1, kTargetBwdRows / max_of(problem.num_heads_q / max_of(problem.num_heads_kv, 1), 1));
+    plan.tile_positions = max_of(
+        1, kTargetBwdRows / max_of(problem.num_heads_q / max_of(problem.num_heads_kv, 1), 1));
     plan.block_keys = larger_dim <= 64 ? 256 : 128;
     plan.dq_row_bytes = Geo::columns(problem.head_dim) * static_cast<int64_t>(sizeof(Real));
     ScratchCarver carver(nullptr);
@@ -106,7 +113,8 @@ struct BackwardBlock {
         info(attention::seqlen_info(problem, task.batch_idx)),
         mask(attention::make_mask(problem, info.seqlen_q, info.seqlen_k)),
         scale(score_scale<Real>(problem)) {
-    block = intersect({task.block_idx * plan.block_keys, (task.block_idx + 1) * plan.block_keys}, {0, info.seqlen_k});
+    block = intersect({task.block_idx * plan.block_keys, (task.block_idx + 1) * plan.block_keys},
+                      {0, info.seqlen_k});
     ScratchCarver carver(task.scratch);
     scratch = carve(problem, plan, carver);
   }
@@ -124,36 +132,40 @@ struct BackwardBlock {
   void add_tile(int64_t q_begin, int64_t q_end) {
     const Range seen = intersect(mask.visible_keys(q_begin, q_end), block);
     if (seen.begin >= seen.end) return;
-    const int64_t begin = (seen.begin - block.begin) / Geo::kPanel * Geo::kPanel;  // whole panels of the block
+    const int64_t begin =
+        (seen.begin - block.begin) / Geo::kPanel * Geo::kPanel;  // whole panels of the block
     const int64_t end = round_up(seen.end - block.begin, Geo::kPanel);
     const int64_t rows = (q_end - q_begin) * group;
     load_rows(q_begin, rows);
     for (int64_t row = 0; row < rows; row += kTileRows) {
       const int count = static_cast<int>(min_of(kTileRows, rows - row));
-      score(scratch.q, row_stride(problem.head_dim), Geo::units(problem.head_dim), scratch.k_transposed, row, count,
-            begin, end, scratch.p);
-      score(scratch.dout, row_stride(problem.head_dim_v), Geo::units(problem.head_dim_v), scratch.v_transposed, row,
-            count, begin, end, scratch.ds);
+      score(scratch.q, row_stride(problem.head_dim), Geo::units(problem.head_dim),
+            scratch.k_transposed, row, count, begin, end, scratch.p);
+      score(scratch.dout, row_stride(problem.head_dim_v), Geo::units(problem.head_dim_v),
+            scratch.v_transposed, row, count, begin, end, scratch.ds);
       differentiate_strip(q_begin, row, count, begin, end);
     }
     const int64_t depth = divide_up(rows, Geo::kPair);
-    add_transposed(scratch.p_zipped, scratch.dout_zipped, depth, Geo::columns(problem.head_dim_v), begin, end,
-                   scratch.dv);
-    add_transposed(scratch.ds_zipped, scratch.q_zipped, depth, Geo::columns(problem.head_dim), begin, end, scratch.dk);
+    add_transposed(scratch.p_zipped, scratch.dout_zipped, depth, Geo::columns(problem.head_dim_v),
+                   begin, end, scratch.dv);
+    add_transposed(scratch.ds_zipped, scratch.q_zipped, depth, Geo::columns(problem.head_dim),
+                   begin, end, scratch.dk);
     add_dq(q_begin, rows, begin, end);
   }
 
   void end() {
     for (int64_t key = block.begin; key < block.end; ++key) {
       const int64_t row = info.k_row + key;
-      const int64_t dk_offset =
-          info.k_batch * bwd.dk_stride_batch + row * bwd.dk_stride_row + task.kv_head_idx * bwd.dk_stride_head;
-      const int64_t dv_offset =
-          info.k_batch * bwd.dv_stride_batch + row * bwd.dv_stride_row + task.kv_head_idx * bwd.dv_stride_head;
+      const int64_t dk_offset = info.k_batch * bwd.dk_stride_batch + row * bwd.dk_stride_row +
+                                task.kv_head_idx * bwd.dk_stride_head;
+      const int64_t dv_offset = info.k_batch * bwd.dv_stride_batch + row * bwd.dv_stride_row +
+                                task.kv_head_idx * bwd.dv_stride_head;
       store_row(scratch.dk + (key - block.begin) * Geo::columns(problem.head_dim), problem.head_dim,
-                static_cast<Real>(problem.softmax_scale), element(bwd.dk, problem.dtype, dk_offset), problem.dtype);
-      store_row(scratch.dv + (key - block.begin) * Geo::columns(problem.head_dim_v), problem.head_dim_v, Real(1),
-                element(bwd.dv, problem.dtype, dv_offset), problem.dtype);
+                static_cast<Real>(problem.softmax_scale), element(bwd.dk, problem.dtype, dk_offset),
+                problem.dtype);
+      store_row(scratch.dv + (key - block.begin) * Geo::columns(problem.head_dim_v),
+                problem.head_dim_v, Real(1), element(bwd.dv, problem.dtype, dv_offset),
+                problem.dtype);
     }
   }
 
@@ -165,21 +177,26 @@ struct BackwardBlock {
       const int64_t position = q_begin + row / group;
       const int64_t q_row = info.q_row + position;
       const int64_t head = task.kv_head_idx * group + row % group;
-      const int64_t q_offset =
-          info.q_batch * problem.q_stride_batch + q_row * problem.q_stride_row + head * problem.q_stride_head;
-      const int64_t dout_offset =
-          info.q_batch * bwd.dout_stride_batch + q_row * bwd.dout_stride_row + head * bwd.dout_stride_head;
-      pack_row_units<Arithmetic>(element(problem.q, problem.dtype, q_offset), problem.dtype, problem.head_dim, Real(1),
-                                 q_stride, scratch.q + row * q_stride);
-      pack_row_units<Arithmetic>(element(bwd.dout, problem.dtype, dout_offset), problem.dtype, problem.head_dim_v,
-                                 Real(1), dout_stride, scratch.dout + row * dout_stride);
-      const Real lse = static_cast<const Real*>(problem.lse)[info.q_batch * problem.lse_stride_batch +
-                                                             head * problem.lse_stride_head + q_row];
+      const int64_t q_offset = info.q_batch * problem.q_stride_batch +
+                               q_row * problem.q_stride_row + head * problem.q_stride_head;
+      const int64_t dout_offset = info.q_batch * bwd.dout_stride_batch +
+                                  q_row * bwd.dout_stride_row + head * bwd.dout_stride_head;
+      pack_row_units<Arithmetic>(element(problem.q, problem.dtype, q_offset), problem.dtype,
+                                 problem.head_dim, Real(1), q_stride, scratch.q + row * q_stride);
+      pack_row_units<Arithmetic>(element(bwd.dout, problem.dtype, dout_offset), problem.dtype,
+                                 problem.head_dim_v, Real(1), dout_stride,
+                                 scratch.dout + row * dout_stride);
+      const Real lse =
+          static_cast<const Real*>(problem.lse)[info.q_batch * problem.lse_stride_batch +
+                                                head * problem.lse_stride_head + q_row];
       // A row without a key has lse = -inf (no sink): +inf here makes its weights 0.
-      scratch.lse_log2[row] = lse == attention::negative_infinity<Real>() ? -lse : lse * Real(attention::kLog2E);
-      scratch.delta[row] = static_cast<const Real*>(task.delta)[info.q_batch * task.delta_stride_batch +
-                                                                head * task.delta_stride_head + q_row];
+      scratch.lse_log2[row] =
+          lse == attention::negative_infinity<Real>() ? -lse : lse * Real(attention::kLog2E);
+      scratch.delta[row] =
+          static_cast<const Real*>(task.delta)[info.q_batch * task.delta_stride_batch +
+                                               head * task.delta_stride_head + q_row];
     }
+#if defined(__AVX512BF16__)
     if constexpr (kPairs) {
       if (rows % 2 != 0) {
         memset(scratch.q + rows * q_stride, 0, q_stride * sizeof(Unit));
@@ -191,14 +208,16 @@ struct BackwardBlock {
         const Unit* q = scratch.q + row * q_stride;
         const Unit* dout = scratch.dout + row * dout_stride;
         zip_unit_rows(q, q + q_stride, columns, scratch.q_zipped + row / 2 * columns);
-        zip_unit_rows(dout, dout + dout_stride, columns_v, scratch.dout_zipped + row / 2 * columns_v);
+        zip_unit_rows(dout, dout + dout_stride, columns_v,
+                      scratch.dout_zipped + row / 2 * columns_v);
       }
     }
+#endif
   }
 
   // Rows [row, row + count) of  a B  into c, keys [begin, end) of the block.
-  void score(const Unit* a, int64_t a_stride, int64_t units, const Unit* b, int64_t row, int count, int64_t begin,
-             int64_t end, Real* c) {
+  void score(const Unit* a, int64_t a_stride, int64_t units, const Unit* b, int64_t row, int count,
+             int64_t begin, int64_t end, Real* c) {
     GemmOperands<Arithmetic> op{};
     op.a = a + row * a_stride;
     op.a_stride = a_stride;
@@ -220,8 +239,8 @@ struct BackwardBlock {
   };
 
   // P and dS of the keys j ... of one row; zero outside `visible`.
-  SA_INLINE WeightAndGradient differentiate(Vec<Real> score, Vec<Real> dp, int64_t j, Range visible, Real lse_log2,
-                                            Real delta, bool is_edge) const {
+  SA_INLINE WeightAndGradient differentiate(Vec<Real> score, Vec<Real> dp, int64_t j, Range visible,
+                                            Real lse_log2, Real delta, bool is_edge) const {
     Vec<Real> slope = broadcast(Real(1));
     if (scale.has_softcap) {
       score = tanh<Real>(score * scale.to_tanh);
@@ -248,7 +267,8 @@ struct BackwardBlock {
         const int64_t r = row + i + half;
         const bool exists = i + half < count;  // the odd row out has a partner of zeros
         const Range keys = intersect(mask.visible_keys(q_begin + r / group), block);
-        visible[half] = exists ? Range{keys.begin - block.begin, keys.end - block.begin} : Range{0, 0};
+        visible[half] =
+            exists ? Range{keys.begin - block.begin, keys.end - block.begin} : Range{0, 0};
         lse_log2[half] = exists ? scratch.lse_log2[r] : Real(0);
         delta[half] = exists ? scratch.delta[r] : Real(0);
         if (!exists) {
@@ -263,9 +283,10 @@ struct BackwardBlock {
         SA_UNROLL
         for (int half = 0; half < Geo::kPair; ++half) {
           const bool is_edge = j < visible[half].begin || j + kStep > visible[half].end;
-          result[half] = differentiate(load(p + half * stride + j), load(ds + half * stride + j), j, visible[half],
-                                       lse_log2[half], delta[half], is_edge);
-          store_row_units<Arithmetic>(reinterpret_cast<Unit*>(ds + half * stride), j, result[half].ds);
+          result[half] = differentiate(load(p + half * stride + j), load(ds + half * stride + j), j,
+                                       visible[half], lse_log2[half], delta[half], is_edge);
+          store_row_units<Arithmetic>(reinterpret_cast<Unit*>(ds + half * stride), j,
+                                      result[half].ds);
         }
         if constexpr (kPairs) {
 #if defined(__AVX512BF16__)
@@ -280,9 +301,10 @@ struct BackwardBlock {
     }
   }
 
-  // c[key][column] += sum over rows of a[row][key] b[row][column], for the keys [begin, end) of the block.
-  void add_transposed(const Unit* a, const Unit* b, int64_t depth, int64_t columns, int64_t begin, int64_t end,
-                      Real* c) {
+  // c[key][column] += sum over rows of a[row][key] b[row][column], for the keys [begin, end) of the
+  // block.
+  void add_transposed(const Unit* a, const Unit* b, int64_t depth, int64_t columns, int64_t begin,
+                      int64_t end, Real* c) {
     GemmOperands<Arithmetic> op{};
     op.a_stride = score_stride(plan);
     op.b_stride = columns;
@@ -308,13 +330,14 @@ struct BackwardBlock {
     op.depth = (end - begin) / Geo::kPair;
     op.c_stride = columns;
     for (int64_t row = 0; row < rows; row += kTileRows) {
-      op.a = reinterpret_cast<const Unit*>(scratch.ds + row * score_stride(plan)) + begin / Geo::kPair;
+      op.a =
+          reinterpret_cast<const Unit*>(scratch.ds + row * score_stride(plan)) + begin / Geo::kPair;
       op.b = scratch.k_rowwise + begin / Geo::kPair * Geo::kPanel;
       op.c = dq + row * columns;
       for (int64_t column = 0; column < columns; column += Geo::kPanel) {
         const int vecs = static_cast<int>(min_of(kTileVecs, (columns - column) / Geo::kLanesReal));
-        gemm<Arithmetic, AOrder::kRowMajor, Accumulate::kAdd>(op, static_cast<int>(min_of(kTileRows, rows - row)),
-                                                              vecs);
+        gemm<Arithmetic, AOrder::kRowMajor, Accumulate::kAdd>(
+            op, static_cast<int>(min_of(kTileRows, rows - row)), vecs);
         op.b += plan.block_keys / Geo::kPair * Geo::kPanel;
         op.c += Geo::kPanel;
       }
@@ -333,8 +356,8 @@ void bwd_begin_block(const FlashBwdProblem& problem, const BwdPlan& plan, const 
 }
 
 template <class Arithmetic>
-void bwd_tile(const FlashBwdProblem& problem, const BwdPlan& plan, const BwdTask& task, int64_t q_begin,
-              int64_t q_end) {
+void bwd_tile(const FlashBwdProblem& problem, const BwdPlan& plan, const BwdTask& task,
+              int64_t q_begin, int64_t q_end) {
   BackwardBlock<Arithmetic>(problem, plan, task).add_tile(q_begin, q_end);
 }
 

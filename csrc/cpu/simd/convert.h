@@ -20,7 +20,8 @@ SA_INLINE void* element(void* base, DataType dtype, int64_t offset) {
 
 // destination[i] = source[i] * scale; scale is 1 but for float8.
 template <class Real>
-SA_INLINE void load_row(const void* source, DataType dtype, int64_t count, Real scale, Real* destination) {
+SA_INLINE void load_row(const void* source, DataType dtype, int64_t count, Real scale,
+                        Real* destination) {
   int64_t i = 0;
   switch (dtype) {
     case DataType::kFloat64: {
@@ -43,7 +44,9 @@ SA_INLINE void load_row(const void* source, DataType dtype, int64_t count, Real 
 #if defined(__F16C__)
       if constexpr (sizeof(Real) == 4) {
         for (; i + 8 <= count; i += 8) {
-          _mm256_storeu_ps(destination + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + i))));
+          _mm256_storeu_ps(
+              destination + i,
+              _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + i))));
         }
       }
 #endif
@@ -52,7 +55,8 @@ SA_INLINE void load_row(const void* source, DataType dtype, int64_t count, Real 
     }
     case DataType::kFloat8E4M3: {
       const Float8E4M3* row = static_cast<const Float8E4M3*>(source);
-      for (; i < count; ++i) destination[i] = static_cast<Real>(attention::to_float(row[i])) * scale;
+      for (; i < count; ++i)
+        destination[i] = static_cast<Real>(attention::to_float(row[i])) * scale;
       return;
     }
   }
@@ -60,7 +64,8 @@ SA_INLINE void load_row(const void* source, DataType dtype, int64_t count, Real 
 
 // destination[i] = source[i] * scale, rounded to the element type.
 template <class Real>
-SA_INLINE void store_row(const Real* source, int64_t count, Real scale, void* destination, DataType dtype) {
+SA_INLINE void store_row(const Real* source, int64_t count, Real scale, void* destination,
+                         DataType dtype) {
   int64_t i = 0;
   switch (dtype) {
     case DataType::kFloat64: {
@@ -85,7 +90,8 @@ SA_INLINE void store_row(const Real* source, int64_t count, Real scale, void* de
         const __m256 factor = _mm256_set1_ps(scale);
         for (; i + 8 <= count; i += 8) {
           const __m256 value = _mm256_mul_ps(_mm256_loadu_ps(source + i), factor);
-          _mm_storeu_si128(reinterpret_cast<__m128i*>(row + i), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(row + i),
+                           _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
         }
       }
 #endif
@@ -94,7 +100,8 @@ SA_INLINE void store_row(const Real* source, int64_t count, Real scale, void* de
     }
     case DataType::kFloat8E4M3: {
       Float8E4M3* row = static_cast<Float8E4M3*>(destination);
-      for (; i < count; ++i) row[i] = attention::to_float8_e4m3(static_cast<float>(source[i] * scale));
+      for (; i < count; ++i)
+        row[i] = attention::to_float8_e4m3(static_cast<float>(source[i] * scale));
       return;
     }
   }

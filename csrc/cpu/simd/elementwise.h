@@ -14,21 +14,23 @@ using attention::ReshapeAndCacheProblem;
 template <class Real>
 void merge_rows(const MergeProblem& problem, int64_t begin, int64_t end) {
   const int64_t dim = problem.head_dim;
-  constexpr int64_t kChunk = kMaxHeadDim;  // head_dim is not bounded here: rows are merged in pieces
+  constexpr int64_t kChunk =
+      kMaxHeadDim;  // head_dim is not bounded here: rows are merged in pieces
   alignas(64) Real sum[kChunk];
   alignas(64) Real part[kChunk];
   for (int64_t row = begin; row < end; ++row) {
     const int64_t head = row % problem.num_heads;
     const int64_t token = row / problem.num_heads;
-    const int64_t lse_idx =
-        (token / problem.seqlen * problem.num_heads + head) * problem.seqlen + token % problem.seqlen;
+    const int64_t lse_idx = (token / problem.seqlen * problem.num_heads + head) * problem.seqlen +
+                            token % problem.seqlen;
     const auto part_lse = [&](int64_t i) {
       const Real lse = static_cast<const Real*>(problem.lses[i])[lse_idx];
       return lse == static_cast<Real>(INFINITY) ? -lse : lse;
     };
     Real sink = attention::negative_infinity<Real>();
     if (problem.s_aux != nullptr) {
-      load_row(element(problem.s_aux, problem.s_aux_dtype, head), problem.s_aux_dtype, 1, Real(1), &sink);
+      load_row(element(problem.s_aux, problem.s_aux_dtype, head), problem.s_aux_dtype, 1, Real(1),
+               &sink);
     }
     // Weights are exp(lse_i - max); the sink joins the denominator as everywhere else.
     attention::RowState<Real> state{attention::negative_infinity<Real>(), Real(0)};
@@ -39,7 +41,8 @@ void merge_rows(const MergeProblem& problem, int64_t begin, int64_t end) {
       state.max = lse > state.max ? lse : state.max;
     }
     for (int64_t i = 0; i < problem.num_parts; ++i) {
-      state.sum += attention::rebase_factor(part_lse(i) * static_cast<Real>(attention::kLog2E), state.max);
+      state.sum +=
+          attention::rebase_factor(part_lse(i) * static_cast<Real>(attention::kLog2E), state.max);
     }
     state.sum += nan;
     const attention::RowResult<Real> result = attention::fold_sink(state, sink);
@@ -47,21 +50,26 @@ void merge_rows(const MergeProblem& problem, int64_t begin, int64_t end) {
       const int64_t count = min_of(kChunk, dim - first);
       for (int64_t i = 0; i < count; ++i) sum[i] = 0;
       for (int64_t p = 0; p < problem.num_parts; ++p) {
-        const Real weight = attention::rebase_factor(part_lse(p) * static_cast<Real>(attention::kLog2E), state.max);
+        const Real weight =
+            attention::rebase_factor(part_lse(p) * static_cast<Real>(attention::kLog2E), state.max);
         if (weight == Real(0)) continue;  // an empty part may hold anything
-        load_row(element(problem.outs[p], problem.dtype, row * dim + first), problem.dtype, count, Real(1), part);
+        load_row(element(problem.outs[p], problem.dtype, row * dim + first), problem.dtype, count,
+                 Real(1), part);
         for (int64_t i = 0; i < count; ++i) sum[i] += weight * part[i];
       }
-      store_row(sum, count, result.scale, element(problem.out, problem.dtype, row * dim + first), problem.dtype);
+      store_row(sum, count, result.scale, element(problem.out, problem.dtype, row * dim + first),
+                problem.dtype);
     }
     static_cast<Real*>(problem.lse)[lse_idx] = result.lse;
   }
 }
 
-// All tokens of one kv head into the cache, in order: where tokens share a slot, the last one stays.
+// All tokens of one kv head into the cache, in order: where tokens share a slot, the last one
+// stays.
 inline void cache_head(const ReshapeAndCacheProblem& problem, int64_t head) {
   alignas(64) float numbers[kMaxHeadDim];
-  const auto write_row = [&](const void* source, void* destination, int64_t dim, const float* scales) {
+  const auto write_row = [&](const void* source, void* destination, int64_t dim,
+                             const float* scales) {
     if (problem.cache_dtype == problem.dtype) {
       memcpy(destination, source, dim * attention::bytes_of(problem.dtype));
       return;
@@ -76,12 +84,14 @@ inline void cache_head(const ReshapeAndCacheProblem& problem, int64_t head) {
     if (slot < 0) continue;
     const int64_t page = slot / problem.page_size;
     const int64_t in_page = slot % problem.page_size;
-    write_row(element(problem.k, problem.dtype, token * problem.k_stride_token + head * problem.k_stride_head),
+    write_row(element(problem.k, problem.dtype,
+                      token * problem.k_stride_token + head * problem.k_stride_head),
               element(problem.k_cache, problem.cache_dtype,
                       page * problem.k_cache_stride_page + in_page * problem.k_cache_stride_slot +
                           head * problem.k_cache_stride_head),
               problem.head_dim, problem.k_scale);
-    write_row(element(problem.v, problem.dtype, token * problem.v_stride_token + head * problem.v_stride_head),
+    write_row(element(problem.v, problem.dtype,
+                      token * problem.v_stride_token + head * problem.v_stride_head),
               element(problem.v_cache, problem.cache_dtype,
                       page * problem.v_cache_stride_page + in_page * problem.v_cache_stride_slot +
                           head * problem.v_cache_stride_head),

@@ -1,13 +1,10 @@
-// One tile of the forward: tile_positions query positions, all query heads of one kv head, against blocks of keys.
+// One tile of the forward: tile_positions query positions, all query heads of one kv head, against
+// blocks of keys.
 //
-// Rows are (position, head of the group), position-major, so that neighbouring rows share their mask; row r of a tile is
-// position q_begin + r / group, head r % group. For each block of keys (packed once, in cache), strips of kTileRows rows
-// are scored (kTileRows x block_keys in L1), softened and multiplied with V while the strip's weights are still in L1.
-//
-// A task may hold a tile of several kv heads, which then take turns at each block of keys: that is decode, where what
-// counts is to read the cache in the order in which it lies. In a cache [page][slot][head][dim] one head's rows are a
-// small piece of each token's; read alone they keep a few of the memory's channels busy (8.5 of 21 GB/s measured). So
-// a block is packed for all heads first, a panel of keys at a time, the next panel's tokens prefetched whole meanwhile.
+// Rows are (position, head of the group), position-major, so that neighbouring rows share their
+// mask; row r of a tile is position q_begin + r / group, head r % group. For each block of keys
+// (packed once, in cache), strips of kTileRows rows are scored (kTileRows x block_keys in L1),
+// softened and multiplied with V while the strip's weights are still in L1.
 #pragma once
 
 #include "attention/seqlen_info.h"
@@ -24,7 +21,8 @@ using attention::SeqlenInfo;
 
 constexpr int64_t kTargetRows = 128;  // rows a tile: K and V are read from L2 once for so many rows
 
-// Hands out pieces of a thread's scratch, each aligned to 64 bytes. With a null base it only counts.
+// Hands out pieces of a thread's scratch, each aligned to 64 bytes. With a null base it only
+// counts.
 class ScratchCarver {
  public:
   explicit ScratchCarver(char* base) : base_(base) {}
@@ -48,10 +46,10 @@ struct ForwardTile {
   using Geo = Geometry<Arithmetic>;
 
   struct Scratch {
-    Unit* q;                 // [rows][q_stride]
-    Real* out;               // [rows][columns(head_dim_v)], not yet divided
-    RowState<Real>* state;   // [rows]
-    Real* scores;            // [kTileRows][score_stride], weights in place; serves all kv heads in turn
+    Unit* q;                // [rows][q_stride]
+    Real* out;              // [rows][columns(head_dim_v)], not yet divided
+    RowState<Real>* state;  // [rows]
+    Real* scores;           // [kTileRows][score_stride], weights in place
   };
 
   const FlashFwdProblem& problem;
@@ -65,13 +63,17 @@ struct ForwardTile {
   ScoreScale<Real> scale;
   Scratch scratch;
 
-  static void carve_tile(const FlashFwdProblem& problem, const FwdPlan& plan, ScratchCarver& carver, Scratch& scratch) {
+  static void carve_tile(const FlashFwdProblem& problem, const FwdPlan& plan, ScratchCarver& carver,
+                         Scratch& scratch) {
     const int64_t rows = plan.tile_positions * (problem.num_heads_q / problem.num_heads_kv);
     scratch.q = carver.take<Unit>(rows * q_stride(problem));
     scratch.out = carver.take<Real>(rows * Geo::columns(problem.head_dim_v));
     scratch.state = carver.take<RowState<Real>>(rows);
+    scratch.scores = carver.take<Real>(kTileRows * score_stride(plan));
   }
-  static int64_t q_stride(const FlashFwdProblem& problem) { return round_up(Geo::units(problem.head_dim), Geo::kLanesReal); }
+  static int64_t q_stride(const FlashFwdProblem& problem) {
+    return round_up(Geo::units(problem.head_dim), Geo::kLanesReal);
+  }
   // One vector more than a block, so that the strip's rows do not fall on the same cache sets.
   static int64_t score_stride(const FwdPlan& plan) { return plan.block_keys + Geo::kLanesReal; }
 
@@ -81,22 +83,24 @@ struct ForwardTile {
     FwdPlan plan{};
     plan.tile_positions = min_of(max_of(1, kTargetRows / group), max_of(1, problem.seqlen_q));
     plan.block_keys = larger_dim <= 128 ? 256 : 128;
-    plan.packed_k_bytes = plan.block_keys * Geo::units(problem.head_dim) * static_cast<int64_t>(sizeof(Unit));
+    plan.packed_k_bytes =
+        plan.block_keys * Geo::units(problem.head_dim) * static_cast<int64_t>(sizeof(Unit));
     plan.packed_v_bytes = plan.block_keys / Geo::kPair * round_up(problem.head_dim_v, Geo::kPanel) *
                           static_cast<int64_t>(sizeof(Unit));
     const int64_t rows = plan.tile_positions * group;
-    plan.partial_bytes = round_up(rows * (Geo::columns(problem.head_dim_v) * static_cast<int64_t>(sizeof(Real)) +
-                                          static_cast<int64_t>(sizeof(RowState<Real>))),
-                                  64);
+    plan.partial_bytes =
+        round_up(rows * (Geo::columns(problem.head_dim_v) * static_cast<int64_t>(sizeof(Real)) +
+                         static_cast<int64_t>(sizeof(RowState<Real>))),
+                 64);
     Scratch scratch{};
     ScratchCarver tile(nullptr);
     carve_tile(problem, plan, tile, scratch);
     plan.tile_scratch_bytes = tile.used();
-    plan.shared_scratch_bytes = kTileRows * score_stride(plan) * static_cast<int64_t>(sizeof(Real));
     return plan;
   }
 
-  ForwardTile(const FlashFwdProblem& problem, const FwdPlan& plan, const FwdTask& task, int64_t kv_head_idx)
+  ForwardTile(const FlashFwdProblem& problem, const FwdPlan& plan, const FwdTask& task,
+              int64_t kv_head_idx)
       : problem(problem),
         plan(plan),
         task(task),
@@ -106,9 +110,7 @@ struct ForwardTile {
         info(attention::seqlen_info(problem, task.batch_idx)),
         mask(attention::make_mask(problem, info.seqlen_q, info.seqlen_k)),
         scale(score_scale<Real>(problem)) {
-    scratch.scores = reinterpret_cast<Real*>(task.scratch);
-    ScratchCarver tile(task.scratch + plan.shared_scratch_bytes +
-                       (kv_head_idx - task.kv_head_begin) * plan.tile_scratch_bytes);
+    ScratchCarver tile(task.scratch + (kv_head_idx - task.kv_head_begin) * plan.tile_scratch_bytes);
     carve_tile(problem, plan, tile, scratch);
   }
 
@@ -118,9 +120,11 @@ struct ForwardTile {
   void load_q() {
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t offset = info.q_batch * problem.q_stride_batch +
-                             (info.q_row + position(row)) * problem.q_stride_row + head(row) * problem.q_stride_head;
-      pack_row_units<Arithmetic>(element(problem.q, problem.dtype, offset), problem.dtype, problem.head_dim, Real(1),
-                                 q_stride(problem), scratch.q + row * q_stride(problem));
+                             (info.q_row + position(row)) * problem.q_stride_row +
+                             head(row) * problem.q_stride_head;
+      pack_row_units<Arithmetic>(element(problem.q, problem.dtype, offset), problem.dtype,
+                                 problem.head_dim, Real(1), q_stride(problem),
+                                 scratch.q + row * q_stride(problem));
       scratch.state[row] = {attention::negative_infinity<Real>(), Real(0)};
     }
     memset(scratch.out, 0, rows * Geo::columns(problem.head_dim_v) * sizeof(Real));
@@ -131,26 +135,42 @@ struct ForwardTile {
     const Unit* k = reinterpret_cast<const Unit*>(packed);
     const Unit* v = reinterpret_cast<const Unit*>(packed + plan.packed_k_bytes);
     for (int64_t row = 0; row < rows; row += kTileRows) {
-      attend_strip(block_idx * plan.block_keys, row, static_cast<int>(min_of(kTileRows, rows - row)), k, v);
+      attend_strip(block_idx * plan.block_keys, row,
+                   static_cast<int>(min_of(kTileRows, rows - row)), k, v);
     }
+  }
+
+  // The keys of a block that some row of [row, row + count) sees, in whole panels counted from the
+  // block's first key.
+  Range seen_panels(int64_t first, int64_t row, int count) const {
+    const Range seen = intersect(mask.visible_keys(position(row), position(row + count - 1) + 1),
+                                 {first, first + plan.block_keys});
+    if (seen.begin >= seen.end) return {0, 0};
+    return {(seen.begin - first) / Geo::kPanel * Geo::kPanel,
+            round_up(seen.end - first, Geo::kPanel)};
   }
 
   // Rows [row, row + count) against one block of keys that starts at key `first`.
   void attend_strip(int64_t first, int64_t row, int count, const Unit* k, const Unit* v) {
-    const Range block{first, first + plan.block_keys};
-    const Range seen = intersect(mask.visible_keys(position(row), position(row + count - 1) + 1), block);
-    if (seen.begin >= seen.end) return;
-    const int64_t begin = (seen.begin - first) / Geo::kPanel * Geo::kPanel;  // whole panels, relative to the block
-    const int64_t end = round_up(seen.end - first, Geo::kPanel);
+    const auto [begin, end] = seen_panels(first, row, count);
+    if (begin >= end) return;
     score(k, row, count, begin, end);
     Real rescale[kTileRows];
-    for (int i = 0; i < count; ++i) {
-      const Range keys = intersect(mask.visible_keys(position(row + i)), {first + begin, first + end});
-      rescale[i] = soften_row<Arithmetic>(scratch.scores + i * score_stride(plan), end - begin,
-                                          {keys.begin - first - begin, keys.end - first - begin}, scale,
-                                          scratch.state[row + i]);
-    }
+    soften(first, row, count, begin, end, rescale);
     accumulate(v, row, count, begin, end, rescale);
+  }
+
+  // Scores to weights; rescale[i] is what the earlier output of row + i is to be multiplied with.
+  // Not inlined: one copy serves every path, so that none rounds differently.
+  __attribute__((noinline)) void soften(int64_t first, int64_t row, int count, int64_t begin,
+                                        int64_t end, Real* rescale) {
+    for (int i = 0; i < count; ++i) {
+      const Range keys =
+          intersect(mask.visible_keys(position(row + i)), {first + begin, first + end});
+      rescale[i] = soften_row<Arithmetic>(scratch.scores + i * score_stride(plan), end - begin,
+                                          {keys.begin - first - begin, keys.end - first - begin},
+                                          scale, scratch.state[row + i]);
+    }
   }
 
   void score(const Unit* k, int64_t row, int count, int64_t begin, int64_t end) {
@@ -170,7 +190,8 @@ struct ForwardTile {
     }
   }
 
-  void accumulate(const Unit* v, int64_t row, int count, int64_t begin, int64_t end, const Real* rescale) {
+  void accumulate(const Unit* v, int64_t row, int count, int64_t begin, int64_t end,
+                  const Real* rescale) {
     const int64_t columns = Geo::columns(problem.head_dim_v);
     GemmOperands<Arithmetic> op{};
     op.a = reinterpret_cast<const Unit*>(scratch.scores);
@@ -192,21 +213,23 @@ struct ForwardTile {
   Real sink(int64_t head_idx) const {
     if (problem.s_aux == nullptr) return attention::negative_infinity<Real>();
     Real value;
-    load_row(element(problem.s_aux, problem.s_aux_dtype, head_idx), problem.s_aux_dtype, 1, Real(1), &value);
+    load_row(element(problem.s_aux, problem.s_aux_dtype, head_idx), problem.s_aux_dtype, 1, Real(1),
+             &value);
     return value;
   }
 
   // Folds the sink in, once, and writes out and lse.
   void finish() {
     for (int64_t row = 0; row < rows; ++row) {
-      const attention::RowResult<Real> result = attention::fold_sink(scratch.state[row], sink(head(row)));
+      const attention::RowResult<Real> result =
+          attention::fold_sink(scratch.state[row], sink(head(row)));
       const int64_t q_row = info.q_row + position(row);
-      const int64_t offset = info.q_batch * problem.out_stride_batch + q_row * problem.out_stride_row +
-                             head(row) * problem.out_stride_head;
-      store_row(scratch.out + row * Geo::columns(problem.head_dim_v), problem.head_dim_v, result.scale,
-                element(problem.out, problem.dtype, offset), problem.dtype);
-      static_cast<Real*>(problem.lse)[info.q_batch * problem.lse_stride_batch + head(row) * problem.lse_stride_head +
-                                      q_row] = result.lse;
+      const int64_t offset = info.q_batch * problem.out_stride_batch +
+                             q_row * problem.out_stride_row + head(row) * problem.out_stride_head;
+      store_row(scratch.out + row * Geo::columns(problem.head_dim_v), problem.head_dim_v,
+                result.scale, element(problem.out, problem.dtype, offset), problem.dtype);
+      static_cast<Real*>(problem.lse)[info.q_batch * problem.lse_stride_batch +
+                                      head(row) * problem.lse_stride_head + q_row] = result.lse;
     }
   }
 
@@ -228,82 +251,10 @@ struct ForwardTile {
       const Real theirs = attention::rebase_factor(states[row].max, max);
       state = {max, state.sum * mine + states[row].sum * theirs};
       Real* out = scratch.out + row * columns;
-      for (int64_t i = 0; i < columns; ++i) out[i] = out[i] * mine + outs[row * columns + i] * theirs;
+      for (int64_t i = 0; i < columns; ++i)
+        out[i] = out[i] * mine + outs[row * columns + i] * theirs;
     }
   }
 };
-
-template <class Arithmetic>
-FwdPlan plan_fwd(const FlashFwdProblem& problem) {
-  return ForwardTile<Arithmetic>::make_plan(problem);
-}
-
-// Packs one block of keys for the kv heads [head_begin, head_end), one after the other into `packed`.
-template <class Arithmetic>
-void pack_blocks(const FlashFwdProblem& problem, const FwdPlan& plan, int64_t batch_idx, int64_t head_begin,
-                 int64_t head_end, int64_t block_idx, char* packed) {
-  using Unit = typename Arithmetic::Unit;
-  using Geo = Geometry<Arithmetic>;
-  const SeqlenInfo info = attention::seqlen_info(problem, batch_idx);
-  const int64_t first = block_idx * plan.block_keys;
-  const int64_t last = min_of(first + plan.block_keys, info.seqlen_k);
-  const int64_t heads = head_end - head_begin;
-  const int64_t head_stride = plan.packed_k_bytes + plan.packed_v_bytes;
-  const KeyRows keys = attention::key_rows(problem, batch_idx, info, head_begin);
-  const KeyRows values = attention::value_rows(problem, batch_idx, info, head_begin);
-  for (int64_t key = first; key < last; key += Geo::kPanel) {
-    const int64_t end = min_of(key + Geo::kPanel, last);
-    for (int64_t head = 0; head < heads; ++head) {
-      prefetch_panel<Arithmetic>(keys, problem.k_stride_head, info.seqlen_k, key + Geo::kPanel, head, heads);
-      Unit* k = reinterpret_cast<Unit*>(packed + head * head_stride);
-      pack_transposed<Arithmetic>(attention::key_rows(problem, batch_idx, info, head_begin + head), key, end,
-                                  k + (key - first) * Geo::units(problem.head_dim));
-    }
-    for (int64_t head = 0; head < heads; ++head) {
-      prefetch_panel<Arithmetic>(values, problem.v_stride_head, info.seqlen_k, key + Geo::kPanel, head, heads);
-      Unit* v = reinterpret_cast<Unit*>(packed + head * head_stride + plan.packed_k_bytes);
-      pack_rowwise<Arithmetic>(attention::value_rows(problem, batch_idx, info, head_begin + head), key, end,
-                               plan.block_keys, v + (key - first) / Geo::kPair * Geo::kPanel);
-    }
-  }
-}
-
-template <class Arithmetic>
-void fwd_tile(const FlashFwdProblem& problem, const FwdPlan& plan, const FwdTask& task) {
-  const int64_t heads = task.kv_head_end - task.kv_head_begin;
-  const int64_t block_bytes = plan.packed_k_bytes + plan.packed_v_bytes;
-  char* packed_here = task.scratch + plan.shared_scratch_bytes + heads * plan.tile_scratch_bytes;
-  for (int64_t head = task.kv_head_begin; head < task.kv_head_end; ++head) {
-    ForwardTile<Arithmetic>(problem, plan, task, head).load_q();
-  }
-  for (int64_t block_idx = task.block_begin; block_idx < task.block_end; ++block_idx) {
-    const char* packed = task.packed + block_idx * block_bytes;
-    if (task.packed == nullptr) {
-      pack_blocks<Arithmetic>(problem, plan, task.batch_idx, task.kv_head_begin, task.kv_head_end, block_idx,
-                              packed_here);
-      packed = packed_here;
-    }
-    for (int64_t head = task.kv_head_begin; head < task.kv_head_end; ++head, packed += block_bytes) {
-      ForwardTile<Arithmetic>(problem, plan, task, head).attend_block(block_idx, packed);
-    }
-  }
-  for (int64_t head = task.kv_head_begin; head < task.kv_head_end; ++head) {
-    ForwardTile<Arithmetic> tile(problem, plan, task, head);
-    if (task.partial != nullptr) {
-      tile.leave_partial(task.partial + (head - task.kv_head_begin) * task.partial_stride);
-    } else {
-      tile.finish();
-    }
-  }
-}
-
-template <class Arithmetic>
-void combine_splits(const FlashFwdProblem& problem, const FwdPlan& plan, const FwdTask& task, int64_t num_splits,
-                    int64_t split_stride) {
-  ForwardTile<Arithmetic> tile(problem, plan, task, task.kv_head_begin);
-  tile.load_q();
-  for (int64_t split = 0; split < num_splits; ++split) tile.merge_partial(task.partial + split * split_stride);
-  tile.finish();
-}
 
 }  // namespace sink_attention::cpu::SA_ISA

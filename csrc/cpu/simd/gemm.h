@@ -1,8 +1,10 @@
-// C (+)= A B on register tiles: rows of A broadcast, vectors of B loaded, kTileRows x kTileVecs accumulators.
+// C (+)= A B on register tiles: rows of A broadcast, vectors of B loaded, kTileRows x kTileVecs
+// accumulators.
 //
-// A tile reads, for each unit of the summed dimension, `rows` broadcasts of A and up to kTileVecs vectors of B, and does
-// rows * kTileVecs multiply-adds: on AVX-512, 10 loads to 16 multiply-adds. B comes in panels kPanel columns wide whose
-// rows follow each other in memory, so its stream is sequential.
+// A tile reads, for each unit of the summed dimension, `rows` broadcasts of A and up to kTileVecs
+// vectors of B, and does rows * kTileVecs multiply-adds: on AVX-512, 10 loads to 16 multiply-adds.
+// B comes in panels kPanel columns wide whose rows follow each other in memory, so its stream is
+// sequential.
 #pragma once
 
 #include "cpu/simd/arithmetic.h"
@@ -26,9 +28,9 @@ struct GemmOperands {
   using Real = typename Arithmetic::Real;
   const Unit* a;
   int64_t a_stride;
-  const Unit* b;       // the panel's first unit that is summed
-  int64_t b_stride;    // units from one row of the panel to the next
-  int64_t depth;       // units summed
+  const Unit* b;     // the panel's first unit that is summed
+  int64_t b_stride;  // units from one row of the panel to the next
+  int64_t depth;     // units summed
   Real* c;
   int64_t c_stride;
   const Real* row_scale;  // kRescale only
@@ -77,7 +79,8 @@ SA_INLINE void gemm_tile(const GemmOperands<Arithmetic>& op) {
   }
 }
 
-// The same with the number of rows (1 .. kTileRows) and of vectors (1 .. kTileVecs) known only at run time.
+// The same with the number of rows (1 .. kTileRows) and of vectors (1 .. kTileVecs) known only at
+// run time.
 template <class Arithmetic, AOrder kOrder, Accumulate kAccumulate, int kRows = kTileRows>
 SA_INLINE void gemm_rows(const GemmOperands<Arithmetic>& op, int rows, int vecs) {
   static_assert(kTileVecs == 2);

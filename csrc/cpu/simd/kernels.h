@@ -1,6 +1,8 @@
-// What an instruction set offers: tables of functions, one table an arithmetic. Knows no instruction set itself.
+// What an instruction set offers: tables of functions, one table an arithmetic. Knows no
+// instruction set itself.
 //
-// The files beside csrc/cpu/simd decide who computes what and hold the memory; the functions here compute.
+// The files beside csrc/cpu/simd decide who computes what and hold the memory; the functions here
+// compute.
 #pragma once
 
 #include <cstddef>
@@ -10,37 +12,39 @@
 
 namespace sink_attention::cpu {
 
-// How a forward problem is cut, and the bytes that its pieces take. A tile is tile_positions query positions of one
-// sequence with all query heads of one kv head; keys come in blocks of block_keys, counted from key 0, so that a row's
-// sums are taken in the same order whatever tile, batch or split it is computed in.
+// How a forward problem is cut, and the bytes that its pieces take. A tile is tile_positions query
+// positions of one sequence with all query heads of one kv head; keys come in blocks of block_keys,
+// counted from key 0, so that a row's sums are taken in the same order whatever tile, batch or
+// split it is computed in.
 struct FwdPlan {
   int64_t tile_positions;
   int64_t block_keys;
-  int64_t packed_k_bytes;       // of one block of keys
+  int64_t packed_k_bytes;  // of one block of keys
   int64_t packed_v_bytes;
-  int64_t tile_scratch_bytes;   // a job's scratch takes so many for each kv head, and, where it packs as it goes, a
-                                // packed block for each,
-  int64_t shared_scratch_bytes; // and so many once
-  int64_t partial_bytes;        // of one tile's partial result in one split, for each kv head
+  int64_t tile_scratch_bytes;  // a job's scratch takes so many for each kv head, and, where it
+                               // packs as it goes, a packed block for each
+  int64_t partial_bytes;  // of one tile's partial result in one split, for each kv head
 };
 
-// A tile of each of the kv heads [kv_head_begin, kv_head_end) against the key blocks [block_begin, block_end).
+// A tile of each of the kv heads [kv_head_begin, kv_head_end) against the key blocks [block_begin,
+// block_end).
 struct FwdTask {
   int64_t batch_idx;
   int64_t kv_head_begin, kv_head_end;
   int64_t q_begin, q_end;
   int64_t block_begin, block_end;
-  const char* packed;       // the packed blocks of the one kv head, K and V of a block side by side; null: pack as you go
-  char* scratch;            // aligned to 64
-  char* partial;            // null: finish the rows; else leave the first tile's state here, without the sink
-  int64_t partial_stride;   // bytes from one kv head's partial result to the next
+  const char* packed;  // the packed blocks of the one kv head, K and V of a block side by side;
+                       // null: pack as you go
+  char* scratch;       // aligned to 64
+  char* partial;  // null: finish the rows; else leave the first tile's state here, without the sink
+  int64_t partial_stride;  // bytes from one kv head's partial result to the next
 };
 
 struct BwdPlan {
   int64_t tile_positions;
   int64_t block_keys;
-  int64_t scratch_bytes;       // of one thread
-  int64_t dq_row_bytes;        // of one row of the dQ accumulator
+  int64_t scratch_bytes;  // of one thread
+  int64_t dq_row_bytes;   // of one row of the dQ accumulator
 };
 
 // One block of keys: query tiles add to dQ's accumulator, and to dK and dV in scratch.
@@ -48,25 +52,28 @@ struct BwdTask {
   int64_t batch_idx, kv_head_idx;
   int64_t block_idx;
   char* scratch;
-  const void* delta;        // Real [batch, num_heads_q, seqlen_q] or [num_heads_q, total_q]: D - dlse
+  const void* delta;  // Real [batch, num_heads_q, seqlen_q] or [num_heads_q, total_q]: D - dlse
   int64_t delta_stride_batch, delta_stride_head;
-  char* dq_accumulator;     // Real [seqlen_q * group][columns(head_dim)] of this sequence and kv head
+  char* dq_accumulator;  // Real [seqlen_q * group][columns(head_dim)] of this sequence and kv head
 };
 
 struct Kernels {
   FwdPlan (*plan_fwd)(const attention::FlashFwdProblem&);
-  void (*pack_blocks)(const attention::FlashFwdProblem&, const FwdPlan&, int64_t batch_idx, int64_t kv_head_begin,
-                      int64_t kv_head_end, int64_t block_idx, char* packed);
+  void (*pack_blocks)(const attention::FlashFwdProblem&, const FwdPlan&, int64_t batch_idx,
+                      int64_t kv_head_begin, int64_t kv_head_end, int64_t block_idx, char* packed);
   void (*fwd_tile)(const attention::FlashFwdProblem&, const FwdPlan&, const FwdTask&);
-  // Merges the partial results of one kv head's tile, which lie split_stride bytes apart from task.partial on.
-  void (*combine_splits)(const attention::FlashFwdProblem&, const FwdPlan&, const FwdTask&, int64_t num_splits,
-                         int64_t split_stride);
+  // Merges the partial results of one kv head's tile, which lie split_stride bytes apart from
+  // task.partial on.
+  void (*combine_splits)(const attention::FlashFwdProblem&, const FwdPlan&, const FwdTask&,
+                         int64_t num_splits, int64_t split_stride);
 
   BwdPlan (*plan_bwd)(const attention::FlashBwdProblem&);
   // delta = <dout, out> - dlse of one head of one sequence; returns its part of ds_aux.
-  double (*bwd_preprocess)(const attention::FlashBwdProblem&, int64_t batch_idx, int64_t head_idx, void* delta);
+  double (*bwd_preprocess)(const attention::FlashBwdProblem&, int64_t batch_idx, int64_t head_idx,
+                           void* delta);
   void (*bwd_begin_block)(const attention::FlashBwdProblem&, const BwdPlan&, const BwdTask&);
-  void (*bwd_tile)(const attention::FlashBwdProblem&, const BwdPlan&, const BwdTask&, int64_t q_begin, int64_t q_end);
+  void (*bwd_tile)(const attention::FlashBwdProblem&, const BwdPlan&, const BwdTask&,
+                   int64_t q_begin, int64_t q_end);
   void (*bwd_end_block)(const attention::FlashBwdProblem&, const BwdPlan&, const BwdTask&);
   // Writes dQ's accumulator out.
   void (*bwd_store_dq)(const attention::FlashBwdProblem&, int64_t batch_idx, int64_t kv_head_idx,
@@ -80,8 +87,8 @@ struct Kernels {
 struct InstructionSet {
   const char* name;
   const Kernels* float64;
-  const Kernels* float32;    // for float16 and float8 too
-  const Kernels* bfloat16;   // bfloat16 q, k and v; float32's where there is no dot product for it
+  const Kernels* float32;   // for float16 and float8 too
+  const Kernels* bfloat16;  // bfloat16 q, k and v; float32's where there is no dot product for it
 };
 
 }  // namespace sink_attention::cpu

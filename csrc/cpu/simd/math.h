@@ -1,4 +1,5 @@
-// exp2 and tanh on vectors, to about one unit in the last place, with the limits that a softmax needs.
+// exp2 and tanh on vectors, to about one unit in the last place, with the limits that a softmax
+// needs.
 #pragma once
 
 #include "cpu/simd/vec.h"
@@ -11,7 +12,8 @@ template <>
 struct FloatFormat<float> {
   using Int = int32_t;
   static constexpr int kMantissaBits = 23;
-  static constexpr float kRoundingShift = 0x1.8p23f;  // added to x, leaves round(x) in the low bits of the mantissa
+  static constexpr float kRoundingShift =
+      0x1.8p23f;  // added to x, leaves round(x) in the low bits of the mantissa
   static constexpr float kMinExponent = -126.0f;
   static constexpr float kMaxExponent = 127.0f;
 };
@@ -24,11 +26,13 @@ struct FloatFormat<double> {
   static constexpr double kMaxExponent = 1023.0;
 };
 
-// Chebyshev fits, lowest power first. kExp2* is 2^f on [0, 1]; kExp2Minus1* is (2^f - 1) / f on [-0.5, 0.5].
-constexpr float kExp2Fast[] = {1.0000034929f, 0.6929729222f, 0.2416043573f, 0.0517449978f, 0.0136703095f};  // 4e-6
-constexpr float kExp2Float[] = {1.0000000025307452f,   0.6931469327588669f,   0.24023045441230567f,
-                                0.05548063019670533f,  0.009684186310342369f, 0.001239133183441148f,
-                                0.00021865784786598053f};  // 3e-9
+// Chebyshev fits, lowest power first. kExp2* is 2^f on [0, 1]; kExp2Minus1* is (2^f - 1) / f on
+// [-0.5, 0.5].
+constexpr float kExp2Fast[] = {1.0000034929f, 0.6929729222f, 0.2416043573f, 0.0517449978f,
+                               0.0136703095f};  // 4e-6
+constexpr float kExp2Float[] = {
+    1.0000000025307452f,   0.6931469327588669f,   0.24023045441230567f,   0.05548063019670533f,
+    0.009684186310342369f, 0.001239133183441148f, 0.00021865784786598053f};  // 3e-9
 constexpr double kExp2Double[] = {1.0,
                                   0.6931471805599453,
                                   0.24022650695910178,
@@ -42,8 +46,9 @@ constexpr double kExp2Double[] = {1.0,
                                   7.1111279931838334e-09,
                                   4.119125031775618e-10,
                                   3.6392761310498464e-11};  // 6e-20
-constexpr float kExp2Minus1Float[] = {0.6931471880262288f,  0.24022650760568126f,  0.05550357114219078f,
-                                      0.009618082557277852f, 0.0013390863364671234f, 0.0001545316294512069f};
+constexpr float kExp2Minus1Float[] = {0.6931471880262288f,    0.24022650760568126f,
+                                      0.05550357114219078f,   0.009618082557277852f,
+                                      0.0013390863364671234f, 0.0001545316294512069f};
 constexpr double kExp2Minus1Double[] = {
     0.6931471805599453,     0.24022650695910072,    0.055504108664821625,   0.00961812910762848,
     0.001333355814640647,   0.00015403530393370734, 1.5252733841556773e-05, 1.3215486808705563e-06,
@@ -61,15 +66,17 @@ SA_INLINE Vec<Real> polynomial(const Real (&coefficients)[kTerms], Vec<Real> x) 
 template <class Real>
 SA_INLINE Vec<Real> scale_exponent(Vec<Real> mantissa, Vec<Real> shifted_n) {
   using Int = typename FloatFormat<Real>::Int;
-  return (Vec<Real>)((Vec<Int>)mantissa + ((Vec<Int>)shifted_n << FloatFormat<Real>::kMantissaBits));
+  return (Vec<Real>)((Vec<Int>)mantissa +
+                     ((Vec<Int>)shifted_n << FloatFormat<Real>::kMantissaBits));
 }
 
-// 2^x by the given polynomial for 2^f on [0, 1]. x below the smallest normal exponent (-inf too) gives 0 or a
-// subnormal; NaN gives NaN.
+// 2^x by the given polynomial for 2^f on [0, 1]. x below the smallest normal exponent (-inf too)
+// gives 0 or a subnormal; NaN gives NaN.
 template <class Real, int kTerms>
 SA_INLINE Vec<Real> exp2_by(const Real (&coefficients)[kTerms], Vec<Real> x) {
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
-  // VREDUCE gives x - floor(x) (0 for +-inf), VSCALEF multiplies by 2^floor(x) and handles both ends of the range.
+  // VREDUCE gives x - floor(x) (0 for +-inf), VSCALEF multiplies by 2^floor(x) and handles both
+  // ends of the range.
   if constexpr (sizeof(Real) == 4) {
     const Vec<Real> f = (Vec<Real>)_mm512_reduce_ps((__m512)x, 0x09);
     return (Vec<Real>)_mm512_scalef_ps((__m512)polynomial(coefficients, f), (__m512)x);
@@ -83,7 +90,8 @@ SA_INLINE Vec<Real> exp2_by(const Real (&coefficients)[kTerms], Vec<Real> x) {
   const Vec<Real> high = broadcast(Format::kMaxExponent);
   Vec<Real> clamped = x < low ? low : x;
   clamped = clamped > high ? high : clamped;
-  const Vec<Real> shifted = (clamped - Real(0.5)) + Format::kRoundingShift;  // floor(x), ties either way: f in [0, 1]
+  const Vec<Real> shifted =
+      (clamped - Real(0.5)) + Format::kRoundingShift;  // floor(x), ties either way: f in [0, 1]
   const Vec<Real> f = clamped - (shifted - Format::kRoundingShift);
   const Vec<Real> result = scale_exponent<Real>(polynomial(coefficients, f), shifted);
   return x < low ? Vec<Real>{} : result;
@@ -93,8 +101,9 @@ SA_INLINE Vec<Real> exp2_by(const Real (&coefficients)[kTerms], Vec<Real> x) {
 SA_INLINE Vec<float> exp2(Vec<float> x) { return exp2_by(kExp2Float, x); }
 SA_INLINE Vec<double> exp2(Vec<double> x) { return exp2_by(kExp2Double, x); }
 
-// tanh(x) = e / (e + 2), e = expm1(2x), built so that small x keep their relative precision: with 2x log2(e) = n + f,
-// e = 2^n (2^f - 1) + (2^n - 1), and 2^f - 1 comes from a polynomial without a constant term.
+// tanh(x) = e / (e + 2), e = expm1(2x), built so that small x keep their relative precision: with
+// 2x log2(e) = n + f, e = 2^n (2^f - 1) + (2^n - 1), and 2^f - 1 comes from a polynomial without a
+// constant term.
 template <class Real>
 SA_INLINE Vec<Real> tanh(Vec<Real> x) {
   using Format = FloatFormat<Real>;

@@ -1,9 +1,10 @@
-// Copies rows of q, k, v or dout out of their tensors into operands that a register tile reads at full speed.
+// Copies rows of q, k, v or dout out of their tensors into operands that a register tile reads at
+// full speed.
 //
 // Row units    [row][units(dim)]                              a row as it lies, in units: operand A
-// Transposed   [panel of keys][units(dim)][kPanel]            operand B of  S = Q K^T  and  dP = dO V^T
-// Row-wise     [panel of columns][units(rows)][kPanel]        operand B of  O += P V  and  dQ += dS K
-// Whatever lies beyond the last key or column of a panel is zero.
+// Transposed   [panel of keys][units(dim)][kPanel]            operand B of  S = Q K^T  and  dP = dO
+// V^T Row-wise     [panel of columns][units(rows)][kPanel]        operand B of  O += P V  and  dQ
+// += dS K Whatever lies beyond the last key or column of a panel is zero.
 #pragma once
 
 #include "attention/paged_kv.h"
@@ -21,8 +22,9 @@ constexpr int64_t kMaxHeadDim = 256;
 
 // Writes a row as units, zero up to `padded` units.
 template <class Arithmetic>
-SA_INLINE void pack_row_units(const void* row, DataType dtype, int64_t dim, typename Arithmetic::Real scale,
-                              int64_t padded, typename Arithmetic::Unit* destination) {
+SA_INLINE void pack_row_units(const void* row, DataType dtype, int64_t dim,
+                              typename Arithmetic::Real scale, int64_t padded,
+                              typename Arithmetic::Unit* destination) {
   if constexpr (Arithmetic::kPair == 1) {
     load_row(row, dtype, dim, scale, destination);
     for (int64_t i = dim; i < padded; ++i) destination[i] = 0;
@@ -33,19 +35,22 @@ SA_INLINE void pack_row_units(const void* row, DataType dtype, int64_t dim, type
   }
 }
 
-// Whether rows of this type are units already and come in whole vectors, so that they need no staging.
+// Whether rows of this type are units already and come in whole vectors, so that they need no
+// staging.
 template <class Arithmetic>
 SA_INLINE bool rows_are_units(DataType dtype, int64_t dim) {
   if (dim % (kLanes<typename Arithmetic::Real> * Arithmetic::kPair) != 0) return false;
   if constexpr (Arithmetic::kPair == 2) return true;
-  return dtype == (sizeof(typename Arithmetic::Real) == 4 ? DataType::kFloat32 : DataType::kFloat64);
+  return dtype ==
+         (sizeof(typename Arithmetic::Real) == 4 ? DataType::kFloat32 : DataType::kFloat64);
 }
 
-// Prefetches into L2 part `part` of `parts` of the panel of keys that starts at `first`, where each key has rows of
-// `parts` heads, head_stride numbers apart: a whole token at a time, the order in which a cache lies.
+// Prefetches into L2 part `part` of `parts` of the panel of keys that starts at `first`, where each
+// key has rows of `parts` heads, head_stride numbers apart: a whole token at a time, the order in
+// which a cache lies.
 template <class Arithmetic>
-SA_INLINE void prefetch_panel(const KeyRows& rows, int64_t head_stride, int64_t num_keys, int64_t first, int64_t part,
-                              int64_t parts) {
+SA_INLINE void prefetch_panel(const KeyRows& rows, int64_t head_stride, int64_t num_keys,
+                              int64_t first, int64_t part, int64_t parts) {
   constexpr int64_t kKeys = Geometry<Arithmetic>::kPanel;
   const int64_t head_bytes = head_stride * attention::bytes_of(rows.dtype);
   const int64_t row_bytes = rows.dim * attention::bytes_of(rows.dtype);
@@ -60,7 +65,8 @@ SA_INLINE void prefetch_panel(const KeyRows& rows, int64_t head_stride, int64_t 
 
 // Keys [begin, end) to transposed panels.
 template <class Arithmetic>
-void pack_transposed(const KeyRows& rows, int64_t begin, int64_t end, typename Arithmetic::Unit* destination) {
+void pack_transposed(const KeyRows& rows, int64_t begin, int64_t end,
+                     typename Arithmetic::Unit* destination) {
   using Unit = typename Arithmetic::Unit;
   using Real = typename Arithmetic::Real;
   constexpr int kStep = kLanes<Unit>;
@@ -81,8 +87,8 @@ void pack_transposed(const KeyRows& rows, int64_t begin, int64_t end, typename A
           sources[lane] = static_cast<const Unit*>(rows.row(key));
         } else {
           Unit* staged = staging + lane * padded_units;
-          pack_row_units<Arithmetic>(rows.row(key), rows.dtype, rows.dim, static_cast<Real>(rows.scale), padded_units,
-                                     staged);
+          pack_row_units<Arithmetic>(rows.row(key), rows.dtype, rows.dim,
+                                     static_cast<Real>(rows.scale), padded_units, staged);
           sources[lane] = staged;
         }
       }
@@ -103,15 +109,38 @@ void pack_transposed(const KeyRows& rows, int64_t begin, int64_t end, typename A
   }
 }
 
-// Zips two rows of units, each a pair along the row, into one row of pairs along the column: out[c] = (even[c], odd[c])
-// for the numbers c. Reads whole vectors: `numbers` is rounded up to kLanes and the rows are readable that far.
-SA_INLINE void zip_unit_rows(const uint32_t* even, const uint32_t* odd, int64_t numbers, uint32_t* destination) {
-  const uint16_t* low = reinterpret_cast<const uint16_t*>(even);
-  const uint16_t* high = reinterpret_cast<const uint16_t*>(odd);
-  for (int64_t i = 0; i < numbers; ++i) destination[i] = low[i] | uint32_t{high[i]} << 16;
+#if defined(__AVX512BF16__)
+// Two vectors of units, each pairs along its row, to pairs along the column: (even[c], odd[c]) for
+// 32 numbers c.
+SA_INLINE void zip_unit_vectors(Vec<uint32_t> even, Vec<uint32_t> odd, Vec<uint32_t>& low,
+                                Vec<uint32_t>& high) {
+  alignas(64) static constexpr uint16_t kLow[] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                  11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i low_idx = _mm512_load_si512(kLow);
+  const __m512i high_idx = _mm512_add_epi16(low_idx, _mm512_set1_epi16(16));
+  low = (Vec<uint32_t>)_mm512_permutex2var_epi16((__m512i)even, low_idx, (__m512i)odd);
+  high = (Vec<uint32_t>)_mm512_permutex2var_epi16((__m512i)even, high_idx, (__m512i)odd);
 }
 
-// Keys [begin, end), then zeros up to a whole panel of keys, to row-wise panels of columns that hold block_rows keys.
+// The same for whole rows: destination[c] = (even[c], odd[c]).
+SA_INLINE void zip_unit_rows(const uint32_t* even, const uint32_t* odd, int64_t numbers,
+                             uint32_t* destination) {
+  int64_t i = 0;
+  for (; i + 32 <= numbers; i += 32) {
+    Vec<uint32_t> low, high;
+    zip_unit_vectors(load(even + i / 2), load(odd + i / 2), low, high);
+    store(destination + i, low);
+    store(destination + i + 16, high);
+  }
+  const uint16_t* low = reinterpret_cast<const uint16_t*>(even);
+  const uint16_t* high = reinterpret_cast<const uint16_t*>(odd);
+  for (; i < numbers; ++i) destination[i] = low[i] | uint32_t{high[i]} << 16;
+}
+#endif
+
+// Keys [begin, end), then zeros up to a whole panel of keys, to row-wise panels of columns that
+// hold block_rows keys.
 template <class Arithmetic>
 void pack_rowwise(const KeyRows& rows, int64_t begin, int64_t end, int64_t block_rows,
                   typename Arithmetic::Unit* destination) {
@@ -135,18 +164,22 @@ void pack_rowwise(const KeyRows& rows, int64_t begin, int64_t end, int64_t block
       } else if (direct) {
         sources[half] = static_cast<const Unit*>(rows.row(key));
       } else {
-        pack_row_units<Arithmetic>(rows.row(key), rows.dtype, rows.dim, static_cast<Real>(rows.scale),
-                                   divide_up(columns, kPair), staging[half]);
+        pack_row_units<Arithmetic>(rows.row(key), rows.dtype, rows.dim,
+                                   static_cast<Real>(rows.scale), divide_up(columns, kPair),
+                                   staging[half]);
         sources[half] = staging[half];
       }
     }
     Unit* out = destination + i / kPair * kPanel;
-    for (int64_t column = 0; column < columns; column += kStep) {
-      Unit* target = out + column / kPanel * panel_units + column % kPanel;
+    for (int64_t column = 0; column < columns; column += kPanel) {
+      Unit* target = out + column / kPanel * panel_units;
+      const int64_t count = min_of(kPanel, columns - column);
       if constexpr (kPair == 1) {
-        store(target, load(sources[0] + column));
+        for (int64_t j = 0; j < count; j += kStep) store(target + j, load(sources[0] + column + j));
       } else {
-        zip_unit_rows(sources[0] + column / 2, sources[1] + column / 2, kStep, target);
+#if defined(__AVX512BF16__)
+        zip_unit_rows(sources[0] + column / 2, sources[1] + column / 2, count, target);
+#endif
       }
     }
   }

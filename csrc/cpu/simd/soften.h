@@ -1,4 +1,5 @@
-// Scores of a row into weights: mask, scale, softcap, exponentiate, keep the running maximum and sum.
+// Scores of a row into weights: mask, scale, softcap, exponentiate, keep the running maximum and
+// sum.
 #pragma once
 
 #include "attention/mask.h"
@@ -13,13 +14,14 @@ using attention::min_of;
 using attention::Range;
 using attention::RowState;
 
-// Scores become base-2 logits by one multiplication, or, under softcap, by cap * tanh(score * scale / cap) * log2 e.
+// Scores become base-2 logits by one multiplication, or, under softcap, by cap * tanh(score * scale
+// / cap) * log2 e.
 template <class Real>
 struct ScoreScale {
   bool has_softcap;
-  Real to_log2;     // softmax_scale * log2 e, or, under softcap, cap * log2 e
-  Real to_tanh;     // softmax_scale / cap
-  Real hidden;      // the score that to_log2 takes to -inf
+  Real to_log2;  // softmax_scale * log2 e, or, under softcap, cap * log2 e
+  Real to_tanh;  // softmax_scale / cap
+  Real hidden;   // the score that to_log2 takes to -inf
 };
 
 template <class Real>
@@ -31,7 +33,8 @@ SA_INLINE ScoreScale<Real> score_scale(const attention::FlashFwdProblem& problem
   scale.has_softcap = capped;
   scale.to_log2 = static_cast<Real>((capped ? problem.softcap : softmax_scale) * attention::kLog2E);
   scale.to_tanh = capped ? static_cast<Real>(softmax_scale / problem.softcap) : Real(0);
-  scale.hidden = scale.to_log2 > 0 ? attention::negative_infinity<Real>() : -attention::negative_infinity<Real>();
+  scale.hidden = scale.to_log2 > 0 ? attention::negative_infinity<Real>()
+                                   : -attention::negative_infinity<Real>();
   return scale;
 }
 
@@ -43,7 +46,8 @@ SA_INLINE Vec<Real> lane_indices() {
   return indices;
 }
 
-// value where begin <= j < end, else `outside`, for the lanes j = first ...; indices are exact in Real (below 2^24).
+// value where begin <= j < end, else `outside`, for the lanes j = first ...; indices are exact in
+// Real (below 2^24).
 template <class Real>
 SA_INLINE Vec<Real> keep_range(Vec<Real> value, int64_t first, Range range, Vec<Real> outside) {
   const Vec<Real> lanes = lane_indices<Real>();
@@ -53,8 +57,8 @@ SA_INLINE Vec<Real> keep_range(Vec<Real> value, int64_t first, Range range, Vec<
   return lanes < end ? from_begin : outside;
 }
 
-// Sets the scores outside `visible` to `hidden_score`; touches only the vectors on which an edge lies or that are hidden
-// whole.
+// Sets the scores outside `visible` to `hidden_score`; touches only the vectors on which an edge
+// lies or that are hidden whole.
 template <class Real>
 SA_INLINE void mask_row(Real* scores, int64_t count, Range visible, Real hidden_score) {
   constexpr int kStep = kLanes<Real>;
@@ -67,10 +71,11 @@ SA_INLINE void mask_row(Real* scores, int64_t count, Range visible, Real hidden_
   }
 }
 
-// One row of `count` scores (a multiple of 2 kLanes) in place: weights as units; returns what the row's earlier output
-// is to be multiplied with.
+// One row of `count` scores (a multiple of 2 kLanes) in place: weights as units; returns what the
+// row's earlier output is to be multiplied with.
 template <class Arithmetic>
-SA_INLINE typename Arithmetic::Real soften_row(typename Arithmetic::Real* scores, int64_t count, Range visible,
+SA_INLINE typename Arithmetic::Real soften_row(typename Arithmetic::Real* scores, int64_t count,
+                                               Range visible,
                                                const ScoreScale<typename Arithmetic::Real>& scale,
                                                RowState<typename Arithmetic::Real>& state) {
   using Real = typename Arithmetic::Real;
@@ -82,7 +87,8 @@ SA_INLINE typename Arithmetic::Real soften_row(typename Arithmetic::Real* scores
     return Real(1);
   }
   if (scale.has_softcap) {
-    for (int64_t j = 0; j < count; j += kStep) store(scores + j, tanh<Real>(load(scores + j) * scale.to_tanh));
+    for (int64_t j = 0; j < count; j += kStep)
+      store(scores + j, tanh<Real>(load(scores + j) * scale.to_tanh));
   }
   if (visible.begin > 0 || visible.end < count) mask_row(scores, count, visible, scale.hidden);
 
@@ -94,14 +100,16 @@ SA_INLINE typename Arithmetic::Real soften_row(typename Arithmetic::Real* scores
     max1 = maximum(load(scores + j + kStep) * scale.to_log2, max1);
   }
   const Real max = reduce_max<Real>(maximum(max0, max1));
-  // A row whose visible logits are all -inf keeps the maximum -inf; subtracting 0 then gives weights of 0, not NaN.
+  // A row whose visible logits are all -inf keeps the maximum -inf; subtracting 0 then gives
+  // weights of 0, not NaN.
   const Real base = max == attention::negative_infinity<Real>() ? Real(0) : max;
 
   Vec<Real> sum0{};
   Vec<Real> sum1{};
   for (int64_t j = 0; j < count; j += 2 * kStep) {
     const Vec<Real> weight0 = Arithmetic::weight_exp2(load(scores + j) * scale.to_log2 - base);
-    const Vec<Real> weight1 = Arithmetic::weight_exp2(load(scores + j + kStep) * scale.to_log2 - base);
+    const Vec<Real> weight1 =
+        Arithmetic::weight_exp2(load(scores + j + kStep) * scale.to_log2 - base);
     sum0 += weight0;
     sum1 += weight1;
     store_row_units<Arithmetic>(weights, j, weight0);

@@ -7,15 +7,16 @@
 
 namespace sink_attention::cpu::SA_ISA {
 
-// One butterfly stage: of a pair of rows that lie kDistance apart, lane l of the first takes lane l of the first or
-// lane l - kDistance of the second, as bit kDistance of l says; the second row likewise from above.
+// One butterfly stage: of a pair of rows that lie kDistance apart, lane l of the first takes lane l
+// of the first or lane l - kDistance of the second, as bit kDistance of l says; the second row
+// likewise from above.
 template <int kDistance, class T, int... kLane>
 SA_INLINE void exchange(Vec<T>& low, Vec<T>& high, std::integer_sequence<int, kLane...>) {
   constexpr int kCount = sizeof...(kLane);
-  const Vec<T> new_low =
-      __builtin_shufflevector(low, high, ((kLane & kDistance) ? kCount + kLane - kDistance : kLane)...);
-  const Vec<T> new_high =
-      __builtin_shufflevector(low, high, ((kLane & kDistance) ? kCount + kLane : kLane + kDistance)...);
+  const Vec<T> new_low = __builtin_shufflevector(
+      low, high, ((kLane & kDistance) ? kCount + kLane - kDistance : kLane)...);
+  const Vec<T> new_high = __builtin_shufflevector(
+      low, high, ((kLane & kDistance) ? kCount + kLane : kLane + kDistance)...);
   low = new_low;
   high = new_high;
 }
@@ -26,7 +27,8 @@ SA_INLINE void transpose_stage(Vec<T> (&rows)[kLanes<T>]) {
     SA_UNROLL
     for (int row = 0; row < kLanes<T>; ++row) {
       if ((row & kDistance) == 0) {
-        exchange<kDistance, T>(rows[row], rows[row + kDistance], std::make_integer_sequence<int, kLanes<T>>{});
+        exchange<kDistance, T>(rows[row], rows[row + kDistance],
+                               std::make_integer_sequence<int, kLanes<T>>{});
       }
     }
     transpose_stage<2 * kDistance, T>(rows);

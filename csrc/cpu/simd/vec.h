@@ -1,9 +1,10 @@
 // One vector register of the instruction set that this file is being compiled for.
 //
-// Everything in this folder is compiled once per instruction set, inside the namespace SA_ISA (a macro that each
-// kernels_<isa>.cpp sets), on GCC's and Clang's vector extensions: +, *, comparisons and shuffles on Vec become AVX-512,
-// AVX2, SSE2 or NEON instructions by the compiler's flags alone. Intrinsics appear only where an instruction has no
-// operator (bfloat16 dot product, conversions, exponent scaling), each with a portable twin beside it.
+// Everything in this folder is compiled once per instruction set, inside the namespace SA_ISA (a
+// macro that each kernels_<isa>.cpp sets), on GCC's and Clang's vector extensions: +, *,
+// comparisons and shuffles on Vec become AVX-512, AVX2, SSE2 or NEON instructions by the compiler's
+// flags alone. Intrinsics appear only where an instruction has no operator (bfloat16 dot product,
+// conversions, exponent scaling), each with a portable twin beside it.
 #pragma once
 
 #include <cstdint>
@@ -26,10 +27,12 @@ namespace sink_attention::cpu::SA_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
-constexpr int kTileRows = 8;  // 8 x 2 accumulators, 2 vectors of B, 1 broadcast of A: 19 of 32 registers
+constexpr int kTileRows =
+    8;  // 8 x 2 accumulators, 2 vectors of B, 1 broadcast of A: 19 of 32 registers
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
-constexpr int kTileRows = 4;  // 4 x 2 accumulators, 2 vectors of B, 1 broadcast of A: 11 of 16 registers
+constexpr int kTileRows =
+    4;  // 4 x 2 accumulators, 2 vectors of B, 1 broadcast of A: 11 of 16 registers
 #else
 constexpr int kVectorBytes = 16;
 constexpr int kTileRows = 4;
@@ -77,7 +80,8 @@ SA_INLINE Vec<double> maximum(Vec<double> a, Vec<double> b) {
 #endif
 }
 
-// Sums and maxima over the lanes, halving the vector: the order of the sum is the same in every call.
+// Sums and maxima over the lanes, halving the vector: the order of the sum is the same in every
+// call.
 template <class T>
 SA_INLINE T reduce_add(Vec<T> value) {
   T lanes[kLanes<T>];

@@ -1,0 +1,241 @@
+"""Our attention in HuggingFace transformers, by name.
+
+    from sink_attention_ext.integrations.transformers import register
+
+    register()
+    model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="sink_attention")
+
+works for every model that asks transformers' AttentionInterface, with a sink (``s_aux``) where the
+model passes one: padded batches, sliding windows, dynamic and static caches, packed sequences,
+training, torch.compile. For continuous batching (``model.generate_batch``, transformers 5.17) the name
+is "paged|sink_attention".
+
+A mask or an option that the kernels do not compute is a ValueError that names it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sink_attention_ext.integrations.mask_function import mask_of_pattern, sink_attention_mask
+from sink_attention_ext.integrations.mask_pattern import pattern_of_mask
+from sink_attention_ext.integrations.masks import (
+    AttentionMask,
+    PackedMask,
+    UnpaddedMask,
+    is_tracing,
+)
+
+# transformers reads meaning into names: with "flash", "sdpa", "flex_attention" or "/" inside, this
+# one would be replaced by, or checked as, another implementation.
+NAME = "sink_attention"
+PAGED_NAME = f"paged|{NAME}"
+
+# Arguments of some models' attention that change its result, and that the kernels do not have.
+UNSUPPORTED = ("position_bias", "indices", "block_indices", "head_mask", "attention_bias")
+
+
+def register() -> None:
+    """Makes attn_implementation="sink_attention" known to transformers; may be called any number of times.
+
+    Before or after models are imported; it only has to come before a model is told to use the name.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    from sink_attention_ext.integrations.paged import paged_sink_attention
+
+    AttentionInterface.register(NAME, sink_attention)
+    AttentionInterface.register(PAGED_NAME, paged_sink_attention)
+    AttentionMaskInterface.register(NAME, sink_attention_mask)
+
+
+def sink_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: AttentionMask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
+    deterministic: bool | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | Tensor | None = None,
+    max_length_k: int | Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What an attention layer of transformers calls.
+
+    Args:
+        module: the layer.
+        query: (batch, num_heads_q, q_length, head_dim).
+        key, value: (batch, num_heads_kv, kv_length, head_dim), from the cache where there is one.
+        attention_mask: what sink_attention_mask returned; None for a layer without masks; or a
+            (batch or 1, heads or 1, q_length, kv_length) tensor of the user, which is inspected.
+        s_aux: (num_heads_q,) sinks of this rank, any float dtype (never cast), DTensor or not.
+        cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: packed sequences
+            (transformers' FlashAttentionKwargs), instead of position_ids that start anew.
+
+    Returns:
+        (batch, q_length, num_heads_q, head_dim_v), and None for the weights, which never exist.
+
+    Raises:
+        ValueError: a mask or option that the kernels do not compute.
+    """
+    options = kernel_options(module, query, dropout, scaling, softcap, s_aux, kwargs)
+    query, key, value = to_compute_dtype(module, query, key, value)
+    if isinstance(attention_mask, Tensor):
+        mask = _mask_of_tensor(attention_mask, query)
+    elif attention_mask is None:
+        mask = _mask_of_layer(module, query, key, is_causal, sliding_window)
+    else:
+        mask = attention_mask
+        _check_window(mask, sliding_window)
+    mask.check(query, key)
+    if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
+        lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        mask = _mask_of_cu_seq_lens(mask, query, key, *lengths)
+    elif isinstance(mask, UnpaddedMask):
+        mask = mask.split_by_positions(position_ids)
+    return mask.attend(query, key, value, bool(deterministic), options), None
+
+
+def kernel_options(
+    module: nn.Module,
+    query: Tensor,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+    kwargs: dict[str, Any],
+) -> dict[str, Any]:
+    """softmax_scale, softcap and s_aux for the kernels; refuses what they do not have."""
+    layer = f"{type(module).__name__} {getattr(module, 'layer_idx', '')}".rstrip()
+    if dropout != 0.0:
+        raise ValueError(
+            f"sink_attention has no attention dropout; {layer} asks for {dropout}: set "
+            "config.attention_dropout = 0.0"
+        )
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "sink_attention never forms the attention weights, so output_attentions=True has nothing "
+            "to return: use attn_implementation='eager'"
+        )
+    for name in UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"sink_attention does not compute {name}, which {layer} passes: use "
+                "attn_implementation='eager'"
+            )
+    if s_aux is not None:
+        if hasattr(
+            s_aux, "to_local"
+        ):  # a DTensor: query holds this rank's heads, so take its sinks
+            s_aux = s_aux.to_local()
+        if s_aux.numel() != query.shape[1]:
+            raise ValueError(
+                f"s_aux must hold one sink for each of the {query.shape[1]} query heads that {layer} "
+                f"has here; got shape {tuple(s_aux.shape)}. Under tensor parallelism shard the sinks "
+                'as the heads are ("colwise")'
+            )
+    return {"softmax_scale": scaling, "softcap": softcap or 0.0, "s_aux": s_aux}
+
+
+def to_compute_dtype(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Casts back to the weights' half precision what a float32 norm (PEFT) has widened.
+
+    As transformers' flash attention does. Under autocast the operators cast by themselves.
+    """
+    if query.dtype != torch.float32 or torch.is_autocast_enabled(query.device.type):
+        return query, key, value
+    config = getattr(module, "config", None)
+    if hasattr(config, "_is_quantized"):
+        dtype = config.dtype
+    else:
+        linear = next((m for m in module.modules() if isinstance(m, nn.Linear)), None)
+        dtype = query.dtype if linear is None else linear.weight.dtype
+    if dtype not in (torch.float16, torch.bfloat16):
+        return query, key, value
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _mask_of_tensor(mask: Tensor, query: Tensor) -> AttentionMask:
+    """The mask of a tensor that the user has passed, or that a model has made for itself."""
+    if mask.dim() != 4:
+        raise ValueError(
+            "attention_mask must reach sink_attention through transformers' mask functions, or have "
+            f"4 dimensions; got shape {tuple(mask.shape)}"
+        )
+    if is_tracing():
+        raise ValueError("sink_attention cannot inspect a 4D attention_mask under torch.compile")
+    rule = pattern_of_mask(mask, query.shape[0])
+    return mask_of_pattern(rule, mask.shape[2], mask.shape[3])
+
+
+def _mask_of_layer(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    is_causal: bool | None,
+    sliding_window: int | None,
+) -> AttentionMask:
+    """The mask of a layer that got none: what the layer says of itself."""
+    q_length, kv_length = query.shape[2], key.shape[2]
+    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    if causal and q_length != kv_length:
+        raise ValueError(
+            f"attention_mask is None, but causal attention of {q_length} queries over {kv_length} keys "
+            "needs one to know their positions"
+        )
+    window = -1 if sliding_window is None else sliding_window - 1
+    return UnpaddedMask(
+        q_length, kv_length, causal, (window, 0 if causal else window), key_end=kv_length
+    )
+
+
+def _check_window(mask: AttentionMask, sliding_window: int | None) -> None:
+    """The layer's window and its mask's are the same, or there are too few keys to tell."""
+    if sliding_window is None or not mask.causal or mask.window_size[0] == sliding_window - 1:
+        return
+    if mask.window_size[0] == -1 and mask.kv_length <= sliding_window:
+        return
+    raise ValueError(
+        f"the layer's sliding_window is {sliding_window}, but its attention_mask was made with "
+        f"window_size {mask.window_size}"
+    )
+
+
+def _mask_of_cu_seq_lens(
+    mask: AttentionMask,
+    query: Tensor,
+    key: Tensor,
+    cu_seq_lens_q: Tensor,
+    cu_seq_lens_k: Tensor,
+    max_length_q: int | Tensor | None,
+    max_length_k: int | Tensor | None,
+) -> AttentionMask:
+    """Packed sequences whose bounds are given. A missing maximum is replaced by a safe one."""
+    if not isinstance(mask, (UnpaddedMask, PackedMask)):
+        raise ValueError("cu_seq_lens_q and an attention_mask with padding exclude each other")
+    total_q, total_k = (t.shape[0] * t.shape[2] for t in (query, key))
+    if max_length_q is None or (is_tracing() and isinstance(max_length_q, Tensor)):
+        max_length_q = total_q
+    if max_length_k is None or (is_tracing() and isinstance(max_length_k, Tensor)):
+        max_length_k = total_k
+    return PackedMask(
+        *(mask.q_length, mask.kv_length, mask.causal, mask.window_size),
+        cu_seqlens_q=cu_seq_lens_q,
+        cu_seqlens_k=cu_seq_lens_k,
+        max_seqlen_q=max_length_q,
+        max_seqlen_k=max_length_k,
+    )

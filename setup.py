@@ -40,6 +40,7 @@ CSRC = ROOT / "csrc"
 SANITIZE = os.environ.get("SINK_SANITIZE") == "1"
 # Not setuptools' temporary folder: objects stay, so that one touched file compiles one file.
 OBJECTS = ROOT / "build" / ("ext-sanitize" if SANITIZE else "ext")
+SOURCE_DIR = "../../csrc"  # from a folder of build/: a copied or moved tree needs no rebuild
 LIBRARY = "_C.abi3.so"
 
 IS_X86_64 = platform.machine().lower() in ("x86_64", "amd64")
@@ -134,13 +135,17 @@ def gencode_flags(archs: str) -> list[str]:
     return flags
 
 
+def from_build(source: Path) -> str:
+    return f"{SOURCE_DIR}/{source.relative_to(CSRC)}"
+
+
 def quoted(flags: list[str]) -> str:
     return shlex.join(str(flag) for flag in flags).replace("$", "$$")
 
 
 def nvcc_rule(root: Path) -> list[str]:
     host = "-fPIC,-fvisibility=hidden"
-    flags = ["-std=c++17", "-O3", "-Xcompiler", host, "-cudart", "static", f"-I{CSRC}"]
+    flags = ["-std=c++17", "-O3", "-Xcompiler", host, "-cudart", "static", f"-I{SOURCE_DIR}"]
     return [
         "rule nvcc",
         f"  command = {root}/bin/nvcc -MD -MF $out.d {quoted(flags)} $flags -c $in -o $out $log",
@@ -184,7 +189,7 @@ class NinjaBuild(BuildExtension):
         cxx_flags = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
         # GCC's own AVX-512 headers use undefined registers and warn about it (GCC bug 105593).
         cxx_flags.append("-Wno-maybe-uninitialized")
-        cxx_flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-I{CSRC}"]
+        cxx_flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-I{SOURCE_DIR}"]
         cxx_flags += [flag for folder in ext.include_dirs for flag in ("-isystem", folder)]
         if not IS_X86_64:
             cxx_flags.append("-DSA_NO_X86")
@@ -214,13 +219,19 @@ class NinjaBuild(BuildExtension):
         for source in cpp_sources(with_cuda=cuda_root is not None):
             objects.append(source.relative_to(CSRC).with_suffix(".o"))
             flags = INSTRUCTION_SET_FLAGS.get(source.stem, [])
-            lines += [f"build {objects[-1]}: cxx {source}", f"  flags = {quoted(flags)}"]
+            lines += [
+                f"build {objects[-1]}: cxx {from_build(source)}",
+                f"  flags = {quoted(flags)}",
+            ]
         if cuda_root is not None:
             lines += nvcc_rule(cuda_root)
             for source in cuda_sources():
                 objects.append(source.relative_to(CSRC).with_suffix(".cu.o"))
                 flags = gencode_flags(cuda_archs())
-                lines += [f"build {objects[-1]}: nvcc {source}", f"  flags = {quoted(flags)}"]
+                lines += [
+                    f"build {objects[-1]}: nvcc {from_build(source)}",
+                    f"  flags = {quoted(flags)}",
+                ]
         return [*lines, f"build {LIBRARY}: link {' '.join(map(str, objects))}"]
 
 
@@ -250,7 +261,7 @@ class CheckCuda(Command):
             for arch in archs.split(";"):
                 target = source.relative_to(CSRC / "cuda").with_suffix(f".sm_{arch}.o")
                 flags = quoted(["-Xptxas", "-v", *gencode_flags(arch)])
-                lines += [f"build {target}: nvcc {source}", f"  flags = {flags}"]
+                lines += [f"build {target}: nvcc {from_build(source)}", f"  flags = {flags}"]
                 lines += ["  log = > $out.log 2>&1 || (cat $out.log; false)"]
         run_ninja(folder, lines)
         for log in sorted(folder.rglob("*.log")):

@@ -148,7 +148,7 @@ def refuse_gradient(function: str, *tensors: Any) -> None:
 
 def _without_gradient(name: str) -> Callable[..., Any]:
     """Autograd kernel of an operator without gradient; counts in-place changes of its arguments."""
-    op = ops._lookup(name)
+    op = ops.lookup(name)
     arguments = op._schema.arguments
     is_mutated = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
     mutated = [(i, a.name) for i, a in enumerate(arguments) if is_mutated[i]]
@@ -215,7 +215,7 @@ _AUTOCAST_RULES = {
 def _autocast_kernel(
     name: str, cast: Callable[..., tuple[Any, ...]], dispatch_key: str
 ) -> Callable[..., Any]:
-    op = ops._lookup(name)
+    op = ops.lookup(name)
     keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, dispatch_key))
 
     def kernel(*args: Any, **kwargs: Any) -> Any:

@@ -29,7 +29,7 @@ def _load_library() -> Path | None:
 LIBRARY_PATH = _load_library()
 
 
-def _lookup(name: str) -> Callable[..., Any]:
+def lookup(name: str) -> Callable[..., Any]:
     """The operator `name` ("op" or "op.overload"), or a function that says how to build it."""
     if LIBRARY_PATH is not None:
         packet, _, overload = name.partition(".")
@@ -44,17 +44,17 @@ def _lookup(name: str) -> Callable[..., Any]:
     return missing
 
 
-flash_attn_fwd = _lookup("flash_attn_fwd")
-flash_attn_bwd = _lookup("flash_attn_bwd")
-flash_attn_varlen_fwd = _lookup("flash_attn_varlen_fwd")
-flash_attn_varlen_bwd = _lookup("flash_attn_varlen_bwd")
-paged_attn = _lookup("paged_attn")
-paged_attn_out = _lookup("paged_attn.out")
-reshape_and_cache = _lookup("reshape_and_cache")
-merge_attn_states = _lookup("merge_attn_states")
-cpu_instruction_set = _lookup("cpu_instruction_set")
-cpu_instruction_sets = _lookup("cpu_instruction_sets")
-set_cpu_instruction_set = _lookup("set_cpu_instruction_set")
+flash_attn_fwd = lookup("flash_attn_fwd")
+flash_attn_bwd = lookup("flash_attn_bwd")
+flash_attn_varlen_fwd = lookup("flash_attn_varlen_fwd")
+flash_attn_varlen_bwd = lookup("flash_attn_varlen_bwd")
+paged_attn = lookup("paged_attn")
+paged_attn_out = lookup("paged_attn.out")
+reshape_and_cache = lookup("reshape_and_cache")
+merge_attn_states = lookup("merge_attn_states")
+cpu_instruction_set = lookup("cpu_instruction_set")
+cpu_instruction_sets = lookup("cpu_instruction_sets")
+set_cpu_instruction_set = lookup("set_cpu_instruction_set")
 
 
 def _built_backends() -> tuple[str, ...]:
@@ -130,7 +130,7 @@ def _fake_merge_attn_states(
     return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
 
 
-_FAKE_KERNELS: dict[str, Callable[..., Any]] = {
+FAKE_KERNELS: dict[str, Callable[..., Any]] = {
     "flash_attn_fwd": _fake_flash_attn_fwd,
     "flash_attn_bwd": _fake_flash_attn_bwd,
     "flash_attn_varlen_fwd": _fake_flash_attn_fwd,
@@ -142,5 +142,5 @@ _FAKE_KERNELS: dict[str, Callable[..., Any]] = {
 }
 
 if LIBRARY_PATH is not None:
-    for _name, _kernel in _FAKE_KERNELS.items():
+    for _name, _kernel in FAKE_KERNELS.items():
         torch.library.register_fake(f"{NAMESPACE}::{_name}")(_kernel)

@@ -48,17 +48,18 @@ def run(
     options: dict[str, Any],
     dtype: torch.dtype | None = None,
     gradients: bool = True,
+    sink_dtype: torch.dtype | None = None,
 ) -> Results:
-    """Calls a dense or varlen `attention` and takes gradients; with `dtype` in that dtype."""
+    """Calls a dense or varlen `attention` and takes gradients; in other dtypes where given."""
 
     def leaf(x: Tensor) -> Tensor:
         x = x if dtype is None else x.to(dtype)
         return x.detach().requires_grad_(gradients)
 
     q, k, v = leaf(inputs.q), leaf(inputs.k), leaf(inputs.v)
-    s_aux = None if inputs.s_aux is None else inputs.s_aux.detach().requires_grad_(gradients)
-    if dtype == torch.float64 and s_aux is not None:
-        s_aux = s_aux.detach().double().requires_grad_(gradients)
+    s_aux = inputs.s_aux
+    if s_aux is not None:
+        s_aux = s_aux.to(sink_dtype or s_aux.dtype).detach().requires_grad_(gradients)
     kwargs = options | ({} if inputs.seqused_k is None else {"seqused_k": inputs.seqused_k})
     out, lse = attention(q, k, v, *inputs.lengths, s_aux=s_aux, **kwargs)
     if not gradients:
@@ -86,7 +87,7 @@ def expected(case: DenseCase | VarlenCase, gradients: bool = True) -> Expected:
         inputs, attention = cases.make_dense(case), reference.attention
     else:
         inputs, attention = cases.make_varlen(case), _reference_varlen
-    ref = run(attention, inputs, case.options(), torch.float64, gradients)
+    ref = run(attention, inputs, case.options(), torch.float64, gradients, torch.float64)
     pt = run(attention, inputs, case.options(), case.dtype, gradients)
     noise = {}
     if ref.ds_aux is not None:

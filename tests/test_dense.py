@@ -33,7 +33,6 @@ PEER_FIELDS = {
         {"head_dim": d, "head_dim_v": d_v}
         for d, d_v in ((64, None), (96, None), (128, None), (192, 128), (256, None), (128, 64))
     ],
-    "dtype": (torch.bfloat16, torch.float16, torch.bfloat16, torch.float32),
     "mask": PEER_MASKS,
     "softcap": (0.0, 0.0, 15.0),
     "sink": ("normal", "none", "normal", "4randn", "15rand"),
@@ -59,19 +58,25 @@ def peer_cases(
 
 SIX_HEADS = (heads(6, 6), heads(6, 3), heads(6, 1))
 TWO_HEADS = (heads(2, 2), heads(2, 1))
+DTYPES = (torch.bfloat16, torch.float16, torch.bfloat16, torch.float32)
+FAST_DTYPES = (torch.bfloat16, torch.float32)  # torch's float16 products on a CPU take ten times as long
 
 
-@pytest.mark.parametrize("case", peer_cases(SMALL, 4, 100, batch=2, heads=SIX_HEADS), ids=str)
+@pytest.mark.parametrize("case", peer_cases(SMALL, 3, 100, batch=2, heads=SIX_HEADS, dtype=DTYPES), ids=str)
 def test_peer_grid_small(backend: Backend, case: DenseCase) -> None:
     check_dense(backend, case)
 
 
-@pytest.mark.parametrize("case", peer_cases(MEDIUM, 4, 200, batch=1, heads=TWO_HEADS), ids=str)
+@pytest.mark.parametrize(
+    "case", peer_cases(MEDIUM, 2, 200, batch=1, heads=TWO_HEADS, dtype=FAST_DTYPES), ids=str
+)
 def test_peer_grid_medium(backend: Backend, case: DenseCase) -> None:
     check_dense(backend, case)
 
 
-@pytest.mark.parametrize("case", peer_cases(LARGE, 2, 300, batch=1, heads=(heads(1, 1),)), ids=str)
+@pytest.mark.parametrize(
+    "case", peer_cases(LARGE, 1, 300, batch=1, heads=(heads(1, 1),), dtype=FAST_DTYPES), ids=str
+)
 def test_peer_grid_large(backend: Backend, case: DenseCase) -> None:
     check_dense(backend, case)
 
@@ -79,9 +84,9 @@ def test_peer_grid_large(backend: Backend, case: DenseCase) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
-    peer_cases(SMALL, 12, 400, batch=9, heads=SIX_HEADS)
-    + peer_cases(MEDIUM, 6, 500, batch=2, heads=SIX_HEADS)
-    + peer_cases(LARGE, 4, 600, batch=1, heads=(*SIX_HEADS, heads(2, 1))),
+    peer_cases(SMALL, 12, 400, batch=9, heads=SIX_HEADS, dtype=DTYPES)
+    + peer_cases(MEDIUM, 6, 500, batch=2, heads=SIX_HEADS, dtype=FAST_DTYPES)
+    + peer_cases(LARGE, 4, 600, batch=1, heads=(heads(6, 1), heads(2, 2)), dtype=FAST_DTYPES),
     ids=str,
 )
 def test_peer_grid_whole(backend: Backend, case: DenseCase) -> None:
@@ -317,7 +322,8 @@ def test_visible_keys_exactly(
         seen = out[0, :, head, :seqlen_k].cpu()
         assert torch.equal(seen != 0, visible)
         assert not out[0, :, head, seqlen_k:].any()
-        torch.testing.assert_close(lse[0, head].cpu().double().exp(), count.double())
+        keys = lse[0, head].cpu().double().exp()  # no sink: as many as there are
+        torch.testing.assert_close(keys, count.double(), rtol=1e-5, atol=0)
     dout = torch.zeros_like(out)
     dout[0, :, 1] = torch.eye(seqlen_q, 256, dtype=dtype, device=backend.device)
     (dv,) = torch.autograd.grad(out, v, dout)

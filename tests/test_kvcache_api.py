@@ -191,11 +191,12 @@ def test_decode_rows_equal_the_training_function() -> None:
         assert_close(out, expected[:, i : i + 1])
 
 
-def test_pages_that_a_window_has_left_need_not_exist() -> None:
-    """A windowed layer may free them: their entries may hold anything."""
+@pytest.mark.parametrize("page", [12, 99, -1], ids=["nan", "beyond", "negative"])
+def test_pages_that_a_window_has_left_need_not_exist(page: int) -> None:
+    """A windowed layer may free them: their entries may hold anything. Page 12 is full of NaN."""
     caches, keys, values = filled_cache([10, 13, 14])
     table = TABLE.clone()
-    table[:, :2] = int32([-5, 99], [99, -1], [-1, -1])
+    table[:, :2] = page
     q, k, v = new_tokens(3, 1)
     options = {"causal": True, "window_size": (2, 0)}
     out = flash_attn_with_kvcache(q, *caches, k, v, int32(10, 13, 14), table, **options)

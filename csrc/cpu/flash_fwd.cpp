@@ -128,8 +128,10 @@ void flash_fwd(const FlashFwdProblem& problem, const Executor& executor) {
   }
   parallel_jobs(executor, static_cast<int64_t>(pack_jobs.size()), 0, [&](int64_t job, char*) {
     const PackJob& pack = pack_jobs[job];
-    kernels.pack_blocks(problem, plan, pack.sequence->batch_idx, pack.kv_head_idx,
-                        pack.kv_head_idx + 1, pack.block_idx, packed.data() + job * block_bytes);
+    const Sequence& sequence = *pack.sequence;
+    kernels.pack_blocks(problem, plan, sequence.batch_idx, pack.kv_head_idx, pack.kv_head_idx + 1,
+                        pack.block_idx, sequence.mask.visible_keys(0, sequence.info.seqlen_q),
+                        packed.data() + job * block_bytes);
   });
 
   // Attend. Jobs of one kv head follow each other (its packed keys stay in cache), the last tile,

@@ -120,8 +120,10 @@ struct BackwardBlock {
   }
 
   void begin() {
-    const KeyRows keys = attention::key_rows(problem, task.batch_idx, info, task.kv_head_idx);
-    const KeyRows values = attention::value_rows(problem, task.batch_idx, info, task.kv_head_idx);
+    const KeyRows keys =
+        attention::key_rows(problem, task.batch_idx, info, task.kv_head_idx, block);
+    const KeyRows values =
+        attention::value_rows(problem, task.batch_idx, info, task.kv_head_idx, block);
     pack_transposed<Arithmetic>(keys, block.begin, block.end, scratch.k_transposed);
     pack_transposed<Arithmetic>(values, block.begin, block.end, scratch.v_transposed);
     pack_rowwise<Arithmetic>(keys, block.begin, block.end, plan.block_keys, scratch.k_rowwise);

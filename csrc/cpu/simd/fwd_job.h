@@ -24,7 +24,8 @@ FwdPlan plan_fwd(const FlashFwdProblem& problem) {
 // `packed`.
 template <class Arithmetic>
 void pack_blocks(const FlashFwdProblem& problem, const FwdPlan& plan, int64_t batch_idx,
-                 int64_t head_begin, int64_t head_end, int64_t block_idx, char* packed) {
+                 int64_t head_begin, int64_t head_end, int64_t block_idx, Range readable,
+                 char* packed) {
   using Unit = typename Arithmetic::Unit;
   using Geo = Geometry<Arithmetic>;
   const SeqlenInfo info = attention::seqlen_info(problem, batch_idx);
@@ -32,24 +33,24 @@ void pack_blocks(const FlashFwdProblem& problem, const FwdPlan& plan, int64_t ba
   const int64_t last = min_of(first + plan.block_keys, info.seqlen_k);
   const int64_t heads = head_end - head_begin;
   const int64_t head_stride = plan.packed_k_bytes + plan.packed_v_bytes;
-  const KeyRows keys = attention::key_rows(problem, batch_idx, info, head_begin);
-  const KeyRows values = attention::value_rows(problem, batch_idx, info, head_begin);
+  const KeyRows keys = attention::key_rows(problem, batch_idx, info, head_begin, readable);
+  const KeyRows values = attention::value_rows(problem, batch_idx, info, head_begin, readable);
   for (int64_t key = first; key < last; key += Geo::kPanel) {
+    if (key + Geo::kPanel <= readable.begin || key >= readable.end) continue;
     const int64_t end = min_of(key + Geo::kPanel, last);
     for (int64_t head = 0; head < heads; ++head) {
-      prefetch_panel<Arithmetic>(keys, problem.k_stride_head, info.seqlen_k, key + Geo::kPanel,
-                                 head, heads);
+      prefetch_panel<Arithmetic>(keys, problem.k_stride_head, key + Geo::kPanel, head, heads);
       Unit* k = reinterpret_cast<Unit*>(packed + head * head_stride);
-      pack_transposed<Arithmetic>(attention::key_rows(problem, batch_idx, info, head_begin + head),
-                                  key, end, k + (key - first) * Geo::units(problem.head_dim));
+      pack_transposed<Arithmetic>(
+          attention::key_rows(problem, batch_idx, info, head_begin + head, readable), key, end,
+          k + (key - first) * Geo::units(problem.head_dim));
     }
     for (int64_t head = 0; head < heads; ++head) {
-      prefetch_panel<Arithmetic>(values, problem.v_stride_head, info.seqlen_k, key + Geo::kPanel,
-                                 head, heads);
+      prefetch_panel<Arithmetic>(values, problem.v_stride_head, key + Geo::kPanel, head, heads);
       Unit* v = reinterpret_cast<Unit*>(packed + head * head_stride + plan.packed_k_bytes);
-      pack_rowwise<Arithmetic>(attention::value_rows(problem, batch_idx, info, head_begin + head),
-                               key, end, plan.block_keys,
-                               v + (key - first) / Geo::kPair * Geo::kPanel);
+      pack_rowwise<Arithmetic>(
+          attention::value_rows(problem, batch_idx, info, head_begin + head, readable), key, end,
+          plan.block_keys, v + (key - first) / Geo::kPair * Geo::kPanel);
     }
   }
 }
@@ -69,14 +70,14 @@ void attend_block_in_place(const FlashFwdProblem& problem, const FwdPlan& plan, 
   const int64_t heads = task.kv_head_end - task.kv_head_begin;
   const Tile first_tile(problem, plan, task, task.kv_head_begin);
   const int rows = static_cast<int>(first_tile.rows);
-  const int64_t num_keys = first_tile.info.seqlen_k;
+  const Range readable = first_tile.mask.visible_keys(task.q_begin, task.q_end);
   const int64_t first = block_idx * plan.block_keys;
   const auto [begin, end] = first_tile.seen_panels(first, 0, rows);
   if (begin >= end) return;
   const KeyRows keys =
-      attention::key_rows(problem, task.batch_idx, first_tile.info, task.kv_head_begin);
+      attention::key_rows(problem, task.batch_idx, first_tile.info, task.kv_head_begin, readable);
   const KeyRows values =
-      attention::value_rows(problem, task.batch_idx, first_tile.info, task.kv_head_begin);
+      attention::value_rows(problem, task.batch_idx, first_tile.info, task.kv_head_begin, readable);
   const int64_t key_head_bytes = problem.k_stride_head * attention::bytes_of(problem.kv_dtype);
   const int64_t value_head_bytes = problem.v_stride_head * attention::bytes_of(problem.kv_dtype);
   const int64_t stride = Tile::score_stride(plan);
@@ -85,7 +86,7 @@ void attend_block_in_place(const FlashFwdProblem& problem, const FwdPlan& plan, 
   const Unit* panel[Geo::kPanel];
   const auto find_panel = [&](const KeyRows& source, int64_t key, int64_t head_offset) {
     for (int i = 0; i < Geo::kPanel; ++i) {
-      panel[i] = key + i < num_keys
+      panel[i] = source.is_readable(key + i)
                      ? reinterpret_cast<const Unit*>(static_cast<const char*>(source.row(key + i)) +
                                                      head_offset)
                      : zeros;
@@ -96,11 +97,9 @@ void attend_block_in_place(const FlashFwdProblem& problem, const FwdPlan& plan, 
     const bool is_last = key + Geo::kPanel >= first + end;
     for (int64_t head = 0; head < heads; ++head) {
       if (is_last) {
-        prefetch_panel<Arithmetic>(values, problem.v_stride_head, num_keys, first + begin, head,
-                                   heads);
+        prefetch_panel<Arithmetic>(values, problem.v_stride_head, first + begin, head, heads);
       } else {
-        prefetch_panel<Arithmetic>(keys, problem.k_stride_head, num_keys, key + Geo::kPanel, head,
-                                   heads);
+        prefetch_panel<Arithmetic>(keys, problem.k_stride_head, key + Geo::kPanel, head, heads);
       }
       const Tile tile(problem, plan, task, task.kv_head_begin + head);
       find_panel(keys, key, head * key_head_bytes);
@@ -123,11 +122,10 @@ void attend_block_in_place(const FlashFwdProblem& problem, const FwdPlan& plan, 
     const bool is_last = key + Geo::kPanel >= first + end;
     for (int64_t head = 0; head < heads; ++head) {
       if (is_last) {
-        prefetch_panel<Arithmetic>(keys, problem.k_stride_head, num_keys, first + plan.block_keys,
-                                   head, heads);
-      } else {
-        prefetch_panel<Arithmetic>(values, problem.v_stride_head, num_keys, key + Geo::kPanel, head,
+        prefetch_panel<Arithmetic>(keys, problem.k_stride_head, first + plan.block_keys, head,
                                    heads);
+      } else {
+        prefetch_panel<Arithmetic>(values, problem.v_stride_head, key + Geo::kPanel, head, heads);
       }
       const Tile tile(problem, plan, task, task.kv_head_begin + head);
       find_panel(values, key, head * value_head_bytes);
@@ -152,6 +150,8 @@ void fwd_tile(const FlashFwdProblem& problem, const FwdPlan& plan, const FwdTask
     ForwardTile<Arithmetic>(problem, plan, task, head).load_q();
   }
   const int64_t rows = (task.q_end - task.q_begin) * (problem.num_heads_q / problem.num_heads_kv);
+  const Range readable = ForwardTile<Arithmetic>(problem, plan, task, task.kv_head_begin)
+                             .mask.visible_keys(task.q_begin, task.q_end);
   const bool in_place = task.packed == nullptr && rows <= kTileRows &&
                         can_read_in_place<Arithmetic>(problem) && heads <= kMaxHeadsInPlace;
   for (int64_t block_idx = task.block_begin; block_idx < task.block_end; ++block_idx) {
@@ -162,7 +162,7 @@ void fwd_tile(const FlashFwdProblem& problem, const FwdPlan& plan, const FwdTask
     const char* packed = task.packed + block_idx * block_bytes;
     if (task.packed == nullptr) {
       pack_blocks<Arithmetic>(problem, plan, task.batch_idx, task.kv_head_begin, task.kv_head_end,
-                              block_idx, packed_here);
+                              block_idx, readable, packed_here);
       packed = packed_here;
     }
     for (int64_t head = task.kv_head_begin; head < task.kv_head_end;

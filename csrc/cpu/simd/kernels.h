@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "attention/mask.h"
 #include "attention/problem.h"
 
 namespace sink_attention::cpu {
@@ -23,7 +24,7 @@ struct FwdPlan {
   int64_t packed_v_bytes;
   int64_t tile_scratch_bytes;  // a job's scratch takes so many for each kv head, and, where it
                                // packs as it goes, a packed block for each
-  int64_t partial_bytes;  // of one tile's partial result in one split, for each kv head
+  int64_t partial_bytes;       // of one tile's partial result in one split, for each kv head
 };
 
 // A tile of each of the kv heads [kv_head_begin, kv_head_end) against the key blocks [block_begin,
@@ -60,7 +61,8 @@ struct BwdTask {
 struct Kernels {
   FwdPlan (*plan_fwd)(const attention::FlashFwdProblem&);
   void (*pack_blocks)(const attention::FlashFwdProblem&, const FwdPlan&, int64_t batch_idx,
-                      int64_t kv_head_begin, int64_t kv_head_end, int64_t block_idx, char* packed);
+                      int64_t kv_head_begin, int64_t kv_head_end, int64_t block_idx,
+                      attention::Range readable, char* packed);
   void (*fwd_tile)(const attention::FlashFwdProblem&, const FwdPlan&, const FwdTask&);
   // Merges the partial results of one kv head's tile, which lie split_stride bytes apart from
   // task.partial on.

@@ -49,13 +49,14 @@ SA_INLINE bool rows_are_units(DataType dtype, int64_t dim) {
 // key has rows of `parts` heads, head_stride numbers apart: a whole token at a time, the order in
 // which a cache lies.
 template <class Arithmetic>
-SA_INLINE void prefetch_panel(const KeyRows& rows, int64_t head_stride, int64_t num_keys,
-                              int64_t first, int64_t part, int64_t parts) {
+SA_INLINE void prefetch_panel(const KeyRows& rows, int64_t head_stride, int64_t first, int64_t part,
+                              int64_t parts) {
   constexpr int64_t kKeys = Geometry<Arithmetic>::kPanel;
   const int64_t head_bytes = head_stride * attention::bytes_of(rows.dtype);
   const int64_t row_bytes = rows.dim * attention::bytes_of(rows.dtype);
-  const int64_t end = min_of(first + kKeys * (part + 1) / parts, num_keys);
-  for (int64_t key = first + kKeys * part / parts; key < end; ++key) {
+  const auto [begin, end] = attention::intersect(
+      {first + kKeys * part / parts, first + kKeys * (part + 1) / parts}, rows.readable);
+  for (int64_t key = begin; key < end; ++key) {
     const char* row = static_cast<const char*>(rows.row(key));
     for (int64_t head = 0; head < parts; ++head, row += head_bytes) {
       for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
@@ -81,7 +82,7 @@ void pack_transposed(const KeyRows& rows, int64_t begin, int64_t end,
       const Unit* sources[kStep];
       for (int lane = 0; lane < kStep; ++lane) {
         const int64_t key = panel + half * kStep + lane;
-        if (key >= end) {
+        if (key >= end || !rows.is_readable(key)) {
           sources[lane] = zeros;
         } else if (direct) {
           sources[lane] = static_cast<const Unit*>(rows.row(key));
@@ -159,7 +160,7 @@ void pack_rowwise(const KeyRows& rows, int64_t begin, int64_t end, int64_t block
     const Unit* sources[kPair];
     for (int half = 0; half < kPair; ++half) {
       const int64_t key = begin + i + half;
-      if (key >= end) {
+      if (key >= end || !rows.is_readable(key)) {
         sources[half] = zeros;
       } else if (direct) {
         sources[half] = static_cast<const Unit*>(rows.row(key));

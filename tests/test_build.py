@@ -1,0 +1,182 @@
+"""The built library, and the build: what it needs, what it refuses, what a changed file costs."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from sink_attention_ext import ops
+
+ROOT = Path(__file__).resolve().parent.parent
+OBJECTS = ROOT / "build" / "ext"
+
+OPERATORS = {
+    "flash_attn_fwd",
+    "flash_attn_bwd",
+    "flash_attn_varlen_fwd",
+    "flash_attn_varlen_bwd",
+    "paged_attn",
+    "paged_attn.out",
+    "reshape_and_cache",
+    "merge_attn_states",
+}
+SETTINGS = {"cpu_instruction_set", "cpu_instruction_sets", "set_cpu_instruction_set"}
+
+needs_binutils = pytest.mark.skipif(
+    shutil.which("readelf") is None or shutil.which("nm") is None, reason="needs binutils"
+)
+needs_objects = pytest.mark.skipif(
+    not (OBJECTS / "build.ninja").exists(), reason="the library was not built in this tree"
+)
+
+
+def run(*command: str | Path, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, **options)
+
+
+def undefined_symbols() -> list[str]:
+    lines = run("nm", "-DC", "--undefined-only", ops.LIBRARY_PATH, check=True).stdout.splitlines()
+    return [line.split(maxsplit=1)[1].split("@")[0] for line in lines]
+
+
+@needs_binutils
+def test_library_uses_torch_through_its_stable_abi_only() -> None:
+    symbols = undefined_symbols()
+    shims = [s for s in symbols if re.match(r"(aoti_)?torch_", s)]
+    assert "torch_call_dispatcher" in shims
+    # C++ names of torch change between its versions; of Python, between its versions too.
+    assert [s for s in symbols if re.match(r"(c10|at|torch|caffe2)::|_?Py[A-Z_]", s)] == []
+
+
+@needs_binutils
+def test_library_uses_no_shim_newer_than_torch_2_10() -> None:
+    headers = Path(torch.utils.cpp_extension.include_paths()[0]) / "torch/csrc"
+    newer = set()
+    for header in (headers / "stable/c/shim.h", headers / "inductor/aoti_torch/c/shim.h"):
+        guards: list[bool] = []
+        for line in header.read_text().splitlines():
+            if re.match(r"\s*#\s*if", line):
+                version = re.search(r"TORCH_FEATURE_VERSION >= TORCH_VERSION_2_(\d+)_0", line)
+                guards.append(version is not None and int(version.group(1)) > 10)
+            elif re.match(r"\s*#\s*endif", line):
+                guards.pop()
+            elif any(guards):
+                newer.update(re.findall(r"\b((?:aoti_)?torch_\w+)\(", line))
+    if torch.__version__ >= "2.13":
+        assert "torch_exception_get_what" in newer, "the headers were not understood"
+    assert newer & set(undefined_symbols()) == set()
+
+
+@needs_binutils
+def test_library_asks_for_libtorch_and_not_for_python() -> None:
+    needed = re.findall(
+        r"NEEDED.*\[(.*)\]", run("readelf", "-d", ops.LIBRARY_PATH, check=True).stdout
+    )
+    assert "libtorch.so" in needed  # through it a CUDA torch's own libraries are found
+    assert not [name for name in needed if "python" in name or "cudart" in name]
+    exported = run("nm", "-D", "--defined-only", ops.LIBRARY_PATH, check=True).stdout
+    assert "PyInit" not in exported
+
+
+def test_every_operator_is_registered_for_the_cpu() -> None:
+    schemas = {
+        schema.name.removeprefix("sink_attention_ext::")
+        + "." * bool(schema.overload_name)
+        + schema.overload_name
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("sink_attention_ext::")
+    }
+    assert OPERATORS | SETTINGS <= schemas
+    for name in OPERATORS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sink_attention_ext::{name}", "CPU")
+
+
+def dirty_objects(folder: Path) -> set[str]:
+    """What ninja would build there now."""
+    output = run("ninja", "-C", folder, "-n", "-d", "explain", check=True)
+    return set(re.findall(r"explain: (\S+) is dirty", output.stdout + output.stderr)) | set(
+        re.findall(r"(?:c\+\+|link) (\S+)$", output.stdout, re.MULTILINE)
+    )
+
+
+@needs_objects
+@pytest.mark.parametrize(
+    ("touched", "compiled"),
+    [
+        ("cpu/flash_fwd.cpp", {"cpu/flash_fwd.o"}),
+        ("cpu/simd/kernels_portable.cpp", {"cpu/simd/kernels_portable.o"}),
+        ("torch/make_problem.cpp", {"torch/make_problem.o"}),
+        ("torch/executor.h", {"torch/ops_cpu.o"}),
+    ],
+)
+def test_a_touched_file_compiles_alone(touched: str, compiled: set[str], tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    folder = tmp_path / "build" / "ext"
+    shutil.copytree(OBJECTS, folder)
+    if dirty_objects(folder):
+        pytest.skip("sources changed since the last build: run make build")
+    os.utime(tmp_path / "csrc" / touched)
+    assert dirty_objects(folder) == compiled | {"_C.abi3.so"}
+
+
+def build_with(**environment: str) -> subprocess.CompletedProcess[str]:
+    return run(
+        sys.executable,
+        "setup.py",
+        "--quiet",
+        "build_ext",
+        "--inplace",
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
+
+
+def test_cuda_is_refused_where_it_cannot_be_built() -> None:
+    if torch.version.cuda is not None and list((ROOT / "csrc").rglob("*.cu")):
+        pytest.skip("CUDA kernels can be built here")
+    build = build_with(SINK_CUDA="1")
+    assert build.returncode != 0
+    assert "SINK_CUDA=1, but CUDA kernels cannot be built: " in build.stderr
+
+
+def test_unknown_cuda_setting_is_refused() -> None:
+    build = build_with(SINK_CUDA="yes")
+    assert build.returncode != 0
+    assert "SINK_CUDA must be auto, 0 or 1, got 'yes'" in build.stderr
+
+
+def test_missing_torch_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SystemExit, match="pip install --no-build-isolation"):
+        runpy.run_path(str(ROOT / "setup.py"))
+
+
+def test_nothing_that_is_installed_for_the_project_asks_for_torch() -> None:
+    tool = runpy.run_path(str(ROOT / "tools" / "install_missing.py"))
+    names = {
+        re.split(r"[^\w-]", r)[0] for group in ("build", "dev") for r in tool["requirements"](group)
+    }
+    assert {"pytest", "transformers", "ruff", "setuptools"} <= names
+    assert "torch" not in names
+
+
+@pytest.mark.slow
+@needs_objects
+def test_wheel_serves_every_python(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w"]
+    wheel = run(*command, tmp_path, ROOT)
+    assert wheel.returncode == 0, wheel.stderr
+    (path,) = tmp_path.glob("*.whl")
+    assert "-cp310-abi3-" in path.name
+    names = zipfile.ZipFile(path).namelist()
+    assert "sink_attention_ext/_C.abi3.so" in names
+    assert not [name for name in names if name.startswith(("tests", "benchmarks", "csrc"))]

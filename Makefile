@@ -15,7 +15,7 @@ else
 PY := $(CURDIR)/.venv/bin/python
 endif
 
-# What was installed, for each interpreter apart; so a second call starts at once.
+# What is known to be installed, for each interpreter apart: a second call starts at once.
 STAMPS := build/stamps$(PY)
 export PATH := $(PATH):$(dir $(PY))# where cmake and ninja are if the system has none
 CLANG_FORMAT := $(PY) -c 'import clang_format; clang_format.clang_format()'
@@ -25,6 +25,8 @@ LIBRARY := sink_attention_ext/_C.abi3.so
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 CXX_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 PYTHON_FILES = setup.py tools sink_attention_ext tests benchmarks examples
+# The tests that compare numbers on many shapes: what the sanitizers are to watch.
+GRID = $(wildcard $(addprefix tests/test_,$(addsuffix .py,dense varlen paged merge gradients edges)))
 
 .PHONY: help build demo test test-all bench checklist lint format native sanitize sanitize-native \
         sanitize-python check-cuda clean
@@ -71,6 +73,14 @@ sanitize-native: $(STAMPS)/native
 	cmake --build build/sanitize
 	ctest --test-dir build/sanitize --output-on-failure --no-tests=error
 
+# Python itself is not instrumented, so the sanitizers' runtime is loaded before it; what Python and torch
+# never free is no leak of ours.
+sanitize-python: $(STAMPS)/test
+	SINK_SANITIZE=1 $(PY) setup.py --quiet build --build-lib build/sanitize-python
+	cd build/sanitize-python && PYTHONPATH=$$PWD ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	  $(PY) -m pytest -q -m "not slow" $(addprefix $(CURDIR)/,$(GRID))
+
 check-cuda: $(STAMPS)/build  ## compile each CUDA kernel for each architecture (needs nvcc, no GPU)
 	$(PY) setup.py --quiet check_cuda
 
@@ -89,10 +99,10 @@ $(STAMPS)/torch: $(if $(HAS_TORCH),,.venv/bin/python)
 	  (echo "$(PYTHON) has no torch: installing $(TORCH) into .venv" && $(PY) -m pip install --quiet $(TORCH))
 	@mkdir -p $(@D) && touch $@
 
-$(STAMPS)/native: | $(STAMPS)/build
+$(STAMPS)/native: $(STAMPS)/build
 	@command -v cmake > /dev/null || $(PY) tools/install_missing.py native
 	@touch $@
 
-$(STAMPS)/%: pyproject.toml tools/install_missing.py | $(STAMPS)/torch
+$(STAMPS)/%: $(STAMPS)/torch pyproject.toml tools/install_missing.py
 	@$(PY) tools/install_missing.py $*
 	@touch $@

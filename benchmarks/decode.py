@@ -33,6 +33,7 @@ TITLE = "Decode over a paged cache"
 PAGE_SIZE = 16
 POOL_MIN_CACHES = 8
 READ_BYTES = 1 << 30
+EAGER_LIMIT_S = 1.5
 LAYER = GPT_OSS_FULL
 
 
@@ -109,8 +110,10 @@ def looped(call: Callable[..., torch.Tensor], sets: list[tuple]) -> Callable[[],
     return turn
 
 
-def contenders(cache: PagedCache, dtype: torch.dtype, device: torch.device) -> list[Contender]:
-    """Ours and, as far as memory allows, SDPA and eager."""
+def contenders(
+    cache: PagedCache, dtype: torch.dtype, device: torch.device, eager_seconds: float
+) -> tuple[list[Contender], dict[str, str]]:
+    """Ours, SDPA and eager, and why a peer is left out; eager_seconds is what eager should take."""
     generator = torch.Generator().manual_seed(2)
     q = torch.randn(cache.batch, LAYER.num_heads_q, LAYER.head_dim, generator=generator)
     s_aux = torch.randn(LAYER.num_heads_q, generator=generator).to(device, dtype)
@@ -131,7 +134,7 @@ def contenders(cache: PagedCache, dtype: torch.dtype, device: torch.device) -> l
     tables = [(table,) for table in cache.block_tables]
     result = [Contender(OURS, looped(ours, tables), with_sink)]
     if cache.num_sets * cache.kv_bytes > available_memory_bytes() * 6 // 10:
-        return result  # no room for the contiguous copies
+        return result, dict.fromkeys((SDPA, EAGER), "no memory for contiguous copies of the cache")
     copies = [
         (cache.contiguous(cache.k_cache, table), cache.contiguous(cache.v_cache, table))
         for table in cache.block_tables
@@ -145,15 +148,18 @@ def contenders(cache: PagedCache, dtype: torch.dtype, device: torch.device) -> l
 
     result.append(Contender(SDPA, looped(sdpa, copies), without_sink))
     if group * cache.kv_bytes > available_memory_bytes() * 6 // 10:
-        return result  # eager repeats K and V for every query head
+        return result, {EAGER: "no memory to repeat K and V for every query head"}
+    if eager_seconds > EAGER_LIMIT_S:
+        return result, {EAGER: f"would take about {eager_seconds:.0f} s a call"}
     module = SimpleNamespace(num_key_value_groups=group, sinks=s_aux, training=False)
 
     def eager(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         scaling = LAYER.head_dim**-0.5
         return eager_attention_forward(module, q[:, :, None], k, v, None, scaling)[0]
 
-    result.append(Contender(EAGER, looped(eager, copies), with_sink, most_turns=3))
-    return result
+    # One set a turn: repeating K and V for every query head leaves nothing in the cache anyway.
+    result.append(Contender(EAGER, looped(eager, copies[:1]), with_sink, most_turns=3))
+    return result, {}
 
 
 def per_call(record: Record, calls: int) -> None:
@@ -169,21 +175,23 @@ def run(settings: Settings) -> list[Record]:
     rounds = Rounds(5, 9, 0.5) if settings.quick else Rounds(7, 25, 2.0)
     buffer = torch.ones(READ_BYTES // 4, device=settings.device)
     read = Contender(READ, buffer.sum)
-    records = []
+    records, eager_seconds_per_byte = [], {}
     for dtype, batch, seqlen in itertools.product(DTYPE_NAMES, batches, seqlens):
         progress(f"decode: {DTYPE_NAMES[dtype]}, {batch} sequences of {seqlen} tokens")
         cache = PagedCache(batch, seqlen, dtype, settings.device)
+        eager_seconds = cache.kv_bytes * eager_seconds_per_byte.get(dtype, 0.0)
         with torch.no_grad():
-            peers = contenders(cache, dtype, settings.device)
+            peers, left_out = contenders(cache, dtype, settings.device, eager_seconds)
             timings = interleave([*peers, read], rounds, settings.device)
-        for name in {OURS, SDPA, EAGER} - timings.keys():
-            timings[name] = Timing(reason="its copies of K and V do not fit into the memory here")
+        timings |= {name: Timing(reason=reason) for name, reason in left_out.items()}
         shape = SimpleNamespace(layer=LAYER, dtype=dtype, seqlen=seqlen)
         for name, timing in timings.items():
             record = record_of(timing, "decode", name, shape, "decode")
             record.batch = batch
             record.kv_bytes = READ_BYTES if name == READ else cache.kv_bytes
-            per_call(record, 1 if name == READ else cache.num_sets)
+            per_call(record, cache.num_sets if name in (OURS, SDPA) else 1)
             records.append(record)
+            if name == EAGER and record.value:
+                eager_seconds_per_byte[dtype] = record.value / cache.kv_bytes
         del cache, peers
     return records

@@ -16,5 +16,5 @@ TITLE = "Sliding window of 128 tokens"
 def run(settings: Settings) -> list[Record]:
     if settings.quick:
         # The question is what happens at length, so quick means fewer lengths, not shorter ones.
-        settings = dataclasses.replace(settings, seqlens=(2048, 4096))
+        settings = dataclasses.replace(settings, seqlens=(512, 4096))
     return sweep(settings, "window", [GPT_OSS_WINDOW], [False, True])

@@ -1,8 +1,8 @@
 """The cases of the test grid and the inputs that they stand for.
 
 A case is a small frozen dataclass; its inputs are made on the CPU from its seed, the same on every
-machine and for every backend. Whatever a kernel must not read is filled with NaN: the gaps of padded
-rows, packed rows in no sequence, keys beyond seqused_k, cache slots beyond a sequence's length.
+machine and for every backend. Whatever a kernel must not use is filled with NaN: the gaps between
+padded rows, packed rows in no sequence, keys beyond seqused_k, cache slots beyond a sequence.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -345,6 +346,7 @@ def merged(fields: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+@lru_cache(maxsize=64)
 def is_visible_literally(case: DenseCase) -> Tensor:
     """(seqlen_q, seqlen_k) bool, key by key as the specification says it."""
     left, right = (-1 if bound is None else bound for bound in case.window_size)

@@ -10,11 +10,11 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
+import cases
 import torch
+from cases import AttentionCase, DenseCase, Inputs, PagedCase, VarlenCase
 from torch import Tensor
 
-import cases
-from cases import AttentionCase, DenseCase, Inputs, PagedCase, VarlenCase
 from sink_attention_ext import reference
 
 
@@ -102,7 +102,8 @@ def _sink_gradient_noise(case: AttentionCase, inputs: Inputs, ref: Results) -> T
     small by chance; this cannot.
     """
     sink = inputs.s_aux.double()[:, None]
-    weight = torch.exp(torch.where(sink == ref.lse, 0.0, sink - ref.lse)).nan_to_num()
+    weight = torch.exp(torch.where(sink == ref.lse, 0.0, sink - ref.lse))
+    weight = weight.masked_fill(ref.lse == -torch.inf, 0.0)  # in no sequence, or sink and keys -inf
     products = (inputs.dout.double().nan_to_num() * ref.out).square().sum(-1)
     variance = (weight.square() * products.transpose(-1, -2)).transpose(0, -2).flatten(1).sum(1)
     return variance.sqrt() * torch.finfo(case.dtype).eps / 2

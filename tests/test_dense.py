@@ -1,13 +1,13 @@
-"""Dense attention, forward and backward, against float64: FlashAttention's grid and the kernels' edges."""
+"""Dense attention, forward and backward, against float64: FlashAttention's grid and the edges of
+the kernels' tiles."""
 
 from __future__ import annotations
 
-import pytest
-import torch
-
 import cases
 import oracle
+import pytest
 import tolerance
+import torch
 from cases import EDGES, FLOAT_DTYPES, HALF_DTYPES, LAYOUTS, LONG_EDGES, MASKS, DenseCase, heads
 from conftest import Backend
 
@@ -59,10 +59,12 @@ def peer_cases(
 SIX_HEADS = (heads(6, 6), heads(6, 3), heads(6, 1))
 TWO_HEADS = (heads(2, 2), heads(2, 1))
 DTYPES = (torch.bfloat16, torch.float16, torch.bfloat16, torch.float32)
-FAST_DTYPES = (torch.bfloat16, torch.float32)  # torch's float16 products on a CPU take ten times as long
+FAST_DTYPES = (torch.bfloat16, torch.float32)  # torch's float16 products on a CPU are slow
 
 
-@pytest.mark.parametrize("case", peer_cases(SMALL, 3, 100, batch=2, heads=SIX_HEADS, dtype=DTYPES), ids=str)
+@pytest.mark.parametrize(
+    "case", peer_cases(SMALL, 3, 100, batch=2, heads=SIX_HEADS, dtype=DTYPES), ids=str
+)
 def test_peer_grid_small(backend: Backend, case: DenseCase) -> None:
     check_dense(backend, case)
 

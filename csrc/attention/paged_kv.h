@@ -29,6 +29,7 @@ struct KeyRows {
   int64_t row_bytes;
   int64_t page_bytes;
   int64_t page_size;
+  int page_shift;  // log2(page_size), or -1 where that is no integer
   Range readable;  // keys that may be read; the others, beyond the sequence or out of every query's
                    // sight, count as zeros: a windowed layer's older pages may be gone, and their
                    // entries anything
@@ -42,7 +43,8 @@ struct KeyRows {
 
   SA_HOST_DEVICE const void* row(int64_t key) const {
     if (pages == nullptr) return base + key * row_bytes;
-    return base + pages[key / page_size] * page_bytes + key % page_size * row_bytes;
+    const int64_t page = page_shift >= 0 ? key >> page_shift : key / page_size;
+    return base + pages[page] * page_bytes + (key - page * page_size) * row_bytes;
   }
 };
 
@@ -63,6 +65,10 @@ SA_HOST_DEVICE KeyRows rows_of(const FlashFwdProblem& problem, int64_t batch_idx
     rows.pages = problem.block_table + batch_idx * problem.block_table_stride;
     rows.page_bytes = stride_batch * bytes;
     rows.page_size = problem.page_size;
+    rows.page_shift = -1;
+    for (int shift = 0; shift < 31; ++shift) {
+      if (int64_t{1} << shift == problem.page_size) rows.page_shift = shift;
+    }
   } else {
     rows.base += (info.k_batch * stride_batch + info.k_row * stride_row) * bytes;
   }

@@ -82,19 +82,27 @@ void attend_block_in_place(const FlashFwdProblem& problem, const FwdPlan& plan, 
   const int64_t value_head_bytes = problem.v_stride_head * attention::bytes_of(problem.kv_dtype);
   const int64_t stride = Tile::score_stride(plan);
 
-  // A panel's rows for the head that lies `head_offset` bytes from the first.
+  // Where a panel's rows of the first head lie, and from those the rows of the head `head_offset`
+  // bytes on.
+  const char* first_rows[Geo::kPanel];
   const Unit* panel[Geo::kPanel];
-  const auto find_panel = [&](const KeyRows& source, int64_t key, int64_t head_offset) {
+  const auto find_panel = [&](const KeyRows& source, int64_t key) {
     for (int i = 0; i < Geo::kPanel; ++i) {
-      panel[i] = source.is_readable(key + i)
-                     ? reinterpret_cast<const Unit*>(static_cast<const char*>(source.row(key + i)) +
-                                                     head_offset)
+      first_rows[i] =
+          source.is_readable(key + i) ? static_cast<const char*>(source.row(key + i)) : nullptr;
+    }
+  };
+  const auto turn_to_head = [&](int64_t head_offset) {
+    for (int i = 0; i < Geo::kPanel; ++i) {
+      panel[i] = first_rows[i] != nullptr
+                     ? reinterpret_cast<const Unit*>(first_rows[i] + head_offset)
                      : zeros;
     }
   };
 
   for (int64_t key = first + begin; key < first + end; key += Geo::kPanel) {
     const bool is_last = key + Geo::kPanel >= first + end;
+    find_panel(keys, key);
     for (int64_t head = 0; head < heads; ++head) {
       if (is_last) {
         prefetch_panel<Arithmetic>(values, problem.v_stride_head, first + begin, head, heads);
@@ -102,7 +110,7 @@ void attend_block_in_place(const FlashFwdProblem& problem, const FwdPlan& plan, 
         prefetch_panel<Arithmetic>(keys, problem.k_stride_head, key + Geo::kPanel, head, heads);
       }
       const Tile tile(problem, plan, task, task.kv_head_begin + head);
-      find_panel(keys, key, head * key_head_bytes);
+      turn_to_head(head * key_head_bytes);
       for (int half = 0; half < kTileVecs; ++half) {
         score_square_rows<Arithmetic>(rows, panel + half * kStep, Geo::units(problem.head_dim),
                                       tile.scratch.q, Tile::q_stride(problem),
@@ -120,6 +128,7 @@ void attend_block_in_place(const FlashFwdProblem& problem, const FwdPlan& plan, 
   for (Real& one : ones) one = 1;
   for (int64_t key = first + begin; key < first + end; key += Geo::kPanel) {
     const bool is_last = key + Geo::kPanel >= first + end;
+    find_panel(values, key);
     for (int64_t head = 0; head < heads; ++head) {
       if (is_last) {
         prefetch_panel<Arithmetic>(keys, problem.k_stride_head, first + plan.block_keys, head,
@@ -128,7 +137,7 @@ void attend_block_in_place(const FlashFwdProblem& problem, const FwdPlan& plan, 
         prefetch_panel<Arithmetic>(values, problem.v_stride_head, key + Geo::kPanel, head, heads);
       }
       const Tile tile(problem, plan, task, task.kv_head_begin + head);
-      find_panel(values, key, head * value_head_bytes);
+      turn_to_head(head * value_head_bytes);
       const Unit* weights =
           reinterpret_cast<const Unit*>(tile.scratch.scores) + (key - first - begin) / Geo::kPair;
       for (int64_t column = 0; column < problem.head_dim_v; column += Geo::kPanel) {

@@ -38,19 +38,19 @@ help:  ## this list
 
 build: $(LIBRARY)  ## the extension, in place
 
-demo: build $(STAMPS)/demo  ## train a small GPT-OSS with our op, then serve it (under 5 minutes)
+demo: $(STAMPS)/demo build  ## train a small GPT-OSS with our op, then serve it (under 5 minutes)
 	$(PY) examples/train_and_serve.py
 
-test: build $(STAMPS)/test lint native  ## lint, native tests and all tests that are not slow
+test: $(STAMPS)/test build lint native  ## lint, native tests and all tests that are not slow
 	$(PY) -m pytest -q tests -m "not slow"
 
-test-all: build $(STAMPS)/test lint native  ## the slow ones too
+test-all: $(STAMPS)/test build lint native  ## the slow ones too
 	$(PY) -m pytest -q tests
 
-bench: build $(STAMPS)/bench  ## the benchmark tables and plots
+bench: $(STAMPS)/bench build  ## the benchmark tables and plots
 	$(PY) benchmarks/run.py
 
-checklist: build $(STAMPS)/test  ## the nine checks of adding sinks to a model, by name
+checklist: $(STAMPS)/test build  ## the nine checks of adding sinks to a model, by name
 	$(PY) -m pytest -v tests/test_checklist.py
 
 lint: $(STAMPS)/lint  ## ruff and clang-format

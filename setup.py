@@ -143,14 +143,19 @@ def quoted(flags: list[str]) -> str:
     return shlex.join(str(flag) for flag in flags).replace("$", "$$")
 
 
-def nvcc_rule(root: Path) -> list[str]:
+def nvcc_rule(root: Path, keep_messages: bool = False) -> list[str]:
+    """The rule "nvcc"; keep_messages puts what the compiler says into $out.log."""
     host = "-fPIC,-fvisibility=hidden"
     flags = ["-std=c++17", "-O3", "-Xcompiler", host, "-cudart", "static", f"-I{SOURCE_DIR}"]
+    command = f"{root}/bin/nvcc -MD -MF $out.d {quoted(flags)} $flags -c $in -o $out"
+    if keep_messages:
+        command += " > $out.log 2>&1 || (cat $out.log; false)"
     return [
         "rule nvcc",
-        f"  command = {root}/bin/nvcc -MD -MF $out.d {quoted(flags)} $flags -c $in -o $out $log",
+        f"  command = {command}",
         "  depfile = $out.d",
         "  deps = gcc",
+        "  description = nvcc $out",
     ]
 
 
@@ -158,7 +163,8 @@ def run_ninja(folder: Path, lines: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-    subprocess.run([find_ninja(), "-C", str(folder), *jobs], check=True)
+    if subprocess.run([find_ninja(), "-C", str(folder), *jobs]).returncode != 0:
+        raise SystemExit("sink_attention_ext: not built; the compiler's messages are above")
 
 
 def find_ninja() -> str:
@@ -174,10 +180,7 @@ class NinjaBuild(BuildExtension):
     """The whole extension as one ninja file; torch's own has one set of flags for all sources."""
 
     def build_extension(self, ext) -> None:
-        try:
-            run_ninja(OBJECTS, self.ninja_lines(ext, choose_cuda()))
-        except subprocess.CalledProcessError:
-            raise SystemExit("sink_attention_ext: the compiler's messages are above") from None
+        run_ninja(OBJECTS, self.ninja_lines(ext, choose_cuda()))
         command = [find_ninja(), "-C", str(OBJECTS), "-t", "compdb", "cxx"]
         database = subprocess.run(command, capture_output=True, text=True, check=True)
         (ROOT / "compile_commands.json").write_text(database.stdout)
@@ -191,8 +194,6 @@ class NinjaBuild(BuildExtension):
         cxx_flags.append("-Wno-maybe-uninitialized")
         cxx_flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-I{SOURCE_DIR}"]
         cxx_flags += [flag for folder in ext.include_dirs for flag in ("-isystem", folder)]
-        if not IS_X86_64:
-            cxx_flags.append("-DSA_NO_X86")
         # libtorch by name: the CUDA runtime's symbols are found only through it, and nothing else
         # keeps a library without a directly used symbol.
         link_flags = [f"-L{folder}" for folder in ext.library_dirs]
@@ -201,7 +202,6 @@ class NinjaBuild(BuildExtension):
             cxx_flags += SANITIZE_FLAGS
             link_flags += SANITIZE_FLAGS
         if cuda_root is not None:
-            cxx_flags.append("-DSA_WITH_CUDA")
             link_flags += [f"-L{cuda_root}/lib64", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
         lines = [
             f"cxx = {os.environ.get('CXX', 'c++')}",
@@ -255,18 +255,18 @@ class CheckCuda(Command):
         if root is None:
             raise SystemExit("check-cuda: no nvcc on PATH or in CUDA_HOME")
         folder = ROOT / "build" / "check-cuda"
-        lines = nvcc_rule(root)
-        archs = (os.environ.get("TORCH_CUDA_ARCH_LIST") or CHECKED_CUDA_ARCHS).replace(" ", ";")
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or CHECKED_CUDA_ARCHS
+        lines, targets = nvcc_rule(root, keep_messages=True), []
         for source in cuda_sources():
-            for arch in archs.split(";"):
-                target = source.relative_to(CSRC / "cuda").with_suffix(f".sm_{arch}.o")
+            for arch in archs.replace(" ", ";").split(";"):
+                name = arch.replace(".", "").replace("+", "_")
+                targets.append(source.relative_to(CSRC / "cuda").with_suffix(f".sm_{name}.o"))
                 flags = quoted(["-Xptxas", "-v", *gencode_flags(arch)])
-                lines += [f"build {target}: nvcc {from_build(source)}", f"  flags = {flags}"]
-                lines += ["  log = > $out.log 2>&1 || (cat $out.log; false)"]
+                lines += [f"build {targets[-1]}: nvcc {from_build(source)}", f"  flags = {flags}"]
         run_ninja(folder, lines)
-        for log in sorted(folder.rglob("*.log")):
-            print(f"== {log.relative_to(folder)}")
-            print(log.read_text())
+        for target in targets:
+            print(f"== {target}")
+            print((folder / f"{target}.log").read_text(), flush=True)
 
 
 setup(

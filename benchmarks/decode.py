@@ -22,8 +22,8 @@ from cases import DTYPE_NAMES, GPT_OSS_FULL, Record, Settings
 from check import TOLERANCE, relative_error
 from environment import available_memory_bytes, last_level_cache_bytes
 from peers import EAGER, OURS, READ, SDPA
-from sweep import progress, record_of
-from timing import Contender, Rounds, Timing, WrongResultError, interleave
+from sweep import record_of
+from timing import Contender, Rounds, Timing, WrongResultError, interleave, progress
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 

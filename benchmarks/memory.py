@@ -7,12 +7,13 @@ From the rise above the resident memory before the call it takes the bytes of th
 with the backward, dq, dk, dv, ds_aux). All else counts, the LSE too. The mask that eager and a
 windowed SDPA need is made beforehand, so it counts as an input, which is generous to them.
 
-malloc is told to return every block above 64 KiB to the system at once, for all peers: otherwise
-memory freed before the call would hide what the call takes.
+malloc is told to return every block above 64 KiB to the system at once, and to trim what is left
+before the call, for all peers: otherwise memory freed before would hide what the call takes.
 """
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import os
@@ -24,7 +25,7 @@ from pathlib import Path
 import torch
 from cases import DTYPES, GPT_OSS_FULL, GPT_OSS_WINDOW, Layer, Problem, Record, Settings
 from peers import EAGER, OURS, SDPA, eager, ours, sdpa, why_not_eager
-from sweep import progress
+from timing import progress
 
 TITLE = "Peak memory beside inputs and outputs"
 LAYERS = {"full": GPT_OSS_FULL, "window": GPT_OSS_WINDOW}
@@ -51,6 +52,8 @@ def measure_here(peer: str, layer: Layer, dtype: torch.dtype, seqlen: int, backw
     a @ a
     contender_of(peer, Problem(TINY, 64, dtype, cpu), backward).call()
     contender = contender_of(peer, Problem(layer, seqlen, dtype, cpu), backward)
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc
+        libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident_bytes("VmRSS")
     results = contender.call()

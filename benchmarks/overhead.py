@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from cases import DTYPE_NAMES, GPT_OSS_FULL, GPT_OSS_WINDOW, HEAD_DIM_128, Problem, Record, Settings
 from peers import ours
-from sweep import progress, record_of
-from timing import Rounds, interleave
+from sweep import record_of
+from timing import Rounds, interleave, progress
 
 TITLE = "Cost of the sink"
 SEQLEN = 2048

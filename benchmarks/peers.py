@@ -18,7 +18,6 @@ from check import make_check
 from environment import available_memory_bytes
 from timing import Contender, Rounds, interleave
 from torch.nn.functional import scaled_dot_product_attention
-from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 import sink_attention_ext
 
@@ -90,6 +89,9 @@ def ours(problem: Problem, *, backward: bool, sink: bool = True) -> Contender:
 
 def eager(problem: Problem, *, backward: bool) -> Contender:
     """transformers' eager_attention_forward, called as its GptOssAttention calls it."""
+    # Imported here, since it takes seconds and memory.py starts many processes.
+    from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+
     group = problem.layer.num_heads_q // problem.layer.num_heads_kv
     mask, scaling = problem.additive_mask(), problem.layer.head_dim**-0.5
 

@@ -67,7 +67,8 @@ def megabytes(record: Record) -> str:
 
 
 def gigabytes_per_second(record: Record) -> str:
-    return f"{record.kv_bytes / record.value / 1e9:.1f}"
+    rate = record.kv_bytes / record.value / 1e9
+    return f"{rate:.1f}" if rate >= 1 else f"{rate:.2f}"
 
 
 def rows_of(records: list[Record]) -> list[Row]:

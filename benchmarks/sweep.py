@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import sys
 
 import flex
 import torch
 from cases import DTYPE_NAMES, Layer, Problem, Record, Settings
 from peers import EAGER, FLEX, SDPA, eager, faster_sdpa_expands, ours, sdpa, why_not_eager
-from timing import Rounds, Timing, interleave
+from timing import Rounds, Timing, interleave, progress
 
 EAGER_TURNS = 2
-
-
-def progress(message: str) -> None:
-    print(f"... {message}", file=sys.stderr, flush=True)
 
 
 def rounds_for(settings: Settings, backward: bool) -> Rounds:

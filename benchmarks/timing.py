@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +19,10 @@ import torch
 # A first, checked call this long is not distorted by cold caches and thread start-up: it counts as
 # the contender's first turn. A shorter one is repeated.
 WARM_CALL_SECONDS = 1.0
+
+
+def progress(message: str) -> None:
+    print(f"... {message}", file=sys.stderr, flush=True)
 
 
 class WrongResultError(Exception):

@@ -72,6 +72,7 @@ def both(model: nn.Module, run: Callable[[nn.Module], Result]) -> tuple[Result, 
     results = []
     for name in (OURS, "eager"):
         model.set_attn_implementation(name)
+        assert model.config._attn_implementation == name
         results.append(run(model))
     model.set_attn_implementation(OURS)
     return results[0], results[1]

@@ -33,6 +33,7 @@ def paged_sink_attention(
     attention_mask: Tensor | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     cache: Any = None,
@@ -70,19 +71,21 @@ def paged_sink_attention(
     options = kernel_options(module, query, dropout, scaling, softcap, s_aux, kwargs)
     q, k, v = (t[0].transpose(0, 1) for t in to_compute_dtype(module, query, key, value))
 
-    window = getattr(module, "sliding_window", None)
-    layer_type = "sliding_attention" if window else "full_attention"
+    ring = cache.sliding_windows[module.layer_idx]  # 1: full attention, every token is kept
+    is_ring = ring > 1
     if isinstance(cu_seq_lens_k, dict):
+        layer_type = "sliding_attention" if is_ring else "full_attention"
         cu_seq_lens_k, max_seqlen_k = cu_seq_lens_k[layer_type], max_seqlen_k[layer_type]
+    window = ring if is_ring else sliding_window
     options |= {"causal": True, "window_size": (window - 1 if window else -1, 0)}
 
     group, index = cache.layer_index_to_group_indices[module.layer_idx]
     old_slots, new_slots = read_index[group], write_index[group]
     k_cache, v_cache = cache.key_cache[index], cache.value_cache[index]
 
-    if old_slots.numel() > 0 and (not window or max_seqlen_q == 1):
+    if old_slots.numel() > 0 and (not is_ring or max_seqlen_q == 1):
         _write(k, v, k_cache, v_cache, new_slots)
-        if window:  # one row per request: its own slot stands where read_index has the sentinel
+        if is_ring:  # one row per request: its own slot stands where read_index has the sentinel
             old_slots = _with_new_slots(old_slots, new_slots, cache.sentinel_index)
         out = flash_attn_with_kvcache(
             q,

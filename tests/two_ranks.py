@@ -1,0 +1,38 @@
+"""Runs a function in two processes of a gloo group, as two GPUs of tensor parallelism would."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+WORLD = 2
+
+
+def _run(rank: int, function: Callable[..., None], port: int, args: tuple[Any, ...]) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(WORLD),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    try:
+        function(rank, *args)
+    finally:
+        dist.destroy_process_group()
+
+
+def on_two_ranks(function: Callable[..., None], *args: Any) -> None:
+    """function(rank, *args) of a module's top level; an error on a rank is raised here."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_run, (function, port, args), nprocs=WORLD, join=True)

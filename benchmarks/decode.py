@@ -62,8 +62,8 @@ class PagedCache:
 
 
 def tiled_normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Normal numbers: a megabyte or so, repeated, since drawing gigabytes takes a while."""
-    tile = torch.randn(min(shape[0], 67), *shape[1:], generator=torch.Generator().manual_seed(1))
+    """Normal numbers: those of 1021 pages, repeated, since drawing gigabytes takes a while."""
+    tile = torch.randn(min(shape[0], 1021), *shape[1:], generator=torch.Generator().manual_seed(1))
     result = torch.empty(shape, dtype=dtype, device=device)
     for start in range(0, shape[0], tile.shape[0]):
         part = result[start : start + tile.shape[0]]

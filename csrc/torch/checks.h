@@ -32,17 +32,19 @@ inline void check(bool ok, const Parts&... parts) {
   throw std::runtime_error(std::move(message).str());
 }
 
-inline std::string shape_string(const int64_t* sizes, size_t rank) {
-  std::ostringstream text;
+// A shape as messages show it, "(2, 3)"; formatted only where a message is written.
+struct Shape {
+  const int64_t* sizes;
+  int64_t rank;
+};
+
+inline std::ostream& operator<<(std::ostream& text, const Shape& shape) {
   text << '(';
-  for (size_t i = 0; i < rank; ++i) text << (i > 0 ? ", " : "") << sizes[i];
-  text << (rank == 1 ? ",)" : ")");
-  return std::move(text).str();
+  for (int64_t i = 0; i < shape.rank; ++i) text << (i > 0 ? ", " : "") << shape.sizes[i];
+  return text << (shape.rank == 1 ? ",)" : ")");
 }
 
-inline std::string shape_of(const Tensor& tensor) {
-  return shape_string(tensor.sizes().data(), tensor.dim());
-}
+inline Shape shape_of(const Tensor& tensor) { return {tensor.sizes().data(), tensor.dim()}; }
 
 inline const char* dtype_name(ScalarType dtype) {
   switch (dtype) {
@@ -75,8 +77,8 @@ inline void check_shape(const Tensor& tensor, const char* name,
   bool same = tensor.dim() == static_cast<int64_t>(expected.size());
   const int64_t* want = expected.begin();
   for (size_t i = 0; same && i < expected.size(); ++i) same = tensor.size(i) == want[i];
-  check(same, name, " must have shape ", shape_string(want, expected.size()), ", got ",
-        shape_of(tensor));
+  check(same, name, " must have shape ", Shape{want, static_cast<int64_t>(expected.size())},
+        ", got ", shape_of(tensor));
 }
 
 inline void check_dtype(const Tensor& tensor, const char* name, ScalarType expected) {

@@ -53,6 +53,7 @@ INSTRUCTION_SET_FLAGS = {  # of csrc/cpu/simd/<name>.cpp: the same headers, comp
     "kernels_avx512_bf16": [*AVX512, "-mavx512bf16"],
 }
 SANITIZE_FLAGS = [
+    "-O1",  # at -O3 the checks take the compiler minutes for each file of kernels
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=all",
     "-fno-omit-frame-pointer",

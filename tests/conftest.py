@@ -7,9 +7,14 @@ that this machine has: the CPU, and a GPU where both the build and the machine h
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+# Read when torch is loaded. Threads that spin while they wait for each other take the core that the
+# awaited one needs: beside other programs the many small tensors here took ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch

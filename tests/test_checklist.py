@@ -1,4 +1,4 @@
-"""The nine checks that anyone who has added sinks to a model goes through: make checklist lists them."""
+"""The nine checks that anyone goes through who has added sinks to a model (make checklist)."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def inputs(dtype=torch.float32, scale=1.0, seed=0):
 
 
 def eager(q, k, v, s_aux, window):
-    """As transformers' GPT-OSS does it: append the sink as one more column, soften, drop the column."""
+    """As transformers' GPT-OSS does it: append the sink as a column, soften, drop the column."""
     k, v = (t.repeat_interleave(HEADS_Q // HEADS_KV, dim=2) for t in (k, v))
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * HEAD_DIM**-0.5
     row = torch.arange(SEQLEN)
@@ -147,10 +147,13 @@ def test_4_lse_renormalisation_of_torch_flash_attention_equals_ours_with_gradien
     ours = gradients(flash_attn_func(q, k, v, causal=True, s_aux=s_aux))
     k_all, v_all = (t.repeat_interleave(groups, dim=2) for t in (k, v))
     torchs = gradients(TorchFlashWithSink.apply(q, k_all, v_all, s_aux))
-    # And by autograd alone, where the backend's backward takes the gradient of its lse, as ours does.
+    # And by autograd alone, where the backend's backward takes the gradient of its lse, as ours
+    # does.
     without = flash_attn_func(q, k, v, causal=True, return_lse=True)
     renormalised = gradients(apply_sink(*without, s_aux)[0])
-    for name, a, b, c in zip(("out", "q", "k", "v", "s_aux"), ours, torchs, renormalised, strict=True):
+    for name, a, b, c in zip(
+        ("out", "q", "k", "v", "s_aux"), ours, torchs, renormalised, strict=True
+    ):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
         torch.testing.assert_close(a, c, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -202,7 +205,7 @@ def test_7_bfloat16_stays_finite_at_every_magnitude(magnitude):
 
 
 def test_8_long_sequences_keep_a_bounded_cache():
-    """20,000 tokens through transformers' sliding cache: it holds window - 1, and nothing is lost."""
+    """20,000 tokens through transformers' sliding cache, which holds window - 1 of them."""
     model = gpt_oss(num_hidden_layers=1, layer_types=["sliding_attention"])
     window, length, chunk = model.config.sliding_window, 20_000, 2_500
     ids = tokens(1, length)

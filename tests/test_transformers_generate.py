@@ -1,4 +1,4 @@
-"""generate(): dynamic and static caches, padded or not, prompts shorter and longer than the window."""
+"""generate(): dynamic and static caches, padded or not, prompts around the window's length."""
 
 import pytest
 import torch
@@ -73,15 +73,21 @@ def test_decode_on_a_static_cache_by_hand(model, with_mask):
 
 @pytest.mark.parametrize("cache", [DynamicCache, StaticCache])
 def test_decode_behind_a_prompt_padded_on_the_right(model, cache):
-    """The padding mask then has zeros between ones. (generate() itself warns of such prompts: it would
-    read the first new token off a row of padding, which in eager sees the prompt and here nothing.)
+    """The padding mask then has zeros between ones.
+
+    generate() itself warns of such prompts: it would read the first new token off a row of padding,
+    which in eager sees the prompt and here nothing.
     """
     ids = tokens(2, 40)
     prompt = padding_mask(30, [30, 23], "right")
     mask = torch.cat([prompt, torch.ones(2, 10, dtype=torch.long)], dim=1)
 
     def run(m):
-        past = cache(config=m.config, max_cache_len=64) if cache is StaticCache else cache(config=m.config)
+        past = (
+            cache(config=m.config, max_cache_len=64)
+            if cache is StaticCache
+            else cache(config=m.config)
+        )
         steps = []
         for start, stop in ((0, 30), *((i, i + 1) for i in range(30, 40))):
             part = {"attention_mask": mask[:, :stop], "past_key_values": past}
@@ -107,7 +113,7 @@ def test_prefill_in_chunks_inside_generate(model):
 
 
 def test_a_conversation_continues_on_its_cache(model):
-    """A second prompt on top of a full sliding cache: several rows, and more keys than the window."""
+    """A second prompt on a full sliding cache: several rows, and more keys than the window."""
     first, second = tokens(1, 30), tokens(1, 25, seed=5)
 
     def run(m):
@@ -146,5 +152,3 @@ def test_static_cache_compiled_in_full(model, side):
         torch._dynamo.reset()
     assert_same_generation(ours, expected)
     assert counter.frame_count <= 4
-
-

@@ -1,4 +1,4 @@
-"""Our mask objects against transformers' own written-out masks, and refusal of what is inexpressible."""
+"""Our mask objects against masks that transformers writes out, and what is refused."""
 
 import itertools
 from types import SimpleNamespace
@@ -40,7 +40,7 @@ def inputs(batch, q_length, kv_length, seed=0):
 
 
 def eager(q, k, v, s_aux, visible):
-    """Attention with a sink under visible (batch, 1, q_length, kv_length); rows of nothing give 0."""
+    """Attention with a sink, where visible (batch, 1, q_length, kv_length)."""
     k, v = (t.repeat_interleave(HEADS_Q // HEADS_KV, dim=1) for t in (k, v))
     scores = q @ k.transpose(2, 3) * HEAD_DIM**-0.5
     scores = scores.masked_fill(~visible, -torch.inf)
@@ -121,9 +121,7 @@ def test_sliding_cache_that_has_dropped_tokens(padded):
     for past, new in itertools.product([8, 20], [1, 5]):
         kv_offset = past - window + 1
         padding = padding_mask(past + new, [past + new, new + 3], "left").bool() if padded else None
-        check(
-            new, window - 1 + new, past, kv_offset, sliding(window), padding, local_size=window
-        )
+        check(new, window - 1 + new, past, kv_offset, sliding(window), padding, local_size=window)
 
 
 def test_holes_in_the_padding_mask():

@@ -136,28 +136,58 @@ def test_packed_rows_of_a_model_that_tells_its_masks():
     """Llama hands position_ids to the mask function, so transformers' eager is an oracle here."""
     model = build("llama")
     ids = tokens(2, 30)
-    position_ids = torch.stack([torch.arange(30) % 10, torch.cat([torch.arange(3), torch.arange(27)])])
+    position_ids = torch.stack(
+        [torch.arange(30) % 10, torch.cat([torch.arange(3), torch.arange(27)])]
+    )
     run = {"position_ids": position_ids, "use_cache": False}
     ours, eager = both(model, lambda m: logits(m, ids, **run))
     assert max_diff(ours, eager) < 1e-5 * eager.abs().max()
 
 
-def test_a_decoder_compiled_in_full():
-    """Under torch.compile transformers packs by position_ids whether they restart or not."""
-    model = build("llama")
-    ids = tokens(2, 24)
-    expected = logits(model, ids)
+def compiled(function):
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: model(x, use_cache=False).logits, fullgraph=True, backend="eager")
+    return torch.compile(function, fullgraph=True, backend="eager")
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "deepseek_v3", "gpt2"])
+def test_a_decoder_compiled_in_full(name):
+    """Under torch.compile transformers packs by position_ids whether they start anew or not."""
+    model = build(name)
+    ids = tokens(2, 24)
+    mask = padding_mask(24, [24, 15], "left")
+    expected = logits(model, ids)
+    masked = logits(model, ids, attention_mask=mask)
     with torch.no_grad():
-        assert max_diff(compiled(ids), expected) < 1e-5 * expected.abs().max()
-    with torch.no_grad(), pytest.raises(RuntimeError, match="need cu_seq_lens_q"):
-        restart = (torch.arange(24) % 12).expand(2, -1)
-        torch.compile(
-            lambda x: model(x, position_ids=restart, use_cache=False).logits,
-            fullgraph=True,
-            backend="eager",
-        )(ids)
+        ours = compiled(lambda x: model(x, use_cache=False).logits)(ids)
+        assert max_diff(ours, expected) < 1e-5 * expected.abs().max()
+        ours = compiled(lambda x: model(x, attention_mask=mask, use_cache=False).logits)(ids)
+        assert max_diff(ours, masked) < 1e-5 * expected.abs().max()
+        starts_anew = (torch.arange(24) % 12).expand(2, -1)
+        with pytest.raises(RuntimeError, match="need cu_seq_lens_q"):
+            compiled(lambda x: model(x, position_ids=starts_anew, use_cache=False).logits)(ids)
+    torch._dynamo.reset()
+
+
+def test_compiled_images_are_refused():
+    """Gemma 3 lets the tokens of an image see each other."""
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(**(SMALL | {"head_dim": 16, "sliding_window": 16}))
+    model = transformers.Gemma3ForCausalLM(config).eval()
+    model.set_attn_implementation("sink_attention")
+    blocks = torch.full((1, 24), -1)
+    causal, embeddings = transformers.masking_utils.create_causal_mask, torch.zeros(1, 24, 64)
+
+    def forward(blocks):
+        mask = causal(config, embeddings, None, None, block_sequence_ids=blocks)
+        layer = model.model.layers[1].self_attn
+        q, k, v = (torch.ones(1, heads, 24, 16) for heads in (4, 2, 2))
+        return transformers.AttentionInterface()["sink_attention"](layer, q, k, v, mask)[0]
+
+    with torch.no_grad():
+        assert compiled(forward)(blocks).isfinite().all()
+        blocks[0, 3:7] = 0
+        with pytest.raises(RuntimeError, match="lets rows see later keys"):
+            compiled(forward)(blocks)
     torch._dynamo.reset()
 
 

@@ -62,7 +62,7 @@ def test_other_blocks_and_chunks(model, config):
 
 
 def test_requests_that_wait_for_blocks(model):
-    """A cache for about two requests at once: the others wait, or lose their blocks and start anew."""
+    """A cache for about two requests: the others wait, or lose their blocks and start anew."""
     given = prompts((37, 30, 23, 33))
     served = serve(model, "paged|sink_attention", given, num_blocks=24)
     assert served == one_by_one(model, given)
@@ -198,7 +198,9 @@ def test_one_layer_against_transformers_cache_update(name, window):
     module = SimpleNamespace(layer_idx=0, modules=lambda: iter(()))
     ours, _ = paged.paged_sink_attention(module, q, k, v, cache=cache, s_aux=sinks, **kwargs)
     assert max_diff(ours, expected) < 1e-6
-    kept = [i for i in range(256)]  # beside the trash, where the order of writes is nobody's business
+    kept = [
+        i for i in range(256)
+    ]  # beside the trash, where the order of writes is nobody's business
     assert torch.equal(cache.key_cache[0][kept], theirs.key_cache[0][kept])
     assert torch.equal(cache.value_cache[0][kept], theirs.value_cache[0][kept])
 

@@ -60,5 +60,7 @@ def test_gpt_oss_with_sharded_heads_and_sinks(tmp_path):
 
 def test_sinks_of_all_heads_beside_sharded_heads_are_refused():
     q, k, v = (torch.randn(1, heads, 5, 8) for heads in (4, 1, 1))
-    with pytest.raises(ValueError, match="4 query heads .* Under tensor parallelism shard the sinks"):
+    with pytest.raises(
+        ValueError, match="4 query heads .* Under tensor parallelism shard the sinks"
+    ):
         sink_attention(nn.Module(), q, k, v, None, is_causal=True, s_aux=torch.zeros(8))

@@ -185,9 +185,7 @@ def test_packed_sequences_compiled_need_their_bounds():
     model = gpt_oss(num_hidden_layers=2)
     model.set_experts_implementation("batched_mm")
     ids, position_ids, bounds = packed((9, 15))
-    (expected, _), (ours, _) = compiled_gradients(
-        model, ids, position_ids=position_ids, **bounds
-    )
+    (expected, _), (ours, _) = compiled_gradients(model, ids, position_ids=position_ids, **bounds)
     assert max_diff(ours, expected) < 1e-5
     with pytest.raises(RuntimeError, match="need cu_seq_lens_q"):
         compiled_gradients(model, ids, position_ids=position_ids)
@@ -196,7 +194,9 @@ def test_packed_sequences_compiled_need_their_bounds():
 def test_a_mask_with_holes_compiled_is_refused():
     model = gpt_oss(num_hidden_layers=2)
     model.set_experts_implementation("batched_mm")
-    holes = torch.ones(1, 14, dtype=torch.long)  # not longer than the window: eager mode computes it
+    holes = torch.ones(
+        1, 14, dtype=torch.long
+    )  # not longer than the window: eager mode computes it
     holes[0, 5:8] = 0
     with pytest.raises(RuntimeError, match="zeros between ones"):
         compiled_gradients(model, tokens(1, 14), attention_mask=holes)

@@ -1,7 +1,7 @@
 """Step time and peak memory of training, each attention in a process of its own.
 
-As a script, with the name of an attention: prints seconds per step and peak bytes above what the process
-held before its first step of full length, as JSON.
+As a script, with the name of an attention: prints seconds per step and peak bytes above what the
+process held before its first step of full length, as JSON.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def _main(attention: str) -> None:
     before = _resident_bytes()
     seconds = min(step(SEQLEN) for _ in range(3))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": seconds, "bytes": peak - before, "threads": torch.get_num_threads()}))
+    print(
+        json.dumps({"seconds": seconds, "bytes": peak - before, "threads": torch.get_num_threads()})
+    )
 
 
 if __name__ == "__main__":

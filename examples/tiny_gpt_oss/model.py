@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from tiny_gpt_oss.text import BOS, EOS, VOCAB
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from sink_attention_ext.integrations.transformers import register
+from tiny_gpt_oss.text import BOS, EOS, VOCAB
 
 OURS = "sink_attention"
 WINDOW = 64

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 
 import torch
-from tiny_gpt_oss.text import BOS
 from torch import nn
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
+
+from tiny_gpt_oss.text import BOS
 
 
 def generation_config(new_tokens: int) -> GenerationConfig:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from pydoc_data import topics
+
+import torch
 from torch import Tensor
 
 BOS, EOS = 256, 257

@@ -6,9 +6,10 @@ import math
 import time
 
 import torch
-from tiny_gpt_oss import text
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from tiny_gpt_oss import text
 
 WARMUP = 20
 

@@ -51,15 +51,12 @@ def sink_attention_mask(
     """
     if isinstance(attention_mask, AttentionMask):  # generate() made it before the forward
         return attention_mask
-    if is_tracing():
-        row_begin, pattern = q_offset - kv_offset, recognise_traced
-    else:
+    if isinstance(q_offset, Tensor) and q_length > 1 and not is_tracing():
         # A static cache's length is read by the host, but for decoding: that forward may be
         # compiled, and should not depend on a number that changes with each token.
-        if isinstance(q_offset, Tensor) and q_length > 1:
-            q_offset = int(q_offset)
-        row_begin, pattern = q_offset - kv_offset, recognise
-    rule = pattern(
+        q_offset = int(q_offset)
+    row_begin = q_offset - kv_offset
+    rule = (recognise_traced if is_tracing() else recognise)(
         mask_function,
         attention_mask=attention_mask,
         batch_size=batch_size,
@@ -78,8 +75,8 @@ def sink_attention_mask(
         return PackedMask.from_starts(rule.starts, rule.causal, rule.window_size)
     key_end = _key_end(rule, row_begin, q_length, kv_length, device)
     if attention_mask is None:
-        return UnpaddedMask(*shape, key_end=key_end, may_be_packed=rule.may_be_packed)
-    return _padded(shape, attention_mask, row_begin, key_end, kv_offset, rule.may_be_packed)
+        return UnpaddedMask(*shape, key_end=key_end, is_packed=rule.is_packed)
+    return _padded(shape, attention_mask, row_begin, key_end, kv_offset)
 
 
 def mask_of_pattern(rule: MaskPattern, q_length: int, kv_length: int) -> AttentionMask:
@@ -127,7 +124,6 @@ def _padded(
     row_begin: int | Tensor,
     key_end: int | Tensor,
     kv_offset: int,
-    may_be_packed: bool,
 ) -> AttentionMask:
     """A 2D padding mask (batch, tokens) bool, on top of `shape`'s causality and window."""
     q_length, kv_length, causal, window_size = shape
@@ -152,14 +148,12 @@ def _padded(
 
     is_full, has_holes = torch.stack([is_full, has_holes]).tolist()
     if is_full:
-        return UnpaddedMask(*shape, key_end=key_end, may_be_packed=may_be_packed)
+        return UnpaddedMask(*shape, key_end=key_end)
     if not has_holes:
         return PaddedMask(*shape, **bounds, row_begin=row_begin)
 
     window = window_size[0]
-    if window >= 0 and int(key_end) <= window + 1:  # no row is far enough for the window to matter
-        window_size = (-1, window_size[1])
-    if window_size not in ((-1, -1), (-1, 0)):
+    if window >= 0 and (not causal or int(key_end) > window + 1):  # else no row is far enough
         raise ValueError(
             "sink_attention cannot compute an attention_mask with zeros between ones together with "
             f"a sliding window of {window + 1} tokens over {int(key_end)} keys: pad on one side "
@@ -170,6 +164,4 @@ def _padded(
         row_mask = key_mask[:, begin : begin + q_length]
     else:
         row_mask = key_mask.new_ones(key_mask.shape[0], q_length)
-    return GatheredMask(
-        *(q_length, kv_length, causal, window_size), key_mask=key_mask, row_mask=row_mask
-    )
+    return GatheredMask(*shape, key_mask=key_mask, row_mask=row_mask)

@@ -24,7 +24,7 @@ class MaskPattern:
     causal: bool
     window_size: tuple[int, int]
     starts: Tensor | None = None  # (batch, seqlen) bool: where packed sequences begin
-    may_be_packed: bool = False  # traced: their position_ids have to be looked at
+    is_packed: Tensor | None = None  # traced: 0-d bool, known when the compiled code runs
     # Only of a mask that was written out: sequence b sees keys [key_start[b], key_stop[b]), both
     # (batch,) int32, and its first row stands at key row_begin.
     key_start: Tensor | None = None
@@ -146,9 +146,9 @@ def recognise_traced(
 ) -> MaskPattern:
     """The same where closures cannot be opened: from the arguments beside the mask function.
 
-    A rule that lets a row see its successor (images whose tokens see each other) is found by a probe
-    when the compiled code runs. Packed sequences are left to the attention function, which has their
-    position_ids.
+    When the compiled code runs, a probe finds a rule that lets a row see its successor (images
+    whose tokens see each other), and one that hides its predecessor: packed sequences. Those are
+    left to the attention function, which may have been given their bounds.
     """
     if use_vmap:
         raise ValueError(
@@ -165,16 +165,20 @@ def recognise_traced(
     if allow_is_causal_skip:  # transformers says that it is nothing but that
         return MaskPattern(causal=True, window_size=window_size)
     row = torch.arange(q_length, device=device) + q_offset
-    successor = row + 1
-    exists = successor < kv_offset + kv_length
     sequence = torch.arange(batch_size, device=device)[:, None]
-    sees = mask_function(sequence, 0, row, torch.where(exists, successor, row))
+
+    def sees(key: Tensor, otherwise: bool) -> Tensor:
+        exists = (key >= kv_offset) & (key < kv_offset + kv_length)
+        return torch.where(
+            exists, mask_function(sequence, 0, row, key.where(exists, row)), otherwise
+        )
+
     torch._assert_async(
-        ~(sees & exists).any(),
+        ~sees(row + 1, otherwise=False).any(),
         "sink_attention computes causal masks only; this mask function lets rows see later keys",
     )
-    is_first = attention_mask is None and not isinstance(q_offset, Tensor)
-    return MaskPattern(causal=True, window_size=window_size, may_be_packed=is_first)
+    is_packed = None if local_size == 1 else ~sees(row - 1, otherwise=True).all()
+    return MaskPattern(causal=True, window_size=window_size, is_packed=is_packed)
 
 
 # ---- masks that are written out ----
@@ -260,7 +264,7 @@ def _visible(mask: Tensor, batch: int, source: str) -> Tensor:
 
 def _refusal(source: str, why: str) -> ValueError:
     return ValueError(
-        f"sink_attention cannot compute {source}: {why}. Its kernels take causal or full visibility, a "
-        "sliding window, padding by a 2D mask, and packed sequences by position_ids or "
-        "cu_seq_lens_q; use attn_implementation='eager' for other masks"
+        f"sink_attention cannot compute {source}: {why}. Its kernels take causal or full "
+        "visibility, a sliding window, padding by a 2D mask, and packed sequences by position_ids "
+        "or cu_seq_lens_q; use attn_implementation='eager' for other masks"
     )

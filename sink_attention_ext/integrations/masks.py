@@ -1,17 +1,18 @@
 """What a query row may see, in forms that the kernels compute without a mask tensor.
 
-transformers calls our mask function once per forward and kind of layer, and hands what it returns to
-every such layer. It returns one of these objects instead of a (batch, 1, q_length, kv_length) tensor:
+transformers calls our mask function once per forward and kind of layer, and hands what it returns
+to every such layer. It returns one of these objects instead of a (batch, 1, q_length, kv_length)
+tensor:
 
     UnpaddedMask   the same keys [0, key_end) for every sequence of the batch
     PaddedMask     keys [key_start[b], key_stop[b]) for sequence b: padding on the left or the right
     GatheredMask   any set of keys per sequence (holes in the padding mask), without a window
     PackedMask     several sequences in one row of the batch, by cu_seqlens
 
-Each has ``attend(q, k, v, ...)``, which picks the kernel. In all of them rows stand bottom-right: the
-last row of a sequence stands at its last key. ``q`` is (batch, num_heads_q, q_length, head_dim), ``k``
-and ``v`` are (batch, num_heads_kv, kv_length, head_dim), as transformers lays them out; the result is
-(batch, q_length, num_heads_q, head_dim_v).
+Each has ``attend(q, k, v, ...)``, which picks the kernel. In all of them rows stand bottom-right:
+the last row of a sequence stands at its last key. ``q`` is (batch, num_heads_q, q_length,
+head_dim), ``k`` and ``v`` are (batch, num_heads_kv, kv_length, head_dim), as transformers lays
+them out; the result is (batch, q_length, num_heads_q, head_dim_v).
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from torch import Tensor
 from sink_attention_ext.interface import flash_attn_func, flash_attn_varlen_func
 from sink_attention_ext.kvcache import flash_attn_with_kvcache
 
-# Up to so many new rows, and without gradients, the cache is read where it lies (split over its keys
-# and never copied); with more rows the kernels for long queries are faster.
+# Up to so many new rows, and without gradients, the cache is read where it lies (split over its
+# keys and never copied); with more rows the kernels for long queries are faster.
 DECODE_ROWS = 16
 
 
 def is_tracing() -> bool:
-    """Values of tensors cannot be read: torch.compile, torch.export or torch.jit.trace is looking."""
+    """Whether torch.compile, torch.export or torch.jit.trace is looking: values cannot be read."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
@@ -43,8 +44,9 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 class AttentionMask:
     """Common part: the shape it was made for, and what is visible beside the bounds of the keys.
 
-    A plain class, neither a tensor nor a dataclass: wrappers that cast or rebuild a module's inputs
-    (FSDP, DDP) leave it alone. It offers the methods that transformers and accelerate call on masks.
+    A plain class, neither a tensor nor a dataclass: wrappers that cast or rebuild a module's
+    inputs (FSDP, DDP) leave it alone. It offers the methods that transformers and accelerate call
+    on masks.
     """
 
     ndim = 4  # tells transformers that this is no 2D padding mask any more
@@ -95,10 +97,10 @@ class UnpaddedMask(AttentionMask):
     cache: what lies behind key_end is not yet written).
     """
 
-    def __init__(self, *shape: Any, key_end: int | Tensor, may_be_packed: bool = False) -> None:
+    def __init__(self, *shape: Any, key_end: int | Tensor, is_packed: Tensor | None = None) -> None:
         super().__init__(*shape)
         self.key_end = key_end
-        self.may_be_packed = may_be_packed  # traced: the mask function could not see whether it is
+        self.is_packed = is_packed  # under torch.compile: 0-d bool, the mask function packs
         self._packed: tuple[Tensor, PackedMask | None] | None = None
 
     def attend(
@@ -149,17 +151,16 @@ class UnpaddedMask(AttentionMask):
             return self
         if isinstance(self.key_end, Tensor) or self.key_end != self.q_length:
             return self
-        is_plain = isinstance(position_ids, Tensor) and position_ids.dim() == 2
-        if not is_plain or position_ids.shape[1] != self.q_length:
-            if self.may_be_packed:
-                raise ValueError(
-                    "position_ids (batch, seqlen) or cu_seq_lens_q and cu_seq_lens_k must reach the "
-                    "attention function under torch.compile: sequences may be packed"
-                )
-            return self
-        if is_tracing():
+        is_packed = self.is_packed
+        if is_packed is None:
+            is_plain = isinstance(position_ids, Tensor) and position_ids.dim() == 2
+            if not is_plain or position_ids.shape[1] != self.q_length:
+                return self
+            if is_tracing():
+                is_packed = (position_ids.diff(dim=-1) <= 0).any()
+        if is_packed is not None:
             torch._assert_async(
-                (position_ids.diff(dim=-1) > 0).all(),
+                ~is_packed,
                 "sink_attention: packed sequences (position_ids that start anew) under "
                 "torch.compile need cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k",
             )
@@ -254,9 +255,10 @@ class PaddedMask(AttentionMask):
 
 
 class GatheredMask(AttentionMask):
-    """Sequence b sees the keys where key_mask[b]; rows outside row_mask give 0. No window.
+    """Sequence b sees the keys where key_mask[b]; rows outside row_mask give 0.
 
-    Keys and rows are gathered without the gaps. That keeps their order, so causal stays causal.
+    Keys and rows are gathered without the gaps. That keeps their order, so causal stays causal. A
+    window would become wider, so there is none, or one that all keys fit in.
     """
 
     def __init__(self, *shape: Any, key_mask: Tensor, row_mask: Tensor) -> None:
@@ -279,7 +281,7 @@ class GatheredMask(AttentionMask):
             self.cu_seqlens_k,
             self.q_length,
             self.kv_length,
-            **self._visible(),
+            causal=self.causal,
             deterministic=deterministic,
             **options,
         )
@@ -346,8 +348,8 @@ def _cumulative(lengths: Tensor) -> Tensor:
 def _token_pages(cache: Tensor) -> tuple[Tensor, int]:
     """A view (num_pages, 1, num_heads, head_dim) of cache (batch, num_heads, seqlen, head_dim).
 
-    Page ``b * stride + j`` holds token j of sequence b. Pages in between interleave with other heads'
-    tokens; no table leads there.
+    Page ``b * stride + j`` holds token j of sequence b. Pages in between interleave with other
+    heads' tokens; no table leads there.
     """
     batch, num_heads, seqlen, head_dim = cache.shape
     row, token = cache.stride(0), cache.stride(2)

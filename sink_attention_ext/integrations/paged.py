@@ -1,15 +1,15 @@
 """Continuous batching in transformers 5.17 (``model.generate_batch``): name "paged|sink_attention".
 
-transformers keeps keys and values of all requests in tensors (slots, num_heads_kv, head_dim), one slot a
-token, and hands each layer the slots of the tokens that its rows may see (read_index, one request
-after the other, lengths in cu_seq_lens_k) and the slots of the new tokens (write_index). Our paged
-operator reads that as pages of one token:
+transformers keeps keys and values of all requests in tensors (slots, num_heads_kv, head_dim), one
+slot a token, and hands each layer the slots of the tokens that its rows may see (read_index, one
+request after the other, lengths in cu_seq_lens_k) and the slots of the new tokens (write_index).
+Our paged operator reads that as pages of one token:
 
 * full attention: the new tokens are written, then the cache is read in place;
-* sliding window, one new token per request (decode): the same. The ring of `window` slots lets the new
-  token overwrite one that has just left the window;
-* sliding window, several new tokens: the ring would lose tokens that the first of them still see, so
-  the at most window - 1 old ones are gathered before the write;
+* sliding window, one new token per request (decode): the same. The ring of `window` slots lets
+  the new token overwrite one that has just left the window;
+* sliding window, several new tokens: the ring would lose tokens that the first of them still see,
+  so the at most window - 1 old ones are gathered before the write;
 * nothing cached yet: the new tokens attend to each other, packed.
 """
 

@@ -5,10 +5,10 @@
     register()
     model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="sink_attention")
 
-works for every model that asks transformers' AttentionInterface, with a sink (``s_aux``) where the
-model passes one: padded batches, sliding windows, dynamic and static caches, packed sequences,
-training, torch.compile. For continuous batching (``model.generate_batch``, transformers 5.17) the name
-is "paged|sink_attention".
+works for every model that asks transformers' AttentionInterface, with a sink (``s_aux``) where
+the model passes one: padded batches, sliding windows, dynamic and static caches, packed
+sequences, training, torch.compile. For continuous batching (``model.generate_batch``,
+transformers 5.17) the name is "paged|sink_attention".
 
 A mask or an option that the kernels do not compute is a ValueError that names it.
 """
@@ -39,9 +39,10 @@ UNSUPPORTED = ("position_bias", "indices", "block_indices", "head_mask", "attent
 
 
 def register() -> None:
-    """Makes attn_implementation="sink_attention" known to transformers; may be called any number of times.
+    """Makes attn_implementation="sink_attention" known to transformers.
 
-    Before or after models are imported; it only has to come before a model is told to use the name.
+    Any number of times, before or after models are imported; it only has to come before a model is
+    told to use the name.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -96,9 +97,13 @@ def sink_attention(
         mask = _mask_of_tensor(attention_mask, query)
     elif attention_mask is None:
         mask = _mask_of_layer(module, query, key, is_causal, sliding_window)
-    else:
+    elif isinstance(attention_mask, AttentionMask):
         mask = attention_mask
         _check_window(mask, sliding_window)
+    else:
+        raise ValueError(
+            f"attention_mask of type {type(attention_mask).__name__} is not known to sink_attention"
+        )
     mask.check(query, key)
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
         lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
@@ -126,8 +131,8 @@ def kernel_options(
         )
     if kwargs.get("output_attentions"):
         raise ValueError(
-            "sink_attention never forms the attention weights, so output_attentions=True has nothing "
-            "to return: use attn_implementation='eager'"
+            "sink_attention never forms the attention weights, so output_attentions=True has "
+            "nothing to return: use attn_implementation='eager'"
         )
     for name in UNSUPPORTED:
         if kwargs.get(name) is not None:
@@ -142,9 +147,9 @@ def kernel_options(
             s_aux = s_aux.to_local()
         if s_aux.numel() != query.shape[1]:
             raise ValueError(
-                f"s_aux must hold one sink for each of the {query.shape[1]} query heads that {layer} "
-                f"has here; got shape {tuple(s_aux.shape)}. Under tensor parallelism shard the sinks "
-                'as the heads are ("colwise")'
+                f"s_aux must hold one sink for each of the {query.shape[1]} query heads that "
+                f"{layer} has here; got shape {tuple(s_aux.shape)}. Under tensor parallelism shard "
+                'the sinks as the heads are ("colwise")'
             )
     return {"softmax_scale": scaling, "softcap": softcap or 0.0, "s_aux": s_aux}
 
@@ -173,8 +178,8 @@ def _mask_of_tensor(mask: Tensor, query: Tensor) -> AttentionMask:
     """The mask of a tensor that the user has passed, or that a model has made for itself."""
     if mask.dim() != 4:
         raise ValueError(
-            "attention_mask must reach sink_attention through transformers' mask functions, or have "
-            f"4 dimensions; got shape {tuple(mask.shape)}"
+            "attention_mask must reach sink_attention through transformers' mask functions, or "
+            f"have 4 dimensions; got shape {tuple(mask.shape)}"
         )
     if is_tracing():
         raise ValueError("sink_attention cannot inspect a 4D attention_mask under torch.compile")
@@ -194,8 +199,8 @@ def _mask_of_layer(
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     if causal and q_length != kv_length:
         raise ValueError(
-            f"attention_mask is None, but causal attention of {q_length} queries over {kv_length} keys "
-            "needs one to know their positions"
+            f"attention_mask is None, but causal attention of {q_length} queries over {kv_length} "
+            "keys needs one to know their positions"
         )
     window = -1 if sliding_window is None else sliding_window - 1
     return UnpaddedMask(

@@ -249,7 +249,10 @@ struct BackwardBlock {
       slope = Real(1) - score * score;
     }
     WeightAndGradient result;
-    result.p = Arithmetic::weight_exp2(score * scale.to_log2 - lse_log2);
+    // No weight exceeds 1. Where logits are so large that lse's rounding is a power of two or more,
+    // this keeps the gradients finite; a NaN passes.
+    const Vec<Real> exponent = minimum(Vec<Real>{}, score * scale.to_log2 - lse_log2);
+    result.p = Arithmetic::weight_exp2(exponent);
     result.ds = result.p * (dp - delta) * slope;
     if (is_edge) {
       result.p = keep_range<Real>(result.p, j, visible, Vec<Real>{});

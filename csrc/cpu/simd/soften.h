@@ -92,12 +92,18 @@ SA_INLINE typename Arithmetic::Real soften_row(typename Arithmetic::Real* scores
   }
   if (visible.begin > 0 || visible.end < count) mask_row(scores, count, visible, scale.hidden);
 
-  // A negative scale turns the order round: take the maximum of what is exponentiated.
+  // Logits first, rounded once: the largest minus the maximum is then exactly 0, however large it
+  // is. (A negative scale turns the order round, so the maximum is that of the logits, not of the
+  // scores.)
   Vec<Real> max0 = broadcast(state.max);
   Vec<Real> max1 = max0;
   for (int64_t j = 0; j < count; j += 2 * kStep) {
-    max0 = maximum(load(scores + j) * scale.to_log2, max0);
-    max1 = maximum(load(scores + j + kStep) * scale.to_log2, max1);
+    const Vec<Real> logit0 = load(scores + j) * scale.to_log2;
+    const Vec<Real> logit1 = load(scores + j + kStep) * scale.to_log2;
+    store(scores + j, logit0);
+    store(scores + j + kStep, logit1);
+    max0 = maximum(logit0, max0);
+    max1 = maximum(logit1, max1);
   }
   const Real max = reduce_max<Real>(maximum(max0, max1));
   // A row whose visible logits are all -inf keeps the maximum -inf; subtracting 0 then gives
@@ -107,9 +113,8 @@ SA_INLINE typename Arithmetic::Real soften_row(typename Arithmetic::Real* scores
   Vec<Real> sum0{};
   Vec<Real> sum1{};
   for (int64_t j = 0; j < count; j += 2 * kStep) {
-    const Vec<Real> weight0 = Arithmetic::weight_exp2(load(scores + j) * scale.to_log2 - base);
-    const Vec<Real> weight1 =
-        Arithmetic::weight_exp2(load(scores + j + kStep) * scale.to_log2 - base);
+    const Vec<Real> weight0 = Arithmetic::weight_exp2(load(scores + j) - base);
+    const Vec<Real> weight1 = Arithmetic::weight_exp2(load(scores + j + kStep) - base);
     sum0 += weight0;
     sum1 += weight1;
     store_row_units<Arithmetic>(weights, j, weight0);

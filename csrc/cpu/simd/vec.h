@@ -80,6 +80,22 @@ SA_INLINE Vec<double> maximum(Vec<double> a, Vec<double> b) {
 #endif
 }
 
+// The smaller of the two; b where either is NaN.
+SA_INLINE Vec<float> minimum(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+SA_INLINE Vec<double> minimum(Vec<double> a, Vec<double> b) {
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_min_pd((__m512d)a, (__m512d)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 // Sums and maxima over the lanes, halving the vector: the order of the sum is the same in every
 // call.
 template <class T>

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from tiny_gpt_oss import WINDOW, smooth
+from small_model import WINDOW, smooth
 from torch import Tensor, nn
 from transformers import AttentionInterface, GptOssForCausalLM
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import torch
-from tiny_gpt_oss import PAD, encode
+from small_model import PAD, encode
 from transformers import GenerationConfig, GptOssForCausalLM
 from transformers.generation import ContinuousBatchingConfig
 

@@ -311,11 +311,13 @@ def _to(tensor: Tensor | None, device: torch.device | str) -> Tensor | None:
 
 def draw(count: int, seed: int, **choices: Sequence[Any]) -> list[dict[str, Any]]:
     """`count` combinations in which every choice of every field comes equally often, shuffled
-    independently: each value meets many values of every other field."""
+    independently: each value meets many values of every other field. (Of more choices than `count`,
+    the ones that come depend on the seed.)"""
     rng = random.Random(seed)
     columns = {}
     for name, values in choices.items():
-        column = [values[i % len(values)] for i in range(count)]
+        start = rng.randrange(len(values))
+        column = [values[(start + i) % len(values)] for i in range(count)]
         rng.shuffle(column)
         columns[name] = column
     return [{name: columns[name][i] for name in columns} for i in range(count)]

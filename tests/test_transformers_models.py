@@ -149,7 +149,10 @@ def compiled(function):
     return torch.compile(function, fullgraph=True, backend="eager")
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "deepseek_v3", "gpt2"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("mistral", "gemma2", "deepseek_v3")]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", *SLOW])
 def test_a_decoder_compiled_in_full(name):
     """Under torch.compile transformers packs by position_ids whether they start anew or not."""
     model = build(name)

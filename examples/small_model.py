@@ -8,11 +8,10 @@ from collections.abc import Iterable
 from pydoc_data.topics import topics
 
 import torch
+from sink_attention_ext.integrations.transformers import register
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GptOssConfig, GptOssForCausalLM
-
-from sink_attention_ext.integrations.transformers import register
 
 register()  # from here on transformers knows attn_implementation="sink_attention"
 
@@ -120,6 +119,15 @@ def held_out_loss(model: GptOssForCausalLM, text: Tensor, count: int = 16) -> fl
     starts = torch.linspace(0, len(text) - SEQLEN, count).long()
     batch = windows(text, starts)
     return model(batch, labels=batch, use_cache=False).loss.item()
+
+
+@torch.no_grad()
+def sample(model: GptOssForCausalLM, prompt: str, new_tokens: int) -> str:
+    """The prompt and a continuation drawn at random, by generate() on the extension's attention."""
+    torch.manual_seed(0)
+    start = torch.tensor([encode(prompt)])
+    options = {"do_sample": True, "temperature": 0.6, "eos_token_id": -1, "pad_token_id": PAD}
+    return decode(model.generate(start, max_new_tokens=new_tokens, **options)[0].tolist())
 
 
 def smooth(losses: list[float], span: int = 20) -> list[float]:

@@ -1,1 +1,0 @@
-"""The parts of examples/train_and_serve.py."""

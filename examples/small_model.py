@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from pydoc_data.topics import topics
 
 import torch
-from sink_attention_ext.integrations.transformers import register
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GptOssConfig, GptOssForCausalLM
+
+from sink_attention_ext.integrations.transformers import register
 
 register()  # from here on transformers knows attn_implementation="sink_attention"
 

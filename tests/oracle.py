@@ -127,9 +127,7 @@ def expected_paged(case: PagedCase) -> Expected:
             s_aux = inputs.s_aux
             if dtype == torch.float64 and s_aux is not None:
                 s_aux = s_aux.double()
-            out, lse = reference.attention(
-                q[None], k[None], v[None], s_aux=s_aux, **case.options()
-            )
+            out, lse = reference.attention(q[None], k[None], v[None], s_aux=s_aux, **case.options())
             outs.append(out[0])
             lses.append(lse[0])
         if case.packed_q:

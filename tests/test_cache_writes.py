@@ -148,9 +148,7 @@ def test_append_to_a_cache_without_a_block_table(
     new_k, new_v = (torch.stack([x[-4:] for x in y]) for y in (inputs.k, inputs.v))
     dense = replace(inputs, k_cache=caches[0], v_cache=caches[1])
     lengths = inputs.seqlens_k - 4
-    actual = attend(
-        backend, case, dense, k=new_k, v=new_v, cache_seqlens=lengths, block_table=None
-    )
+    actual = attend(backend, case, dense, k=new_k, v=new_v, cache_seqlens=lengths, block_table=None)
     tolerance.check(actual, oracle.expected_paged(case))
     for cache, tokens in zip(caches, (inputs.k, inputs.v), strict=True):
         for b, x in enumerate(tokens):

@@ -222,9 +222,7 @@ def test_magnitude_of_scores(backend: Backend, factor: float, dtype: torch.dtype
     case = DenseCase(
         seqlen_q=65, seqlen_k=130, num_heads_q=4, head_dim=32, dtype=dtype, softmax_scale=factor
     )
-    results = oracle.run(
-        backend.flash_attn, cases.make_dense(case, backend.device), case.options()
-    )
+    results = oracle.run(backend.flash_attn, cases.make_dense(case, backend.device), case.options())
     expected = oracle.expected(case)
     if dtype == torch.float32:
         # The backward has P = exp(s - lse) from an lse that is rounded to float32; torch's softmax
@@ -288,9 +286,7 @@ def test_equal_scores_in_rising_and_falling_order(backend: Backend, dtype: torch
         tolerances["atol"] *= 60  # of a score
     for order in (slice(None), torch.arange(1099, -1, -1)):
         out, _ = backend.flash_attn(q, k[:, order], v[:, order], softmax_scale=1.0, s_aux=s_aux)
-        torch.testing.assert_close(
-            out[0, :, 0].double(), expected.expand(3, 8), **tolerances
-        )
+        torch.testing.assert_close(out[0, :, 0].double(), expected.expand(3, 8), **tolerances)
 
 
 def test_values_near_the_largest_float16(backend: Backend) -> None:

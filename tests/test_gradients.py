@@ -49,9 +49,7 @@ def test_repeatable(backend: Backend, dtype: torch.dtype, deterministic: bool) -
     options = {"deterministic": deterministic}
     dense, packed = replace(CASE, dtype=dtype), replace(PACKED, dtype=dtype)
     inputs = cases.make_dense(dense, backend.device)
-    runs = [
-        oracle.run(backend.flash_attn, inputs, dense.options() | options) for _ in range(3)
-    ]
+    runs = [oracle.run(backend.flash_attn, inputs, dense.options() | options) for _ in range(3)]
     assert_same_bits(runs[1], runs[0])
     assert_same_bits(runs[2], runs[0])
     inputs = cases.make_varlen(packed, backend.device)
@@ -123,9 +121,7 @@ def test_gradient_of_lse_is_the_softmax(
         causal=True,
     )
     inputs = cases.make_dense(case, backend.device)
-    ones = replace(
-        inputs, dout=torch.zeros_like(inputs.dout), dlse=torch.ones_like(inputs.dlse)
-    )
+    ones = replace(inputs, dout=torch.zeros_like(inputs.dout), dlse=torch.ones_like(inputs.dlse))
     results = oracle.run(backend.flash_attn, ones, case.options())
     lse = results.lse.double()
     share = torch.exp(inputs.s_aux.double()[None, :, None] - lse)
@@ -182,9 +178,7 @@ def test_backward_twice_and_in_another_order(backend: Backend) -> None:
     cases_ = [replace(CASE, seqlen_q=50, seqlen_k=60, seed=seed) for seed in (1, 2)]
     made = [cases.make_dense(case, backend.device) for case in cases_]
     alone = [oracle.run(backend.flash_attn, x, CASE.options()) for x in made]
-    leaves = [
-        [t.clone().requires_grad_() for t in (x.q, x.k, x.v, x.s_aux)] for x in made
-    ]
+    leaves = [[t.clone().requires_grad_() for t in (x.q, x.k, x.v, x.s_aux)] for x in made]
     results = [backend.flash_attn(*x[:3], s_aux=x[3], **CASE.options()) for x in leaves]
     for i in (1, 0, 1):
         seeds = (made[i].dout, made[i].dlse)
@@ -233,7 +227,5 @@ def test_every_pair_of_edges(backend: Backend, seqlen_q: int, seqlen_k: int) -> 
         dtype=FLOAT_DTYPES[(seqlen_q + seqlen_k) % 4],
         causal=True,
     )
-    results = oracle.run(
-        backend.flash_attn, cases.make_dense(case, backend.device), case.options()
-    )
+    results = oracle.run(backend.flash_attn, cases.make_dense(case, backend.device), case.options())
     tolerance.check(results, oracle.expected(case))

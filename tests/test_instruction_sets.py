@@ -137,9 +137,7 @@ def test_merge(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_same_bits_twice(
-    cpu: Backend, set_instruction_set: SetInstructionSet, name: str
-) -> None:
+def test_same_bits_twice(cpu: Backend, set_instruction_set: SetInstructionSet, name: str) -> None:
     """Also after another instruction set has run in between."""
     case = DenseCase(seqlen_q=150, seqlen_k=300, num_heads_q=4, dtype=torch.bfloat16, causal=True)
     inputs = cases.make_dense(case)

@@ -78,9 +78,7 @@ def peer_cases(
         options = cases.merged(drawn[i])
         lengths_q = spread(q, batch, seed + i) if options["packed_q"] else (q,) * batch
         lengths_k = spread(k, batch, seed - i)
-        result.append(
-            PagedCase(seqlens_q=lengths_q, seqlens_k=lengths_k, seed=seed + i, **options)
-        )
+        result.append(PagedCase(seqlens_q=lengths_q, seqlens_k=lengths_k, seed=seed + i, **options))
     return result
 
 
@@ -246,9 +244,7 @@ def test_cache_without_a_block_table(
     backend: Backend, seqlens_k: tuple[int, int], dtype: torch.dtype
 ) -> None:
     """(batch, seqlen_cache, heads, dim), lengths as a tensor, and as None where it is full."""
-    case = PagedCase(
-        seqlens_q=(5, 5), seqlens_k=seqlens_k, num_heads_q=4, causal=True, dtype=dtype
-    )
+    case = PagedCase(seqlens_q=(5, 5), seqlens_k=seqlens_k, num_heads_q=4, causal=True, dtype=dtype)
     inputs = cases.make_paged(case, backend.device)
     k_cache, v_cache = (
         torch.stack([torch.cat([x, x.new_full((96 - len(x), *x.shape[1:]), cases.NAN)]) for x in y])

@@ -134,9 +134,7 @@ def test_each_sequence_as_if_alone(
 def test_batch_invariance_of_long_sequences(backend: Backend) -> None:
     lengths = (4224, 1024, 2048)
     ends = cases.ends(lengths)
-    q, k, v = (
-        torch.randn(ends[-1], h, 64, device=backend.device).bfloat16() for h in (4, 2, 2)
-    )
+    q, k, v = (torch.randn(ends[-1], h, 64, device=backend.device).bfloat16() for h in (4, 2, 2))
     s_aux = torch.randn(4, device=backend.device)
     cu = int32(ends, backend.device)
     together = backend.flash_attn_varlen(

@@ -6,13 +6,13 @@ Both are computed once a case and shared by the tests that use it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
 import cases
 import torch
-from cases import AttentionCase, DenseCase, Inputs, PagedCase, VarlenCase
+from cases import DenseCase, Inputs, PagedCase, VarlenCase
 from torch import Tensor
 
 from sink_attention_ext import reference
@@ -36,10 +36,12 @@ class Results:
 class Expected:
     ref: Results  # float64
     pt: Results  # the same formula in the case's dtype: how far rounding may take one
-    noise: dict[str, Tensor]  # what rounding out, once, does to ds_aux; the rest has pt
+    noise: dict[str, Tensor]  # standard deviations of sums of few terms, beside pt; see _noise
 
 
 AttentionFn = Callable[..., tuple[Tensor, Tensor]]
+
+FEW = 4096  # elements of q: in more than that, `pt` shows how far rounding goes
 
 
 def run(
@@ -89,24 +91,31 @@ def expected(case: DenseCase | VarlenCase, gradients: bool = True) -> Expected:
         inputs, attention = cases.make_varlen(case), _reference_varlen
     ref = run(attention, inputs, case.options(), torch.float64, gradients, torch.float64)
     pt = run(attention, inputs, case.options(), case.dtype, gradients)
-    noise = {}
-    if ref.ds_aux is not None:
-        noise["ds_aux"] = _sink_gradient_noise(case, inputs, ref)
-    return Expected(ref, pt, noise)
+    return Expected(ref, pt, _noise(case, inputs, ref, attention) if gradients else {})
 
 
-def _sink_gradient_noise(case: AttentionCase, inputs: Inputs, ref: Results) -> Tensor:
-    """(num_heads_q,): the standard deviation of ds_aux when out is rounded to the dtype.
+def _noise(
+    case: DenseCase | VarlenCase, inputs: Inputs, ref: Results, attention: AttentionFn
+) -> dict[str, Tensor]:
+    """Standard deviations of gradients when out is rounded to the dtype before they are taken.
 
-    ds_aux sums weight * (dlse - <dout, out>) over all rows. With few heads the error of `pt` can be
-    small by chance; this cannot.
+    A flash backward subtracts <dout, out>, row by row, as rounding left it, which acts like an error
+    in dlse. In sums over few rows or heads the error of `pt` can be small by chance; this cannot.
     """
-    sink = inputs.s_aux.double()[:, None]
-    weight = torch.exp(torch.where(sink == ref.lse, 0.0, sink - ref.lse))
-    weight = weight.masked_fill(ref.lse == -torch.inf, 0.0)  # in no sequence, or sink and keys -inf
-    products = (inputs.dout.double().nan_to_num() * ref.out).square().sum(-1)
-    variance = (weight.square() * products.transpose(-1, -2)).transpose(0, -2).flatten(1).sum(1)
-    return variance.sqrt() * torch.finfo(case.dtype).eps / 2
+    products = (inputs.dout.double().nan_to_num() * ref.out).norm(dim=-1).transpose(-1, -2)
+    d_row = products * torch.finfo(case.dtype).eps / 2  # shaped like lse
+    noise = {}
+    if ref.ds_aux is not None:  # sums weight * (dlse - <dout, out>) over all rows
+        sink = inputs.s_aux.double()[:, None]
+        weight = torch.exp(torch.where(sink == ref.lse, 0.0, sink - ref.lse))
+        weight = weight.masked_fill(ref.lse == -torch.inf, 0.0)  # in no sequence, or nothing there
+        noise["ds_aux"] = (weight * d_row).transpose(0, -2).flatten(1).norm(dim=1)
+    if case.dtype in cases.HALF_DTYPES and inputs.q.numel() <= FEW:
+        signs = torch.randint(0, 2, d_row.shape, generator=cases.generator(0)) * 2 - 1
+        perturbed = replace(inputs, dout=torch.zeros_like(inputs.dout), dlse=d_row * signs)
+        change = run(attention, perturbed, case.options(), torch.float64)
+        noise |= {"dq": change.dq.abs(), "dk": change.dk.abs()}
+    return noise
 
 
 @lru_cache(maxsize=4)

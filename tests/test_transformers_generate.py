@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from tiny_models import WINDOW, both, gpt_oss, logits, max_diff, padding_mask, tokens
+from tiny_models import WINDOW, both, gpt_oss, logits, max_diff, padding_mask, positions, tokens
 from transformers import DynamicCache, StaticCache
 
 NEW = 20
@@ -132,6 +132,36 @@ def test_sliding_layers_keep_a_bounded_cache(model):
     kinds = model.config.layer_types
     kept = {kind: cache.layers[i].keys.shape[2] for i, kind in enumerate(kinds)}
     assert kept == {"sliding_attention": WINDOW - 1, "full_attention": 100}
+
+
+def test_generate_under_autocast(model):
+    """Decoding reads the cache in the cache's dtype; the tokens are those of a whole forward."""
+    ids = tokens(2, 24)
+    mask = padding_mask(24, [24, 15], "left")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = generate(model, ids, mask)
+    steps = torch.stack(ours.logits, dim=1)
+    whole = torch.cat([mask, torch.ones(2, NEW - 1, dtype=torch.long)], dim=1)
+    run = {"attention_mask": whole, "position_ids": positions(whole)}
+    exact = logits(model, ours.sequences[:, :-1], **run)[:, -NEW:]
+    assert steps.isfinite().all() and max_diff(steps, exact) < 0.1 * exact.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", [None, "left"])
+def test_static_cache_compiled_by_inductor(model, side):
+    ids = tokens(2, 9)
+    mask = padding_mask(9, [9, 9 if side is None else 5], "left")
+    expected = generate(model, ids, mask)
+    torch._dynamo.reset()
+    forward = model.forward
+    try:
+        model.forward = torch.compile(forward, fullgraph=True)
+        ours = generate(model, ids, mask, cache_implementation="static")
+    finally:
+        model.forward = forward
+        torch._dynamo.reset()
+    assert_same_generation(ours, expected)
 
 
 @pytest.mark.parametrize("side", [None, "left"])

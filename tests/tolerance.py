@@ -12,7 +12,7 @@ and of that sum can all be zero by chance). The second sees what a large element
 first: one key of thousands left out in every row. float32 and float64 have ``PRECISE_ULPS`` ulps of
 the largest element on top: a flash backward subtracts <dout, out> from <dout, v> where torch's
 softmax multiplies by an exact zero, and float64 has no `pt` beside `ref`. `noise` is what rounding
-does to few and much cancelled sums (ds_aux).
+does to sums of few or much cancelled terms (oracle.py).
 
 lse is a float32 number made from exact products even where the inputs are bfloat16, so it is
 compared as such: 2e-5 of 1 + |lse|. That resolves one key in ten thousand, in every row and dtype.

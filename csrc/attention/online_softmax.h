@@ -49,11 +49,15 @@ SA_HOST_DEVICE RowResult<Real> fold_sink(RowState<Real> row, Real s_aux) {
   const Real sink = s_aux * static_cast<Real>(kLog2E);
   if (row.max == negative_infinity<Real>() && row.sum == Real(0)) return {Real(0), s_aux};
   if (sink == static_cast<Real>(INFINITY)) return {row.sum == row.sum ? Real(0) : row.sum, s_aux};
-  const Real max =
-      sink > row.max || sink != sink ? sink : row.max;  // a NaN sink reaches the result
+  const bool sink_leads = sink > row.max || sink != sink;  // a NaN sink reaches the result
+  const Real max = sink_leads ? sink : row.max;
   const Real factor = rebase_factor(row.max, max);
   const Real denominator = row.sum * factor + rebase_factor(sink, max);
-  return {factor / denominator, (max + std::log2(denominator)) * static_cast<Real>(kLn2)};
+  const Real log_denominator = std::log2(denominator) * static_cast<Real>(kLn2);
+  // Where the sink leads, its own value keeps what a way through base 2 would round off: the
+  // backward takes exp(s_aux - lse).
+  const Real log_max = sink_leads ? s_aux : max * static_cast<Real>(kLn2);
+  return {factor / denominator, log_max + log_denominator};
 }
 
 }  // namespace sink_attention::attention

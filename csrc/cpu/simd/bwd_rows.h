@@ -7,12 +7,14 @@ namespace sink_attention::cpu::SA_ISA {
 
 using attention::FlashBwdProblem;
 
+// In the precision that the forward reads it in, so that a row without keys has exp(s_aux - lse)
+// = 1.
 template <class Real>
 SA_INLINE double read_sink(const FlashFwdProblem& problem, int64_t head_idx) {
-  double value;
-  load_row(element(problem.s_aux, problem.s_aux_dtype, head_idx), problem.s_aux_dtype, 1, 1.0,
+  Real value;
+  load_row(element(problem.s_aux, problem.s_aux_dtype, head_idx), problem.s_aux_dtype, 1, Real(1),
            &value);
-  return value;
+  return static_cast<double>(value);
 }
 
 // For every row of one head of one sequence: delta = <dout, out> - dlse, and the head's part of

@@ -99,7 +99,8 @@ def _noise(
 ) -> dict[str, Tensor]:
     """Standard deviations of gradients when out is rounded to the dtype before they are taken.
 
-    A flash backward subtracts <dout, out>, row by row, as rounding left it, which acts like an error
+    A flash backward subtracts <dout, out>, row by row, as rounding left it, which acts like an
+    error
     in dlse. In sums over few rows or heads the error of `pt` can be small by chance; this cannot.
     """
     products = (inputs.dout.double().nan_to_num() * ref.out).norm(dim=-1).transpose(-1, -2)

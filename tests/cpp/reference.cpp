@@ -168,7 +168,10 @@ ReferenceBackward reference_backward(const FlashBwdProblem& problem, int64_t q_r
                         s.q_batch * problem.dlse_stride_batch + head * problem.dlse_stride_head +
                             row * problem.dlse_stride_row);
         }
-        const double sink = sink_of(p, head);
+        // Read as the kernels read it: a float64 sink beside float32 queries is a float32 number.
+        const double exact_sink = sink_of(p, head);
+        const double sink =
+            p.dtype == DataType::kFloat64 ? exact_sink : static_cast<float>(exact_sink);
         if (sink == INFINITY) {
           result.ds_aux[head] -= delta;  // the sink's weight is 1
         } else if (sink != -INFINITY) {

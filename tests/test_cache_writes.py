@@ -275,6 +275,22 @@ def test_float8_write(backend: Backend, dtype: torch.dtype, shape: tuple[int, ..
     assert_same_bytes(on_device[3].cpu(), after[1])
 
 
+def test_float8_ties(backend: Backend) -> None:
+    """Quotients half way between float8 numbers, for many scales: the quotient is rounded, not a
+    product with the reciprocal, which falls to the other side now and then."""
+    numbers = torch.arange(127, dtype=torch.uint8).view(FLOAT8).float()  # 0 to 448
+    middles = (numbers[1:] + numbers[:-1]) / 2
+    scales = torch.rand(64) * 2 + 0.01  # one for each head
+    k = (middles * scales[:, None])[None].contiguous()
+    caches = [torch.zeros(1, 1, 64, 126).to(FLOAT8).to(backend.device) for _ in range(2)]
+    scale = scales.to(backend.device)
+    slot = torch.zeros(1, dtype=torch.int64, device=backend.device)
+    backend.reshape_and_cache(*(2 * [k.to(backend.device)]), *caches, slot, scale, scale)
+    for cache in caches:
+        assert_same_bytes(cache[0].cpu(), quantise(k, scales))
+    assert not torch.equal(raw(quantise(k, scales)), raw((k * (1 / scales)[:, None]).to(FLOAT8)))
+
+
 def test_every_float8_number_survives(backend: Backend) -> None:
     """All 256 bit patterns through a write and a read: 1 key, so out is the stored value."""
     numbers = torch.arange(256, dtype=torch.uint8).view(FLOAT8).float()

@@ -21,6 +21,12 @@ from sink_attention_ext import ops
 
 pytestmark = pytest.mark.skipif("cpu" not in BACKENDS, reason="no CPU kernels in this build")
 NAMES = ops.cpu_instruction_sets().split(",") if "cpu" in BACKENDS else []
+FLOAT_ARITHMETIC = [  # all but the pair whose weights are bfloat16
+    (name, dtype)
+    for name in NAMES
+    for dtype in cases.HALF_DTYPES
+    if (name, dtype) != ("avx512_bf16", torch.bfloat16)
+]
 KNOWN = ("portable", "avx2", "avx512", "avx512_bf16")
 
 SetInstructionSet = Callable[[str], None]
@@ -134,6 +140,27 @@ def test_merge(
             rows=(2, 19), num_heads=5, head_dim=head_dim, num_parts=3, dtype=dtype, sink="mixed"
         )
         check_merge(cpu, case)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("head_dim", [5, 16, 40, 64, 129])
+@pytest.mark.parametrize(("name", "dtype"), FLOAT_ARITHMETIC, ids=str)
+def test_half_results_are_float32_results_rounded(
+    cpu: Backend,
+    set_instruction_set: SetInstructionSet,
+    name: str,
+    dtype: torch.dtype,
+    head_dim: int,
+) -> None:
+    """To nearest even, bit for bit."""
+    set_instruction_set(name)
+    case = DenseCase(seqlen_q=60, seqlen_k=90, num_heads_q=4, head_dim=head_dim, dtype=dtype)
+    inputs = cases.make_dense(case)
+    half = cpu.flash_attn(inputs.q, inputs.k, inputs.v, s_aux=inputs.s_aux)
+    wide = (x.float() for x in (inputs.q, inputs.k, inputs.v))
+    single = cpu.flash_attn(*wide, s_aux=inputs.s_aux)
+    assert torch.equal(half[0], single[0].to(dtype))
+    assert torch.equal(half[1], single[1])
 
 
 @pytest.mark.parametrize("name", NAMES)

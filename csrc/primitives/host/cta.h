@@ -1,0 +1,15 @@
+#pragma once
+
+#include "emulator/machine.h"
+
+namespace sink_attention::primitives {
+
+SA_DEVICE void sync_threads(emulator::Site site = emulator::here()) {
+  emulator::barrier(0, emulator::current().block->num_threads(), {"sync_threads", site});
+}
+
+SA_DEVICE void sync_named(int id, int num_threads, emulator::Site site = emulator::here()) {
+  emulator::barrier(id, num_threads, {"sync_named", site});
+}
+
+}  // namespace sink_attention::primitives

@@ -1,0 +1,22 @@
+#pragma once
+
+#include "emulator/machine.h"
+
+#define SA_DEVICE inline
+#define SA_UNROLL
+
+namespace sink_attention::primitives {
+
+SA_DEVICE int thread_idx() { return emulator::current().thread_idx; }
+SA_DEVICE int lane_idx() { return emulator::current().thread_idx % kWarpSize; }
+SA_DEVICE int warp_idx() { return emulator::current().thread_idx / kWarpSize; }
+SA_DEVICE Index3 block_idx() {
+  const emulator::Grid at = emulator::current().block->index;
+  return {at.x, at.y, at.z};
+}
+SA_DEVICE Index3 grid_dim() {
+  const emulator::Grid grid = emulator::current().block->machine->grid();
+  return {grid.x, grid.y, grid.z};
+}
+
+}  // namespace sink_attention::primitives

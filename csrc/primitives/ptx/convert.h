@@ -1,0 +1,28 @@
+#pragma once
+
+namespace sink_attention::primitives {
+
+template <class Element>
+SA_DEVICE uint32_t pack(float low, float high);
+
+// PTX ISA 9.7.9.21, cvt: the first operand goes to the upper half.
+template <>
+SA_DEVICE uint32_t pack<attention::BFloat16>(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+template <>
+SA_DEVICE uint32_t pack<attention::Float16>(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+SA_DEVICE float half_to_float(attention::Float16 value) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;\n" : "=f"(result) : "h"(value.bits));
+  return result;
+}
+
+}  // namespace sink_attention::primitives

@@ -1,0 +1,41 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace sink_attention::primitives {
+
+inline void check_cuda(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // the error was reported: let the next call start clean
+  throw std::runtime_error(std::string("sink_attention_ext: ") + what + ": " +
+                           cudaGetErrorString(status));
+}
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::Config::kThreads, Kernel::Config::kMinBlocks)
+    kernel_entry(const __grid_constant__ typename Kernel::Problem problem) {
+  extern __shared__ __align__(1024) char shared[];
+  Kernel::run(problem, shared);
+}
+
+template <class Kernel>
+void launch(const typename Kernel::Problem& problem, Index3 grid, Stream stream) {
+  using Config = typename Kernel::Config;
+  if (grid.x <= 0 || grid.y <= 0 || grid.z <= 0) return;
+  if (Config::kSharedBytes > 48 * 1024) {
+    check_cuda(
+        cudaFuncSetAttribute(kernel_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             Config::kSharedBytes),
+        "shared memory of a kernel");
+  }
+  const dim3 blocks(grid.x, grid.y, grid.z);
+  kernel_entry<Kernel>
+      <<<blocks, Config::kThreads, Config::kSharedBytes, static_cast<cudaStream_t>(stream)>>>(
+          problem);
+  check_cuda(cudaGetLastError(), "launch of a kernel");
+}
+
+}  // namespace sink_attention::primitives

@@ -1,0 +1,21 @@
+#pragma once
+
+#define SA_DEVICE __device__ __forceinline__
+#define SA_UNROLL _Pragma("unroll")
+
+namespace sink_attention::primitives {
+
+SA_DEVICE int thread_idx() { return static_cast<int>(threadIdx.x); }
+SA_DEVICE int lane_idx() { return static_cast<int>(threadIdx.x) % kWarpSize; }
+// Through a shuffle, so that the compiler knows it to be the same in all lanes.
+SA_DEVICE int warp_idx() {
+  return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpSize, 0);
+}
+SA_DEVICE Index3 block_idx() {
+  return {static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z)};
+}
+SA_DEVICE Index3 grid_dim() {
+  return {static_cast<int>(gridDim.x), static_cast<int>(gridDim.y), static_cast<int>(gridDim.z)};
+}
+
+}  // namespace sink_attention::primitives

@@ -1,0 +1,34 @@
+// What a kernel may read and write in global memory: the buffers that its caller names.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace emulator {
+
+enum class Access { kRead, kWrite };
+
+struct Buffer {
+  const char* begin;
+  const char* end;
+  bool writable;
+  std::string name;
+};
+
+// The buffers of the launches to come, until it is destroyed.
+class VisibleBuffers {
+ public:
+  explicit VisibleBuffers(std::vector<Buffer> buffers);
+  ~VisibleBuffers();
+  VisibleBuffers(const VisibleBuffers&) = delete;
+  VisibleBuffers& operator=(const VisibleBuffers&) = delete;
+
+ private:
+  std::vector<Buffer> before_;
+};
+
+// Empty if the access is all right, else what is wrong with it.
+std::string why_not_accessible(const void* address, int64_t bytes, Access access);
+
+}  // namespace emulator

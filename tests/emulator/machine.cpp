@@ -1,0 +1,403 @@
+#include "emulator/machine.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <sstream>
+#include <vector>
+
+namespace emulator {
+namespace {
+
+constexpr size_t kStackBytes = 256 * 1024;
+constexpr size_t kStackSkewBytes = 5 * 64;
+constexpr int kLanes = 32;
+constexpr int kMaxBarriers = 16;
+
+std::string describe(const Step& step) {
+  std::ostringstream text;
+  const char* slash = strrchr(step.site.file, '/');
+  text << step.name << " at " << (slash ? slash + 1 : step.site.file) << ":" << step.site.line;
+  return text.str();
+}
+
+bool same(const Step& a, const Step& b) {
+  if (a.name == b.name && a.site.file == b.site.file) return a.site.line == b.site.line;
+  return a.site.line == b.site.line && strcmp(a.name, b.name) == 0 &&
+         strcmp(a.site.file, b.site.file) == 0;
+}
+
+struct Warp {
+  uint32_t ready = 0;      // lanes that can run
+  int arrived = 0;         // lanes at a warp-wide instruction
+  int first_arrival = -1;  // the lane whose step the others must have
+};
+
+struct Barrier {
+  int arrived = 0;
+  int expected = 0;
+  Thread* first = nullptr;
+};
+
+struct RunningBlock : Block {
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  Barrier barriers[kMaxBarriers];
+  SharedMemory shared;
+  int unfinished = 0;
+  int slot = 0;
+};
+
+Thread* running = nullptr;
+
+class Scheduler : public Machine {
+ public:
+  Scheduler(Grid grid, int num_threads, int shared_bytes, const std::function<void(char*)>& body)
+      : grid_(grid), num_threads_(num_threads), shared_bytes_(shared_bytes), body_(body) {}
+
+  Grid grid() const override { return grid_; }
+  void run();
+
+  // Called from fibers.
+  void yield();
+  void finish_thread();
+  const std::function<void(char*)>& body() const { return body_; }
+  void fail(const std::string& message) {
+    if (failure_.empty()) failure_ = message;
+  }
+
+ private:
+  void start_block(RunningBlock& block, int64_t linear);
+  bool run_some_warp();
+  bool wake_spinning();
+  std::string deadlock() const;
+  RunningBlock& slot(size_t i) { return *(*pool())[i]; }
+  static std::vector<std::unique_ptr<RunningBlock>>* pool();
+  static Stacks& stacks();
+
+  Grid grid_;
+  int num_threads_;
+  int shared_bytes_;
+  const std::function<void(char*)>& body_;
+  std::vector<RunningBlock*> resident_;
+  Context home_;
+  std::mt19937_64 random_{settings().seed};
+  std::string failure_;
+};
+
+// Kept from launch to launch: their shared memory's bookkeeping and stacks are large.
+std::vector<std::unique_ptr<RunningBlock>>* Scheduler::pool() {
+  static std::vector<std::unique_ptr<RunningBlock>> blocks;
+  return &blocks;
+}
+Stacks& Scheduler::stacks() {
+  static Stacks all(kStackBytes);
+  return all;
+}
+
+Scheduler* scheduler_of(const Thread& thread) {
+  return static_cast<Scheduler*>(thread.block->machine);
+}
+RunningBlock& block_of(const Thread& thread) { return *static_cast<RunningBlock*>(thread.block); }
+Warp& warp_of(const Thread& thread) { return block_of(thread).warps[thread.thread_idx / kLanes]; }
+
+void set_ready(Thread& thread) {
+  thread.waiting = false;
+  warp_of(thread).ready |= uint32_t{1} << (thread.thread_idx % kLanes);
+}
+
+// The first code of each fiber.
+void thread_main() {
+  on_entry();
+  Thread& thread = *running;
+  Scheduler& scheduler = *scheduler_of(thread);
+  try {
+    scheduler.body()(block_of(thread).shared.data());
+    if (!thread.copies.copies.empty()) {
+      fault({"exit", here()}, "a thread that ended with a cp_async not waited for");
+    }
+  } catch (const std::exception& error) {
+    scheduler.fail(error.what());
+  }
+  thread.done = true;
+  --block_of(thread).unfinished;
+  scheduler.finish_thread();
+}
+
+void Scheduler::start_block(RunningBlock& block, int64_t linear) {
+  block.machine = this;
+  block.thread_count = num_threads_;
+  block.index = {static_cast<int>(linear % grid_.x), static_cast<int>(linear / grid_.x % grid_.y),
+                 static_cast<int>(linear / grid_.x / grid_.y)};
+  block.threads.assign(num_threads_, Thread{});
+  block.warps.assign(num_threads_ / kLanes, Warp{});
+  for (Barrier& barrier : block.barriers) barrier = Barrier{};
+  block.unfinished = num_threads_;
+  block.shared.check_races = settings().check_races;
+  block.shared.start(shared_bytes_, num_threads_ / kLanes);
+  for (int i = 0; i < num_threads_; ++i) {
+    Thread& thread = block.threads[i];
+    thread.thread_idx = i;
+    thread.block = &block;
+    // Tops apart by a few cache lines, so that the frames of a warp's lanes do not all fall onto
+    // the same sets of the processor's cache.
+    thread.context =
+        make_context(stacks().bottom(static_cast<size_t>(block.slot) * num_threads_ + i),
+                     kStackBytes - i % kLanes * kStackSkewBytes, thread_main);
+    set_ready(thread);
+  }
+}
+
+void Scheduler::run() {
+  const int64_t num_blocks = int64_t{1} * grid_.x * grid_.y * grid_.z;
+  const size_t slots = std::max(settings().resident_blocks, 1);
+  while (pool()->size() < slots) pool()->push_back(std::make_unique<RunningBlock>());
+  stacks().reserve(slots * num_threads_);
+  std::vector<RunningBlock*> free;
+  for (size_t i = slots; i-- > 0;) {
+    slot(i).slot = static_cast<int>(i);
+    free.push_back(&slot(i));
+  }
+  int64_t next = 0;
+  while (true) {
+    while (!free.empty() && next < num_blocks) {
+      start_block(*free.back(), next++);
+      resident_.push_back(free.back());
+      free.pop_back();
+    }
+    if (resident_.empty()) return;
+    if (!run_some_warp() && !wake_spinning()) fail(deadlock());
+    if (!failure_.empty()) throw Fault(failure_);
+    for (size_t i = resident_.size(); i-- > 0;) {
+      if (resident_[i]->unfinished > 0) continue;
+      free.push_back(resident_[i]);
+      resident_.erase(resident_.begin() + i);
+      ++settings().blocks_run;
+    }
+  }
+}
+
+// Lets one warp, drawn among those that can run, go on until all its lanes wait or are done.
+bool Scheduler::run_some_warp() {
+  std::vector<Thread*> candidates;
+  for (RunningBlock* block : resident_) {
+    for (size_t warp = 0; warp < block->warps.size(); ++warp) {
+      if (block->warps[warp].ready != 0) candidates.push_back(&block->threads[warp * kLanes]);
+    }
+  }
+  if (candidates.empty()) return false;
+  Thread& first_lane = *candidates[random_() % candidates.size()];
+  Warp& warp = warp_of(first_lane);
+  while (warp.ready != 0 && failure_.empty()) {
+    // Some lane of those that are ready; from there on lanes hand over to each other.
+    const int turn = static_cast<int>(random_() % kLanes);
+    const uint32_t turned = warp.ready >> turn | (turn == 0 ? 0 : warp.ready << (kLanes - turn));
+    const int lane = (__builtin_ctz(turned) + turn) % kLanes;
+    running = &first_lane + lane;
+    warp.ready &= ~(uint32_t{1} << lane);
+    switch_context(home_, running->context);
+  }
+  return true;
+}
+
+// Called by a fiber that waits, or is done: goes to the next ready lane of its warp, else home.
+void Scheduler::yield() {
+  Thread& me = *running;
+  Warp& warp = warp_of(me);
+  if (warp.ready != 0 && failure_.empty()) {
+    const int lane = __builtin_ctz(warp.ready);
+    warp.ready &= ~(uint32_t{1} << lane);
+    running = &block_of(me).threads[me.thread_idx / kLanes * kLanes + lane];
+    switch_context(me.context, running->context);
+  } else {
+    switch_context(me.context, home_);
+  }
+}
+
+void Scheduler::finish_thread() {
+  while (true) yield();  // never resumed
+}
+
+// Threads that wait for another block's turn, and whose turn it is.
+bool Scheduler::wake_spinning() {
+  bool woken = false;
+  for (RunningBlock* block : resident_) {
+    for (Thread& thread : block->threads) {
+      if (thread.waiting && thread.turn != nullptr && *thread.turn == thread.awaited) {
+        thread.turn = nullptr;
+        set_ready(thread);
+        woken = true;
+      }
+    }
+  }
+  return woken;
+}
+
+std::string Scheduler::deadlock() const {
+  std::ostringstream text;
+  text << "deadlock:";
+  for (const RunningBlock* block : resident_) {
+    text << " block (" << block->index.x << ", " << block->index.y << ", " << block->index.z
+         << "):";
+    for (size_t warp = 0; warp < block->warps.size(); ++warp) {
+      std::vector<std::pair<std::string, int>> places;
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const Thread& thread = block->threads[warp * kLanes + lane];
+        const std::string place = thread.done ? "done" : describe(thread.step);
+        if (places.empty() || places.back().first != place) places.emplace_back(place, 0);
+        ++places.back().second;
+      }
+      text << " warp " << warp << ": ";
+      for (const auto& [place, count] : places) text << count << " lanes " << place << ", ";
+    }
+  }
+  return text.str();
+}
+
+void wait_here(Thread& thread, const Step& step) {
+  thread.step = step;
+  thread.waiting = true;
+  scheduler_of(thread)->yield();
+}
+
+std::string difference(const Thread& a, const Thread& b) {
+  return "thread " + std::to_string(a.thread_idx) + " is at " + describe(a.step) + ", thread " +
+         std::to_string(b.thread_idx) + " at " + describe(b.step);
+}
+
+}  // namespace
+
+Settings& settings() {
+  static Settings all;
+  return all;
+}
+
+void run_grid(Grid grid, int num_threads, int shared_bytes,
+              const std::function<void(char*)>& body) {
+  if (num_threads % kLanes != 0 || num_threads > kMaxWarps * kLanes) {
+    throw Fault("a block of " + std::to_string(num_threads) + " threads");
+  }
+  Scheduler(grid, num_threads, shared_bytes, body).run();
+}
+
+Thread& current() { return *running; }
+
+void fault(const Step& step, const std::string& what) {
+  const Thread& thread = *running;
+  const Grid at = thread.block->index;
+  std::ostringstream text;
+  text << describe(step) << ": " << what << " [block (" << at.x << ", " << at.y << ", " << at.z
+       << "), thread " << thread.thread_idx << "]";
+  throw Fault(text.str());
+}
+
+void collective(Step step, void* operands, void (*execute)(void* const* lanes)) {
+  Thread& me = *running;
+  Warp& warp = warp_of(me);
+  Thread* lanes = &block_of(me).threads[me.thread_idx / kLanes * kLanes];
+  me.operands = operands;
+  me.step = step;
+  if (warp.arrived == 0) {
+    warp.first_arrival = me.thread_idx % kLanes;
+  } else if (!same(lanes[warp.first_arrival].step, step)) {
+    fault(step, "lanes of a warp part: " + difference(lanes[warp.first_arrival], me));
+  }
+  if (++warp.arrived < kLanes) return wait_here(me, step);
+  warp.arrived = 0;
+  void* all[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) all[lane] = lanes[lane].operands;
+  if (execute != nullptr) execute(all);
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (&lanes[lane] != &me) set_ready(lanes[lane]);
+  }
+}
+
+void warp_is_ordered() { block_of(*running).shared.order_lanes(running->thread_idx / kLanes); }
+
+void barrier(int id, int num_threads, Step step) {
+  Thread& me = *running;
+  RunningBlock& block = block_of(me);
+  if (id < 0 || id >= kMaxBarriers) fault(step, "barrier " + std::to_string(id));
+  if (num_threads % kLanes != 0 || num_threads > block.num_threads()) {
+    fault(step, "a barrier for " + std::to_string(num_threads) + " threads");
+  }
+  Barrier& barrier = block.barriers[id];
+  me.step = step;
+  me.operands = &barrier;
+  if (barrier.arrived == 0) {
+    barrier.first = &me;
+    barrier.expected = num_threads;
+  } else if (!same(barrier.first->step, step) || barrier.expected != num_threads) {
+    fault(step, "threads meet at different barriers: " + difference(*barrier.first, me));
+  }
+  if (++barrier.arrived < barrier.expected) return wait_here(me, step);
+  barrier.arrived = 0;
+  std::vector<int> warps;
+  for (Thread& thread : block.threads) {
+    const bool waits_here = &thread == &me || (thread.waiting && thread.operands == &barrier);
+    if (!waits_here) continue;
+    if (warps.empty() || warps.back() != thread.thread_idx / kLanes) {
+      warps.push_back(thread.thread_idx / kLanes);
+    }
+    if (&thread != &me) set_ready(thread);
+  }
+  block.shared.order_warps(warps);
+}
+
+void wait_until_equal(const int* turn, int value, Step step) {
+  Thread& me = *running;
+  if (*turn == value) return;
+  me.turn = turn;
+  me.awaited = value;
+  wait_here(me, step);
+}
+
+void check_global(const void* address, int bytes, Access access, Step step) {
+  const std::string wrong = why_not_accessible(address, bytes, access);
+  if (!wrong.empty()) fault(step, wrong);
+}
+
+void read_shared(const void* address, int bytes, Step step) {
+  const std::string wrong = block_of(*running).shared.read(address, bytes, running->thread_idx);
+  if (!wrong.empty()) fault(step, wrong);
+}
+
+void write_shared(const void* address, int bytes, Step step) {
+  const std::string wrong = block_of(*running).shared.write(address, bytes, running->thread_idx);
+  if (!wrong.empty()) fault(step, wrong);
+}
+
+void start_copy(void* shared, const void* global, int bytes, bool valid, Step step) {
+  Copy copy{static_cast<char*>(shared), bytes, {}};
+  if (valid) {
+    check_global(global, bytes, Access::kRead, step);
+    memcpy(copy.data, global, bytes);
+  }
+  const std::string wrong =
+      block_of(*running).shared.start_copy(shared, bytes, running->thread_idx);
+  if (!wrong.empty()) fault(step, wrong);
+  running->copies.copies.push_back(copy);
+  ++running->copies.open;
+}
+
+void commit_copies() {
+  CopyQueue& queue = running->copies;
+  queue.groups.push_back(queue.open);
+  queue.open = 0;
+}
+
+void wait_for_copies(int pending) {
+  CopyQueue& queue = running->copies;
+  const int groups = static_cast<int>(queue.groups.size()) - pending;
+  int finished = 0;
+  for (int i = 0; i < groups; ++i) finished += queue.groups[i];
+  for (int i = 0; i < finished; ++i) {
+    block_of(*running).shared.finish_copy(queue.copies[i], running->thread_idx);
+  }
+  if (groups <= 0) return;
+  queue.copies.erase(queue.copies.begin(), queue.copies.begin() + finished);
+  queue.groups.erase(queue.groups.begin(), queue.groups.begin() + groups);
+}
+
+}  // namespace emulator

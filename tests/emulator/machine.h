@@ -1,0 +1,116 @@
+// The emulated GPU: blocks of threads, one fiber a thread, that meet at barriers and warp-wide
+// instructions.
+//
+// A fiber runs until it must wait for others. A warp-wide instruction is done once, by the lane
+// that arrives last, for all 32; lanes that meet at different instructions are a fault, as is a
+// barrier that some thread never reaches. The order of warps and lanes is drawn from a seed, so
+// that a kernel that needs a barrier and has none computes something else sooner or later; the
+// shared memory's own bookkeeping (shared_memory.h) sees most of those at once.
+//
+// A Fault says what happened, where, in which block and thread. run_grid throws it.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <stdexcept>
+#include <string>
+
+#include "emulator/fiber.h"
+#include "emulator/global_memory.h"
+#include "emulator/shared_memory.h"
+
+namespace emulator {
+
+struct Site {
+  const char* file;
+  int line;
+};
+// As the default of a function's last argument: where that function is called.
+constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  return {file, line};
+}
+
+// What a thread is doing, for comparisons and messages.
+struct Step {
+  const char* name;
+  Site site;
+};
+
+class Fault : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+struct Grid {
+  int x;
+  int y;
+  int z;
+};
+
+struct Settings {
+  uint64_t seed = 1;
+  int resident_blocks = 2;  // so many blocks run at once, in turns
+  bool check_races = true;
+  int64_t blocks_run = 0;  // counted by run_grid
+};
+Settings& settings();
+
+// Runs body(shared memory) in each thread of each block. Blocks start in the order of their linear
+// index.
+void run_grid(Grid grid, int num_threads, int shared_bytes, const std::function<void(char*)>& body);
+
+// ---- for the twins of primitives, called from a running thread ----
+
+struct Block;
+class Machine;
+
+struct Thread {
+  int thread_idx = 0;
+  Block* block = nullptr;
+  Context context;
+  bool done = false;
+  CopyQueue copies;  // its cp.async copies under way
+  // Waiting: at what, and what for.
+  Step step{};
+  bool waiting = false;
+  void* operands = nullptr;
+  const int* turn = nullptr;
+  int awaited = 0;
+};
+
+struct Block {
+  Grid index{};
+  Machine* machine = nullptr;
+  int thread_count = 0;
+  int num_threads() const { return thread_count; }
+};
+
+class Machine {
+ public:
+  virtual ~Machine() = default;
+  virtual Grid grid() const = 0;
+};
+
+Thread& current();
+
+// One warp-wide instruction: all 32 lanes come here with the same step; `execute` is called once
+// with the operands of lane 0 .. 31.
+void collective(Step step, void* operands, void (*execute)(void* const* lanes));
+// Orders the shared memory accesses of the warp's lanes; from within `execute`.
+void warp_is_ordered();
+// Barrier `id` of the block, for num_threads threads.
+void barrier(int id, int num_threads, Step step);
+// Until *turn == value, which another block brings about.
+void wait_until_equal(const int* turn, int value, Step step);
+
+// Accesses: bounds, alignment, and for shared memory unwritten bytes and races.
+void check_global(const void* address, int bytes, Access access, Step step);
+void read_shared(const void* address, int bytes, Step step);
+void write_shared(const void* address, int bytes, Step step);
+void start_copy(void* shared, const void* global, int bytes, bool valid, Step step);
+void commit_copies();
+void wait_for_copies(int pending);
+
+[[noreturn]] void fault(const Step& step, const std::string& what);
+
+}  // namespace emulator

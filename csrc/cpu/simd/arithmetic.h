@@ -23,7 +23,10 @@ struct FloatArithmetic {
   using Real = float;
   using Unit = float;
   static constexpr int kPair = 1;
-  static SA_INLINE Vec<Real> dot(Vec<Unit> a, Vec<Unit> b, Vec<Real> sum) { return a * b + sum; }
+  template <class AnyVec>
+  static SA_INLINE AnyVec dot(AnyVec a, AnyVec b, AnyVec sum) {
+    return a * b + sum;
+  }
   static SA_INLINE Vec<Real> weight_exp2(Vec<Real> x) { return exp2(x); }
 };
 
@@ -31,7 +34,10 @@ struct DoubleArithmetic {
   using Real = double;
   using Unit = double;
   static constexpr int kPair = 1;
-  static SA_INLINE Vec<Real> dot(Vec<Unit> a, Vec<Unit> b, Vec<Real> sum) { return a * b + sum; }
+  template <class AnyVec>
+  static SA_INLINE AnyVec dot(AnyVec a, AnyVec b, AnyVec sum) {
+    return a * b + sum;
+  }
   static SA_INLINE Vec<Real> weight_exp2(Vec<Real> x) { return exp2(x); }
 };
 
@@ -43,6 +49,9 @@ struct Bf16Arithmetic {
   static constexpr int kPair = 2;
   static SA_INLINE Vec<Real> dot(Vec<Unit> a, Vec<Unit> b, Vec<Real> sum) {
     return (Vec<Real>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+  static SA_INLINE StripVec<Real> dot(StripVec<Unit> a, StripVec<Unit> b, StripVec<Real> sum) {
+    return (StripVec<Real>)_mm256_dpbf16_ps((__m256)sum, (__m256bh)a, (__m256bh)b);
   }
   // The weight is rounded to bfloat16 (2^-9) before it is used, so a polynomial to 4e-6 loses
   // nothing.

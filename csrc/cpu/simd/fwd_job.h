@@ -4,8 +4,8 @@
 // Several kv heads take turns at each block of keys because what counts in decode is to read the
 // cache in the order in which it lies. In a cache [page][slot][head][dim] one head's rows are a
 // small piece of each token's; read alone they keep a few of the memory's channels busy (8.5 of 21
-// GB/s measured on a Zen 4 server). So all heads go over a panel of keys while the next panel's
-// tokens are prefetched whole.
+// GB/s measured on a Zen 4 server). So all heads go over some keys while the next keys' tokens are
+// prefetched whole.
 #pragma once
 
 #include "cpu/simd/fwd_tile.h"
@@ -55,100 +55,162 @@ void pack_blocks(const FlashFwdProblem& problem, const FwdPlan& plan, int64_t ba
   }
 }
 
-// One strip of each kv head against a block of keys read where they lie (in_place.h), a panel of
-// keys for all heads at a time, the next panel on its way: of K, then of V, then of the next
-// block's K.
+// One strip of each kv head of a task against blocks of keys read where they lie (in_place.h).
 template <class Arithmetic>
-void attend_block_in_place(const FlashFwdProblem& problem, const FwdPlan& plan, const FwdTask& task,
-                           int64_t block_idx) {
+class StripsInPlace {
   using Unit = typename Arithmetic::Unit;
   using Real = typename Arithmetic::Real;
   using Tile = ForwardTile<Arithmetic>;
   using Geo = Geometry<Arithmetic>;
-  constexpr int kStep = kLanes<Unit>;
-  alignas(64) static const Unit zeros[kMaxHeadDim] = {};
-  const int64_t heads = task.kv_head_end - task.kv_head_begin;
-  const Tile first_tile(problem, plan, task, task.kv_head_begin);
-  const int rows = static_cast<int>(first_tile.rows);
-  const Range readable = first_tile.mask.visible_keys(task.q_begin, task.q_end);
-  const int64_t first = block_idx * plan.block_keys;
-  const auto [begin, end] = first_tile.seen_panels(first, 0, rows);
-  if (begin >= end) return;
-  const KeyRows keys =
-      attention::key_rows(problem, task.batch_idx, first_tile.info, task.kv_head_begin, readable);
-  const KeyRows values =
-      attention::value_rows(problem, task.batch_idx, first_tile.info, task.kv_head_begin, readable);
-  const int64_t key_head_bytes = problem.k_stride_head * attention::bytes_of(problem.kv_dtype);
-  const int64_t value_head_bytes = problem.v_stride_head * attention::bytes_of(problem.kv_dtype);
-  const int64_t stride = Tile::score_stride(plan);
 
-  // Where a panel's rows of the first head lie, and from those the rows of the head `head_offset`
-  // bytes on.
-  const char* first_rows[Geo::kPanel];
-  const Unit* panel[Geo::kPanel];
-  const auto find_panel = [&](const KeyRows& source, int64_t key) {
-    for (int i = 0; i < Geo::kPanel; ++i) {
-      first_rows[i] =
-          source.is_readable(key + i) ? static_cast<const char*>(source.row(key + i)) : nullptr;
-    }
-  };
-  const auto turn_to_head = [&](int64_t head_offset) {
-    for (int i = 0; i < Geo::kPanel; ++i) {
-      panel[i] = first_rows[i] != nullptr
-                     ? reinterpret_cast<const Unit*>(first_rows[i] + head_offset)
-                     : zeros;
-    }
-  };
+  // Keys that all heads go over before the next ones, which are fetched meanwhile: few enough for
+  // both to stay in L2, enough to make up for loading and storing each head's output once a chunk.
+  static constexpr int64_t kChunkKeys = 64;
 
-  for (int64_t key = first + begin; key < first + end; key += Geo::kPanel) {
-    const bool is_last = key + Geo::kPanel >= first + end;
-    find_panel(keys, key);
-    for (int64_t head = 0; head < heads; ++head) {
-      if (is_last) {
-        prefetch_panel<Arithmetic>(values, problem.v_stride_head, first + begin, head, heads);
-      } else {
-        prefetch_panel<Arithmetic>(keys, problem.k_stride_head, key + Geo::kPanel, head, heads);
-      }
-      const Tile tile(problem, plan, task, task.kv_head_begin + head);
-      turn_to_head(head * key_head_bytes);
-      for (int half = 0; half < kTileVecs; ++half) {
-        score_square_rows<Arithmetic>(rows, panel + half * kStep, Geo::units(problem.head_dim),
-                                      tile.scratch.q, Tile::q_stride(problem),
-                                      tile.scratch.scores + (key - first - begin) + half * kStep,
-                                      stride);
+ public:
+  StripsInPlace(const FlashFwdProblem& problem, const FwdPlan& plan, const FwdTask& task)
+      : problem_(problem),
+        plan_(plan),
+        task_(task),
+        first_(problem, plan, task, task.kv_head_begin),
+        heads_(task.kv_head_end - task.kv_head_begin),
+        rows_(static_cast<int>(first_.rows)),
+        stride_(Tile::score_stride(plan)),
+        kv_bytes_(attention::bytes_of(problem.kv_dtype)),
+        readable_(first_.mask.visible_keys(task.q_begin, task.q_end)),
+        keys_(attention::key_rows(problem, task.batch_idx, first_.info, task.kv_head_begin,
+                                  readable_)),
+        values_(attention::value_rows(problem, task.batch_idx, first_.info, task.kv_head_begin,
+                                      readable_)) {
+    for (int64_t head = 0; head < heads_; ++head) {
+      strip_to_lanes(of_head(first_.scratch.q, head), Tile::q_stride(problem), rows_,
+                     Geo::units(problem.head_dim), of_head(first_.scratch.q_lanes, head));
+    }
+  }
+
+  void attend_block(int64_t block_idx) {
+    const int64_t first = block_idx * plan_.block_keys;
+    const auto [seen_begin, seen_end] = first_.seen_panels(first, 0, rows_);
+    if (seen_begin >= seen_end) return;
+    const int64_t begin = first + seen_begin;
+    const int64_t end = first + seen_end;
+    for (int64_t key = begin; key < end; key += kChunkKeys) {
+      RowPrefetcher ahead =
+          key + kChunkKeys < end ? fetch_keys(key + kChunkKeys, end) : fetch_values(begin, end);
+      score_chunk(key, min_of(kChunkKeys, end - key), key - begin, ahead);
+    }
+    Real rescale[kMaxHeadsInPlace][kTileRows];
+    for (int64_t head = 0; head < heads_; ++head) {
+      Tile(problem_, plan_, task_, task_.kv_head_begin + head)
+          .soften(first, 0, rows_, seen_begin, seen_end, rescale[head]);
+    }
+    for (int64_t key = begin; key < end; key += kChunkKeys) {
+      RowPrefetcher ahead = key + kChunkKeys < end
+                                ? fetch_values(key + kChunkKeys, end)
+                                : fetch_keys(end, task_.block_end * plan_.block_keys);
+      accumulate_chunk(key, min_of(kChunkKeys, end - key), key - begin, rescale, ahead);
+      for (int64_t head = 0; head < heads_; ++head) {
+        for (Real& factor : rescale[head]) factor = 1;
       }
     }
   }
-  Real rescale[kMaxHeadsInPlace][kTileRows];
-  for (int64_t head = 0; head < heads; ++head) {
-    Tile(problem, plan, task, task.kv_head_begin + head)
-        .soften(first, 0, rows, begin, end, rescale[head]);
-  }
-  Real ones[kTileRows];
-  for (Real& one : ones) one = 1;
-  for (int64_t key = first + begin; key < first + end; key += Geo::kPanel) {
-    const bool is_last = key + Geo::kPanel >= first + end;
-    find_panel(values, key);
-    for (int64_t head = 0; head < heads; ++head) {
-      if (is_last) {
-        prefetch_panel<Arithmetic>(keys, problem.k_stride_head, first + plan.block_keys, head,
-                                   heads);
-      } else {
-        prefetch_panel<Arithmetic>(values, problem.v_stride_head, key + Geo::kPanel, head, heads);
+
+ private:
+  // Where a chunk's rows lie.
+  struct Chunk {
+    bool is_whole;                 // no key is missing
+    const char* rows[kChunkKeys];  // of the first head; null for a key that may not be read
+    const char* rows_of_head[kChunkKeys];
+
+    // Addresses of rows of the head `offset` bytes on, to which the returned offset is to be added.
+    const char* const* turn_to_head(int64_t& offset, int64_t count) {
+      alignas(64) static const Real zeros[kMaxHeadDim] = {};
+      if (is_whole) return rows;
+      for (int64_t i = 0; i < count; ++i) {
+        rows_of_head[i] =
+            rows[i] == nullptr ? reinterpret_cast<const char*>(zeros) : rows[i] + offset;
       }
-      const Tile tile(problem, plan, task, task.kv_head_begin + head);
-      turn_to_head(head * value_head_bytes);
+      offset = 0;
+      return rows_of_head;
+    }
+  };
+
+  static void find_chunk(const KeyRows& source, int64_t key, int64_t count, Chunk& chunk) {
+    chunk.is_whole = source.is_readable(key) && source.is_readable(key + count - 1);
+    for (int64_t i = 0; i < count; ++i) {
+      chunk.rows[i] = chunk.is_whole || source.is_readable(key + i)
+                          ? static_cast<const char*>(source.row(key + i))
+                          : nullptr;
+    }
+  }
+
+  RowPrefetcher fetch_keys(int64_t begin, int64_t end) const {
+    return {keys_,
+            problem_.k_stride_head * kv_bytes_,
+            heads_,
+            {begin, min_of(begin + kChunkKeys, end)}};
+  }
+  RowPrefetcher fetch_values(int64_t begin, int64_t end) const {
+    return {values_,
+            problem_.v_stride_head * kv_bytes_,
+            heads_,
+            {begin, min_of(begin + kChunkKeys, end)}};
+  }
+
+  // The same piece of scratch of a head further on.
+  template <class T>
+  T* of_head(T* of_first, int64_t head) const {
+    return reinterpret_cast<T*>(reinterpret_cast<char*>(of_first) +
+                                head * plan_.tile_scratch_bytes);
+  }
+
+  // Scores of the keys [key, key + count) of all heads, to column `column` of each head's scores.
+  void score_chunk(int64_t key, int64_t count, int64_t column, RowPrefetcher& ahead) const {
+    constexpr int kKeys = std::min(kMaxScoreKeys, Geo::kPanel);
+    Chunk chunk;
+    find_chunk(keys_, key, count, chunk);
+    for (int64_t head = 0; head < heads_; ++head) {
+      int64_t offset = head * problem_.k_stride_head * kv_bytes_;
+      const char* const* rows = chunk.turn_to_head(offset, count);
+      Real* scores = of_head(first_.scratch.scores, head) + column;
+      for (int64_t i = 0; i < count; i += kKeys) {
+        score_keys<Arithmetic, kKeys>(rows + i, offset, Geo::units(problem_.head_dim),
+                                      of_head(first_.scratch.q_lanes, head), scores + i, stride_,
+                                      ahead);
+      }
+    }
+  }
+
+  // Adds the values of these keys to all heads' outputs.
+  void accumulate_chunk(int64_t key, int64_t count, int64_t column,
+                        const Real (*rescale)[kTileRows], RowPrefetcher& ahead) const {
+    Chunk chunk;
+    find_chunk(values_, key, count, chunk);
+    for (int64_t head = 0; head < heads_; ++head) {
+      int64_t offset = head * problem_.v_stride_head * kv_bytes_;
+      const char* const* rows = chunk.turn_to_head(offset, count);
       const Unit* weights =
-          reinterpret_cast<const Unit*>(tile.scratch.scores) + (key - first - begin) / Geo::kPair;
-      for (int64_t column = 0; column < problem.head_dim_v; column += Geo::kPanel) {
-        accumulate_columns_rows<Arithmetic>(rows, static_cast<const Unit* const*>(panel),
-                                            int64_t{Geo::kPanel / Geo::kPair}, column, weights,
-                                            stride, key == first + begin ? rescale[head] : ones,
-                                            tile.scratch.out, problem.head_dim_v);
+          reinterpret_cast<const Unit*>(of_head(first_.scratch.scores, head)) + column / Geo::kPair;
+      Real* out = of_head(first_.scratch.out, head);
+      for (int64_t dim = 0; dim < problem_.head_dim_v; dim += Geo::kPanel) {
+        accumulate_columns_rows<Arithmetic>(rows_, rows, offset + dim * kv_bytes_,
+                                            count / Geo::kPair, weights, stride_, rescale[head],
+                                            out + dim, problem_.head_dim_v, &ahead);
       }
     }
   }
-}
+
+  const FlashFwdProblem& problem_;
+  const FwdPlan& plan_;
+  const FwdTask& task_;
+  const Tile first_;  // of the first head
+  const int64_t heads_;
+  const int rows_;
+  const int64_t stride_;
+  const int64_t kv_bytes_;  // of one number
+  const Range readable_;
+  const KeyRows keys_, values_;  // of the first head
+};
 
 template <class Arithmetic>
 void fwd_tile(const FlashFwdProblem& problem, const FwdPlan& plan, const FwdTask& task) {
@@ -163,11 +225,14 @@ void fwd_tile(const FlashFwdProblem& problem, const FwdPlan& plan, const FwdTask
                              .mask.visible_keys(task.q_begin, task.q_end);
   const bool in_place = task.packed == nullptr && rows <= kTileRows &&
                         can_read_in_place<Arithmetic>(problem) && heads <= kMaxHeadsInPlace;
-  for (int64_t block_idx = task.block_begin; block_idx < task.block_end; ++block_idx) {
+  if constexpr (kHasStripVec<typename Arithmetic::Real>) {
     if (in_place) {
-      attend_block_in_place<Arithmetic>(problem, plan, task, block_idx);
-      continue;
+      StripsInPlace<Arithmetic> strips(problem, plan, task);
+      for (int64_t block = task.block_begin; block < task.block_end; ++block)
+        strips.attend_block(block);
     }
+  }
+  for (int64_t block_idx = task.block_begin; block_idx < task.block_end && !in_place; ++block_idx) {
     const char* packed = task.packed + block_idx * block_bytes;
     if (task.packed == nullptr) {
       pack_blocks<Arithmetic>(problem, plan, task.batch_idx, task.kv_head_begin, task.kv_head_end,

@@ -47,6 +47,7 @@ struct ForwardTile {
 
   struct Scratch {
     Unit* q;                // [rows][q_stride]
+    Unit* q_lanes;          // [q_stride][kTileRows]: one strip's q for keys read in place
     Real* out;              // [rows][columns(head_dim_v)], not yet divided
     RowState<Real>* state;  // [rows]
     Real* scores;           // [kTileRows][score_stride], weights in place
@@ -67,12 +68,13 @@ struct ForwardTile {
                          Scratch& scratch) {
     const int64_t rows = plan.tile_positions * (problem.num_heads_q / problem.num_heads_kv);
     scratch.q = carver.take<Unit>(rows * q_stride(problem));
+    scratch.q_lanes = carver.take<Unit>(q_stride(problem) * kTileRows);
     scratch.out = carver.take<Real>(rows * Geo::columns(problem.head_dim_v));
     scratch.state = carver.take<RowState<Real>>(rows);
     scratch.scores = carver.take<Real>(kTileRows * score_stride(plan));
   }
   static int64_t q_stride(const FlashFwdProblem& problem) {
-    return round_up(Geo::units(problem.head_dim), Geo::kLanesReal);
+    return round_up(Geo::units(problem.head_dim), max_of(Geo::kLanesReal, kTileRows));
   }
   // One vector more than a block, so that the strip's rows do not fall on the same cache sets.
   static int64_t score_stride(const FwdPlan& plan) { return plan.block_keys + Geo::kLanesReal; }

@@ -1,67 +1,113 @@
 // Decode: few rows (at most one strip) against keys and values that are used once. Packing would
-// cost more than the products, so both products read the cache's rows themselves.
+// cost more than the products, so both products read the cache's rows themselves, and prefetch what
+// comes next while they multiply (prefetch.h).
 //
-// Scores: a square of kLanes keys by kLanes units is transposed in registers and multiplied at
-// once. On AVX-512: 16 registers of square, 8 accumulators, one broadcast. Output: a row of V is a
-// row of operand B as it lies (bfloat16: two rows zipped by two shuffles). The sums run over the
-// same numbers in the same order as in the packed path, so a row's result does not depend on which
-// path computed it.
+// Scores: the strip's rows are the lanes. A unit of all rows, out of q transposed beforehand, times
+// a unit of a key, broadcast out of the cache by the multiplication itself; the keys' rows are
+// never shuffled, only the finished scores are turned, a square of kTileRows keys at a time. On
+// AVX-512: 16 accumulators of 8 lanes, two multiplications a cycle, one load each. Output: a row of
+// V is a row of operand B as it lies (bfloat16: two rows zipped by two shuffles). The sums run over
+// the same numbers in the same order as in the packed path, so a row's result does not depend on
+// which path computed it.
 #pragma once
+
+#include <algorithm>
 
 #include "cpu/simd/gemm.h"
 #include "cpu/simd/pack.h"
+#include "cpu/simd/prefetch.h"
 
 namespace sink_attention::cpu::SA_ISA {
 
-// scores[row][0 .. kLanes) of kLanes keys; missing keys are rows of zeros.
-template <class Arithmetic, int kRows>
-SA_INLINE void score_square(const typename Arithmetic::Unit* const* keys, int64_t units,
-                            const typename Arithmetic::Unit* q, int64_t q_stride,
-                            typename Arithmetic::Real* scores, int64_t score_stride) {
+constexpr int kMaxScoreKeys = 2 * kTileRows;  // keys that score_keys takes at once
+
+// Rows of units, zero beyond `rows`, to lanes: q_lanes[unit][row].
+template <class Unit>
+SA_INLINE void strip_to_lanes(const Unit* q, int64_t q_stride, int rows, int64_t units,
+                              Unit* q_lanes) {
+  for (int64_t unit = 0; unit < units; unit += kTileRows) {
+    StripVec<Unit> square[kTileRows] = {};
+    for (int row = 0; row < rows; ++row) square[row] = load_strip(q + row * q_stride + unit);
+    transpose(square);
+    for (int i = 0; i < kTileRows; ++i) store_strip(q_lanes + (unit + i) * kTileRows, square[i]);
+  }
+}
+
+template <class Unit>
+SA_INLINE Unit unit_at(const char* row, int64_t idx) {
+  Unit unit;  // a row of bfloat16 numbers is not aligned to pairs
+  memcpy(&unit, row + idx * static_cast<int64_t>(sizeof(Unit)), sizeof(Unit));
+  return unit;
+}
+
+// scores[row][0 .. kKeys) of kKeys keys, whose rows lie `offset` bytes behind the addresses in
+// keys. The order of the loops keeps enough sums in flight to hide an addition's latency, and lets
+// a key's address serve several loads.
+template <class Arithmetic, int kKeys>
+SA_INLINE void score_keys(const char* const* keys, int64_t offset, int64_t units,
+                          const typename Arithmetic::Unit* q_lanes,
+                          typename Arithmetic::Real* scores, int64_t score_stride,
+                          RowPrefetcher& ahead) {
   using Unit = typename Arithmetic::Unit;
   using Real = typename Arithmetic::Real;
-  constexpr int kStep = kLanes<Unit>;
-  Vec<Real> sum[kRows] = {};
-  for (int64_t unit = 0; unit < units; unit += kStep) {
-    Vec<Unit> square[kStep];
+  constexpr int kUnits = 2;
+  constexpr int kTogether = 4;
+  StripVec<Real> sum[kKeys] = {};
+  for (int64_t unit = 0; unit < units; unit += kUnits) {
+    ahead.fetch(kKeys * kUnits * static_cast<int64_t>(sizeof(Unit)));
+    StripVec<Unit> q[kUnits];
     SA_UNROLL
-    for (int lane = 0; lane < kStep; ++lane) square[lane] = load(keys[lane] + unit);
-    transpose<Unit>(square);
+    for (int i = 0; i < kUnits; ++i) q[i] = load_strip(q_lanes + (unit + i) * kTileRows);
     SA_UNROLL
-    for (int i = 0; i < kStep; ++i) {
+    for (int first = 0; first < kKeys; first += kTogether) {
       SA_UNROLL
-      for (int row = 0; row < kRows; ++row) {
-        sum[row] = Arithmetic::dot(broadcast(q[row * q_stride + unit + i]), square[i], sum[row]);
+      for (int i = 0; i < kUnits; ++i) {
+        SA_UNROLL
+        for (int key = first; key < first + kTogether; ++key) {
+          const StripVec<Unit> k = broadcast_strip(unit_at<Unit>(keys[key] + offset, unit + i));
+          sum[key] = Arithmetic::dot(q[i], k, sum[key]);
+        }
       }
     }
   }
   SA_UNROLL
-  for (int row = 0; row < kRows; ++row) store(scores + row * score_stride, sum[row]);
+  for (int first = 0; first < kKeys; first += kTileRows) {
+    StripVec<Real> square[kTileRows];
+    SA_UNROLL
+    for (int i = 0; i < kTileRows; ++i) square[i] = sum[first + i];
+    transpose(square);
+    SA_UNROLL
+    for (int row = 0; row < kTileRows; ++row)
+      store_strip(scores + row * score_stride + first, square[row]);
+  }
 }
 
-// Vectors column .. of B's next row: one row of V, or two of them zipped.
+// Two vectors of columns of B's next row: of a row of V, or of two of them zipped.
 template <class Arithmetic>
-SA_INLINE void load_value_units(const typename Arithmetic::Unit* const* values, int64_t column,
+SA_INLINE void load_value_units(const char* const* values, int64_t offset,
                                 Vec<typename Arithmetic::Unit> (&units)[kTileVecs]) {
+  using Unit = typename Arithmetic::Unit;
   static_assert(kTileVecs == 2);
+  const Unit* row = reinterpret_cast<const Unit*>(values[0] + offset);
   if constexpr (Arithmetic::kPair == 1) {
-    units[0] = load(values[0] + column);
-    units[1] = load(values[0] + column + kLanes<typename Arithmetic::Unit>);
+    units[0] = load(row);
+    units[1] = load(row + kLanes<Unit>);
   } else {
 #if defined(__AVX512BF16__)
-    zip_unit_vectors(load(values[0] + column / 2), load(values[1] + column / 2), units[0],
-                     units[1]);
+    const Unit* next_row = reinterpret_cast<const Unit*>(values[1] + offset);
+    zip_unit_vectors(load(row), load(next_row), units[0], units[1]);
 #endif
   }
 }
 
-// out[row][column ..] = out * rescale + weights V over `depth` units of keys, two vectors of
-// columns.
+// out[row] = out[row] * rescale + weights V over `depth` units of keys, two vectors of columns,
+// which lie `offset` bytes behind the addresses in values.
 template <class Arithmetic, int kRows>
-SA_INLINE void accumulate_columns(const typename Arithmetic::Unit* const* values, int64_t depth,
-                                  int64_t column, const typename Arithmetic::Unit* weights,
-                                  int64_t weight_stride, const typename Arithmetic::Real* rescale,
-                                  typename Arithmetic::Real* out, int64_t out_stride) {
+SA_INLINE void accumulate_columns(const char* const* values, int64_t offset, int64_t depth,
+                                  const typename Arithmetic::Unit* weights, int64_t weight_stride,
+                                  const typename Arithmetic::Real* rescale,
+                                  typename Arithmetic::Real* out, int64_t out_stride,
+                                  RowPrefetcher* ahead) {
   using Unit = typename Arithmetic::Unit;
   using Real = typename Arithmetic::Real;
   constexpr int kStep = kLanes<Real>;
@@ -70,12 +116,13 @@ SA_INLINE void accumulate_columns(const typename Arithmetic::Unit* const* values
   for (int row = 0; row < kRows; ++row) {
     SA_UNROLL
     for (int n = 0; n < kTileVecs; ++n) {
-      sum[row][n] = load(out + row * out_stride + column + n * kStep) * rescale[row];
+      sum[row][n] = load(out + row * out_stride + n * kStep) * rescale[row];
     }
   }
   for (int64_t k = 0; k < depth; ++k) {
+    ahead->fetch(kTileVecs * kVectorBytes);
     Vec<Unit> b[kTileVecs];
-    load_value_units<Arithmetic>(values + k * Arithmetic::kPair, column, b);
+    load_value_units<Arithmetic>(values + k * Arithmetic::kPair, offset, b);
     SA_UNROLL
     for (int row = 0; row < kRows; ++row) {
       const Vec<Unit> a = broadcast(weights[row * weight_stride + k]);
@@ -86,19 +133,11 @@ SA_INLINE void accumulate_columns(const typename Arithmetic::Unit* const* values
   SA_UNROLL
   for (int row = 0; row < kRows; ++row) {
     SA_UNROLL
-    for (int n = 0; n < kTileVecs; ++n)
-      store(out + row * out_stride + column + n * kStep, sum[row][n]);
+    for (int n = 0; n < kTileVecs; ++n) store(out + row * out_stride + n * kStep, sum[row][n]);
   }
 }
 
 // The same with the number of rows known at run time.
-template <class Arithmetic, int kRows = kTileRows, class... Args>
-SA_INLINE void score_square_rows(int rows, Args... args) {
-  if constexpr (kRows > 1) {
-    if (rows < kRows) return score_square_rows<Arithmetic, kRows - 1>(rows, args...);
-  }
-  score_square<Arithmetic, kRows>(args...);
-}
 template <class Arithmetic, int kRows = kTileRows, class... Args>
 SA_INLINE void accumulate_columns_rows(int rows, Args... args) {
   if constexpr (kRows > 1) {
@@ -107,12 +146,13 @@ SA_INLINE void accumulate_columns_rows(int rows, Args... args) {
   accumulate_columns<Arithmetic, kRows>(args...);
 }
 
-// Whether rows of this type can be read in place: they are units, and both head dims are whole
-// panels.
+// Whether rows of this type can be read in place: a strip has a vector, the rows are units, and
+// both head dims are whole panels.
 template <class Arithmetic>
 SA_INLINE bool can_read_in_place(const attention::FlashFwdProblem& problem) {
   constexpr int kWhole = kTileVecs * kLanes<typename Arithmetic::Real>;
-  return rows_are_units<Arithmetic>(problem.kv_dtype, problem.head_dim) &&
+  return kHasStripVec<typename Arithmetic::Real> &&
+         rows_are_units<Arithmetic>(problem.kv_dtype, problem.head_dim) &&
          rows_are_units<Arithmetic>(problem.kv_dtype, problem.head_dim_v) &&
          problem.head_dim_v % kWhole == 0;
 }

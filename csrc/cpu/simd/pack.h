@@ -97,7 +97,7 @@ void pack_transposed(const KeyRows& rows, int64_t begin, int64_t end,
         Vec<Unit> square[kStep];
         SA_UNROLL
         for (int lane = 0; lane < kStep; ++lane) square[lane] = load(sources[lane] + unit);
-        transpose<Unit>(square);
+        transpose(square);
         Unit* column = destination + unit * kPanel + half * kStep;
         if (unit + kStep <= units) {
           SA_UNROLL

@@ -50,6 +50,18 @@ using Vec = typename VecOf<T>::type;
 template <class T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 
+// One lane for each row of a strip (in_place.h): half a register or a whole one. Numbers so wide
+// that it would take two have none.
+template <class T>
+constexpr bool kHasStripVec = kTileRows * sizeof(T) <= kVectorBytes;
+template <class T>
+struct StripVecOf {
+  typedef T type __attribute__((vector_size(kTileRows * sizeof(T))));
+  typedef T unaligned __attribute__((vector_size(kTileRows * sizeof(T)), aligned(1), may_alias));
+};
+template <class T>
+using StripVec = typename StripVecOf<T>::type;
+
 template <class T>
 SA_INLINE Vec<T> load(const T* source) {
   return *reinterpret_cast<const typename VecOf<T>::unaligned*>(source);
@@ -63,6 +75,21 @@ SA_INLINE void store(T* destination, Vec<T> value) {
 template <class T>
 SA_INLINE Vec<T> broadcast(T value) {
   return value - Vec<T>{};  // the form that both compilers turn into one broadcast
+}
+
+template <class T>
+SA_INLINE StripVec<T> load_strip(const T* source) {
+  return *reinterpret_cast<const typename StripVecOf<T>::unaligned*>(source);
+}
+
+template <class T>
+SA_INLINE void store_strip(T* destination, StripVec<T> value) {
+  *reinterpret_cast<typename StripVecOf<T>::unaligned*>(destination) = value;
+}
+
+template <class T>
+SA_INLINE StripVec<T> broadcast_strip(T value) {
+  return value - StripVec<T>{};
 }
 
 SA_INLINE Vec<float> maximum(Vec<float> a, Vec<float> b) {

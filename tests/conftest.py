@@ -60,12 +60,6 @@ def _available_backends() -> dict[str, Backend]:
 BACKENDS = _available_backends()
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "sanitize: small and of every kind; what make sanitize runs of the grid"
-    )
-
-
 @pytest.fixture(params=sorted(BACKENDS), scope="session")
 def backend(request: pytest.FixtureRequest) -> Backend:
     return BACKENDS[request.param]

@@ -25,8 +25,8 @@ LIBRARY := sink_attention_ext/_C.abi3.so
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 CXX_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 PYTHON_FILES = setup.py tools sink_attention_ext tests benchmarks examples
-# The tests that compare numbers on many shapes: what the sanitizers are to watch.
-GRID = $(wildcard $(addprefix tests/test_,$(addsuffix .py,dense varlen paged merge gradients edges)))
+# What the sanitizers are to watch: every file with a test that is marked for them.
+SANITIZED = $(shell grep -l 'mark\.sanitize' tests/test_*.py)
 
 .PHONY: help build demo test test-all bench checklist lint format native sanitize sanitize-native \
         sanitize-python check-cuda clean
@@ -81,7 +81,7 @@ sanitize-python: $(STAMPS)/test
 	SINK_SANITIZE=1 $(PY) setup.py --quiet build --build-lib build/sanitize-python
 	cd build/sanitize-python && PYTHONPATH=$$PWD ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-	  $(PY) -m pytest -q -m sanitize $(addprefix $(CURDIR)/,$(GRID))
+	  $(PY) -m pytest -q -m sanitize $(addprefix $(CURDIR)/,$(SANITIZED))
 
 check-cuda: $(STAMPS)/build  ## compile each CUDA kernel for each architecture (needs nvcc, no GPU)
 	$(PY) setup.py --quiet check_cuda

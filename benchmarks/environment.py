@@ -63,7 +63,7 @@ def describe(device: torch.device) -> dict[str, str | int]:
 
     load = " ".join(f"{value:.2f}" for value in os.getloadavg())
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
         "commit": git_commit(),
         "device": str(device),

@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullLocator
 
 COLORS = {
     "sink_attention_ext": "#c1272d",
@@ -27,8 +28,11 @@ def values_of(records: list[dict], key: str) -> list[str]:
 
 
 def grid(num_rows: int, num_columns: int, title: str):
-    size = (4.2 * num_columns, 3.3 * num_rows + 0.4)
-    figure, axes = plt.subplots(num_rows, num_columns, figsize=size, squeeze=False)
+    """Panels; those of a row share their y axis, so that dtypes can be compared by eye."""
+    size = (4.2 * num_columns, 2.8 * num_rows + 0.9)
+    figure, axes = plt.subplots(
+        num_rows, num_columns, figsize=size, squeeze=False, sharey="row", layout="constrained"
+    )
     figure.suptitle(title)
     return figure, axes
 
@@ -56,11 +60,14 @@ def plot_lines(records: list[dict], title: str, unit: str, scale: float, target:
             axis.set_yscale("log")
             axis.set_xticks(lengths, [str(length) for length in lengths])
             axis.set_title(f"{layer}\n{direction}, {dtype}", fontsize=9)
-            axis.set_xlabel("tokens")
-            axis.set_ylabel(unit)
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.yaxis.set_major_formatter("{x:,g}")
+            axis.yaxis.set_tick_params(labelleft=True)
             axis.grid(alpha=0.3)
-    if axes[0][0].lines:
-        axes[0][0].legend(fontsize=7)
+            if i == len(rows) - 1:
+                axis.set_xlabel("tokens")
+            if j == 0:
+                axis.set_ylabel(unit)
     save(figure, target)
 
 
@@ -79,17 +86,27 @@ def plot_decode(records: list[dict], target: Path) -> None:
                     x = shapes.index((r["batch"], r["seqlen"])) + width * number
                     height = r["kv_bytes"] / r["value"] / 1e9
                     axis.bar(x, height, width, color=COLORS[peer])
-            axis.bar(0, 0, 0, color=COLORS[peer], label=peer)
+            axis.bar(0, 0, 0, color=COLORS[peer], label=peer)  # its entry in the legend
         ticks = [f"{batch} x\n{seqlen // 1024}k" for batch, seqlen in shapes]
         axis.set_xticks([x + 0.4 - width / 2 for x in range(len(shapes))], ticks, fontsize=8)
-        axis.set_ylabel("GB/s")
-        axis.set_title(dtype)
-    axes[0][0].legend(fontsize=7)
+        axis.set_xlabel("sequences x tokens of each", fontsize=8)
+        axis.set_title(dtype, fontsize=9)
+        axis.grid(alpha=0.3, axis="y")
+        axis.set_axisbelow(True)
+    axes[0][0].set_ylabel("GB/s")
     save(figure, target)
 
 
 def save(figure, target: Path) -> None:
-    figure.tight_layout()
+    """One legend for all panels, below them: inside a panel it hides what is drawn there."""
+    legend = {}
+    for axis in figure.axes:
+        handles, labels = axis.get_legend_handles_labels()
+        legend |= dict(zip(labels, handles, strict=True))
+    if legend:
+        names = [name for name in COLORS if name in legend]
+        handles = [legend[name] for name in names]
+        figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=8)
     figure.savefig(target, dpi=110)
     plt.close(figure)
 

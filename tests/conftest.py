@@ -71,12 +71,6 @@ def _available_backends() -> dict[str, Backend]:
 BACKENDS = _available_backends()
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "sanitize: small and of every kind; what make sanitize runs of the grid"
-    )
-
-
 # ---- which of the grid's tests run on which backend ----
 
 # What one emulated test may multiply, in the products of its forward. The emulator does about 1e9

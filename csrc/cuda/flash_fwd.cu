@@ -64,6 +64,7 @@ void flash_fwd(const FlashFwdProblem& problem, const Device& device, void* works
   }
   sm80::FlashFwdKernelProblem kernel_problem{};
   kernel_problem.problem = problem;
+  kernel_problem.scale = score_scale(problem);
   kernel_problem.q_in_chunks = rows_are_chunks(problem.q, problem.head_dim, problem.q_stride_batch,
                                                problem.q_stride_row, problem.q_stride_head);
   kernel_problem.k_in_chunks = rows_are_chunks(problem.k, problem.head_dim, problem.k_stride_batch,

@@ -8,6 +8,8 @@
 //   int lane_idx()     thread_idx() % 32
 //   int warp_idx()     thread_idx() / 32, the same register for all lanes of a warp
 //   Index3 block_idx(), grid_dim()
+//   int opaque(int x)  x, of which the compiler knows nothing: what is computed from it is computed
+//                      there, and not kept in registers from before a loop
 #pragma once
 
 #include <cstdint>

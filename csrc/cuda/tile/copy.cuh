@@ -34,28 +34,49 @@ SA_DEVICE primitives::Bytes16 gather_chunk(const Element* row, int first, int co
   return chunk;
 }
 
+// The chunks of a tile that this thread copies: visit(row, chunk) for each. Where the threads make
+// up whole rows, a thread keeps its chunk and goes down the rows in steps of a multiple of 8, so
+// that its swizzled addresses are constants apart.
+template <int kThreads, class Tile, class Visit>
+SA_DEVICE void for_each_chunk(Visit visit) {
+  constexpr unsigned kCount = Tile::kRows * Tile::kChunks;
+  const unsigned thread = primitives::opaque(primitives::thread_idx());
+  if constexpr (kThreads % Tile::kChunks == 0 && kCount % kThreads == 0) {
+    const int chunk = thread % Tile::kChunks;
+    const int first_row = thread / Tile::kChunks;
+    SA_UNROLL
+    for (int row = 0; row < Tile::kRows; row += kThreads / Tile::kChunks) {
+      visit(first_row + row, chunk);
+    }
+  } else {
+    for (unsigned i = thread; i < kCount; i += kThreads) {
+      visit(static_cast<int>(i / Tile::kChunks), static_cast<int>(i % Tile::kChunks));
+    }
+  }
+}
+
 // Starts the copy of all rows of a tile; the caller commits and waits. row_of(r): where row r lies,
 // or null. Where in_chunks is false the rows are copied at once, number by number.
 template <int kThreads, class Tile, class RowOf>
 SA_DEVICE void load_tile(Tile& tile, int cols, bool in_chunks, RowOf row_of) {
   using Element = typename Tile::Element;
-  constexpr int kChunks = Tile::kRows * Tile::kChunks;
-  SA_UNROLL
-  for (int begin = 0; begin < kChunks; begin += kThreads) {
-    const int i = begin + primitives::thread_idx();
-    if (kChunks % kThreads != 0 && i >= kChunks) break;
+  if (in_chunks) {
+    for_each_chunk<kThreads, Tile>([&](int row, int chunk) {
+      const Element* source = row_of(row);
+      const bool valid = source != nullptr && chunk * kChunkElems < cols;
+      primitives::cp_async_16(tile.chunk(row, chunk), valid ? source + chunk * kChunkElems : source,
+                              valid);
+    });
+    return;
+  }
+  for (int i = primitives::thread_idx(); i < Tile::kRows * Tile::kChunks; i += kThreads) {
     const int row = i / Tile::kChunks;
     const int chunk = i % Tile::kChunks;
-    const int first = chunk * kChunkElems;
     const Element* source = row_of(row);
-    const bool valid = source != nullptr && first < cols;
-    Element* target = tile.chunk(row, chunk);
-    if (in_chunks) {
-      primitives::cp_async_16(target, source + (valid ? first : 0), valid);
-    } else {
-      primitives::store_shared(reinterpret_cast<primitives::Bytes16*>(target),
-                               valid ? gather_chunk(source, first, cols) : primitives::Bytes16{});
-    }
+    const bool valid = source != nullptr && chunk * kChunkElems < cols;
+    primitives::store_shared(
+        reinterpret_cast<primitives::Bytes16*>(tile.chunk(row, chunk)),
+        valid ? gather_chunk(source, chunk * kChunkElems, cols) : primitives::Bytes16{});
   }
 }
 
@@ -63,29 +84,24 @@ SA_DEVICE void load_tile(Tile& tile, int cols, bool in_chunks, RowOf row_of) {
 template <int kThreads, class Tile, class RowOf>
 SA_DEVICE void store_tile(const Tile& tile, int cols, bool in_chunks, RowOf row_of) {
   using Element = typename Tile::Element;
-  constexpr int kChunks = Tile::kRows * Tile::kChunks;
-  SA_UNROLL
-  for (int begin = 0; begin < kChunks; begin += kThreads) {
-    const int i = begin + primitives::thread_idx();
-    if (kChunks % kThreads != 0 && i >= kChunks) break;
-    const int row = i / Tile::kChunks;
-    const int first = i % Tile::kChunks * kChunkElems;
+  for_each_chunk<kThreads, Tile>([&](int row, int chunk_idx) {
+    const int first = chunk_idx * kChunkElems;
     Element* target = row_of(row);
-    if (target == nullptr || first >= cols) continue;
+    if (target == nullptr || first >= cols) return;
     const primitives::Bytes16 chunk = primitives::load_shared(
-        reinterpret_cast<const primitives::Bytes16*>(tile.chunk(row, i % Tile::kChunks)));
+        reinterpret_cast<const primitives::Bytes16*>(tile.chunk(row, chunk_idx)));
     if (in_chunks) {
       primitives::store_global(reinterpret_cast<primitives::Bytes16*>(target + first), chunk);
-    } else {
-      SA_UNROLL
-      for (int j = 0; j < kChunkElems; ++j) {
-        if (first + j < cols) {
-          const uint16_t bits = static_cast<uint16_t>(chunk.word[j / 2] >> (16 * (j % 2)));
-          primitives::store_global(target + first + j, Element{bits});
-        }
+      return;
+    }
+    SA_UNROLL
+    for (int i = 0; i < kChunkElems; ++i) {
+      if (first + i < cols) {
+        const uint16_t bits = static_cast<uint16_t>(chunk.word[i / 2] >> (16 * (i % 2)));
+        primitives::store_global(target + first + i, Element{bits});
       }
     }
-  }
+  });
 }
 
 }  // namespace sink_attention::cuda

@@ -9,33 +9,10 @@
 #include "attention/online_softmax.h"
 #include "cuda/tile/fragment.cuh"
 #include "cuda/tile/row_reduce.cuh"
+#include "cuda/tile/score_scale.h"
 #include "primitives/fast_math.h"
 
 namespace sink_attention::cuda {
-
-// How a score becomes a logit in base 2: score * to_log2, after cap * tanh(score * to_tanh) where
-// there is a softcap (to_log2 is then cap * log2 e), or the score's negative where the scale is
-// negative.
-struct ScoreScale {
-  float to_log2;  // > 0
-  float to_tanh;
-  bool capped;
-  bool negated;
-};
-
-// factor: what k is to be multiplied with (a float8 cache's scale).
-SA_HOST_DEVICE ScoreScale score_scale(const attention::FlashFwdProblem& problem, float factor) {
-  // A scale of 0 would turn a hidden score into 0 * inf; one this small has the same exponentials.
-  const double given = problem.softmax_scale * factor;
-  const double scale = given == 0 ? 1e-30 : given;
-  ScoreScale result{};
-  result.capped = problem.softcap > 0;
-  result.negated = scale < 0 && !result.capped;
-  result.to_tanh = result.capped ? static_cast<float>(scale / problem.softcap) : 0.0f;
-  result.to_log2 = static_cast<float>(
-      (result.capped ? problem.softcap : (scale < 0 ? -scale : scale)) * attention::kLog2E);
-  return result;
-}
 
 SA_DEVICE float tanh_by_exp2(float x) {
   const float power = primitives::exp2_approx(x * static_cast<float>(2 * attention::kLog2E));
@@ -59,23 +36,19 @@ SA_DEVICE void transform_scores(Accumulators<kTilesM, kTilesN>& s, const ScoreSc
   }
 }
 
-// The query positions of a thread's rows.
-template <int kTilesM>
-struct RowPositions {
-  int position[kTilesM][2];
-};
-
-// Hides the scores of keys that a row does not see; the accumulators' first column is key
+// Hides the scores of keys that a row does not see. The accumulators' first row is packed row
+// `first_row` of groups of `group` query heads (packed_rows.cuh), their first column key
 // `first_key`.
 template <int kTilesM, int kTilesN>
 SA_DEVICE void mask_scores(Accumulators<kTilesM, kTilesN>& s, const attention::Mask& mask,
-                           const RowPositions<kTilesM>& rows, int first_key) {
+                           int first_row, int group, int first_key) {
   const int first_col = first_key + accumulator_col(primitives::lane_idx(), 0);
   SA_UNROLL
   for (int m = 0; m < kTilesM; ++m) {
     SA_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const attention::Range keys = mask.visible_keys(rows.position[m][half]);
+      const int row = first_row + 16 * m + accumulator_row(primitives::lane_idx(), 2 * half);
+      const attention::Range keys = mask.visible_keys(row / group);
       const int begin = static_cast<int>(keys.begin);
       const int end = static_cast<int>(keys.end);
       SA_UNROLL

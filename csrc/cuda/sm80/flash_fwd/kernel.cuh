@@ -56,29 +56,40 @@ struct FlashFwdKernel {
   };
   static_assert(Config::kSharedBytes <= 99 * 1024, "what compute capability 8.6 has for a block");
 
-  // The blocks of keys that a thread block walks over.
+  // What a thread block works on.
+  struct Place {
+    int batch_idx;
+    int kv_head;
+    int split;
+    int row_begin;
+  };
+  static SA_DEVICE Place find_place(const Problem& kernel_problem, int x, int y) {
+    const int tile = kernel_problem.num_tiles - 1 - x % kernel_problem.num_tiles;
+    return {x / kernel_problem.num_tiles, y / kernel_problem.num_splits,
+            y % kernel_problem.num_splits, tile * Tiles::kBlockM};
+  }
+
+  // The blocks of keys that it walks over; those in [full_begin, full_end) need no mask, since
+  // every row sees all of their keys.
   struct KeyBlocks {
     int begin;
     int end;
-    // Keys that every row sees: blocks within need no mask.
     int full_begin;
     int full_end;
-
-    SA_DEVICE bool needs_mask(int block) const {
-      return block * Tiles::kBlockN < full_begin || (block + 1) * Tiles::kBlockN > full_end;
-    }
   };
-
   static SA_DEVICE KeyBlocks find_key_blocks(const attention::Mask& mask, attention::Range keys,
                                              int q_begin, int q_end, int split, int num_splits) {
+    constexpr int kBlockN = Tiles::kBlockN;
     KeyBlocks blocks{};
-    const int first = static_cast<int>(keys.begin) / Tiles::kBlockN;
-    const int last = (static_cast<int>(keys.end) + Tiles::kBlockN - 1) / Tiles::kBlockN;
+    const int first = static_cast<int>(keys.begin) / kBlockN;
+    const int last = (static_cast<int>(keys.end) + kBlockN - 1) / kBlockN;
     const int count = keys.begin < keys.end ? last - first : 0;
     blocks.begin = first + count * split / num_splits;
     blocks.end = first + count * (split + 1) / num_splits;
-    blocks.full_begin = static_cast<int>(mask.visible_keys(q_end - 1).begin);
-    blocks.full_end = static_cast<int>(mask.visible_keys(q_begin).end);
+    blocks.full_begin =
+        (static_cast<int>(mask.visible_keys(q_end - 1).begin) + kBlockN - 1) / kBlockN;
+    blocks.full_end =
+        static_cast<int>(attention::max_of(mask.visible_keys(q_begin).end, 0)) / kBlockN;
     return blocks;
   }
 
@@ -86,14 +97,9 @@ struct FlashFwdKernel {
     const attention::FlashFwdProblem& problem = kernel_problem.problem;
     SharedStorage& storage = *reinterpret_cast<SharedStorage*>(shared);
     Pipeline& pipeline = storage.pipeline;
-    const int num_splits = kernel_problem.num_splits;
-    const int kv_head = primitives::block_idx().y / num_splits;
-    const int split = primitives::block_idx().y % num_splits;
-    const int batch_idx = primitives::block_idx().x / kernel_problem.num_tiles;
-    const int tile =
-        kernel_problem.num_tiles - 1 - primitives::block_idx().x % kernel_problem.num_tiles;
+    const auto [batch_idx, kv_head, split, row_begin] =
+        find_place(kernel_problem, primitives::block_idx().x, primitives::block_idx().y);
     const PackedRows rows = packed_rows(problem, batch_idx, kv_head);
-    const int row_begin = tile * Tiles::kBlockM;
     if (row_begin >= rows.num_rows) return;
 
     const int warp_m = primitives::warp_idx() % Tiles::kWarpsM;
@@ -102,14 +108,14 @@ struct FlashFwdKernel {
     const int q_begin = rows.position(row_begin);
     const int last_row = attention::min_of(row_begin + Tiles::kBlockM, rows.num_rows) - 1;
     const int q_end = rows.position(last_row) + 1;
-    const attention::Mask mask =
-        attention::make_mask(problem, rows.info.seqlen_q, rows.info.seqlen_k);
+    const int seqlen_q = static_cast<int>(rows.info.seqlen_q);
+    const int seqlen_k = static_cast<int>(rows.info.seqlen_k);
+    const attention::Mask mask = attention::make_mask(problem, seqlen_q, seqlen_k);
     const attention::Range visible = mask.visible_keys(q_begin, q_end);
-    const KeyBlocks blocks = find_key_blocks(mask, visible, q_begin, q_end, split, num_splits);
-    const attention::KeyRows keys =
-        attention::key_rows(problem, batch_idx, rows.info, kv_head, visible);
-    const attention::KeyRows values =
-        attention::value_rows(problem, batch_idx, rows.info, kv_head, visible);
+    const KeyBlocks blocks =
+        find_key_blocks(mask, visible, q_begin, q_end, split, kernel_problem.num_splits);
+    const auto keys = key_source<false>(problem, batch_idx, kv_head, rows.info, visible);
+    const auto values = key_source<true>(problem, batch_idx, kv_head, rows.info, visible);
 
     const auto load_k = [&](int block) {
       if (block < blocks.end) {
@@ -143,16 +149,7 @@ struct FlashFwdKernel {
     }
     load_k(blocks.begin + Tiles::kStages - 1);
 
-    RowPositions<kTilesM> positions;
-    SA_UNROLL
-    for (int m = 0; m < kTilesM; ++m) {
-      SA_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        positions.position[m][half] = rows.position(
-            row_begin + warp_row + 16 * m + accumulator_row(primitives::lane_idx(), 2 * half));
-      }
-    }
-    const ScoreScale scale = score_scale(problem, keys.scale);
+    const ScoreScale scale = kernel_problem.scale.times(keys.scale(kv_head));
     RowStates<kTilesM> states;
     states.clear();
     Out out;
@@ -173,8 +170,10 @@ struct FlashFwdKernel {
       load_k(block + Tiles::kStages);
 
       transform_scores(s, scale);
-      if (blocks.needs_mask(block)) {
-        mask_scores(s, mask, positions, block * Tiles::kBlockN + warp_n * Tiles::kWarpKeys);
+      if (block < blocks.full_begin || block >= blocks.full_end) {
+        mask_scores(s, attention::make_mask(problem, seqlen_q, seqlen_k),
+                    primitives::opaque(row_begin + warp_row), rows.group,
+                    block * Tiles::kBlockN + warp_n * Tiles::kWarpKeys);
       }
       soften(s, states, out, scale.to_log2);
       gemm_weights(out, s, pipeline.v[stage], warp_n * Tiles::kWarpKeys);
@@ -182,8 +181,13 @@ struct FlashFwdKernel {
     primitives::cp_async_wait<0>();
     primitives::sync_threads();  // nobody reads the pipeline any more: results take its place
 
-    Results{kernel_problem, rows, row_begin, split, values.scale, scale.to_log2}.write(
-        storage.results, out, states, warp_row, warp_n);
+    // Its place anew: what only the ends of a kernel need shall not take registers in its loop.
+    const Place place = find_place(kernel_problem, primitives::opaque(primitives::block_idx().x),
+                                   primitives::opaque(primitives::block_idx().y));
+    const PackedRows result_rows = packed_rows(problem, place.batch_idx, place.kv_head);
+    Results{kernel_problem, result_rows, place.row_begin, place.split, values.scale(place.kv_head),
+            scale.to_log2}
+        .write(storage.results, out, states, warp_row, warp_n);
   }
 };
 

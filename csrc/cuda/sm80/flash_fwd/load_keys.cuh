@@ -27,31 +27,79 @@ SA_DEVICE primitives::Bytes16 widen_chunk(const attention::Float8E4M3* row, int 
   return chunk;
 }
 
-// Rows [first_key, first_key + kRows) of `rows`; those that may not be read become zeros. 16-bit
-// rows in chunks travel by cp.async; the caller commits and waits.
-template <int kThreads, class Tile>
-SA_DEVICE void load_keys(Tile& tile, const attention::KeyRows& rows, int first_key,
+// The keys (or values) of one sequence and kv head. Kept small, since it lives in registers as long
+// as the kernel runs: strides and sizes are read from the problem, which lies in constant memory,
+// anew.
+template <bool kValues>
+struct KeySource {
+  const attention::FlashFwdProblem& problem;
+  const char* base;      // of key 0, or of page 0 slot 0 with a block table
+  const int32_t* pages;  // the sequence's row of the block table, or null
+  int begin;             // keys that may be read: [begin, end); the others count as zeros
+  int end;
+
+  SA_DEVICE int dim() const {
+    return static_cast<int>(kValues ? problem.head_dim_v : problem.head_dim);
+  }
+  SA_DEVICE int64_t row_stride() const {
+    return kValues ? problem.v_stride_row : problem.k_stride_row;
+  }
+  SA_DEVICE int64_t page_stride() const {
+    return kValues ? problem.v_stride_batch : problem.k_stride_batch;
+  }
+  SA_DEVICE bool is_readable(int key) const { return begin <= key && key < end; }
+
+  template <class Stored>
+  SA_DEVICE const Stored* row(int key) const {
+    const Stored* origin = reinterpret_cast<const Stored*>(base);
+    if (pages == nullptr) return origin + key * row_stride();
+    const int page_size = static_cast<int>(problem.page_size);
+    const int page = key / page_size;
+    return origin + primitives::load_global(pages + page) * page_stride() +
+           (key - page * page_size) * row_stride();
+  }
+  // What stored numbers are to be multiplied with; 1 but for float8.
+  SA_DEVICE float scale(int kv_head) const {
+    const float* scales = kValues ? problem.v_scale : problem.k_scale;
+    return scales == nullptr ? 1.0f
+                             : primitives::load_global(scales + kv_head * problem.kv_scale_stride);
+  }
+};
+
+template <bool kValues>
+SA_DEVICE KeySource<kValues> key_source(const attention::FlashFwdProblem& problem, int batch_idx,
+                                        int kv_head, const attention::SeqlenInfo& info,
+                                        attention::Range visible) {
+  const attention::KeyRows rows =
+      kValues ? attention::value_rows(problem, batch_idx, info, kv_head, visible)
+              : attention::key_rows(problem, batch_idx, info, kv_head, visible);
+  return {problem, rows.base, rows.pages, static_cast<int>(rows.readable.begin),
+          static_cast<int>(rows.readable.end)};
+}
+
+// Keys [first_key, first_key + kRows); those that may not be read become zeros. 16-bit rows in
+// chunks travel by cp.async; the caller commits and waits.
+template <int kThreads, class Tile, bool kValues>
+SA_DEVICE void load_keys(Tile& tile, const KeySource<kValues>& source, int first_key,
                          bool in_chunks) {
   using Element = typename Tile::Element;
-  const int cols = static_cast<int>(rows.dim);
-  if (rows.dtype == attention::DataType::kFloat8E4M3) {
+  if (source.problem.kv_dtype == attention::DataType::kFloat8E4M3) {
     for (int i = primitives::thread_idx(); i < Tile::kRows * Tile::kChunks; i += kThreads) {
       const int row = i / Tile::kChunks;
       const int chunk = i % Tile::kChunks;
       primitives::Bytes16 numbers{};
-      if (rows.is_readable(first_key + row)) {
-        const auto* source = static_cast<const attention::Float8E4M3*>(rows.row(first_key + row));
-        numbers = widen_chunk<Element>(source, chunk * kChunkElems, cols);
+      if (source.is_readable(first_key + row)) {
+        numbers = widen_chunk<Element>(source.template row<attention::Float8E4M3>(first_key + row),
+                                       chunk * kChunkElems, source.dim());
       }
       primitives::store_shared(reinterpret_cast<primitives::Bytes16*>(tile.chunk(row, chunk)),
                                numbers);
     }
     return;
   }
-  load_tile<kThreads>(tile, cols, in_chunks, [&](int row) {
-    return rows.is_readable(first_key + row)
-               ? static_cast<const Element*>(rows.row(first_key + row))
-               : nullptr;
+  load_tile<kThreads>(tile, source.dim(), in_chunks, [&](int row) {
+    const int key = first_key + row;
+    return source.is_readable(key) ? source.template row<Element>(key) : nullptr;
   });
 }
 

@@ -2,11 +2,13 @@
 #pragma once
 
 #include "attention/problem.h"
+#include "cuda/tile/score_scale.h"
 
 namespace sink_attention::cuda::sm80 {
 
 struct FlashFwdKernelProblem {
   attention::FlashFwdProblem problem;
+  ScoreScale scale;
   // Whether each row can be copied 16 bytes at a time.
   bool q_in_chunks;
   bool k_in_chunks;

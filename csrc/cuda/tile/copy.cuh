@@ -55,6 +55,17 @@ SA_DEVICE void for_each_chunk(Visit visit) {
   }
 }
 
+// Stores what make(row, chunk) returns, 16 bytes, in each chunk of a tile.
+template <int kThreads, class Tile, class Make>
+SA_DEVICE void store_chunks(Tile& tile, Make make) {
+  for (int i = primitives::thread_idx(); i < Tile::kRows * Tile::kChunks; i += kThreads) {
+    const int row = i / Tile::kChunks;
+    const int chunk = i % Tile::kChunks;
+    primitives::store_shared(reinterpret_cast<primitives::Bytes16*>(tile.chunk(row, chunk)),
+                             make(row, chunk));
+  }
+}
+
 // Starts the copy of all rows of a tile; the caller commits and waits. row_of(r): where row r lies,
 // or null. Where in_chunks is false the rows are copied at once, number by number.
 template <int kThreads, class Tile, class RowOf>
@@ -67,16 +78,12 @@ SA_DEVICE void load_tile(Tile& tile, int cols, bool in_chunks, RowOf row_of) {
       primitives::cp_async_16(tile.chunk(row, chunk), valid ? source + chunk * kChunkElems : source,
                               valid);
     });
-    return;
-  }
-  for (int i = primitives::thread_idx(); i < Tile::kRows * Tile::kChunks; i += kThreads) {
-    const int row = i / Tile::kChunks;
-    const int chunk = i % Tile::kChunks;
-    const Element* source = row_of(row);
-    const bool valid = source != nullptr && chunk * kChunkElems < cols;
-    primitives::store_shared(
-        reinterpret_cast<primitives::Bytes16*>(tile.chunk(row, chunk)),
-        valid ? gather_chunk(source, chunk * kChunkElems, cols) : primitives::Bytes16{});
+  } else {
+    store_chunks<kThreads>(tile, [&](int row, int chunk) {
+      const Element* source = row_of(row);
+      return source == nullptr ? primitives::Bytes16{}
+                               : gather_chunk(source, chunk * kChunkElems, cols);
+    });
   }
 }
 

@@ -38,15 +38,19 @@ struct Accumulators {
   static constexpr int kTilesN = kTilesN_;
   float c[kTilesM][kTilesN][4];
 
-  SA_DEVICE void clear() {
+  template <class Visit>
+  SA_DEVICE void for_each(Visit visit) {
     SA_UNROLL
     for (int m = 0; m < kTilesM; ++m) {
       SA_UNROLL
       for (int n = 0; n < kTilesN; ++n) {
         SA_UNROLL
-        for (int reg = 0; reg < 4; ++reg) c[m][n][reg] = 0.0f;
+        for (int reg = 0; reg < 4; ++reg) visit(c[m][n][reg]);
       }
     }
+  }
+  SA_DEVICE void clear() {
+    for_each([](float& number) { number = 0.0f; });
   }
 };
 

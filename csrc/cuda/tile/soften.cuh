@@ -22,17 +22,10 @@ SA_DEVICE float tanh_by_exp2(float x) {
 // Brings scores into the form in which score * to_log2 is the logit.
 template <int kTilesM, int kTilesN>
 SA_DEVICE void transform_scores(Accumulators<kTilesM, kTilesN>& s, const ScoreScale& scale) {
-  if (!scale.capped && !scale.negated) return;
-  SA_UNROLL
-  for (int m = 0; m < kTilesM; ++m) {
-    SA_UNROLL
-    for (int n = 0; n < kTilesN; ++n) {
-      SA_UNROLL
-      for (int reg = 0; reg < 4; ++reg) {
-        float& score = s.c[m][n][reg];
-        score = scale.capped ? tanh_by_exp2(score * scale.to_tanh) : -score;
-      }
-    }
+  if (scale.capped) {
+    s.for_each([&](float& score) { score = tanh_by_exp2(score * scale.to_tanh); });
+  } else if (scale.negated) {
+    s.for_each([](float& score) { score = -score; });
   }
 }
 

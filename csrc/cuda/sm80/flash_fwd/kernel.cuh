@@ -181,13 +181,8 @@ struct FlashFwdKernel {
     primitives::cp_async_wait<0>();
     primitives::sync_threads();  // nobody reads the pipeline any more: results take its place
 
-    // Its place anew: what only the ends of a kernel need shall not take registers in its loop.
-    const Place place = find_place(kernel_problem, primitives::opaque(primitives::block_idx().x),
-                                   primitives::opaque(primitives::block_idx().y));
-    const PackedRows result_rows = packed_rows(problem, place.batch_idx, place.kv_head);
-    Results{kernel_problem, result_rows, place.row_begin, place.split, values.scale(place.kv_head),
-            scale.to_log2}
-        .write(storage.results, out, states, warp_row, warp_n);
+    Results{kernel_problem, rows, row_begin, split, values.scale(kv_head), scale.to_log2}.write(
+        storage.results, out, states, warp_row, warp_n);
   }
 };
 

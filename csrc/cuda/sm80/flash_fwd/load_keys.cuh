@@ -50,13 +50,20 @@ struct KeySource {
   SA_DEVICE bool is_readable(int key) const { return begin <= key && key < end; }
 
   template <class Stored>
-  SA_DEVICE const Stored* row(int key) const {
-    const Stored* origin = reinterpret_cast<const Stored*>(base);
-    if (pages == nullptr) return origin + key * row_stride();
+  SA_DEVICE const Stored* origin() const {
+    return reinterpret_cast<const Stored*>(base);
+  }
+  template <class Stored>
+  SA_DEVICE const Stored* row_in_page(int key) const {
     const int page_size = static_cast<int>(problem.page_size);
     const int page = key / page_size;
-    return origin + primitives::load_global(pages + page) * page_stride() +
+    return origin<Stored>() + primitives::load_global(pages + page) * page_stride() +
            (key - page * page_size) * row_stride();
+  }
+  template <class Stored>
+  SA_DEVICE const Stored* row(int key) const {
+    if (!is_readable(key)) return nullptr;
+    return pages == nullptr ? origin<Stored>() + key * row_stride() : row_in_page<Stored>(key);
   }
   // What stored numbers are to be multiplied with; 1 but for float8.
   SA_DEVICE float scale(int kv_head) const {
@@ -78,29 +85,44 @@ SA_DEVICE KeySource<kValues> key_source(const attention::FlashFwdProblem& proble
 }
 
 // Keys [first_key, first_key + kRows); those that may not be read become zeros. 16-bit rows in
-// chunks travel by cp.async; the caller commits and waits.
+// chunks travel by cp.async, and the caller commits and waits; others are copied at once.
 template <int kThreads, class Tile, bool kValues>
 SA_DEVICE void load_keys(Tile& tile, const KeySource<kValues>& source, int first_key,
                          bool in_chunks) {
   using Element = typename Tile::Element;
+  using attention::Float8E4M3;
+  const int cols = source.dim();
   if (source.problem.kv_dtype == attention::DataType::kFloat8E4M3) {
-    for (int i = primitives::thread_idx(); i < Tile::kRows * Tile::kChunks; i += kThreads) {
-      const int row = i / Tile::kChunks;
-      const int chunk = i % Tile::kChunks;
-      primitives::Bytes16 numbers{};
-      if (source.is_readable(first_key + row)) {
-        numbers = widen_chunk<Element>(source.template row<attention::Float8E4M3>(first_key + row),
-                                       chunk * kChunkElems, source.dim());
-      }
-      primitives::store_shared(reinterpret_cast<primitives::Bytes16*>(tile.chunk(row, chunk)),
-                               numbers);
-    }
-    return;
+    store_chunks<kThreads>(tile, [&](int row, int chunk) {
+      const Float8E4M3* numbers = source.template row<Float8E4M3>(first_key + row);
+      return numbers == nullptr ? primitives::Bytes16{}
+                                : widen_chunk<Element>(numbers, chunk * kChunkElems, cols);
+    });
+  } else if (!in_chunks) {
+    store_chunks<kThreads>(tile, [&](int row, int chunk) {
+      const Element* numbers = source.template row<Element>(first_key + row);
+      return numbers == nullptr ? primitives::Bytes16{}
+                                : gather_chunk(numbers, chunk * kChunkElems, cols);
+    });
+  } else if (source.pages == nullptr) {
+    for_each_chunk<kThreads, Tile>([&](int row, int chunk) {
+      const int key = first_key + row;
+      const int col = chunk * kChunkElems;
+      const bool valid = source.is_readable(key) && col < cols;
+      const Element* numbers = source.template origin<Element>();
+      if (valid) numbers += key * source.row_stride() + col;
+      primitives::cp_async_16(tile.chunk(row, chunk), numbers, valid);
+    });
+  } else {
+    for_each_chunk<kThreads, Tile>([&](int row, int chunk) {
+      const int key = first_key + row;
+      const int col = chunk * kChunkElems;
+      const bool valid = source.is_readable(key) && col < cols;
+      const Element* numbers = source.template origin<Element>();
+      if (valid) numbers = source.template row_in_page<Element>(key) + col;
+      primitives::cp_async_16(tile.chunk(row, chunk), numbers, valid);
+    });
   }
-  load_tile<kThreads>(tile, source.dim(), in_chunks, [&](int row) {
-    const int key = first_key + row;
-    return source.is_readable(key) ? source.template row<Element>(key) : nullptr;
-  });
 }
 
 }  // namespace sink_attention::cuda::sm80

@@ -63,6 +63,7 @@ std::string why_not_accessible(const void* address, int64_t bytes, Access access
       distance = away;
     }
   }
+  if (address == nullptr) return verb + " of a null pointer";
   if (nearest == nullptr) return verb + " of global memory, of which no buffer was named";
   if ((reinterpret_cast<uintptr_t>(begin) & static_cast<uintptr_t>(bytes - 1)) != 0) {
     return verb + " that is not aligned to " + std::to_string(bytes) + " bytes, nearest to " +

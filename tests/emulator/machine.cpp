@@ -227,9 +227,9 @@ bool Scheduler::wake_spinning() {
 
 std::string Scheduler::deadlock() const {
   std::ostringstream text;
-  text << "deadlock:";
+  text << "deadlock";
   for (const RunningBlock* block : resident_) {
-    text << " block (" << block->index.x << ", " << block->index.y << ", " << block->index.z
+    text << ": block (" << block->index.x << ", " << block->index.y << ", " << block->index.z
          << "):";
     for (size_t warp = 0; warp < block->warps.size(); ++warp) {
       std::vector<std::pair<std::string, int>> places;
@@ -239,8 +239,12 @@ std::string Scheduler::deadlock() const {
         if (places.empty() || places.back().first != place) places.emplace_back(place, 0);
         ++places.back().second;
       }
-      text << " warp " << warp << ": ";
-      for (const auto& [place, count] : places) text << count << " lanes " << place << ", ";
+      text << (warp == 0 ? " warp " : "; warp ") << warp << ":";
+      const char* separator = " ";
+      for (const auto& [place, count] : places) {
+        text << separator << count << " lanes " << place;
+        separator = ", ";
+      }
     }
   }
   return text.str();

@@ -47,6 +47,8 @@ struct FlashFwdProblem {
   int64_t batch;
   int64_t seqlen_q;  // dense: the length; varlen: the largest (max_seqlen_q)
   int64_t seqlen_k;  // dense: the length; varlen: the largest; paged: max_pages_per_seq * page_size
+  int64_t total_q;   // rows of q over the whole batch, those in no sequence too
+  int64_t total_k;   // likewise of k; 0 with a block table
   int64_t num_heads_q, num_heads_kv;
   int64_t head_dim, head_dim_v;
   int64_t page_size;     // tokens a page; 0 unless block_table is given

@@ -73,6 +73,7 @@ void set_qkv(FlashFwdProblem& problem, const Tensor& q, const Tensor& k, const T
   problem.q = q.const_data_ptr();
   problem.k = k.const_data_ptr();
   problem.v = v.const_data_ptr();
+  problem.total_q = q_rank == 4 ? q.size(0) * q.size(1) : q.size(0);
   problem.q_stride_batch = q_rank == 4 ? q.stride(0) : 0;
   problem.q_stride_row = q.stride(q_rank - 3);
   problem.q_stride_head = q.stride(q_rank - 2);
@@ -126,6 +127,7 @@ FlashFwdProblem make_dense_problem(const Tensor& q, const Tensor& k, const Tenso
   problem.batch = q.size(0);
   problem.seqlen_q = q.size(1);
   problem.seqlen_k = k.size(1);
+  problem.total_k = k.size(0) * k.size(1);
   set_mask(problem, mask);
   return problem;
 }
@@ -152,6 +154,7 @@ FlashFwdProblem make_varlen_problem(const Tensor& q, const Tensor& k, const Tens
   check(varlen.max_seqlen_k >= 0, "max_seqlen_k must be >= 0, got ", varlen.max_seqlen_k);
   problem.seqlen_q = varlen.max_seqlen_q;
   problem.seqlen_k = varlen.max_seqlen_k;
+  problem.total_k = k.size(0);
   set_mask(problem, mask);
   return problem;
 }

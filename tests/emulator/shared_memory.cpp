@@ -26,6 +26,7 @@ void SharedMemory::clear(int bytes, int num_warps) {
   write_clock_.assign(units, 0);
   writer_.assign(units, 0);
   write_step_.assign(units, kUnknownStep);
+  read_clock_.assign(units, 0);
   for (int warp = 0; warp < num_warps_; ++warp) {
     reads_[warp].clock.assign(units, 0);
     reads_[warp].lanes.assign(units, 0);
@@ -55,16 +56,20 @@ bool SharedMemory::refuse(const std::string& why) {
   return false;
 }
 
-bool SharedMemory::find(const char* access, const void* address, int bytes, Units& units) {
-  const int64_t offset = static_cast<int64_t>(reinterpret_cast<uintptr_t>(address) -
-                                              reinterpret_cast<uintptr_t>(data_));
+bool SharedMemory::refuse_address(const char* access, int64_t offset, int bytes) {
   if (offset < 0 || offset + bytes > limit_) {
     return refuse(std::string(access) + " outside of shared memory: byte " +
                   std::to_string(offset) + " of " + std::to_string(limit_));
   }
-  if ((offset & (bytes - 1)) != 0) {
-    return refuse(std::string(access) + " of shared byte " + std::to_string(offset) +
-                  ", which is not aligned to " + std::to_string(bytes) + " bytes");
+  return refuse(std::string(access) + " of shared byte " + std::to_string(offset) +
+                ", which is not aligned to " + std::to_string(bytes) + " bytes");
+}
+
+inline bool SharedMemory::find(const char* access, const void* address, int bytes, Units& units) {
+  const auto offset = static_cast<int64_t>(reinterpret_cast<uintptr_t>(address) -
+                                           reinterpret_cast<uintptr_t>(data_));
+  if (offset < 0 || offset + bytes > limit_ || (offset & (bytes - 1)) != 0) {
+    return refuse_address(access, offset, bytes);
   }
   units.first = static_cast<int>(offset) / kUnitBytes;
   units.count = std::max(bytes / kUnitBytes, 1);
@@ -72,7 +77,7 @@ bool SharedMemory::find(const char* access, const void* address, int bytes, Unit
 }
 
 // Whether `earlier`'s access at `clock` comes before what `thread` does now.
-bool SharedMemory::ordered(int earlier, int32_t clock, int thread) const {
+inline bool SharedMemory::ordered(int earlier, int32_t clock, int thread) const {
   if (earlier == thread) return true;
   const int32_t seen = clocks_[warp_of(thread)].seen[warp_of(earlier)];
   return warp_of(earlier) == warp_of(thread) ? clock < seen : clock <= seen;
@@ -80,6 +85,16 @@ bool SharedMemory::ordered(int earlier, int32_t clock, int thread) const {
 
 std::string SharedMemory::writer_of(int unit) const {
   return thread_name(writer_[unit]) + " in " + describe(write_step_[unit]);
+}
+
+// Whether all units hold a value whose write comes before what `thread` does now.
+inline bool SharedMemory::all_written_before(const Units& units, int thread) const {
+  for (int unit = units.first; unit < units.first + units.count; ++unit) {
+    const int32_t clock = write_clock_[unit];
+    if (clock == kCopying || clock <= base_) return false;
+    if (!ordered(writer_[unit], clock, thread)) return false;
+  }
+  return true;
 }
 
 bool SharedMemory::check_unit_to_read(int unit, int thread) {
@@ -141,7 +156,7 @@ bool SharedMemory::read(const void* address, int bytes, int thread, const Step& 
   for (int i = 0; i < units.count; ++i) {
     doubtful |= static_cast<int>(written[i] <= base_) | static_cast<int>(written[i] > clock.floor);
   }
-  if (doubtful != 0) {
+  if (doubtful != 0 && !all_written_before(units, thread)) {
     for (int unit = units.first; unit < units.first + units.count; ++unit) {
       if (!check_unit_to_read(unit, thread)) return false;
     }
@@ -154,10 +169,12 @@ bool SharedMemory::read(const void* address, int bytes, int thread, const Step& 
   int32_t* read_clock = reads.clock.data() + units.first;
   uint32_t* read_lanes = reads.lanes.data() + units.first;
   uint16_t* read_step = reads.step.data() + units.first;
+  int32_t* last_read = read_clock_.data() + units.first;
   for (int i = 0; i < units.count; ++i) {
     read_lanes[i] = (read_clock[i] == now ? read_lanes[i] : 0) | lane;
     read_clock[i] = now;
     read_step[i] = place;
+    last_read[i] = last_read[i] > now ? last_read[i] : now;
   }
   return true;
 }
@@ -171,14 +188,25 @@ void SharedMemory::mark_written(const Units& units, int32_t clock, int thread, u
 bool SharedMemory::write(const void* address, int bytes, int thread, const Step& step) {
   Units units;
   if (!find("a write", address, bytes, units)) return false;
-  for (int unit = units.first; unit < units.first + units.count; ++unit) {
-    if (!check_unit_to_write(unit, thread)) return false;
+  const WarpClock& clock = clocks_[warp_of(thread)];
+  const int32_t* written = write_clock_.data() + units.first;
+  const int32_t* last_read = read_clock_.data() + units.first;
+  int doubtful = 0;
+  for (int i = 0; i < units.count; ++i) {
+    doubtful |= static_cast<int>(written[i] > clock.floor);
+    doubtful |= static_cast<int>(last_read[i] > clock.floor);
   }
-  for (int warp = 0; check_races && warp < block_warps_; ++warp) {
-    if (!check_reads_before_write(units, warp, thread)) return false;
+  if (doubtful != 0) {
+    if (!all_written_before(units, thread)) {
+      for (int unit = units.first; unit < units.first + units.count; ++unit) {
+        if (!check_unit_to_write(unit, thread)) return false;
+      }
+    }
+    for (int warp = 0; check_races && warp < block_warps_; ++warp) {
+      if (!check_reads_before_write(units, warp, thread)) return false;
+    }
   }
-  const int warp = warp_of(thread);
-  mark_written(units, clocks_[warp].seen[warp], thread, number_of(step));
+  mark_written(units, clock.seen[warp_of(thread)], thread, number_of(step));
   return true;
 }
 

@@ -63,9 +63,11 @@ class SharedMemory {
     int count = 0;
   };
   bool find(const char* access, const void* address, int bytes, Units& units);
+  [[gnu::cold]] bool refuse_address(const char* access, int64_t offset, int bytes);
   bool ordered(int earlier, int32_t clock, int thread) const;
-  bool check_unit_to_read(int unit, int thread);
-  bool check_unit_to_write(int unit, int thread);
+  bool all_written_before(const Units& units, int thread) const;
+  [[gnu::cold]] bool check_unit_to_read(int unit, int thread);
+  [[gnu::cold]] bool check_unit_to_write(int unit, int thread);
   bool check_reads_before_write(const Units& units, int warp, int thread);
   bool refuse(const std::string& why);
   std::string writer_of(int unit) const;
@@ -86,6 +88,7 @@ class SharedMemory {
   std::vector<int32_t> write_clock_;
   std::vector<int16_t> writer_;  // a thread
   std::vector<uint16_t> write_step_;
+  std::vector<int32_t> read_clock_;  // the last of all warps
   // Of each warp and unit, the last clock at which it read, which of its lanes did then, and where
   // the last of them did.
   struct Reads {

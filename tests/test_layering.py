@@ -25,8 +25,12 @@ MAY_INCLUDE = {
     "cuda": ["cuda/", "attention/", "primitives/"],
     "cuda/tile": ["cuda/tile/", "attention/", "primitives/"],
     "attention": ["attention/"],
-    "primitives": ["primitives/", "attention/host_device.h"],
+    "primitives": ["primitives/", "attention/host_device.h", "attention/numeric.h"],
+    # The twins of the instructions belong to the emulated GPU, which is test equipment.
+    "primitives/host": ["primitives/", "attention/numeric.h", "emulator/machine.h"],
 }
+# Where an include is searched for.
+INCLUDE_FOLDERS = {"emulator": "tests"}
 TORCH_NAMES = re.compile(r"#\s*include\s*<(torch|ATen|c10)/|\b(torch|at|c10)::")
 HARDWARE_NAMES = re.compile(
     r"\b(asm|__asm__|threadIdx|blockIdx|blockDim|gridDim|__syncthreads|__syncwarp|__shfl\w*)\b"
@@ -62,10 +66,10 @@ def includes_to_the_left(root: Path) -> list[str]:
 
 def missing_includes(root: Path) -> list[str]:
     return [
-        f"{path} includes {include}, which is not in csrc"
+        f"{path} includes {include}, which is not there"
         for path, text in cxx_files(root)
         for include in re.findall(r'#\s*include\s*"([^"]+)"', text)
-        if not (root / "csrc" / include).exists()
+        if not (root / INCLUDE_FOLDERS.get(include.split("/")[0], "csrc") / include).exists()
     ]
 
 
@@ -78,12 +82,25 @@ def torch_outside_its_folder(root: Path) -> list[str]:
     ]
 
 
-def hardware_outside_primitives(root: Path) -> list[str]:
+def hardware_outside_ptx(root: Path) -> list[str]:
     return [
         f"{path}: {match.group()}"
         for path, text in cxx_files(root)
-        if not path.is_relative_to("primitives")
+        if not path.is_relative_to("primitives/ptx")
         for match in HARDWARE_NAMES.finditer(text)
+    ]
+
+
+def primitives_without_a_part(root: Path) -> list[str]:
+    """Each primitive is a contract x.h, the instruction ptx/x.h, and its twin host/x.h."""
+    folder = root / "csrc" / "primitives"
+    parts = {"": "contract", "ptx": "instruction", "host": "twin"}
+    names = {part: {path.name for path in (folder / part).glob("*.h")} for part in parts}
+    return [
+        f"primitives/{name} has no {parts[part]}, {folder.relative_to(root) / part / name}"
+        for name in sorted(set().union(*names.values()))
+        for part in parts
+        if name not in names[part]
     ]
 
 
@@ -107,11 +124,28 @@ RULES_AND_VIOLATIONS: list[tuple[Rule, str, str]] = [
     (missing_includes, "csrc/cpu/flash_fwd.cpp", '#include "cpu/gone.h"\n'),
     (torch_outside_its_folder, "csrc/cpu/flash_fwd.cpp", "#include <ATen/ATen.h>\n"),
     (torch_outside_its_folder, "csrc/attention/mask.h", "at::Tensor mask;\n"),
-    (hardware_outside_primitives, "csrc/cuda/sm80/flash_fwd/kernel.cuh", "int i = threadIdx.x;\n"),
-    (hardware_outside_primitives, "csrc/cuda/tile/gemm.cuh", 'asm volatile("");\n'),
+    (includes_to_the_left, "csrc/primitives/mma.h", '#include "emulator/machine.h"\n'),
+    (includes_to_the_left, "csrc/primitives/ptx/mma.h", '#include "emulator/machine.h"\n'),
+    (missing_includes, "csrc/primitives/host/mma.h", '#include "emulator/machine.h"\n'),
+    (hardware_outside_ptx, "csrc/cuda/sm80/flash_fwd/kernel.cuh", "int i = threadIdx.x;\n"),
+    (hardware_outside_ptx, "csrc/cuda/tile/gemm.cuh", 'asm volatile("");\n'),
+    (hardware_outside_ptx, "csrc/primitives/mma.h", 'asm volatile("");\n'),
+    (hardware_outside_ptx, "csrc/primitives/host/mma.h", "__syncthreads();\n"),
     (long_files, "tests/test_long.py", "\n" * (MAX_LINES + 1)),
 ]
 RULES = list(dict.fromkeys(rule for rule, _, _ in RULES_AND_VIOLATIONS))
+RULES.append(primitives_without_a_part)
+
+
+@pytest.mark.parametrize("left_out", ["", "ptx", "host"])
+def test_each_part_of_a_primitive_is_missed(left_out: str, tmp_path: Path) -> None:
+    folder = tmp_path / "csrc" / "primitives"
+    for part in ("", "ptx", "host"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / part / "mma.h").write_text("")
+    assert primitives_without_a_part(tmp_path) == []
+    (folder / left_out / "mma.h").unlink()
+    assert len(primitives_without_a_part(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -137,4 +171,4 @@ def test_comments_break_no_rule(tmp_path: Path) -> None:
     path.parent.mkdir(parents=True)
     path.write_text("// at::Tensor and threadIdx are not used here\n/* nor\n   asm */\n")
     assert torch_outside_its_folder(tmp_path) == []
-    assert hardware_outside_primitives(tmp_path) == []
+    assert hardware_outside_ptx(tmp_path) == []

@@ -20,6 +20,8 @@ try:
 except ImportError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 
+# Only files of these are read; what they themselves ask for is of no use here.
+WITHOUT_DEPENDENCIES = {"nvidia-cutlass"}
 PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 
 
@@ -62,9 +64,15 @@ def main(groups: list[str]) -> int:
         if installed("torch"):
             constraints.write(f"torch=={version('torch')}\n")
             constraints.flush()
-        return subprocess.run(
-            [sys.executable, "-m", "pip", "install", "--quiet", "-c", constraints.name, *missing]
-        ).returncode
+        bare = [r for r in missing if re.split(r"[^\w.-]", r)[0] in WITHOUT_DEPENDENCIES]
+        whole = [r for r in missing if r not in bare]
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "-c", constraints.name]
+        for group, options in ((whole, []), (bare, ["--no-deps"])):
+            if group:
+                status = subprocess.run([*install, *options, *group]).returncode
+                if status != 0:
+                    return status
+    return 0
 
 
 if __name__ == "__main__":

@@ -177,6 +177,36 @@ def find_ninja() -> str:
         return shutil.which("ninja") or "ninja"
 
 
+def torch_flags(ext) -> tuple[list[str], list[str]]:
+    """What a library on torch's stable ABI is compiled and linked with."""
+    cxx_flags = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    # GCC's own AVX-512 headers use undefined registers and warn about it (GCC bug 105593).
+    cxx_flags.append("-Wno-maybe-uninitialized")
+    cxx_flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-I{SOURCE_DIR}"]
+    cxx_flags += [flag for folder in ext.include_dirs for flag in ("-isystem", folder)]
+    # libtorch by name: the CUDA runtime's symbols are found only through it, and nothing else keeps
+    # a library without a directly used symbol.
+    link_flags = [f"-L{folder}" for folder in ext.library_dirs]
+    link_flags += ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu", "-lc10"]
+    return cxx_flags, link_flags
+
+
+def cxx_rules(cxx_flags: list[str], link_flags: list[str]) -> list[str]:
+    """The rules "cxx" and "link"."""
+    return [
+        f"cxx = {os.environ.get('CXX', 'c++')}",
+        f"cxx_flags = {quoted(cxx_flags)}",
+        "rule cxx",
+        "  command = $cxx -MMD -MF $out.d $cxx_flags $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = c++ $out",
+        "rule link",
+        f"  command = $cxx -shared $in -o $out {quoted(link_flags)}",
+        "  description = link $out",
+    ]
+
+
 class NinjaBuild(BuildExtension):
     """The whole extension as one ninja file; torch's own has one set of flags for all sources."""
 
@@ -190,32 +220,13 @@ class NinjaBuild(BuildExtension):
         self.copy_file(str(OBJECTS / LIBRARY), str(target))
 
     def ninja_lines(self, ext, cuda_root: Path | None) -> list[str]:
-        cxx_flags = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-        # GCC's own AVX-512 headers use undefined registers and warn about it (GCC bug 105593).
-        cxx_flags.append("-Wno-maybe-uninitialized")
-        cxx_flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-I{SOURCE_DIR}"]
-        cxx_flags += [flag for folder in ext.include_dirs for flag in ("-isystem", folder)]
-        # libtorch by name: the CUDA runtime's symbols are found only through it, and nothing else
-        # keeps a library without a directly used symbol.
-        link_flags = [f"-L{folder}" for folder in ext.library_dirs]
-        link_flags += ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu", "-lc10"]
+        cxx_flags, link_flags = torch_flags(ext)
         if SANITIZE:
             cxx_flags += SANITIZE_FLAGS
             link_flags += SANITIZE_FLAGS
         if cuda_root is not None:
             link_flags += [f"-L{cuda_root}/lib64", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
-        lines = [
-            f"cxx = {os.environ.get('CXX', 'c++')}",
-            f"cxx_flags = {quoted(cxx_flags)}",
-            "rule cxx",
-            "  command = $cxx -MMD -MF $out.d $cxx_flags $flags -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "  description = c++ $out",
-            "rule link",
-            f"  command = $cxx -shared $in -o $out {quoted(link_flags)}",
-            "  description = link $out",
-        ]
+        lines = cxx_rules(cxx_flags, link_flags)
         objects = []
         for source in cpp_sources(with_cuda=cuda_root is not None):
             objects.append(source.relative_to(CSRC).with_suffix(".o"))
@@ -270,10 +281,44 @@ class CheckCuda(Command):
             print((folder / f"{target}.log").read_text(), flush=True)
 
 
+class BuildEmulator(Command):
+    """Compiles the CUDA kernels with the host's compiler, for the tests' emulator."""
+
+    description = "compile the CUDA kernels for the emulator into build/emulator/_emulated.so"
+    user_options = []
+
+    def initialize_options(self) -> None:
+        pass
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        cxx_flags, link_flags = torch_flags(self.distribution.ext_modules[0])
+        cxx_flags += ["-DSA_EMULATE", "-DSA_OP_NAMESPACE=sink_attention_emulated", "-I../../tests"]
+        sources = [s for s in (CSRC / "torch").glob("*.cpp") if not s.stem.startswith("ops_")]
+        sources += [s for s in cuda_sources() if s.stem != "device"]  # the emulator is the device
+        emulator = ROOT / "tests" / "emulator"
+        sources += [s for s in emulator.glob("*.cpp") if not s.stem.startswith("test_")]
+        lines, objects = cxx_rules(cxx_flags, link_flags), []
+        for source in sorted(sources):
+            objects.append(source.relative_to(ROOT).with_suffix(".o"))
+            lines += [
+                f"build {objects[-1]}: cxx ../../{source.relative_to(ROOT)}",
+                f"  flags = {'-x c++' if source.suffix == '.cu' else ''}",
+            ]
+        lines.append(f"build _emulated.so: link {' '.join(map(str, objects))}")
+        run_ninja(ROOT / "build" / "emulator", lines)
+
+
 setup(
     ext_modules=[
         CppExtension("sink_attention_ext._C", ["csrc/torch/schema.cpp"], py_limited_api=True)
     ],
-    cmdclass={"build_ext": NinjaBuild, "check_cuda": CheckCuda},
+    cmdclass={
+        "build_ext": NinjaBuild,
+        "build_emulator": BuildEmulator,
+        "check_cuda": CheckCuda,
+    },
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

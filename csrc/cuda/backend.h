@@ -17,6 +17,7 @@ struct Device {
   int num_sms;
   int arch;  // 10 * major + minor of the compute capability
 };
+Device current_device();
 
 // Dense, varlen and paged.
 int64_t flash_fwd_workspace_bytes(const attention::FlashFwdProblem& problem, const Device& device);

@@ -1,199 +1,31 @@
-// The ops on CPU tensors: checks, results from torch's allocator, one call into the CPU backend.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
-#include <limits>
-#include <tuple>
-
+// The ops on CPU tensors.
 #include "cpu/backend.h"
-#include "torch/check_values.h"
 #include "torch/executor.h"
-#include "torch/make_problem.h"
+#include "torch/op_namespace.h"
+#include "torch/ops.h"
 
 namespace sink_attention::binding {
 namespace {
 
-using attention::FlashFwdProblem;
-using OptionalTensor = std::optional<Tensor>;
-
-struct Forward {
-  Tensor out;
-  Tensor lse;
-};
-
-Forward new_results(const Tensor& q, const FlashFwdProblem& problem) {
-  const ScalarType lse_type = lse_scalar_type(q);
-  if (q.dim() == 4) {
-    return {torch::stable::new_empty(
-                q, {q.size(0), q.size(1), problem.num_heads_q, problem.head_dim_v}),
-            torch::stable::new_empty(q, {q.size(0), problem.num_heads_q, q.size(1)}, lse_type)};
+struct CpuBackend {
+  static constexpr bool kReadsValues = true;
+  static bool may_leave_rows(const attention::FlashFwdProblem& problem, const Extent& extent) {
+    return problem.cu_seqlens_q[problem.batch] < extent.q_rows ||
+           (problem.cu_seqlens_k != nullptr && problem.cu_seqlens_k[problem.batch] < extent.k_rows);
   }
-  return {torch::stable::new_empty(q, {q.size(0), problem.num_heads_q, problem.head_dim_v}),
-          torch::stable::new_empty(q, {problem.num_heads_q, q.size(0)}, lse_type)};
-}
-
-// Rows of q beyond the last sequence: out = 0, lse = -inf. The backend writes those of sequences
-// only.
-void fill_unused_rows(const Tensor& q, const FlashFwdProblem& problem, Forward& results) {
-  if (problem.cu_seqlens_q == nullptr || problem.cu_seqlens_q[problem.batch] == q.size(0)) return;
-  torch::stable::zero_(results.out);
-  torch::stable::fill_(results.lse, -std::numeric_limits<double>::infinity());
-}
-
-void forward_into(const Tensor& q, FlashFwdProblem problem, Forward& results) {
-  set_results(problem, q, results.out, results.lse);
-  fill_unused_rows(q, problem, results);
-  cpu::flash_fwd(problem, TorchExecutor());
-}
-
-std::tuple<Tensor, Tensor> forward(const Tensor& q, const FlashFwdProblem& problem) {
-  Forward results = new_results(q, problem);
-  forward_into(q, problem, results);
-  return {results.out, results.lse};
-}
-
-// Gradients and saved results come from autograd, with whatever strides it made.
-Tensor with_unit_last_stride(const Tensor& tensor) {
-  return tensor.dim() == 0 || has_unit_last_stride(tensor) ? tensor
-                                                           : torch::stable::contiguous(tensor);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(FlashFwdProblem fwd, const Tensor& dout,
-                                                    const OptionalTensor& dlse, const Tensor& q,
-                                                    const Tensor& k, const Tensor& v,
-                                                    const Tensor& out, const Tensor& lse,
-                                                    const OptionalTensor& s_aux,
-                                                    bool deterministic) {
-  const Tensor dense_dout = with_unit_last_stride(dout), dense_out = with_unit_last_stride(out),
-               dense_lse = with_unit_last_stride(lse);
-  set_results(fwd, q, dense_out, dense_lse);
-  // The backend writes the rows of sequences, up to seqused_k; here there may be others.
-  const bool zero = fwd.cu_seqlens_q != nullptr &&
-                    (fwd.seqused_k != nullptr || fwd.cu_seqlens_q[fwd.batch] < q.size(0) ||
-                     fwd.cu_seqlens_k[fwd.batch] < k.size(0));
-  const auto like = [zero](const Tensor& x) {
-    return zero ? torch::stable::new_zeros(x, x.sizes()) : torch::stable::new_empty(x, x.sizes());
-  };
-  const Gradients gradients{like(q), like(k), like(v),
-                            s_aux ? torch::stable::new_zeros(*s_aux, s_aux->sizes())
-                                  : torch::stable::new_empty(q, {0}, ScalarType::Float)};
-  const attention::FlashBwdProblem problem =
-      make_bwd_problem(fwd, q, dense_out, dense_lse, dense_dout, dlse, gradients, deterministic);
-  cpu::flash_bwd(problem, TorchExecutor());
-  return {gradients.dq, gradients.dk, gradients.dv, gradients.ds_aux};
-}
-
-std::tuple<Tensor, Tensor> flash_attn_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
-                                          const OptionalTensor& s_aux, double softmax_scale,
-                                          bool causal, int64_t window_left, int64_t window_right,
-                                          double softcap, bool /*deterministic: of the backward*/) {
-  return forward(q,
-                 make_dense_problem(q, k, v, s_aux,
-                                    {softmax_scale, causal, window_left, window_right, softcap}));
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
-    const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
-    const Tensor& v, const Tensor& out, const Tensor& lse, const OptionalTensor& s_aux,
-    double softmax_scale, bool causal, int64_t window_left, int64_t window_right, double softcap,
-    bool deterministic) {
-  const FlashFwdProblem fwd = make_dense_problem(
-      q, k, v, s_aux, {softmax_scale, causal, window_left, window_right, softcap});
-  return backward(fwd, dout, dlse, q, k, v, out, lse, s_aux, deterministic);
-}
-
-FlashFwdProblem checked_varlen_problem(const Tensor& q, const Tensor& k, const Tensor& v,
-                                       const OptionalTensor& s_aux, const VarlenArgs& varlen,
-                                       const MaskArgs& mask) {
-  const FlashFwdProblem problem = make_varlen_problem(q, k, v, s_aux, varlen, mask);
-  check_values(problem, {q.size(0), k.size(0), 0});
-  return problem;
-}
-
-std::tuple<Tensor, Tensor> flash_attn_varlen_fwd(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
-    const Tensor& cu_seqlens_k, const OptionalTensor& seqused_k, const OptionalTensor& s_aux,
-    int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale, bool causal,
-    int64_t window_left, int64_t window_right, double softcap,
-    bool /*deterministic: of the backward*/) {
-  return forward(
-      q, checked_varlen_problem(q, k, v, s_aux,
-                                {cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k},
-                                {softmax_scale, causal, window_left, window_right, softcap}));
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attn_varlen_bwd(
-    const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
-    const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q,
-    const Tensor& cu_seqlens_k, const OptionalTensor& seqused_k, const OptionalTensor& s_aux,
-    int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale, bool causal,
-    int64_t window_left, int64_t window_right, double softcap, bool deterministic) {
-  const FlashFwdProblem fwd = checked_varlen_problem(
-      q, k, v, s_aux, {cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k},
-      {softmax_scale, causal, window_left, window_right, softcap});
-  return backward(fwd, dout, dlse, q, k, v, out, lse, s_aux, deterministic);
-}
-
-FlashFwdProblem checked_paged_problem(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                      const OptionalTensor& s_aux, const PagedArgs& paged,
-                                      const MaskArgs& mask) {
-  const FlashFwdProblem problem = make_paged_problem(q, k_cache, v_cache, s_aux, paged, mask);
-  check_values(problem, {q.size(0), 0, k_cache.size(0)});
-  return problem;
-}
-
-std::tuple<Tensor, Tensor> paged_attn(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                      const Tensor& block_table, const Tensor& seqused_k,
-                                      const OptionalTensor& cu_seqlens_q,
-                                      const OptionalTensor& s_aux, const OptionalTensor& k_scale,
-                                      const OptionalTensor& v_scale, int64_t max_seqlen_q,
-                                      double softmax_scale, bool causal, int64_t window_left,
-                                      int64_t window_right, double softcap, int64_t num_splits) {
-  return forward(
-      q, checked_paged_problem(
-             q, k_cache, v_cache, s_aux,
-             {block_table, seqused_k, cu_seqlens_q, k_scale, v_scale, max_seqlen_q, num_splits},
-             {softmax_scale, causal, window_left, window_right, softcap}));
-}
-
-void paged_attn_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                    const Tensor& block_table, const Tensor& seqused_k,
-                    const OptionalTensor& cu_seqlens_q, const OptionalTensor& s_aux,
-                    const OptionalTensor& k_scale, const OptionalTensor& v_scale,
-                    int64_t max_seqlen_q, double softmax_scale, bool causal, int64_t window_left,
-                    int64_t window_right, double softcap, int64_t num_splits, const Tensor& out,
-                    const Tensor& lse) {
-  Forward results{out, lse};
-  forward_into(q,
-               checked_paged_problem(q, k_cache, v_cache, s_aux,
-                                     {block_table, seqused_k, cu_seqlens_q, k_scale, v_scale,
-                                      max_seqlen_q, num_splits},
-                                     {softmax_scale, causal, window_left, window_right, softcap}),
-               results);
-}
-
-void reshape_and_cache(const Tensor& k, const Tensor& v, const Tensor& k_cache,
-                       const Tensor& v_cache, const Tensor& slot_mapping,
-                       const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
-  const attention::ReshapeAndCacheProblem problem =
-      make_reshape_and_cache_problem(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale);
-  check_values(problem, k_cache.size(0));
-  cpu::reshape_and_cache(problem, TorchExecutor());
-}
-
-std::tuple<Tensor, Tensor> merge_attn_states(std::vector<Tensor> outs, std::vector<Tensor> lses,
-                                             const OptionalTensor& s_aux) {
-  for (Tensor& out : outs) out = torch::stable::contiguous(out);
-  for (Tensor& lse : lses) lse = torch::stable::contiguous(lse);
-  MergeInputs inputs;
-  attention::MergeProblem problem = make_merge_problem(outs, lses, s_aux, inputs);
-  const Tensor out = torch::stable::new_empty(outs[0], outs[0].sizes());
-  const Tensor lse = torch::stable::new_empty(lses[0], lses[0].sizes());
-  problem.out = out.mutable_data_ptr();
-  problem.lse = lse.mutable_data_ptr();
-  cpu::merge_attn_states(problem, TorchExecutor());
-  return {out, lse};
-}
+  static void flash_fwd(const attention::FlashFwdProblem& problem, const Operands&) {
+    cpu::flash_fwd(problem, TorchExecutor());
+  }
+  static void flash_bwd(const attention::FlashBwdProblem& problem, const Operands&) {
+    cpu::flash_bwd(problem, TorchExecutor());
+  }
+  static void reshape_and_cache(const attention::ReshapeAndCacheProblem& problem, const Operands&) {
+    cpu::reshape_and_cache(problem, TorchExecutor());
+  }
+  static void merge_attn_states(const attention::MergeProblem& problem, const Operands&) {
+    cpu::merge_attn_states(problem, TorchExecutor());
+  }
+};
 
 std::string cpu_instruction_set() { return cpu::instruction_set(); }
 
@@ -208,18 +40,9 @@ void set_cpu_instruction_set(const std::string& name) { cpu::set_instruction_set
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(sink_attention_ext, CPU, m) {
-  m.impl("flash_attn_fwd", TORCH_BOX(&flash_attn_fwd));
-  m.impl("flash_attn_bwd", TORCH_BOX(&flash_attn_bwd));
-  m.impl("flash_attn_varlen_fwd", TORCH_BOX(&flash_attn_varlen_fwd));
-  m.impl("flash_attn_varlen_bwd", TORCH_BOX(&flash_attn_varlen_bwd));
-  m.impl("paged_attn", TORCH_BOX(&paged_attn));
-  m.impl("paged_attn.out", TORCH_BOX(&paged_attn_out));
-  m.impl("reshape_and_cache", TORCH_BOX(&reshape_and_cache));
-  m.impl("merge_attn_states", TORCH_BOX(&merge_attn_states));
-}
+STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CPU, m) { Ops<CpuBackend>::register_with(m); }
 
-STABLE_TORCH_LIBRARY_IMPL(sink_attention_ext, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("cpu_instruction_set", TORCH_BOX(&cpu_instruction_set));
   m.impl("cpu_instruction_sets", TORCH_BOX(&cpu_instruction_sets));
   m.impl("set_cpu_instruction_set", TORCH_BOX(&set_cpu_instruction_set));

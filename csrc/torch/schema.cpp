@@ -2,7 +2,9 @@
 // (sink_attention_ext/ops.py).
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(sink_attention_ext, m) {
+#include "torch/op_namespace.h"
+
+STABLE_TORCH_LIBRARY(SA_OP_NAMESPACE, m) {
   m.def(
       "flash_attn_fwd(Tensor q, Tensor k, Tensor v, Tensor? s_aux, float softmax_scale, bool "
       "causal, int window_left, "

@@ -1,0 +1,109 @@
+// The forward's entry: which kernel family and tiles, how many splits, what workspace.
+#include <algorithm>
+#include <stdexcept>
+
+#include "cuda/backend.h"
+#include "cuda/common/combine.h"
+#include "cuda/sm80/flash_fwd/entry.h"
+#include "cuda/tile/copy.cuh"
+
+namespace sink_attention::cuda {
+namespace {
+
+using attention::DataType;
+using attention::FlashFwdProblem;
+
+constexpr int64_t kAlignment = 256;
+constexpr int kMinSplitKeys = 256;  // fewer keys a split are not worth the merge
+constexpr int kMaxSplits = 64;
+
+int64_t round_up(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+int64_t group_of(const FlashFwdProblem& problem) {
+  return problem.num_heads_q / problem.num_heads_kv;
+}
+
+bool is_decode(const FlashFwdProblem& problem) {
+  return problem.seqlen_q * group_of(problem) <= sm80::kDecodeRows;
+}
+
+// Parts of the keys, so that there is a block for each multiprocessor. Lengths in device memory are
+// not known here: the longest that there can be counts.
+int choose_splits(const FlashFwdProblem& problem, const Device& device) {
+  if (problem.num_splits > 0) {
+    return static_cast<int>(std::min<int64_t>(problem.num_splits, kMaxSplits));
+  }
+  if (!is_decode(problem)) return 1;
+  int64_t keys = problem.seqlen_k;
+  if (problem.window_left >= 0) {
+    keys = std::min(
+        keys, problem.window_left + problem.seqlen_q + std::max<int64_t>(problem.window_right, 0));
+  }
+  const int64_t blocks = std::max<int64_t>(problem.batch * problem.num_heads_kv, 1);
+  const int64_t wanted = 2 * device.num_sms / blocks;
+  return static_cast<int>(
+      std::clamp<int64_t>(std::min(wanted, keys / kMinSplitKeys), 1, kMaxSplits));
+}
+
+int64_t partial_rows(const FlashFwdProblem& problem, int num_splits) {
+  return num_splits == 1 ? 0 : num_splits * problem.num_heads_q * problem.total_q;
+}
+
+}  // namespace
+
+int64_t flash_fwd_workspace_bytes(const FlashFwdProblem& problem, const Device& device) {
+  const int64_t rows = partial_rows(problem, choose_splits(problem, device));
+  return round_up(rows * 2 * sizeof(float)) + round_up(rows * problem.head_dim_v * sizeof(float));
+}
+
+void flash_fwd(const FlashFwdProblem& problem, const Device& device, void* workspace,
+               Stream stream) {
+  if (problem.batch == 0 || problem.seqlen_q == 0 || problem.num_heads_q == 0) return;
+  if (problem.dtype != DataType::kBFloat16 && problem.dtype != DataType::kFloat16) {
+    throw std::runtime_error("flash_fwd: q must be bfloat16 or float16");
+  }
+  sm80::FlashFwdKernelProblem kernel_problem{};
+  kernel_problem.problem = problem;
+  kernel_problem.q_in_chunks = rows_are_chunks(problem.q, problem.head_dim, problem.q_stride_batch,
+                                               problem.q_stride_row, problem.q_stride_head);
+  kernel_problem.k_in_chunks = rows_are_chunks(problem.k, problem.head_dim, problem.k_stride_batch,
+                                               problem.k_stride_row, problem.k_stride_head);
+  kernel_problem.v_in_chunks =
+      rows_are_chunks(problem.v, problem.head_dim_v, problem.v_stride_batch, problem.v_stride_row,
+                      problem.v_stride_head);
+  kernel_problem.out_in_chunks =
+      rows_are_chunks(problem.out, problem.head_dim_v, problem.out_stride_batch,
+                      problem.out_stride_row, problem.out_stride_head);
+  const int num_splits = choose_splits(problem, device);
+  kernel_problem.num_splits = num_splits;
+  if (num_splits > 1) {
+    kernel_problem.partial_state = static_cast<float*>(workspace);
+    kernel_problem.partial_out =
+        reinterpret_cast<float*>(static_cast<char*>(workspace) +
+                                 round_up(partial_rows(problem, num_splits) * 2 * sizeof(float)));
+  }
+  const bool decode = is_decode(problem);
+  const int64_t dim = problem.head_dim;
+  const int64_t dim_v = problem.head_dim_v;
+  const int64_t larger = std::max(dim, dim_v);
+  if (larger <= 32) {
+    sm80::flash_fwd_hdim32(kernel_problem, decode, stream);
+  } else if (larger <= 64) {
+    sm80::flash_fwd_hdim64(kernel_problem, decode, stream);
+  } else if (larger <= 96) {
+    sm80::flash_fwd_hdim96(kernel_problem, decode, stream);
+  } else if (larger <= 128) {
+    sm80::flash_fwd_hdim128(kernel_problem, decode, stream);
+  } else if (dim <= 192 && dim_v <= 128) {
+    sm80::flash_fwd_hdim192_128(kernel_problem, decode, stream);
+  } else if (larger <= 192) {
+    sm80::flash_fwd_hdim192(kernel_problem, decode, stream);
+  } else {
+    sm80::flash_fwd_hdim256(kernel_problem, decode, stream);
+  }
+  if (num_splits > 1) {
+    combine(problem, num_splits, kernel_problem.partial_state, kernel_problem.partial_out, stream);
+  }
+}
+
+}  // namespace sink_attention::cuda

@@ -1,0 +1,23 @@
+// What a forward kernel is given beside the problem itself.
+#pragma once
+
+#include "attention/problem.h"
+
+namespace sink_attention::cuda::sm80 {
+
+struct FlashFwdKernelProblem {
+  attention::FlashFwdProblem problem;
+  // Whether each row can be copied 16 bytes at a time.
+  bool q_in_chunks;
+  bool k_in_chunks;
+  bool v_in_chunks;
+  bool out_in_chunks;
+  int num_tiles;   // of rows, of the longest sequence and one kv head
+  int num_splits;  // parts of each row's keys; with more than one, results are partial
+  // [num_splits][num_heads_q][total_q]: the state (maximum and sum, base 2) and the undivided
+  // output of each row, without the sink. combine.cuh joins them.
+  float* partial_state;  // two floats each
+  float* partial_out;    // head_dim_v floats each
+};
+
+}  // namespace sink_attention::cuda::sm80

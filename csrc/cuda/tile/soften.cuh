@@ -1,0 +1,164 @@
+// Scores into weights: softcap, mask, running maximum, exponentials, all on a warp's accumulators.
+//
+// A thread holds, of each 16-row tile m, two rows (half 0: row lane / 4, half 1: 8 below), and of
+// each of them two columns in every 8-column tile. Maxima are shared by the 4 lanes of a quad at
+// every block of keys; each lane sums its own weights, and the quad's sums meet once, at the end.
+#pragma once
+
+#include "attention/mask.h"
+#include "attention/online_softmax.h"
+#include "cuda/tile/fragment.cuh"
+#include "cuda/tile/row_reduce.cuh"
+#include "primitives/fast_math.h"
+
+namespace sink_attention::cuda {
+
+// How a score becomes a logit in base 2: score * to_log2, after cap * tanh(score * to_tanh) where
+// there is a softcap (to_log2 is then cap * log2 e), or the score's negative where the scale is
+// negative.
+struct ScoreScale {
+  float to_log2;  // > 0
+  float to_tanh;
+  bool capped;
+  bool negated;
+};
+
+// factor: what k is to be multiplied with (a float8 cache's scale).
+SA_HOST_DEVICE ScoreScale score_scale(const attention::FlashFwdProblem& problem, float factor) {
+  // A scale of 0 would turn a hidden score into 0 * inf; one this small has the same exponentials.
+  const double given = problem.softmax_scale * factor;
+  const double scale = given == 0 ? 1e-30 : given;
+  ScoreScale result{};
+  result.capped = problem.softcap > 0;
+  result.negated = scale < 0 && !result.capped;
+  result.to_tanh = result.capped ? static_cast<float>(scale / problem.softcap) : 0.0f;
+  result.to_log2 = static_cast<float>(
+      (result.capped ? problem.softcap : (scale < 0 ? -scale : scale)) * attention::kLog2E);
+  return result;
+}
+
+SA_DEVICE float tanh_by_exp2(float x) {
+  const float power = primitives::exp2_approx(x * static_cast<float>(2 * attention::kLog2E));
+  return 1.0f - 2.0f * primitives::reciprocal_approx(power + 1.0f);
+}
+
+// Brings scores into the form in which score * to_log2 is the logit.
+template <int kTilesM, int kTilesN>
+SA_DEVICE void transform_scores(Accumulators<kTilesM, kTilesN>& s, const ScoreScale& scale) {
+  if (!scale.capped && !scale.negated) return;
+  SA_UNROLL
+  for (int m = 0; m < kTilesM; ++m) {
+    SA_UNROLL
+    for (int n = 0; n < kTilesN; ++n) {
+      SA_UNROLL
+      for (int reg = 0; reg < 4; ++reg) {
+        float& score = s.c[m][n][reg];
+        score = scale.capped ? tanh_by_exp2(score * scale.to_tanh) : -score;
+      }
+    }
+  }
+}
+
+// The query positions of a thread's rows.
+template <int kTilesM>
+struct RowPositions {
+  int position[kTilesM][2];
+};
+
+// Hides the scores of keys that a row does not see; the accumulators' first column is key
+// `first_key`.
+template <int kTilesM, int kTilesN>
+SA_DEVICE void mask_scores(Accumulators<kTilesM, kTilesN>& s, const attention::Mask& mask,
+                           const RowPositions<kTilesM>& rows, int first_key) {
+  const int first_col = first_key + accumulator_col(primitives::lane_idx(), 0);
+  SA_UNROLL
+  for (int m = 0; m < kTilesM; ++m) {
+    SA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const attention::Range keys = mask.visible_keys(rows.position[m][half]);
+      const int begin = static_cast<int>(keys.begin);
+      const int end = static_cast<int>(keys.end);
+      SA_UNROLL
+      for (int n = 0; n < kTilesN; ++n) {
+        SA_UNROLL
+        for (int col = 0; col < 2; ++col) {
+          const int key = first_col + 8 * n + col;
+          if (key < begin || key >= end) {
+            s.c[m][n][2 * half + col] = attention::negative_infinity<float>();
+          }
+        }
+      }
+    }
+  }
+}
+
+// The softmax of a thread's rows so far: the largest score (not yet times to_log2), and this lane's
+// part of the sum of weights.
+template <int kTilesM>
+struct RowStates {
+  float max[kTilesM][2];
+  float sum[kTilesM][2];
+
+  SA_DEVICE void clear() {
+    SA_UNROLL
+    for (int m = 0; m < kTilesM; ++m) {
+      SA_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        max[m][half] = attention::negative_infinity<float>();
+        sum[m][half] = 0.0f;
+      }
+    }
+  }
+
+  // The whole row's state, in base 2, as fold_sink takes it; in all lanes of the quad.
+  SA_DEVICE attention::RowState<float> whole(int m, int half, float to_log2) const {
+    return {max[m][half] * to_log2, quad_sum(sum[m][half])};
+  }
+};
+
+// Scores to weights in place; out is re-based on the new maxima.
+template <int kTilesM, int kTilesN, int kTilesV>
+SA_DEVICE void soften(Accumulators<kTilesM, kTilesN>& s, RowStates<kTilesM>& states,
+                      Accumulators<kTilesM, kTilesV>& out, float to_log2) {
+  SA_UNROLL
+  for (int m = 0; m < kTilesM; ++m) {
+    SA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const float old_max = states.max[m][half];
+      float max = old_max;
+      SA_UNROLL
+      for (int n = 0; n < kTilesN; ++n) {
+        SA_UNROLL
+        for (int col = 0; col < 2; ++col) {
+          const float score = s.c[m][n][2 * half + col];
+          max = score > max ? score : max;
+        }
+      }
+      max = quad_max(max);
+      states.max[m][half] = max;
+      // A row that has seen no key keeps the maximum -inf; subtracting 0 gives weights of 0, not
+      // NaN.
+      const float base = max == attention::negative_infinity<float>() ? 0.0f : max * to_log2;
+      const float rescale =
+          old_max == max ? 1.0f : primitives::exp2_approx(old_max * to_log2 - base);
+      float sum = states.sum[m][half] * rescale;
+      SA_UNROLL
+      for (int n = 0; n < kTilesN; ++n) {
+        SA_UNROLL
+        for (int col = 0; col < 2; ++col) {
+          float& score = s.c[m][n][2 * half + col];
+          score = primitives::exp2_approx(score * to_log2 - base);
+          sum += score;
+        }
+      }
+      states.sum[m][half] = sum;
+      SA_UNROLL
+      for (int n = 0; n < kTilesV; ++n) {
+        out.c[m][n][2 * half] *= rescale;
+        out.c[m][n][2 * half + 1] *= rescale;
+      }
+    }
+  }
+}
+
+}  // namespace sink_attention::cuda

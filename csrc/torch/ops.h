@@ -1,0 +1,259 @@
+// The ops on tensors, for any backend: checks, results from torch's allocator, one call into the
+// backend.
+//
+// A Backend has
+//     kReadsValues                      whether the host can read the tensors' values, and checks
+//     them may_leave_rows(problem, extent)   whether there may be rows that no sequence has
+//     flash_fwd, flash_bwd, reshape_and_cache, merge_attn_states(problem, operands)
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "torch/check_values.h"
+#include "torch/make_problem.h"
+
+namespace sink_attention::binding {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// The tensors that a problem points into. All are on one device; there is at least one.
+struct Operands {
+  std::vector<Tensor> read;
+  std::vector<Tensor> written;
+
+  Operands(std::initializer_list<Tensor> read_tensors,
+           std::initializer_list<const OptionalTensor*> optional,
+           std::initializer_list<Tensor> written_tensors)
+      : read(read_tensors), written(written_tensors) {
+    for (const OptionalTensor* tensor : optional) {
+      if (*tensor) read.push_back(**tensor);
+    }
+  }
+};
+
+template <class Backend>
+struct Ops {
+  using FlashFwdProblem = attention::FlashFwdProblem;
+
+  struct Forward {
+    Tensor out;
+    Tensor lse;
+  };
+
+  static Forward new_results(const Tensor& q, const FlashFwdProblem& problem) {
+    const ScalarType lse_type = lse_scalar_type(q);
+    if (q.dim() == 4) {
+      return {torch::stable::new_empty(
+                  q, {q.size(0), q.size(1), problem.num_heads_q, problem.head_dim_v}),
+              torch::stable::new_empty(q, {q.size(0), problem.num_heads_q, q.size(1)}, lse_type)};
+    }
+    return {torch::stable::new_empty(q, {q.size(0), problem.num_heads_q, problem.head_dim_v}),
+            torch::stable::new_empty(q, {problem.num_heads_q, q.size(0)}, lse_type)};
+  }
+
+  // Rows of q beyond the last sequence: out = 0, lse = -inf. The backend writes those of sequences
+  // only.
+  static void fill_unused_rows(const FlashFwdProblem& problem, const Extent& extent,
+                               Forward& results) {
+    if (problem.cu_seqlens_q == nullptr || !Backend::may_leave_rows(problem, extent)) return;
+    torch::stable::zero_(results.out);
+    torch::stable::fill_(results.lse, -std::numeric_limits<double>::infinity());
+  }
+
+  static void forward_into(const Tensor& q, FlashFwdProblem problem, Operands operands,
+                           Forward& results) {
+    set_results(problem, q, results.out, results.lse);
+    fill_unused_rows(problem, {q.size(0), 0, 0}, results);
+    operands.written = {results.out, results.lse};
+    Backend::flash_fwd(problem, operands);
+  }
+
+  static std::tuple<Tensor, Tensor> forward(const Tensor& q, const FlashFwdProblem& problem,
+                                            Operands operands) {
+    Forward results = new_results(q, problem);
+    forward_into(q, problem, std::move(operands), results);
+    return {results.out, results.lse};
+  }
+
+  // Gradients and saved results come from autograd, with whatever strides it made.
+  static Tensor with_unit_last_stride(const Tensor& tensor) {
+    return tensor.dim() == 0 || has_unit_last_stride(tensor) ? tensor
+                                                             : torch::stable::contiguous(tensor);
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+      FlashFwdProblem fwd, Operands operands, const Tensor& dout, const OptionalTensor& dlse,
+      const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+      const OptionalTensor& s_aux, bool deterministic) {
+    const Tensor dense_dout = with_unit_last_stride(dout), dense_out = with_unit_last_stride(out),
+                 dense_lse = with_unit_last_stride(lse);
+    set_results(fwd, q, dense_out, dense_lse);
+    // The backend writes the rows of sequences, up to seqused_k; here there may be others.
+    const bool zero =
+        fwd.cu_seqlens_q != nullptr &&
+        (fwd.seqused_k != nullptr || Backend::may_leave_rows(fwd, {q.size(0), k.size(0), 0}));
+    const auto like = [zero](const Tensor& x) {
+      return zero ? torch::stable::new_zeros(x, x.sizes()) : torch::stable::new_empty(x, x.sizes());
+    };
+    const Gradients gradients{like(q), like(k), like(v),
+                              s_aux ? torch::stable::new_zeros(*s_aux, s_aux->sizes())
+                                    : torch::stable::new_empty(q, {0}, ScalarType::Float)};
+    const attention::FlashBwdProblem problem =
+        make_bwd_problem(fwd, q, dense_out, dense_lse, dense_dout, dlse, gradients, deterministic);
+    operands.read.insert(operands.read.end(), {dense_dout, dense_out, dense_lse});
+    if (dlse) operands.read.push_back(*dlse);
+    operands.written = {gradients.dq, gradients.dk, gradients.dv, gradients.ds_aux};
+    Backend::flash_bwd(problem, operands);
+    return {gradients.dq, gradients.dk, gradients.dv, gradients.ds_aux};
+  }
+
+  static std::tuple<Tensor, Tensor> flash_attn_fwd(const Tensor& q, const Tensor& k,
+                                                   const Tensor& v, const OptionalTensor& s_aux,
+                                                   double softmax_scale, bool causal,
+                                                   int64_t window_left, int64_t window_right,
+                                                   double softcap,
+                                                   bool /*deterministic: of the backward*/) {
+    return forward(q,
+                   make_dense_problem(q, k, v, s_aux,
+                                      {softmax_scale, causal, window_left, window_right, softcap}),
+                   {{q, k, v}, {&s_aux}, {}});
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
+      const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
+      const Tensor& v, const Tensor& out, const Tensor& lse, const OptionalTensor& s_aux,
+      double softmax_scale, bool causal, int64_t window_left, int64_t window_right, double softcap,
+      bool deterministic) {
+    const FlashFwdProblem fwd = make_dense_problem(
+        q, k, v, s_aux, {softmax_scale, causal, window_left, window_right, softcap});
+    return backward(fwd, {{q, k, v}, {&s_aux}, {}}, dout, dlse, q, k, v, out, lse, s_aux,
+                    deterministic);
+  }
+
+  static FlashFwdProblem checked_varlen_problem(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                const OptionalTensor& s_aux,
+                                                const VarlenArgs& varlen, const MaskArgs& mask) {
+    const FlashFwdProblem problem = make_varlen_problem(q, k, v, s_aux, varlen, mask);
+    if constexpr (Backend::kReadsValues) check_values(problem, {q.size(0), k.size(0), 0});
+    return problem;
+  }
+
+  static std::tuple<Tensor, Tensor> flash_attn_varlen_fwd(
+      const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+      const Tensor& cu_seqlens_k, const OptionalTensor& seqused_k, const OptionalTensor& s_aux,
+      int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale, bool causal,
+      int64_t window_left, int64_t window_right, double softcap,
+      bool /*deterministic: of the backward*/) {
+    return forward(
+        q,
+        checked_varlen_problem(q, k, v, s_aux,
+                               {cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k},
+                               {softmax_scale, causal, window_left, window_right, softcap}),
+        {{q, k, v, cu_seqlens_q, cu_seqlens_k}, {&seqused_k, &s_aux}, {}});
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attn_varlen_bwd(
+      const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
+      const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q,
+      const Tensor& cu_seqlens_k, const OptionalTensor& seqused_k, const OptionalTensor& s_aux,
+      int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale, bool causal,
+      int64_t window_left, int64_t window_right, double softcap, bool deterministic) {
+    const FlashFwdProblem fwd = checked_varlen_problem(
+        q, k, v, s_aux, {cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k},
+        {softmax_scale, causal, window_left, window_right, softcap});
+    return backward(fwd, {{q, k, v, cu_seqlens_q, cu_seqlens_k}, {&seqused_k, &s_aux}, {}}, dout,
+                    dlse, q, k, v, out, lse, s_aux, deterministic);
+  }
+
+  static FlashFwdProblem checked_paged_problem(const Tensor& q, const Tensor& k_cache,
+                                               const Tensor& v_cache, const OptionalTensor& s_aux,
+                                               const PagedArgs& paged, const MaskArgs& mask) {
+    const FlashFwdProblem problem = make_paged_problem(q, k_cache, v_cache, s_aux, paged, mask);
+    if constexpr (Backend::kReadsValues) check_values(problem, {q.size(0), 0, k_cache.size(0)});
+    return problem;
+  }
+
+  static std::tuple<Tensor, Tensor> paged_attn(
+      const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
+      const Tensor& seqused_k, const OptionalTensor& cu_seqlens_q, const OptionalTensor& s_aux,
+      const OptionalTensor& k_scale, const OptionalTensor& v_scale, int64_t max_seqlen_q,
+      double softmax_scale, bool causal, int64_t window_left, int64_t window_right, double softcap,
+      int64_t num_splits) {
+    return forward(
+        q,
+        checked_paged_problem(
+            q, k_cache, v_cache, s_aux,
+            {block_table, seqused_k, cu_seqlens_q, k_scale, v_scale, max_seqlen_q, num_splits},
+            {softmax_scale, causal, window_left, window_right, softcap}),
+        {{q, k_cache, v_cache, block_table, seqused_k},
+         {&cu_seqlens_q, &s_aux, &k_scale, &v_scale},
+         {}});
+  }
+
+  static void paged_attn_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                             const Tensor& block_table, const Tensor& seqused_k,
+                             const OptionalTensor& cu_seqlens_q, const OptionalTensor& s_aux,
+                             const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                             int64_t max_seqlen_q, double softmax_scale, bool causal,
+                             int64_t window_left, int64_t window_right, double softcap,
+                             int64_t num_splits, const Tensor& out, const Tensor& lse) {
+    Forward results{out, lse};
+    forward_into(q,
+                 checked_paged_problem(q, k_cache, v_cache, s_aux,
+                                       {block_table, seqused_k, cu_seqlens_q, k_scale, v_scale,
+                                        max_seqlen_q, num_splits},
+                                       {softmax_scale, causal, window_left, window_right, softcap}),
+                 {{q, k_cache, v_cache, block_table, seqused_k},
+                  {&cu_seqlens_q, &s_aux, &k_scale, &v_scale},
+                  {}},
+                 results);
+  }
+
+  static void reshape_and_cache(const Tensor& k, const Tensor& v, const Tensor& k_cache,
+                                const Tensor& v_cache, const Tensor& slot_mapping,
+                                const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
+    const attention::ReshapeAndCacheProblem problem =
+        make_reshape_and_cache_problem(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale);
+    if constexpr (Backend::kReadsValues) check_values(problem, k_cache.size(0));
+    Backend::reshape_and_cache(problem,
+                               {{k, v, slot_mapping}, {&k_scale, &v_scale}, {k_cache, v_cache}});
+  }
+
+  static std::tuple<Tensor, Tensor> merge_attn_states(std::vector<Tensor> outs,
+                                                      std::vector<Tensor> lses,
+                                                      const OptionalTensor& s_aux) {
+    for (Tensor& out : outs) out = torch::stable::contiguous(out);
+    for (Tensor& lse : lses) lse = torch::stable::contiguous(lse);
+    MergeInputs inputs;
+    attention::MergeProblem problem = make_merge_problem(outs, lses, s_aux, inputs);
+    const Tensor out = torch::stable::new_empty(outs[0], outs[0].sizes());
+    const Tensor lse = torch::stable::new_empty(lses[0], lses[0].sizes());
+    problem.out = out.mutable_data_ptr();
+    problem.lse = lse.mutable_data_ptr();
+    Operands operands{{}, {&s_aux}, {out, lse}};
+    operands.read.insert(operands.read.end(), outs.begin(), outs.end());
+    operands.read.insert(operands.read.end(), lses.begin(), lses.end());
+    Backend::merge_attn_states(problem, operands);
+    return {out, lse};
+  }
+
+  // Registers all of them with a dispatch key's library.
+  template <class Library>
+  static void register_with(Library& m) {
+    m.impl("flash_attn_fwd", TORCH_BOX(&flash_attn_fwd));
+    m.impl("flash_attn_bwd", TORCH_BOX(&flash_attn_bwd));
+    m.impl("flash_attn_varlen_fwd", TORCH_BOX(&flash_attn_varlen_fwd));
+    m.impl("flash_attn_varlen_bwd", TORCH_BOX(&flash_attn_varlen_bwd));
+    m.impl("paged_attn", TORCH_BOX(&paged_attn));
+    m.impl("paged_attn.out", TORCH_BOX(&paged_attn_out));
+    m.impl("reshape_and_cache", TORCH_BOX(&reshape_and_cache));
+    m.impl("merge_attn_states", TORCH_BOX(&merge_attn_states));
+  }
+};
+
+}  // namespace sink_attention::binding

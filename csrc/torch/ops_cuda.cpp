@@ -1,0 +1,69 @@
+// The ops on CUDA tensors: torch's current device, stream and allocator.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "cuda/backend.h"
+#include "torch/op_namespace.h"
+#include "torch/ops.h"
+
+// In torch's CUDA library only: weak, so that this library also loads into a torch without CUDA.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+namespace sink_attention::binding {
+namespace {
+
+// The device of a call's tensors made current, its stream, and workspace from torch's allocator.
+class Call {
+ public:
+  explicit Call(const Operands& operands)
+      : tensor_(operands.read.front()), guard_(tensor_.get_device_index()) {
+    check(aoti_torch_get_current_cuda_stream != nullptr,
+          "this torch has no CUDA, but got a CUDA tensor");
+    check(aoti_torch_get_current_cuda_stream(tensor_.get_device_index(), &stream_) == 0,
+          "torch has no current stream on CUDA device ", tensor_.get_device_index());
+  }
+  cuda::Stream stream() const { return stream_; }
+  // Freed with the returned tensor, in the order of the stream.
+  Tensor workspace(int64_t bytes) const {
+    return torch::stable::new_empty(tensor_, {bytes}, ScalarType::Byte);
+  }
+
+ private:
+  const Tensor& tensor_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+
+struct CudaBackend {
+  static constexpr bool kReadsValues = false;  // not without waiting for the device
+  static bool may_leave_rows(const attention::FlashFwdProblem&, const Extent&) { return true; }
+
+  static void flash_fwd(const attention::FlashFwdProblem& problem, const Operands& operands) {
+    const Call call(operands);
+    const cuda::Device device = cuda::current_device();
+    const Tensor workspace = call.workspace(cuda::flash_fwd_workspace_bytes(problem, device));
+    cuda::flash_fwd(problem, device, workspace.mutable_data_ptr(), call.stream());
+  }
+  static void flash_bwd(const attention::FlashBwdProblem& problem, const Operands& operands) {
+    const Call call(operands);
+    const cuda::Device device = cuda::current_device();
+    const Tensor workspace = call.workspace(cuda::flash_bwd_workspace_bytes(problem, device));
+    cuda::flash_bwd(problem, device, workspace.mutable_data_ptr(), call.stream());
+  }
+  static void reshape_and_cache(const attention::ReshapeAndCacheProblem& problem,
+                                const Operands& operands) {
+    const Call call(operands);
+    cuda::reshape_and_cache(problem, call.stream());
+  }
+  static void merge_attn_states(const attention::MergeProblem& problem, const Operands& operands) {
+    const Call call(operands);
+    cuda::merge_attn_states(problem, call.stream());
+  }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CUDA, m) { Ops<CudaBackend>::register_with(m); }
+
+}  // namespace sink_attention::binding

@@ -1,0 +1,53 @@
+"""The CUDA kernels in place of the CPU's, run by the emulator (tests/emulator) on CPU tensors.
+
+While `emulated()` is active, every operator of sink_attention_ext on CPU tensors is computed by the
+CUDA kernels' own source, compiled for the host: `python setup.py build_emulator`. All above the
+operators (public functions, autograd, torch.compile) is as it always is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from sink_attention_ext import ops
+
+LIBRARY = Path(__file__).resolve().parent.parent / "build" / "emulator" / "_emulated.so"
+MULTIPROCESSORS = 4  # of the emulated device: what the choice of splits goes by
+
+
+def load() -> bool:
+    """Whether the emulator is built, and loaded now."""
+    if not LIBRARY.exists():
+        return False
+    torch.ops.load_library(str(LIBRARY))
+    return True
+
+
+def _operator(name: str):
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.sink_attention_emulated, packet), overload or "default")
+
+
+@contextlib.contextmanager
+def emulated(seed: int = 1, multiprocessors: int = MULTIPROCESSORS) -> Iterator[None]:
+    """`seed` draws the order in which warps and lanes run."""
+    torch.ops.sink_attention_emulated.configure(seed, multiprocessors)
+    library = torch.library.Library(ops.NAMESPACE, "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of every override
+        for name in ops.FAKE_KERNELS:
+            library.impl(name, _operator(name), "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+def blocks_run() -> int:
+    """How many thread blocks have run in the emulator so far."""
+    return torch.ops.sink_attention_emulated.blocks_run()

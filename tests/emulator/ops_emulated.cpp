@@ -1,0 +1,114 @@
+// The ops on CPU tensors, computed by the CUDA kernels in the emulator. tests/emulated.py puts them
+// in the place of the CPU's.
+//
+// What a kernel must write is NaN before, and a kernel may touch nothing but its operands'
+// elements.
+#include "cuda/backend.h"
+#include "emulator/machine.h"
+#include "torch/op_namespace.h"
+#include "torch/ops.h"
+
+namespace sink_attention::binding {
+namespace {
+
+int num_sms = 4;
+
+emulator::Buffer buffer_of(const Tensor& tensor, bool writable, const std::string& name) {
+  int64_t last = 0;
+  for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+  const char* begin = static_cast<const char*>(tensor.const_data_ptr());
+  const int64_t elements = tensor.numel() == 0 ? 0 : last + 1;
+  return {begin, begin + elements * tensor.element_size(), writable, name};
+}
+
+// Names the operands to the emulator for the length of a call.
+struct Visible {
+  explicit Visible(const Operands& operands) : buffers(list(operands)) {}
+  static std::vector<emulator::Buffer> list(const Operands& operands) {
+    std::vector<emulator::Buffer> found;
+    int i = 0;
+    for (const Tensor& tensor : operands.written) {
+      found.push_back(buffer_of(tensor, true, "result " + std::to_string(i++)));
+    }
+    i = 0;
+    for (const Tensor& tensor : operands.read) {
+      found.push_back(buffer_of(tensor, false, "operand " + std::to_string(i++)));
+    }
+    return found;
+  }
+  emulator::VisibleBuffers buffers;
+};
+
+// Workspace full of NaN, visible too.
+Operands with_workspace(Operands operands, const Tensor& like, int64_t bytes, void*& data) {
+  const Tensor workspace = torch::stable::fill_(
+      torch::stable::new_empty(like, {(bytes + 3) / 4 + 64}, ScalarType::Float),
+      std::numeric_limits<double>::quiet_NaN());
+  const uintptr_t address = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
+  data = reinterpret_cast<void*>((address + 255) / 256 * 256);
+  operands.written.push_back(workspace);
+  return operands;
+}
+
+struct EmulatedBackend {
+  static constexpr bool kReadsValues = true;
+  static bool may_leave_rows(const attention::FlashFwdProblem&, const Extent&) { return true; }
+
+  static cuda::Device device() { return {num_sms, 80}; }
+
+  static void flash_fwd(const attention::FlashFwdProblem& problem, const Operands& operands) {
+    if (problem.cu_seqlens_q == nullptr) poison(operands);
+    void* workspace = nullptr;
+    const Operands all =
+        with_workspace(operands, operands.read.front(),
+                       cuda::flash_fwd_workspace_bytes(problem, device()), workspace);
+    const Visible visible(all);
+    cuda::flash_fwd(problem, device(), workspace, nullptr);
+  }
+  static void flash_bwd(const attention::FlashBwdProblem& problem, const Operands& operands) {
+    if (problem.fwd.cu_seqlens_q == nullptr) poison(operands);
+    void* workspace = nullptr;
+    const Operands all =
+        with_workspace(operands, operands.read.front(),
+                       cuda::flash_bwd_workspace_bytes(problem, device()), workspace);
+    const Visible visible(all);
+    cuda::flash_bwd(problem, device(), workspace, nullptr);
+  }
+  static void reshape_and_cache(const attention::ReshapeAndCacheProblem& problem,
+                                const Operands& operands) {
+    const Visible visible(operands);
+    cuda::reshape_and_cache(problem, nullptr);
+  }
+  static void merge_attn_states(const attention::MergeProblem& problem, const Operands& operands) {
+    poison(operands);
+    const Visible visible(operands);
+    cuda::merge_attn_states(problem, nullptr);
+  }
+
+ private:
+  static void poison(const Operands& operands) {
+    for (Tensor tensor : operands.written) {
+      torch::stable::fill_(tensor, std::numeric_limits<double>::quiet_NaN());
+    }
+  }
+};
+
+void configure(int64_t seed, int64_t multiprocessors) {
+  emulator::settings().seed = static_cast<uint64_t>(seed);
+  num_sms = static_cast<int>(multiprocessors);
+}
+int64_t blocks_run() { return emulator::settings().blocks_run; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(SA_OP_NAMESPACE, m) {
+  m.def("configure(int seed, int multiprocessors) -> ()");
+  m.def("blocks_run() -> int");
+}
+STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("configure", TORCH_BOX(&configure));
+  m.impl("blocks_run", TORCH_BOX(&blocks_run));
+}
+STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CPU, m) { Ops<EmulatedBackend>::register_with(m); }
+
+}  // namespace sink_attention::binding

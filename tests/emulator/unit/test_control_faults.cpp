@@ -1,0 +1,177 @@
+// Planted faults in the flow of control: lanes that part, barriers that not all reach, waits
+// without an end.
+#include "emulated.h"
+
+namespace sink_attention::tests {
+namespace {
+
+void warps_that_part() {
+  expect_fault("lanes at two warp-wide instructions",
+               {"lanes of a warp part: thread", "is at ", "shfl_xor at odd:1", "any at even:1"},
+               [] {
+                 run_warp([](char*) {
+                   if (lane_idx() % 2 == 1)
+                     shfl_xor(1, 1, at("odd"));
+                   else
+                     any(true, at("even"));
+                 });
+               });
+  expect_fault("the same instruction at two places",
+               {"lanes of a warp part", "shfl_xor at here:1", "shfl_xor at there:1"}, [] {
+                 run_warp([](char*) { shfl_xor(1, 1, lane_idx() < 5 ? at("here") : at("there")); });
+               });
+  expect_fault(
+      "some lanes leave out a shuffle",
+      {"deadlock: block (0, 0, 0)", "warp 0", "7 lanes shfl_xor at exchange:1", "25 lanes done"},
+      [] {
+        run_warp([](char*) {
+          if (lane_idx() < 7) shfl_xor(1, 1, at("exchange"));
+        });
+      });
+  expect_fault("a product that one lane leaves out", {"deadlock", "31 lanes mma_m16n8k16 at mma:1"},
+               [] {
+                 run_warp([](char*) {
+                   float acc[4] = {};
+                   const uint32_t a[4] = {};
+                   const uint32_t b[2] = {};
+                   if (lane_idx() != 31) {
+                     mma_m16n8k16<attention::BFloat16>(acc, a, b, at("mma"));
+                   }
+                 });
+               });
+}
+
+void barriers() {
+  expect_fault("warps at two barriers",
+               {"threads meet at different barriers: thread", "sync_threads at producer:1",
+                "sync_threads at consumer:1"},
+               [] {
+                 run_block(64, 0, [](char*) {
+                   if (warp_idx() == 0)
+                     sync_threads(at("producer"));
+                   else
+                     sync_threads(at("consumer"));
+                 });
+               });
+  expect_fault(
+      "lanes of a warp at two places of a named barrier",
+      {"threads meet at different barriers", "sync_named at here:1", "sync_named at there:1"}, [] {
+        run_block(64, 0,
+                  [](char*) { sync_named(1, 64, lane_idx() < 9 ? at("here") : at("there")); });
+      });
+  expect_fault("a barrier for two numbers of threads", {"threads meet at different barriers"}, [] {
+    run_block(96, 0, [](char*) { sync_named(1, warp_idx() == 0 ? 64 : 96, at("count")); });
+  });
+  expect_fault("half warps at a barrier",
+               {"sync_named at half:1: a barrier of whole warps, and of warp", "only 16 lanes"},
+               [] {
+                 run_block(64, 0, [](char*) {
+                   if (lane_idx() < 16) sync_named(1, 32, at("half"));
+                 });
+               });
+  expect_fault("a barrier that one warp leaves out",
+               {"deadlock", "32 lanes sync_threads at barrier:1", "warp 2: 32 lanes done"}, [] {
+                 run_block(96, 0, [](char*) {
+                   if (warp_idx() != 2) sync_threads(at("barrier"));
+                 });
+               });
+  expect_fault("a thread that returns early",
+               {"deadlock", "warp 0: 32 lanes sync_threads at barrier:1",
+                "warp 1: 8 lanes sync_threads at barrier:1, 1 lanes done, 23 lanes sync_threads"},
+               [] {
+                 run_block(64, 0, [](char*) {
+                   if (thread_idx() == 40) return;
+                   sync_threads(at("barrier"));
+                 });
+               });
+  expect_fault("each warp's place",
+               {"deadlock", "warp 0: 32 lanes sync_named at full:1",
+                "warp 1: 32 lanes sync_named at empty:1"},
+               [] {
+                 run_block(64, 0, [](char*) {
+                   if (warp_idx() == 0)
+                     sync_named(1, 64, at("full"));
+                   else
+                     sync_named(2, 64, at("empty"));
+                 });
+               });
+  expect_fault("barrier 0 by name", {"sync_named at zero:1: barrier 0, which is sync_threads' own"},
+               [] { run_warp([](char*) { sync_named(0, 32, at("zero")); }); });
+  expect_fault("barrier 16", {"sync_named at sixteen:1: barrier 16 of 16"},
+               [] { run_warp([](char*) { sync_named(16, 32, at("sixteen")); }); });
+  expect_fault("a barrier for more threads than there are",
+               {"sync_named at all:1: a barrier for 64 threads"},
+               [] { run_warp([](char*) { sync_named(1, 64, at("all")); }); });
+  expect_fault("a barrier for part of a warp", {"a barrier for 48 threads"},
+               [] { run_block(64, 0, [](char*) { sync_named(1, 48); }); });
+}
+
+void turns() {
+  DeviceArray<int> turn("turn", 1);
+  const VisibleBuffers buffers({turn.writable()});
+  expect_fault(
+      "a turn that nobody passes on",
+      {"deadlock: block (1, 0, 0)", "1 lanes wait_for_turn at wait:1", "sync_threads at after:1"},
+      [&] {
+        turn[0] = 0;
+        emulator::run_grid({4, 1, 1}, 32, 0, [&](char*) {
+          if (thread_idx() == 0) wait_for_turn(turn.data(), block_idx().x, at("wait"));
+          sync_threads(at("after"));
+          if (thread_idx() == 0 && block_idx().x != 0) pass_turn(turn.data(), 1);
+        });
+      });
+  expect_fault("a turn that a later block has to pass on",
+               {"deadlock: block (", "wait_for_turn at wait:1"}, [&] {
+                 turn[0] = 3;
+                 emulator::run_grid({4, 1, 1}, 32, 0, [&](char*) {
+                   if (thread_idx() == 0) wait_for_turn(turn.data(), block_idx().x, at("wait"));
+                   sync_threads(at("after"));
+                   if (thread_idx() == 0) pass_turn(turn.data(), block_idx().x - 1);
+                 });
+               });
+}
+
+// After a fault the next launch starts clean.
+void after_a_fault() {
+  expect_no_fault("a launch after faults", [] {
+    run_block(128, 512, [](char* shared) {
+      auto* words = reinterpret_cast<int*>(shared);
+      store_shared(words + thread_idx(), thread_idx());
+      sync_threads();
+      check(load_shared(words + 127 - thread_idx()) == 127 - thread_idx(), "after a fault");
+    });
+  });
+}
+
+// The place that a message names by itself is the call in the kernel's source.
+void default_place() {
+  int line = 0;
+  const std::string message = fault_of([&] {
+    run_warp([&](char* shared) {
+      line = __LINE__ + 1;
+      load_shared(shared);
+    });
+  });
+  const std::string expected = "load_shared at test_control_faults.cpp:" + std::to_string(line);
+  check(message.find(expected) == 0, "\"", message, "\" names another place than ", expected);
+}
+
+void sizes() {
+  expect_fault("a block of part of a warp", {"a block of 48 threads"},
+               [] { run_block(48, 0, [](char*) {}); });
+  expect_fault("a block of too many threads", {"a block of 544 threads"},
+               [] { run_block(544, 0, [](char*) {}); });
+}
+
+}  // namespace
+
+SA_SUITE(emulated_control_faults) {
+  warps_that_part();
+  barriers();
+  turns();
+  after_a_fault();
+  default_place();
+  sizes();
+}
+
+}  // namespace sink_attention::tests

@@ -1,0 +1,93 @@
+// Conversions and approximate functions of the twins.
+#include <cmath>
+#include <cstring>
+#include <random>
+
+#include "emulated.h"
+
+namespace sink_attention::tests {
+namespace {
+
+// Rounds to the nearest of the numbers around, to even, by comparison of distances.
+template <class Element>
+uint16_t nearest(float value) {
+  const float magnitude = std::fabs(value);
+  uint16_t low = 0;
+  for (uint16_t step = 0x4000; step != 0; step = static_cast<uint16_t>(step / 2)) {
+    const uint16_t trial = low + step;
+    if (attention::to_float(Element{trial}) <= magnitude) low = trial;
+  }
+  const double below = attention::to_float(Element{low});
+  const double above = attention::to_float(Element{static_cast<uint16_t>(low + 1)});
+  const double to_below = magnitude - below;
+  const double to_above = above - magnitude;
+  const bool up = to_above < to_below || (to_above == to_below && low % 2 == 1);
+  return static_cast<uint16_t>((low + (up ? 1 : 0)) | (std::signbit(value) ? 0x8000 : 0));
+}
+
+template <class Element>
+void check_conversions(const char* name, float largest) {
+  std::mt19937 random(3);
+  for (int i = 0; i < 20000; ++i) {
+    float pair[2];
+    for (float& value : pair) {
+      do {
+        value = attention::float_of(random());
+      } while (!(std::fabs(value) <= largest));
+      if (i % 2 == 0) value = std::ldexp(value, -std::ilogb(value == 0 ? 1 : value));
+    }
+    const uint32_t packed = pack<Element>(pair[0], pair[1]);
+    const uint32_t expected =
+        nearest<Element>(pair[0]) | static_cast<uint32_t>(nearest<Element>(pair[1])) << 16;
+    check(packed == expected, name, " pack(", pair[0], ", ", pair[1], "): ", packed, " for ",
+          expected);
+    float low = 0;
+    float high = 0;
+    unpack<Element>(packed, low, high);
+    check(low == attention::to_float(Element{static_cast<uint16_t>(expected)}) &&
+              high == attention::to_float(Element{static_cast<uint16_t>(expected >> 16)}),
+          name, " unpack of ", packed);
+  }
+}
+
+// A tie, the numbers beside it, and infinity: the low and the high half alike.
+template <class Element>
+void check_ties(const char* name, float tie_to_even, float even, float tie_up, float up) {
+  float low = 0;
+  float high = 0;
+  unpack<Element>(pack<Element>(tie_to_even, tie_up), low, high);
+  check(low == even && high == up, name, " ties: ", low, " ", high);
+  unpack<Element>(pack<Element>(INFINITY, -INFINITY), low, high);
+  check(low == INFINITY && high == -INFINITY, name, " infinities");
+  unpack<Element>(pack<Element>(NAN, -0.0f), low, high);
+  check(std::isnan(low) && high == 0 && std::signbit(high), name, " NaN and -0");
+}
+
+}  // namespace
+
+SA_SUITE(emulated_numbers) {
+  check_conversions<attention::BFloat16>("bfloat16", 3e38f);
+  check_conversions<attention::Float16>("float16", 65504.0f);
+  check_ties<attention::BFloat16>("bfloat16", 1 + 0x1p-8f, 1.0f, 1 + 3 * 0x1p-8f, 1 + 0x1p-6f);
+  check_ties<attention::Float16>("float16", 1 + 0x1p-11f, 1.0f, 1 + 3 * 0x1p-11f, 1 + 0x1p-9f);
+
+  check(exp2_approx(0.0f) == 1.0f, "exp2(0)");
+  check(exp2_approx(-INFINITY) == 0.0f, "exp2(-inf)");
+  check(exp2_approx(INFINITY) == INFINITY, "exp2(inf)");
+  check(std::isnan(exp2_approx(NAN)), "exp2(NaN)");
+  check(exp2_approx(128.0f) == INFINITY, "exp2 overflows");
+  check(exp2_approx(-126.0f) == 0x1p-126f, "exp2 of the smallest normal result");
+  check(exp2_approx(-126.5f) == 0.0f, "exp2: a subnormal result is 0");
+  check(exp2_approx(1e-40f) == 1.0f, "exp2 of a subnormal");
+  for (float x = -20; x < 20; x += 0.37f) {
+    check(std::fabs(exp2_approx(x) / std::exp2(static_cast<double>(x)) - 1) < 3e-7, "exp2 of ", x);
+  }
+  check(reciprocal_approx(4.0f) == 0.25f, "1 / 4");
+  check(reciprocal_approx(INFINITY) == 0.0f, "1 / inf");
+  check(reciprocal_approx(0.0f) == INFINITY, "1 / 0");
+  check(reciprocal_approx(-0.0f) == -INFINITY, "1 / -0");
+  check(reciprocal_approx(-1e-40f) == -INFINITY, "1 / a subnormal, which counts as 0");
+  check(reciprocal_approx(0x1p127f) == 0.0f, "1 / x: a subnormal result is 0");
+}
+
+}  // namespace sink_attention::tests

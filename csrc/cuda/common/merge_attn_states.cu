@@ -1,11 +1,10 @@
 // Brings the parts' pointers into the kernel's argument, in as many launches as that takes.
-#include "cuda/common/merge_attn_states.cuh"
-
 #include <algorithm>
 #include <stdexcept>
 
 #include "attention/paged_kv.h"
 #include "cuda/backend.h"
+#include "cuda/common/merge_attn_states.cuh"
 #include "primitives/launch.h"
 
 namespace sink_attention::cuda {

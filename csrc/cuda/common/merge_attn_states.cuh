@@ -44,28 +44,34 @@ struct MergeAttnStatesKernel {
         int64_t{primitives::block_idx().x} * Config::kThreads + primitives::thread_idx();
     const int64_t row = thread / parts.lanes_per_row;
     const int lane = static_cast<int>(thread % parts.lanes_per_row);
-    if (row < problem.batch * problem.num_heads * problem.seqlen) {
-      const int64_t position = row % problem.seqlen;
-      const int64_t head = row / problem.seqlen % problem.num_heads;
-      const int64_t batch_idx = row / problem.seqlen / problem.num_heads;
-      const int64_t out_row =
-          (batch_idx * problem.seqlen + position) * problem.num_heads + head;
-      const attention::RowState<Real> state = sum_weights(parts, row);
-      const Real sink = problem.s_aux == nullptr
-                            ? attention::negative_infinity<Real>()
-                            : load_number<Real>(problem.s_aux, problem.s_aux_dtype, head);
-      const attention::RowResult<Real> result = attention::fold_sink(state, sink);
-      const int num_pieces = static_cast<int>(problem.head_dim) / kPieceElems;
-      for (int piece = lane; piece < num_pieces; piece += parts.lanes_per_row) {
-        merge_piece(parts, row, out_row * num_pieces + piece, state.max, result.scale);
-      }
-      // One of the parts may be the result of an earlier launch, in the place of this one's: lse is
-      // written when no lane of the row reads it any more.
-      primitives::sync_warp();
-      if (lane == 0) primitives::store_global(static_cast<Real*>(problem.lse) + row, result.lse);
-    } else {
-      primitives::sync_warp();
+    const bool exists = row < problem.batch * problem.num_heads * problem.seqlen;
+    Real lse = Real(0);
+    if (exists) lse = merge_row(parts, row, lane);
+    // One of the parts may be the result of an earlier launch, in the place of this one's: lse is
+    // written when no lane of the row reads it any more.
+    primitives::sync_warp();
+    if (exists && lane == 0) {
+      primitives::store_global(static_cast<Real*>(problem.lse) + row, lse);
     }
+  }
+
+  // The lane's pieces of a row; returns the row's lse.
+  static SA_DEVICE Real merge_row(const Problem& parts, int64_t row, int lane) {
+    const attention::MergeProblem& problem = parts.problem;
+    const int64_t position = row % problem.seqlen;
+    const int64_t head = row / problem.seqlen % problem.num_heads;
+    const int64_t batch_idx = row / problem.seqlen / problem.num_heads;
+    const int64_t out_row = (batch_idx * problem.seqlen + position) * problem.num_heads + head;
+    const attention::RowState<Real> state = sum_weights(parts, row);
+    const Real sink = problem.s_aux == nullptr
+                          ? attention::negative_infinity<Real>()
+                          : load_number<Real>(problem.s_aux, problem.s_aux_dtype, head);
+    const attention::RowResult<Real> result = attention::fold_sink(state, sink);
+    const int num_pieces = static_cast<int>(problem.head_dim) / kPieceElems;
+    for (int piece = lane; piece < num_pieces; piece += parts.lanes_per_row) {
+      merge_piece(parts, row, out_row * num_pieces + piece, state.max, result.scale);
+    }
+    return result.lse;
   }
 
   // A part's lse in base 2; -inf for an empty part in either convention.

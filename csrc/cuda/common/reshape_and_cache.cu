@@ -1,12 +1,11 @@
 // Cuts the rows into pieces, and starts the kernel.
-#include "cuda/common/reshape_and_cache.cuh"
-
 #include <algorithm>
 #include <initializer_list>
 #include <stdexcept>
 
 #include "attention/paged_kv.h"
 #include "cuda/backend.h"
+#include "cuda/common/reshape_and_cache.cuh"
 #include "primitives/launch.h"
 
 namespace sink_attention::cuda {
@@ -44,9 +43,9 @@ void cut_into_pieces(CacheSide& side, int64_t source_bytes, int64_t cache_bytes)
   const int source_alignment =
       common_alignment({reinterpret_cast<intptr_t>(side.source), side.source_stride_token,
                         side.source_stride_head, dim * source_bytes});
-  const int cache_alignment = common_alignment(
-      {reinterpret_cast<intptr_t>(side.cache), side.cache_stride_page, side.cache_stride_slot,
-       side.cache_stride_head, dim * cache_bytes});
+  const int cache_alignment =
+      common_alignment({reinterpret_cast<intptr_t>(side.cache), side.cache_stride_page,
+                        side.cache_stride_slot, side.cache_stride_head, dim * cache_bytes});
   int64_t elems;
   if (side.scale == nullptr) {
     elems = std::min(source_alignment, cache_alignment) / source_bytes;

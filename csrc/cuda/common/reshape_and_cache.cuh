@@ -193,14 +193,13 @@ struct ReshapeAndCacheKernel {
     const int piece = piece_of_token - head * side.num_pieces;
     const int64_t page = slot / problem.page_size;
     const char* source = side.source + token * side.source_stride_token +
-                         head * side.source_stride_head +
-                         int64_t{piece} * side.source_piece_bytes;
+                         head * side.source_stride_head + int64_t{piece} * side.source_piece_bytes;
     char* cache = side.cache + page * side.cache_stride_page +
                   (slot - page * problem.page_size) * side.cache_stride_slot +
                   head * side.cache_stride_head + int64_t{piece} * side.cache_piece_bytes;
-    const float scale =
-        side.scale == nullptr ? 1.0f
-                              : primitives::load_global(side.scale + head * problem.scale_stride);
+    const float scale = side.scale == nullptr
+                            ? 1.0f
+                            : primitives::load_global(side.scale + head * problem.scale_stride);
     Piece::write(source, cache, side.cache_piece_bytes, scale);
   }
 };

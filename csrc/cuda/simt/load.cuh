@@ -2,8 +2,8 @@
 //
 // A matrix of more columns than a tile has comes chunk by chunk, through two buffers in turns:
 //
-//     chunk c used from buffer c % 2     |  wait c | barrier | use c     | wait c + 1 | barrier | ...
-//     chunk c + 1 copied into the other  |                   | copies ...             |
+//     chunk c used from buffer c % 2     |  wait c | barrier | use c     | wait c + 1 | barrier |
+//     ... chunk c + 1 copied into the other  |                   | copies ...             |
 //
 // The barrier does two things: chunk c, of which each thread has copied a part, becomes all
 // threads' to read; and the other buffer, which some thread may have read until then (chunk c - 1),

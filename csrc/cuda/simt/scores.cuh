@@ -10,7 +10,8 @@
 
 namespace sink_attention::cuda::simt {
 
-// How a score <q, k> becomes a logit in base 2: it is transformed, then multiplied with to_log2 > 0.
+// How a score <q, k> becomes a logit in base 2: it is transformed, then multiplied with to_log2 >
+// 0.
 template <class Real>
 struct ScoreScale {
   Real to_log2;  // |softmax_scale| * log2 e, or, under softcap, cap * log2 e
@@ -41,7 +42,7 @@ SA_DEVICE ScoreScale<Real> score_scale(const attention::FlashFwdProblem& problem
 }
 
 // The keys [begin, end) that a packed row sees; none if it is beyond the last row.
-struct KeyRange {
+struct alignas(8) KeyRange {
   int begin;
   int end;
 

@@ -1,7 +1,7 @@
 // Tiles of float or double in shared memory, and products of them by plain multiplications.
 //
-// A block has 128 threads, 8 x 16: thread t is at (y, x) = (t / 16, t % 16). Of a matrix of rows and
-// columns it owns the rows y + 8 i, and, where columns are keys (or, in the backward, queries),
+// A block has 128 threads, 8 x 16: thread t is at (y, x) = (t / 16, t % 16). Of a matrix of rows
+// and columns it owns the rows y + 8 i, and, where columns are keys (or, in the backward, queries),
 //
 //     the columns x + 16 j                        of a matrix of scores,
 //     kVector neighbours from kVector * x on      of each chunk of columns of an output.
@@ -108,8 +108,8 @@ SA_DEVICE void store_scores(const Real (&s)[kRows][kCols], TileW& tile) {
   for (int i = 0; i < kRows; ++i) {
     SA_UNROLL
     for (int j = 0; j < kCols; ++j) {
-      primitives::store_shared(
-          tile.at(thread_y() + kThreadRows * i, thread_x() + kThreadCols * j), s[i][j]);
+      primitives::store_shared(tile.at(thread_y() + kThreadRows * i, thread_x() + kThreadCols * j),
+                               s[i][j]);
     }
   }
 }

@@ -19,7 +19,7 @@ struct FlashBwdKernelProblem {
 
 // What the backward knows of a query row.
 template <class Real>
-struct alignas(8) RowFacts {
+struct RowFacts {
   KeyRange visible;
   Real lse_log2;
   Real delta;
@@ -54,9 +54,8 @@ struct RowFactsTable {
       if (lse != attention::negative_infinity<Real>()) {
         row_lse_log2 = lse * static_cast<Real>(attention::kLog2E);
       }
-      row_delta = primitives::load_global(
-          kernel_problem.delta +
-          rows.lse_offset(row, problem.seqlen_q, problem.total_q));
+      row_delta = primitives::load_global(kernel_problem.delta +
+                                          rows.lse_offset(row, problem.seqlen_q, problem.total_q));
     }
     primitives::store_shared(&visible[i], visible_keys(mask, rows, row));
     primitives::store_shared(&lse_log2[i], row_lse_log2);

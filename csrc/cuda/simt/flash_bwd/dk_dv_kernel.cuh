@@ -1,8 +1,8 @@
 // dK and dV in float32 or float64: one tile of keys of one kv head against the query rows that see
 // them, those of all heads of the group.
 //
-// K and V of the tile lie in shared memory. Scores stand transposed: keys are rows. Of each block of
-// 64 query rows (position, head of the group):
+// K and V of the tile lie in shared memory. Scores stand transposed: keys are rows. Of each block
+// of 64 query rows (position, head of the group):
 //
 //     S^T = K Q^T      chunk by chunk of head_dim
 //     P^T              into shared memory
@@ -22,8 +22,8 @@ template <class Tiles>
 struct FlashBwdDkDvKernel {
   using Real = typename Tiles::Real;
   using Problem = FlashBwdKernelProblem<Real>;
-  static constexpr int kBlockM = Tiles::kBlockM;  // keys
-  static constexpr int kBlockN = Tiles::kBlockN;  // query rows
+  static constexpr int kBlockM = Tiles::kBlockM;       // keys
+  static constexpr int kBlockN = Tiles::kBlockN;       // query rows
   static constexpr int kKeys = kBlockM / kThreadRows;  // of a thread
   static constexpr int kRows = kBlockN / kThreadCols;
   static constexpr int kChunks = Tiles::kHeadDim / kChunkCols<Real>;
@@ -62,8 +62,7 @@ struct FlashBwdDkDvKernel {
     const int first_row = static_cast<int>(queries.begin) * rows.group;
     const int last_row = static_cast<int>(queries.end) * rows.group;
     const int block_begin = first_row / kBlockN;
-    const int block_end =
-        first_row < last_row ? (last_row + kBlockN - 1) / kBlockN : block_begin;
+    const int block_end = first_row < last_row ? (last_row + kBlockN - 1) / kBlockN : block_begin;
     const QuerySource<Real> q =
         query_source<Real>(rows, problem.q, problem.q_stride_batch, problem.q_stride_row,
                            problem.q_stride_head, problem.head_dim);
@@ -166,8 +165,8 @@ struct FlashBwdDkDvKernel {
                   (rows.info.k_row + key) * stride_row + rows.kv_head * stride_head;
       SA_UNROLL
       for (int c = 0; c < kChunks; ++c) {
-        store_numbers(row, c * kChunkCols<Real> + kVector<Real> * thread_x(),
-                      static_cast<int>(dim), in_vectors, sums[c][i], factor);
+        store_numbers(row, c * kChunkCols<Real> + kVector<Real> * thread_x(), static_cast<int>(dim),
+                      in_vectors, sums[c][i], factor);
       }
     }
   }

@@ -112,15 +112,14 @@ struct FlashBwdDqKernel {
     }
     primitives::cp_async_wait<0>();  // of q and dout, where there was no key to wait for
 
-    const bool in_vectors = is_aligned(bwd.dq, sizeof(Real), bwd.dq_stride_batch,
-                                       bwd.dq_stride_row, bwd.dq_stride_head);
+    const bool in_vectors = is_aligned(bwd.dq, sizeof(Real), bwd.dq_stride_batch, bwd.dq_stride_row,
+                                       bwd.dq_stride_head);
     SA_UNROLL
     for (int i = 0; i < kRows; ++i) {
       const int row = row_begin + thread_y() + kThreadRows * i;
       if (row >= rows.num_rows) continue;
-      Real* dq_row =
-          static_cast<Real*>(bwd.dq) +
-          rows.offset(row, bwd.dq_stride_batch, bwd.dq_stride_row, bwd.dq_stride_head);
+      Real* dq_row = static_cast<Real*>(bwd.dq) +
+                     rows.offset(row, bwd.dq_stride_batch, bwd.dq_stride_row, bwd.dq_stride_head);
       SA_UNROLL
       for (int c = 0; c < kChunks; ++c) {
         store_numbers(dq_row, c * kChunkCols<Real> + kVector<Real> * thread_x(),

@@ -1,8 +1,9 @@
-// The backward's two kernels, after each other. Each computes the scores for itself, so that no
-// number has two writers.
+// The backward's kernels, after each other. The two of the products both compute the scores, so
+// that no number has two writers.
 #include "cuda/simt/backend.h"
 #include "cuda/simt/flash_bwd/dk_dv_kernel.cuh"
 #include "cuda/simt/flash_bwd/dq_kernel.cuh"
+#include "cuda/simt/flash_bwd/rows_kernel.cuh"
 #include "cuda/simt/launch.cuh"
 
 namespace sink_attention::cuda {
@@ -14,6 +15,20 @@ void start_kernel(const attention::FlashBwdProblem& problem, const Real* delta, 
   const int64_t tiles = simt::divide_up(rows, Kernel::kBlockM);
   primitives::launch<Kernel>({problem, delta, static_cast<int>(tiles)},
                              simt::grid_of(problem.fwd, tiles), stream);
+}
+
+template <class Real>
+void start_rows(const attention::FlashBwdProblem& problem, Real* delta, Stream stream) {
+  const attention::FlashFwdProblem& fwd = problem.fwd;
+  if (fwd.num_heads_q == 0) return;
+  using Kernel = simt::FlashBwdDeltaKernel<Real>;
+  const int64_t rows = fwd.seqlen_q * (fwd.num_heads_q / fwd.num_heads_kv);
+  const int64_t tiles = simt::divide_up(rows, Kernel::kBlockM);
+  const simt::FlashBwdRowsProblem<Real> kernel_problem{problem, delta, static_cast<int>(tiles)};
+  primitives::launch<Kernel>(kernel_problem, simt::grid_of(fwd, tiles), stream);
+  if (problem.ds_aux == nullptr) return;
+  primitives::launch<simt::FlashBwdSinkKernel<Real>>(
+      kernel_problem, {static_cast<int>(fwd.num_heads_q), 1, 1}, stream);
 }
 
 template <class Real>
@@ -29,6 +44,16 @@ void start(const attention::FlashBwdProblem& problem, const Real* delta, Stream 
 }
 
 }  // namespace
+
+void flash_bwd_rows_float32(const attention::FlashBwdProblem& problem, float* delta,
+                            Stream stream) {
+  start_rows(problem, delta, stream);
+}
+
+void flash_bwd_rows_float64(const attention::FlashBwdProblem& problem, double* delta,
+                            Stream stream) {
+  start_rows(problem, delta, stream);
+}
 
 void flash_bwd_float32(const attention::FlashBwdProblem& problem, const float* delta,
                        Stream stream) {

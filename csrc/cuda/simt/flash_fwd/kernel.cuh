@@ -143,8 +143,7 @@ struct FlashFwdKernel {
       // Differences are taken before they are scaled: the largest score's is 0 exactly. A row that
       // has seen no key keeps the maximum -inf; subtracting 0 gives weights of 0, not NaN.
       const Real base = max == kHidden ? Real(0) : max;
-      const Real rescale =
-          old_max == max ? Real(1) : std::exp2((old_max - base) * scale.to_log2);
+      const Real rescale = old_max == max ? Real(1) : std::exp2((old_max - base) * scale.to_log2);
       Real sum = states.sum[i] * rescale;
       SA_UNROLL
       for (int j = 0; j < kKeys; ++j) {
@@ -172,15 +171,14 @@ struct FlashFwdKernel {
       const Real sum = sum_over_row(states.sum[i]);  // all lanes take part, whatever their row
       const int row = row_begin + thread_y() + kThreadRows * i;
       if (row >= rows.num_rows) continue;
-      const Real sink =
-          problem.s_aux == nullptr
-              ? attention::negative_infinity<Real>()
-              : load_number<Real>(problem.s_aux, problem.s_aux_dtype, rows.head(row));
+      const Real sink = problem.s_aux == nullptr
+                            ? attention::negative_infinity<Real>()
+                            : load_number<Real>(problem.s_aux, problem.s_aux_dtype, rows.head(row));
       const attention::RowResult<Real> result =
           attention::fold_sink<Real>({states.max[i] * scale.to_log2, sum}, sink);
-      Real* out_row = static_cast<Real*>(problem.out) +
-                      rows.offset(row, problem.out_stride_batch, problem.out_stride_row,
-                                  problem.out_stride_head);
+      Real* out_row = static_cast<Real*>(problem.out) + rows.offset(row, problem.out_stride_batch,
+                                                                    problem.out_stride_row,
+                                                                    problem.out_stride_head);
       SA_UNROLL
       for (int c = 0; c < kChunks; ++c) {
         store_numbers(out_row, c * kChunkCols<Real> + kVector<Real> * thread_x(),

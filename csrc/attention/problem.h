@@ -95,7 +95,7 @@ struct ReshapeAndCacheProblem {
   int64_t k_cache_stride_page, k_cache_stride_slot, k_cache_stride_head;
   int64_t v_cache_stride_page, v_cache_stride_slot, v_cache_stride_head;
   int64_t kv_scale_stride;  // 0: one scale for all heads, 1: one per kv head
-  int64_t num_tokens, num_heads_kv, head_dim, head_dim_v, page_size;
+  int64_t num_tokens, num_heads_kv, head_dim, head_dim_v, num_pages, page_size;
 };
 
 // out = sum_p exp(lse_p - lse) * out_p,  lse = log(sum_p exp(lse_p) + exp(s_aux)); a partial lse of

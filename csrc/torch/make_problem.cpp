@@ -299,12 +299,12 @@ ReshapeAndCacheProblem make_reshape_and_cache_problem(const Tensor& k, const Ten
   check_dim_range("head_dim of k", problem.head_dim, kMaxHeadDim);
   check_dim_range("head_dim of v", problem.head_dim_v, kMaxHeadDim);
   problem.page_size = k_cache.size(1);
-  const int64_t num_pages = k_cache.size(0);
+  problem.num_pages = k_cache.size(0);
   check_shape(v, "v", {problem.num_tokens, problem.num_heads_kv, problem.head_dim_v});
   check_shape(k_cache, "k_cache",
-              {num_pages, problem.page_size, problem.num_heads_kv, problem.head_dim});
+              {problem.num_pages, problem.page_size, problem.num_heads_kv, problem.head_dim});
   check_shape(v_cache, "v_cache",
-              {num_pages, problem.page_size, problem.num_heads_kv, problem.head_dim_v});
+              {problem.num_pages, problem.page_size, problem.num_heads_kv, problem.head_dim_v});
   check_dtype(slot_mapping, "slot_mapping", ScalarType::Long);
   check_shape(slot_mapping, "slot_mapping", {problem.num_tokens});
   const std::pair<const char*, const Tensor*> tensors[] = {{"k", &k},

@@ -53,6 +53,7 @@ void check_cache(DataType dtype, bool float8, bool head_major, const std::string
   p.num_heads_kv = kHeads;
   p.head_dim = kDim;
   p.head_dim_v = kDimV;
+  p.num_pages = kPages;
   p.page_size = kPageSize;
   cpu::reshape_and_cache(p, thread_executor(2));
 

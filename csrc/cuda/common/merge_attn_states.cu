@@ -1,0 +1,83 @@
+// Brings the parts' pointers into the kernel's argument, in as many launches as that takes.
+#include <algorithm>
+#include <stdexcept>
+
+#include "attention/paged_kv.h"
+#include "cuda/backend.h"
+#include "cuda/common/merge_attn_states.cuh"
+#include "primitives/launch.h"
+
+namespace sink_attention::cuda {
+namespace {
+
+using attention::DataType;
+using attention::MergeProblem;
+
+template <class Element, int kPieceElems>
+void start(MergeParts& parts, Stream stream) {
+  using Kernel = MergeAttnStatesKernel<Element, kPieceElems>;
+  const MergeProblem& problem = parts.problem;
+  parts.lanes_per_row = 1;
+  while (parts.lanes_per_row < primitives::kWarpSize &&
+         parts.lanes_per_row * kPieceElems < problem.head_dim) {
+    parts.lanes_per_row *= 2;
+  }
+  const int64_t threads = problem.batch * problem.num_heads * problem.seqlen * parts.lanes_per_row;
+  const int64_t blocks = (threads + Kernel::Config::kThreads - 1) / Kernel::Config::kThreads;
+  if (blocks > INT32_MAX) throw std::runtime_error("too many rows to merge");
+  primitives::launch<Kernel>(parts, {static_cast<int>(blocks), 1, 1}, stream);
+}
+
+template <class Element>
+void start(MergeParts& parts, Stream stream) {
+  constexpr int kPieceElems = 16 / static_cast<int>(sizeof(Element));
+  bool in_pieces = parts.problem.head_dim % kPieceElems == 0 &&
+                   reinterpret_cast<uintptr_t>(parts.problem.out) % 16 == 0;
+  for (int part = 0; part < static_cast<int>(parts.problem.num_parts); ++part) {
+    in_pieces = in_pieces && reinterpret_cast<uintptr_t>(parts.outs[part]) % 16 == 0;
+  }
+  if (in_pieces) {
+    start<Element, kPieceElems>(parts, stream);
+  } else {
+    start<Element, 1>(parts, stream);
+  }
+}
+
+void start(MergeParts& parts, Stream stream) {
+  switch (parts.problem.dtype) {
+    case DataType::kFloat64:
+      return start<double>(parts, stream);
+    case DataType::kFloat32:
+      return start<float>(parts, stream);
+    case DataType::kFloat16:
+      return start<attention::Float16>(parts, stream);
+    default:
+      return start<attention::BFloat16>(parts, stream);
+  }
+}
+
+}  // namespace
+
+// Each launch but the first has the result of those before as its first part. Only the last one
+// knows of the sink.
+void merge_attn_states(const MergeProblem& problem, Stream stream) {
+  int64_t merged = 0;
+  do {
+    MergeParts parts{};
+    parts.problem = problem;
+    int count = 0;
+    if (merged > 0) {
+      parts.outs[count] = problem.out;
+      parts.lses[count++] = problem.lse;
+    }
+    for (; count < kMaxMergeParts && merged < problem.num_parts; ++merged) {
+      parts.outs[count] = problem.outs[merged];
+      parts.lses[count++] = problem.lses[merged];
+    }
+    parts.problem.num_parts = count;
+    if (merged < problem.num_parts) parts.problem.s_aux = nullptr;
+    start(parts, stream);
+  } while (merged < problem.num_parts);
+}
+
+}  // namespace sink_attention::cuda

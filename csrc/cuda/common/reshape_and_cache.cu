@@ -1,0 +1,117 @@
+// Cuts the rows into pieces, and starts the kernel.
+#include <algorithm>
+#include <initializer_list>
+#include <stdexcept>
+
+#include "attention/paged_kv.h"
+#include "cuda/backend.h"
+#include "cuda/common/reshape_and_cache.cuh"
+#include "primitives/launch.h"
+
+namespace sink_attention::cuda {
+namespace {
+
+using attention::DataType;
+using attention::ReshapeAndCacheProblem;
+
+// The largest power of two up to 16 that divides all of them.
+int common_alignment(std::initializer_list<int64_t> values) {
+  int64_t bits = 16;
+  for (const int64_t value : values) bits |= value;
+  return static_cast<int>(bits & -bits);
+}
+
+CacheSide make_side(const ReshapeAndCacheProblem& problem, const void* source, void* cache,
+                    const float* scale, int64_t dim) {
+  CacheSide side{};
+  side.source = static_cast<const char*>(source);
+  side.cache = static_cast<char*>(cache);
+  side.scale = problem.cache_dtype == problem.dtype ? nullptr : scale;
+  side.num_pieces = static_cast<int>(dim);  // of one number, until cut_into_pieces
+  return side;
+}
+
+void cut_into_pieces(CacheSide& side, int64_t source_bytes, int64_t cache_bytes) {
+  for (int64_t* stride : {&side.source_stride_token, &side.source_stride_head}) {
+    *stride *= source_bytes;
+  }
+  for (int64_t* stride :
+       {&side.cache_stride_page, &side.cache_stride_slot, &side.cache_stride_head}) {
+    *stride *= cache_bytes;
+  }
+  const int64_t dim = side.num_pieces;
+  const int source_alignment =
+      common_alignment({reinterpret_cast<intptr_t>(side.source), side.source_stride_token,
+                        side.source_stride_head, dim * source_bytes});
+  const int cache_alignment =
+      common_alignment({reinterpret_cast<intptr_t>(side.cache), side.cache_stride_page,
+                        side.cache_stride_slot, side.cache_stride_head, dim * cache_bytes});
+  int64_t elems;
+  if (side.scale == nullptr) {
+    elems = std::min(source_alignment, cache_alignment) / source_bytes;
+  } else {
+    elems = source_alignment == 16 && cache_alignment >= 8 ? 8 : 1;
+  }
+  side.num_pieces = static_cast<int>(dim / elems);
+  side.source_piece_bytes = static_cast<int>(elems * source_bytes);
+  side.cache_piece_bytes = static_cast<int>(elems * cache_bytes);
+}
+
+CacheWrite make_write(const ReshapeAndCacheProblem& problem) {
+  CacheWrite write{};
+  write.k = make_side(problem, problem.k, problem.k_cache, problem.k_scale, problem.head_dim);
+  write.k.source_stride_token = problem.k_stride_token;
+  write.k.source_stride_head = problem.k_stride_head;
+  write.k.cache_stride_page = problem.k_cache_stride_page;
+  write.k.cache_stride_slot = problem.k_cache_stride_slot;
+  write.k.cache_stride_head = problem.k_cache_stride_head;
+  write.v = make_side(problem, problem.v, problem.v_cache, problem.v_scale, problem.head_dim_v);
+  write.v.source_stride_token = problem.v_stride_token;
+  write.v.source_stride_head = problem.v_stride_head;
+  write.v.cache_stride_page = problem.v_cache_stride_page;
+  write.v.cache_stride_slot = problem.v_cache_stride_slot;
+  write.v.cache_stride_head = problem.v_cache_stride_head;
+  const int64_t source_bytes = attention::bytes_of(problem.dtype);
+  const int64_t cache_bytes = attention::bytes_of(problem.cache_dtype);
+  cut_into_pieces(write.k, source_bytes, cache_bytes);
+  cut_into_pieces(write.v, source_bytes, cache_bytes);
+  write.slot_mapping = problem.slot_mapping;
+  write.num_slots = problem.num_pages * problem.page_size;
+  write.page_size = problem.page_size;
+  write.scale_stride = problem.kv_scale_stride;
+  write.num_tokens = static_cast<int>(problem.num_tokens);
+  write.num_heads_kv = static_cast<int>(problem.num_heads_kv);
+  // Few tokens: a block each. Many: blocks enough to fill a device, so that fewer of them look
+  // through the slots of later tokens.
+  constexpr int64_t kEnoughBlocks = 256;
+  write.tokens_per_block = static_cast<int>(
+      std::clamp<int64_t>(problem.num_tokens / kEnoughBlocks, 1, kMaxTokensPerBlock));
+  return write;
+}
+
+template <class Piece>
+void start(const CacheWrite& write, Stream stream) {
+  const int blocks = (write.num_tokens + write.tokens_per_block - 1) / write.tokens_per_block;
+  primitives::launch<ReshapeAndCacheKernel<Piece>>(write, {blocks, 1, 1}, stream);
+}
+
+}  // namespace
+
+void reshape_and_cache(const ReshapeAndCacheProblem& problem, Stream stream) {
+  if (problem.num_tokens == 0 || problem.num_heads_kv == 0) return;
+  if (problem.num_tokens > INT32_MAX / 2) throw std::runtime_error("too many tokens");
+  const CacheWrite write = make_write(problem);
+  if (problem.cache_dtype == problem.dtype) return start<CopyPiece>(write, stream);
+  switch (problem.dtype) {
+    case DataType::kFloat64:
+      return start<QuantizePiece<double>>(write, stream);
+    case DataType::kFloat32:
+      return start<QuantizePiece<float>>(write, stream);
+    case DataType::kFloat16:
+      return start<QuantizePiece<attention::Float16>>(write, stream);
+    default:
+      return start<QuantizePiece<attention::BFloat16>>(write, stream);
+  }
+}
+
+}  // namespace sink_attention::cuda

@@ -1,0 +1,175 @@
+// dK and dV in float32 or float64: one tile of keys of one kv head against the query rows that see
+// them, those of all heads of the group.
+//
+// K and V of the tile lie in shared memory. Scores stand transposed: keys are rows. Of each block
+// of 64 query rows (position, head of the group):
+//
+//     S^T = K Q^T      chunk by chunk of head_dim
+//     P^T              into shared memory
+//     dP^T = V dO^T    chunk by chunk of head_dim_v; each chunk of dO also serves
+//     dV += P^T dO
+//     dS^T             into shared memory, in the place of P^T
+//     dK += dS^T Q     chunk by chunk of head_dim, the sums of dK and dV in registers
+#pragma once
+
+#include "cuda/simt/flash_bwd/config.h"
+#include "cuda/simt/flash_bwd/differentiate.cuh"
+#include "cuda/simt/load.cuh"
+
+namespace sink_attention::cuda::simt {
+
+template <class Tiles>
+struct FlashBwdDkDvKernel {
+  using Real = typename Tiles::Real;
+  using Problem = FlashBwdKernelProblem<Real>;
+  static constexpr int kBlockM = Tiles::kBlockM;       // keys
+  static constexpr int kBlockN = Tiles::kBlockN;       // query rows
+  static constexpr int kKeys = kBlockM / kThreadRows;  // of a thread
+  static constexpr int kRows = kBlockN / kThreadCols;
+  static constexpr int kChunks = Tiles::kHeadDim / kChunkCols<Real>;
+  using Stream = ChunkStream<Real, kBlockN, 3, QuerySource<Real>>;
+  using Scores = Real[kKeys][kRows];
+  using Output = Real[kChunks][kKeys][kVector<Real>];
+
+  struct SharedStorage {
+    Tile<Real, kBlockM, Tiles::kHeadDim> k;
+    Tile<Real, kBlockM, Tiles::kHeadDim> v;
+    typename Stream::Buffers queries;
+    Tile<Real, kBlockM, kBlockN> weights;  // P^T, then dS^T
+    RowFactsTable<Real, kBlockN> facts;
+  };
+  struct Config {
+    static constexpr int kThreads = simt::kThreads;
+    static constexpr int kMinBlocks = 1;
+    static constexpr int kSharedBytes = sizeof(SharedStorage);
+  };
+  static_assert(Config::kSharedBytes <= 99 * 1024, "what compute capability 8.6 has for a block");
+
+  static SA_DEVICE void run(const Problem& kernel_problem, char* shared) {
+    const attention::FlashBwdProblem& bwd = kernel_problem.problem;
+    const attention::FlashFwdProblem& problem = bwd.fwd;
+    SharedStorage& storage = *reinterpret_cast<SharedStorage*>(shared);
+    const BlockPlace place = place_of_block(problem, kernel_problem.num_tiles);
+    const PackedRows rows = packed_rows(problem, place.batch_idx, place.kv_head);
+    const int key_begin = place.tile * kBlockM;
+    const int key_end =
+        static_cast<int>(attention::min_of(key_begin + kBlockM, rows.info.seqlen_k));
+    if (key_begin >= key_end) return;
+
+    const attention::Mask mask =
+        attention::make_mask(problem, rows.info.seqlen_q, rows.info.seqlen_k);
+    const attention::Range queries = mask.visible_queries(key_begin, key_end);
+    const int first_row = static_cast<int>(queries.begin) * rows.group;
+    const int last_row = static_cast<int>(queries.end) * rows.group;
+    const int block_begin = first_row / kBlockN;
+    const int block_end = first_row < last_row ? (last_row + kBlockN - 1) / kBlockN : block_begin;
+    const QuerySource<Real> q =
+        query_source<Real>(rows, problem.q, problem.q_stride_batch, problem.q_stride_row,
+                           problem.q_stride_head, problem.head_dim);
+    const QuerySource<Real> dout =
+        query_source<Real>(rows, bwd.dout, bwd.dout_stride_batch, bwd.dout_stride_row,
+                           bwd.dout_stride_head, problem.head_dim_v);
+
+    const attention::Range readable{key_begin, key_end};
+    load_tile(storage.k,
+              k_source<Real>(problem, place.batch_idx, rows.info, place.kv_head, readable),
+              key_begin, 0);
+    load_tile(storage.v,
+              v_source<Real>(problem, place.batch_idx, rows.info, place.kv_head, readable),
+              key_begin, 0);
+    Stream stream(storage.queries, q, dout);
+    stream.start(block_begin, block_end);
+
+    const ScoreScale<Real> scale = score_scale<Real>(problem);
+    Output dk = {};
+    Output dv = {};
+    for (int block = block_begin; block < block_end; ++block) {
+      // The facts of the block before were last read before the barriers of its last pass over q.
+      storage.facts.fill(kernel_problem, mask, rows, block * kBlockN);
+      Scores s = {};
+      Scores dp = {};
+      // The first call's barrier also lets all threads read k, v and the rows' facts, and write
+      // weights, which the block of rows before was multiplied with.
+      for (int c = 0; c < Stream::num_chunks(q); ++c) {
+        const auto& chunk = stream.next();
+        add_dots(s, storage.k, c * kChunkCols<Real>, chunk, chunk_depth<Real>(q.dim, c));
+      }
+      const int first_key = key_begin + thread_y();
+      store_weights(s, storage, first_key, scale);
+      const int depth =
+          static_cast<int>(attention::min_of(rows.num_rows - block * kBlockN, kBlockN));
+      SA_UNROLL
+      for (int c = 0; c < kChunks; ++c) {
+        if (c >= Stream::num_chunks(dout)) break;
+        // The first call's barrier also makes P^T all threads' to read.
+        const auto& chunk = stream.next();
+        add_dots(dp, storage.v, c * kChunkCols<Real>, chunk, chunk_depth<Real>(dout.dim, c));
+        add_products(dv[c], storage.weights, chunk, depth);
+      }
+      primitives::sync_warp();  // a row of P^T is its half warp's: nobody else may still read it
+      SA_UNROLL
+      for (int j = 0; j < kRows; ++j) {
+        const RowFacts<Real> row = storage.facts.load(thread_x() + kThreadCols * j);
+        SA_UNROLL
+        for (int i = 0; i < kKeys; ++i) {
+          differentiate(s[i][j], dp[i][j], scale, row, first_key + kThreadRows * i);
+        }
+      }
+      store_scores(dp, storage.weights);
+      SA_UNROLL
+      for (int c = 0; c < kChunks; ++c) {
+        if (c >= Stream::num_chunks(q)) break;
+        // The first call's barrier also makes dS^T all threads' to read.
+        const auto& chunk = stream.next();
+        add_products(dk[c], storage.weights, chunk, depth);
+      }
+    }
+    primitives::cp_async_wait<0>();  // of k and v, where no row sees them
+
+    store_gradient(static_cast<Real*>(bwd.dk), rows, key_begin, key_end, bwd.dk_stride_batch,
+                   bwd.dk_stride_row, bwd.dk_stride_head, problem.head_dim, dk,
+                   static_cast<Real>(problem.softmax_scale));
+    store_gradient(static_cast<Real*>(bwd.dv), rows, key_begin, key_end, bwd.dv_stride_batch,
+                   bwd.dv_stride_row, bwd.dv_stride_head, problem.head_dim_v, dv, Real(1));
+  }
+
+  // P^T into shared memory. The scores stay as they are: dS is computed from them again, which
+  // costs an exponential and saves the registers of a second matrix.
+  static SA_DEVICE void store_weights(const Scores& s, SharedStorage& storage, int first_key,
+                                      const ScoreScale<Real>& scale) {
+    Scores weights;
+    SA_UNROLL
+    for (int j = 0; j < kRows; ++j) {
+      const RowFacts<Real> row = storage.facts.load(thread_x() + kThreadCols * j);
+      SA_UNROLL
+      for (int i = 0; i < kKeys; ++i) {
+        Real unused = Real(0);
+        weights[i][j] = s[i][j];
+        differentiate(weights[i][j], unused, scale, row, first_key + kThreadRows * i);
+      }
+    }
+    store_scores(weights, storage.weights);
+  }
+
+  static SA_DEVICE void store_gradient(Real* gradient, const PackedRows& rows, int key_begin,
+                                       int key_end, int64_t stride_batch, int64_t stride_row,
+                                       int64_t stride_head, int64_t dim, const Output& sums,
+                                       Real factor) {
+    const bool in_vectors =
+        is_aligned(gradient, sizeof(Real), stride_batch, stride_row, stride_head);
+    SA_UNROLL
+    for (int i = 0; i < kKeys; ++i) {
+      const int key = key_begin + thread_y() + kThreadRows * i;
+      if (key >= key_end) continue;
+      Real* row = gradient + rows.info.k_batch * stride_batch +
+                  (rows.info.k_row + key) * stride_row + rows.kv_head * stride_head;
+      SA_UNROLL
+      for (int c = 0; c < kChunks; ++c) {
+        store_numbers(row, c * kChunkCols<Real> + kVector<Real> * thread_x(), static_cast<int>(dim),
+                      in_vectors, sums[c][i], factor);
+      }
+    }
+  }
+};
+
+}  // namespace sink_attention::cuda::simt

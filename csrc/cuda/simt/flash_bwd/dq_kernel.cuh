@@ -1,0 +1,133 @@
+// dQ in float32 or float64: one tile of rows of one kv head against the keys that they see.
+//
+// Q and dO of the tile lie in shared memory. Of each block of 64 keys:
+//
+//     S = Q K^T      chunk by chunk of head_dim
+//     dP = dO V^T    chunk by chunk of head_dim_v
+//     dS             into shared memory
+//     dQ += dS K     chunk by chunk of head_dim, sums in registers
+#pragma once
+
+#include "cuda/simt/flash_bwd/config.h"
+#include "cuda/simt/flash_bwd/differentiate.cuh"
+#include "cuda/simt/load.cuh"
+
+namespace sink_attention::cuda::simt {
+
+template <class Tiles>
+struct FlashBwdDqKernel {
+  using Real = typename Tiles::Real;
+  using Problem = FlashBwdKernelProblem<Real>;
+  static constexpr int kBlockM = Tiles::kBlockM;
+  static constexpr int kBlockN = Tiles::kBlockN;
+  static constexpr int kRows = kBlockM / kThreadRows;  // of a thread
+  static constexpr int kKeys = kBlockN / kThreadCols;
+  static constexpr int kChunks = Tiles::kHeadDim / kChunkCols<Real>;
+  using Stream = ChunkStream<Real, kBlockN, 3, KeySource<Real>>;
+  using Scores = Real[kRows][kKeys];
+  using Output = Real[kChunks][kRows][kVector<Real>];
+
+  struct SharedStorage {
+    Tile<Real, kBlockM, Tiles::kHeadDim> q;
+    Tile<Real, kBlockM, Tiles::kHeadDim> dout;
+    typename Stream::Buffers keys;
+    Tile<Real, kBlockM, kBlockN> ds;
+    RowFactsTable<Real, kBlockM> facts;
+  };
+  struct Config {
+    static constexpr int kThreads = simt::kThreads;
+    static constexpr int kMinBlocks = 1;
+    static constexpr int kSharedBytes = sizeof(SharedStorage);
+  };
+  static_assert(Config::kSharedBytes <= 99 * 1024, "what compute capability 8.6 has for a block");
+
+  static SA_DEVICE void run(const Problem& kernel_problem, char* shared) {
+    const attention::FlashBwdProblem& bwd = kernel_problem.problem;
+    const attention::FlashFwdProblem& problem = bwd.fwd;
+    SharedStorage& storage = *reinterpret_cast<SharedStorage*>(shared);
+    const BlockPlace place = place_of_block(problem, kernel_problem.num_tiles);
+    const PackedRows rows = packed_rows(problem, place.batch_idx, place.kv_head);
+    const int row_begin = place.tile * kBlockM;
+    if (row_begin >= rows.num_rows) return;
+
+    const attention::Mask mask =
+        attention::make_mask(problem, rows.info.seqlen_q, rows.info.seqlen_k);
+    const int row_end = static_cast<int>(attention::min_of(row_begin + kBlockM, rows.num_rows));
+    const attention::Range visible =
+        mask.visible_keys(rows.position(row_begin), rows.position(row_end - 1) + 1);
+    const KeySource<Real> k =
+        k_source<Real>(problem, place.batch_idx, rows.info, place.kv_head, visible);
+    const KeySource<Real> v =
+        v_source<Real>(problem, place.batch_idx, rows.info, place.kv_head, visible);
+    const int block_begin = static_cast<int>(visible.begin) / kBlockN;
+    const int block_end = visible.begin < visible.end
+                              ? (static_cast<int>(visible.end) + kBlockN - 1) / kBlockN
+                              : block_begin;
+
+    load_tile(storage.q,
+              query_source<Real>(rows, problem.q, problem.q_stride_batch, problem.q_stride_row,
+                                 problem.q_stride_head, problem.head_dim),
+              row_begin, 0);
+    load_tile(storage.dout,
+              query_source<Real>(rows, bwd.dout, bwd.dout_stride_batch, bwd.dout_stride_row,
+                                 bwd.dout_stride_head, problem.head_dim_v),
+              row_begin, 0);
+    storage.facts.fill(kernel_problem, mask, rows, row_begin);
+    Stream stream(storage.keys, k, v);
+    stream.start(block_begin, block_end);
+
+    const ScoreScale<Real> scale = score_scale<Real>(problem);
+    Output dq = {};
+    for (int block = block_begin; block < block_end; ++block) {
+      Scores s = {};
+      Scores dp = {};
+      // The first call's barrier also lets all threads read q, dout and the rows' facts, and write
+      // ds, which the block of keys before was multiplied with.
+      for (int c = 0; c < Stream::num_chunks(k); ++c) {
+        const auto& chunk = stream.next();
+        add_dots(s, storage.q, c * kChunkCols<Real>, chunk, chunk_depth<Real>(k.dim, c));
+      }
+      for (int c = 0; c < Stream::num_chunks(v); ++c) {
+        const auto& chunk = stream.next();
+        add_dots(dp, storage.dout, c * kChunkCols<Real>, chunk, chunk_depth<Real>(v.dim, c));
+      }
+      SA_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        const RowFacts<Real> row = storage.facts.load(thread_y() + kThreadRows * i);
+        SA_UNROLL
+        for (int j = 0; j < kKeys; ++j) {
+          const int key = block * kBlockN + thread_x() + kThreadCols * j;
+          differentiate(s[i][j], dp[i][j], scale, row, key);
+        }
+      }
+      store_scores(dp, storage.ds);
+      const int depth = static_cast<int>(attention::min_of(visible.end - block * kBlockN, kBlockN));
+      SA_UNROLL
+      for (int c = 0; c < kChunks; ++c) {
+        if (c >= Stream::num_chunks(k)) break;
+        // The first call's barrier also makes ds all threads' to read.
+        const auto& chunk = stream.next();
+        add_products(dq[c], storage.ds, chunk, depth);
+      }
+    }
+    primitives::cp_async_wait<0>();  // of q and dout, where there was no key to wait for
+
+    const bool in_vectors = is_aligned(bwd.dq, sizeof(Real), bwd.dq_stride_batch, bwd.dq_stride_row,
+                                       bwd.dq_stride_head);
+    SA_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const int row = row_begin + thread_y() + kThreadRows * i;
+      if (row >= rows.num_rows) continue;
+      Real* dq_row = static_cast<Real*>(bwd.dq) +
+                     rows.offset(row, bwd.dq_stride_batch, bwd.dq_stride_row, bwd.dq_stride_head);
+      SA_UNROLL
+      for (int c = 0; c < kChunks; ++c) {
+        store_numbers(dq_row, c * kChunkCols<Real> + kVector<Real> * thread_x(),
+                      static_cast<int>(problem.head_dim), in_vectors, dq[c][i],
+                      static_cast<Real>(problem.softmax_scale));
+      }
+    }
+  }
+};
+
+}  // namespace sink_attention::cuda::simt

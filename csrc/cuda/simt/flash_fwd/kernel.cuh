@@ -1,0 +1,197 @@
+// The forward in float32 or float64: one tile of rows of one kv head against the keys that they
+// see.
+//
+// Rows are (position, head of the group) pairs (packed_rows.cuh), so that the group shares each
+// chunk of K and V. Blocks of keys are counted from key 0, and a block in which a row sees nothing
+// leaves the row as it was: a row's result doesn't depend on the tile that it is in.
+//
+// Of each block of 64 keys:   S = Q K^T chunk by chunk of head_dim, sums in registers
+//                             soften: softcap, mask, running maximum, weights into shared memory
+//                             O += P V chunk by chunk of head_dim_v, sums in registers
+#pragma once
+
+#include "attention/mask.h"
+#include "attention/online_softmax.h"
+#include "cuda/simt/flash_fwd/config.h"
+#include "cuda/simt/load.cuh"
+#include "cuda/simt/scores.cuh"
+#include "cuda/simt/tile.cuh"
+#include "cuda/tile/number.cuh"
+#include "cuda/tile/packed_rows.cuh"
+
+namespace sink_attention::cuda::simt {
+
+struct FlashFwdKernelProblem {
+  attention::FlashFwdProblem problem;
+  int num_tiles;  // of rows, of the longest sequence
+};
+
+template <class Tiles>
+struct FlashFwdKernel {
+  using Problem = FlashFwdKernelProblem;
+  using Real = typename Tiles::Real;
+  static constexpr int kBlockM = Tiles::kBlockM;
+  static constexpr int kBlockN = Tiles::kBlockN;
+  static constexpr int kRows = kBlockM / kThreadRows;  // of a thread
+  static constexpr int kKeys = kBlockN / kThreadCols;
+  static constexpr int kChunks = Tiles::kHeadDim / kChunkCols<Real>;
+  using Stream = ChunkStream<Real, kBlockN, 2, KeySource<Real>>;
+  using Scores = Real[kRows][kKeys];
+  using Output = Real[kChunks][kRows][kVector<Real>];
+
+  struct SharedStorage {
+    Tile<Real, kBlockM, Tiles::kHeadDim> q;
+    typename Stream::Buffers keys;
+    Tile<Real, kBlockM, kBlockN> weights;
+    KeyRange visible[kBlockM];
+  };
+  struct Config {
+    static constexpr int kThreads = simt::kThreads;
+    static constexpr int kMinBlocks = 1;
+    static constexpr int kSharedBytes = sizeof(SharedStorage);
+  };
+  static_assert(Config::kSharedBytes <= 99 * 1024, "what compute capability 8.6 has for a block");
+
+  // The softmax of a thread's rows so far, for transformed scores: the maximum is the row's, the
+  // sum of weights the thread's own part of it.
+  struct RowStates {
+    Real max[kRows];
+    Real sum[kRows];
+  };
+
+  static SA_DEVICE void run(const Problem& kernel_problem, char* shared) {
+    const attention::FlashFwdProblem& problem = kernel_problem.problem;
+    SharedStorage& storage = *reinterpret_cast<SharedStorage*>(shared);
+    const BlockPlace place = place_of_block(problem, kernel_problem.num_tiles);
+    const PackedRows rows = packed_rows(problem, place.batch_idx, place.kv_head);
+    const int row_begin = place.tile * kBlockM;
+    if (row_begin >= rows.num_rows) return;
+
+    const attention::Mask mask =
+        attention::make_mask(problem, rows.info.seqlen_q, rows.info.seqlen_k);
+    const int row_end = static_cast<int>(attention::min_of(row_begin + kBlockM, rows.num_rows));
+    const attention::Range visible =
+        mask.visible_keys(rows.position(row_begin), rows.position(row_end - 1) + 1);
+    const KeySource<Real> k =
+        k_source<Real>(problem, place.batch_idx, rows.info, place.kv_head, visible);
+    const KeySource<Real> v =
+        v_source<Real>(problem, place.batch_idx, rows.info, place.kv_head, visible);
+    const int block_begin = static_cast<int>(visible.begin) / kBlockN;
+    const int block_end = visible.begin < visible.end
+                              ? (static_cast<int>(visible.end) + kBlockN - 1) / kBlockN
+                              : block_begin;
+
+    load_tile(storage.q,
+              query_source<Real>(rows, problem.q, problem.q_stride_batch, problem.q_stride_row,
+                                 problem.q_stride_head, problem.head_dim),
+              row_begin, 0);
+    if (primitives::thread_idx() < kBlockM) {
+      const int row = primitives::thread_idx();
+      primitives::store_shared(&storage.visible[row], visible_keys(mask, rows, row_begin + row));
+    }
+    Stream stream(storage.keys, k, v);
+    stream.start(block_begin, block_end);
+
+    const ScoreScale<Real> scale = score_scale<Real>(problem);
+    RowStates states;
+    Output out = {};
+    SA_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      states.max[i] = attention::negative_infinity<Real>();
+      states.sum[i] = Real(0);
+    }
+    for (int block = block_begin; block < block_end; ++block) {
+      Scores s = {};
+      // The first call's barrier also lets all threads read q and visible, and write weights, which
+      // the block of keys before was multiplied with.
+      for (int c = 0; c < Stream::num_chunks(k); ++c) {
+        const auto& chunk = stream.next();
+        add_dots(s, storage.q, c * kChunkCols<Real>, chunk, chunk_depth<Real>(k.dim, c));
+      }
+      soften(s, storage, block * kBlockN, scale, states, out);
+      store_scores(s, storage.weights);
+      const int depth = static_cast<int>(attention::min_of(visible.end - block * kBlockN, kBlockN));
+      SA_UNROLL
+      for (int c = 0; c < kChunks; ++c) {
+        if (c >= Stream::num_chunks(v)) break;
+        // The first call's barrier also makes the weights all threads' to read.
+        const auto& chunk = stream.next();
+        add_products(out[c], storage.weights, chunk, depth);
+      }
+    }
+    primitives::cp_async_wait<0>();  // of q, where there was no key to wait for
+    store_results(problem, rows, row_begin, scale, states, out);
+  }
+
+  // Scores of the keys first_key ... to weights; out is re-based on the new maxima.
+  static SA_DEVICE void soften(Scores& s, const SharedStorage& storage, int first_key,
+                               const ScoreScale<Real>& scale, RowStates& states, Output& out) {
+    constexpr Real kHidden = attention::negative_infinity<Real>();
+    SA_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const KeyRange visible =
+          primitives::load_shared(&storage.visible[thread_y() + kThreadRows * i]);
+      const Real old_max = states.max[i];
+      Real max = old_max;
+      SA_UNROLL
+      for (int j = 0; j < kKeys; ++j) {
+        const int key = first_key + thread_x() + kThreadCols * j;
+        s[i][j] = visible.holds(key) ? scale.transform(s[i][j]) : kHidden;
+        max = s[i][j] > max ? s[i][j] : max;
+      }
+      max = max_over_row(max);
+      // Differences are taken before they are scaled: the largest score's is 0 exactly. A row that
+      // has seen no key keeps the maximum -inf; subtracting 0 gives weights of 0, not NaN.
+      const Real base = max == kHidden ? Real(0) : max;
+      const Real rescale = old_max == max ? Real(1) : std::exp2((old_max - base) * scale.to_log2);
+      Real sum = states.sum[i] * rescale;
+      SA_UNROLL
+      for (int j = 0; j < kKeys; ++j) {
+        s[i][j] = std::exp2((s[i][j] - base) * scale.to_log2);
+        sum += s[i][j];
+      }
+      states.max[i] = max;
+      states.sum[i] = sum;
+      SA_UNROLL
+      for (int c = 0; c < kChunks; ++c) {
+        SA_UNROLL
+        for (int e = 0; e < kVector<Real>; ++e) out[c][i][e] *= rescale;
+      }
+    }
+  }
+
+  static SA_DEVICE void store_results(const attention::FlashFwdProblem& problem,
+                                      const PackedRows& rows, int row_begin,
+                                      const ScoreScale<Real>& scale, const RowStates& states,
+                                      const Output& out) {
+    const bool in_vectors = is_aligned(problem.out, sizeof(Real), problem.out_stride_batch,
+                                       problem.out_stride_row, problem.out_stride_head);
+    SA_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const Real sum = sum_over_row(states.sum[i]);  // all lanes take part, whatever their row
+      const int row = row_begin + thread_y() + kThreadRows * i;
+      if (row >= rows.num_rows) continue;
+      const Real sink = problem.s_aux == nullptr
+                            ? attention::negative_infinity<Real>()
+                            : load_number<Real>(problem.s_aux, problem.s_aux_dtype, rows.head(row));
+      const attention::RowResult<Real> result =
+          attention::fold_sink<Real>({states.max[i] * scale.to_log2, sum}, sink);
+      Real* out_row = static_cast<Real*>(problem.out) + rows.offset(row, problem.out_stride_batch,
+                                                                    problem.out_stride_row,
+                                                                    problem.out_stride_head);
+      SA_UNROLL
+      for (int c = 0; c < kChunks; ++c) {
+        store_numbers(out_row, c * kChunkCols<Real> + kVector<Real> * thread_x(),
+                      static_cast<int>(problem.head_dim_v), in_vectors, out[c][i], result.scale);
+      }
+      if (thread_x() == 0) {
+        primitives::store_global(
+            static_cast<Real*>(problem.lse) +
+                rows.lse_offset(row, problem.lse_stride_batch, problem.lse_stride_head),
+            result.lse);
+      }
+    }
+  }
+};
+
+}  // namespace sink_attention::cuda::simt

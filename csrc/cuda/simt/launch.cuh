@@ -1,0 +1,34 @@
+// From a problem's head dims to the kernel made for them, and its grid.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <type_traits>
+
+#include "attention/problem.h"
+#include "primitives/launch.h"
+
+namespace sink_attention::cuda::simt {
+
+// Calls start(std::integral_constant<int, n>) with the smallest n of 64, 128, 256 that both head
+// dims fit in.
+template <class Start>
+void with_head_dim(const attention::FlashFwdProblem& problem, const Start& start) {
+  const int64_t larger =
+      problem.head_dim > problem.head_dim_v ? problem.head_dim : problem.head_dim_v;
+  if (larger <= 64) return start(std::integral_constant<int, 64>{});
+  if (larger <= 128) return start(std::integral_constant<int, 128>{});
+  if (larger <= 256) return start(std::integral_constant<int, 256>{});
+  throw std::runtime_error("head_dim must be at most 256");
+}
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// One block for each tile of each kv head of each sequence; tiles are counted of the longest one.
+inline primitives::Index3 grid_of(const attention::FlashFwdProblem& problem, int64_t num_tiles) {
+  const int64_t blocks = num_tiles * problem.num_heads_kv * problem.batch;
+  if (blocks > INT32_MAX) throw std::runtime_error("too many tiles for one launch");
+  return {static_cast<int>(blocks), 1, 1};
+}
+
+}  // namespace sink_attention::cuda::simt

@@ -1,0 +1,146 @@
+// The float32 and float64 CUDA forward, emulated, against the float64 reference.
+#include <cmath>
+
+#include "buffers.h"
+#include "check.h"
+#include "cuda/simt/backend.h"
+#include "emulator/machine.h"
+#include "reference.h"
+#include "scenario.h"
+
+namespace sink_attention::tests {
+namespace {
+
+void run_forward(Scenario& s) {
+  s.out.fill(NAN);
+  s.lse.fill(NAN);
+  const emulator::VisibleBuffers visible(buffers_of(s, true));
+  if (s.problem.dtype == DataType::kFloat32) {
+    cuda::flash_fwd_float32(s.problem, nullptr);
+  } else {
+    cuda::flash_fwd_float64(s.problem, nullptr);
+  }
+}
+
+void check_forward(Scenario& s, const std::string& name) {
+  const DataType dtype = s.problem.dtype;
+  const ReferenceForward expected = reference_forward(s.problem, s.q_rows);
+  run_forward(s);
+  compare(out_of(s), expected.out, tolerance_of(dtype), name + ": out");
+  compare(lse_of(s), expected.lse, tolerance_of(dtype), name + ": lse");
+}
+
+// Every stride-th of the grid's problems; half of them with rows that can be aligned.
+void run_grid(Layout layout, DataType dtype, size_t stride) {
+  unsigned seed = 0;
+  const std::vector<Spec> specs = make_specs(layout, dtype);
+  for (size_t i = 0; i < specs.size(); i += stride) {
+    Scenario s = make_scenario(specs[i], ++seed);
+    if (seed % 2 == 0) close_gaps(s);
+    emulator::settings().seed = seed;
+    check_forward(s, s.name);
+  }
+}
+
+// Scales that turn the order of scores round, or make all of them equal.
+void check_scales() {
+  for (const double softmax_scale : {-0.3, 0.0, 40.0}) {
+    for (const double softcap : {0.0, 5.0}) {
+      Spec spec;
+      spec.seqlen_q = 9;
+      spec.seqlen_k = 70;
+      spec.window_right = 0;
+      spec.softcap = softcap;
+      spec.sink = 0.25;
+      spec.head_dim = 24;
+      spec.head_dim_v = 8;
+      Scenario s = make_scenario(spec, 3);
+      s.problem.softmax_scale = softmax_scale;
+      check_forward(s, s.name + " scale " + std::to_string(softmax_scale));
+    }
+  }
+}
+
+// Logits of 1e8, of which a float32 knows multiples of 8 only: weights are exact all the same.
+void check_large_logits() {
+  Spec spec;
+  spec.seqlen_q = 4;
+  spec.seqlen_k = 80;
+  spec.head_dim = spec.head_dim_v = 1;
+  Scenario s = make_scenario(spec, 4);
+  s.q.fill(8192);
+  for (int64_t i = 0; i < s.k.count(); ++i) s.k.set(i, static_cast<double>(12000 + i % 3));
+  s.problem.softmax_scale = 1;
+  check_forward(s, "large logits");
+}
+
+// Rows beside the sequences hold NaN.
+void check_unused_rows() {
+  Spec spec;
+  spec.layout = Layout::kVarlen;
+  spec.seqlen_q = 20;
+  spec.seqlen_k = 70;
+  spec.sink = 0.5;
+  spec.seqused_k = true;
+  Scenario s = make_scenario(spec, 5);
+  const int64_t row_numbers = s.problem.num_heads_kv * s.problem.head_dim;
+  for (int64_t row = 0; row < s.k_rows; ++row) {
+    bool used = false;
+    for (int64_t b = 0; b < s.problem.batch; ++b) {
+      used |= s.cu_seqlens_k[b] <= row && row < s.cu_seqlens_k[b] + s.seqused_k[b];
+    }
+    for (int64_t i = 0; i < row_numbers && !used; ++i) {
+      s.k.set(row * row_numbers + i, NAN);
+      s.v.set(row * row_numbers + i, NAN);
+    }
+  }
+  check_forward(s, "NaN in unused rows");
+}
+
+// A token's result is bitwise the same as the last of many and alone.
+void check_decode_is_prefill() {
+  Spec spec;
+  spec.seqlen_q = spec.seqlen_k = 150;
+  spec.window_left = 70;
+  spec.window_right = 0;
+  spec.sink = 0.5;
+  spec.num_heads_q = 4;
+  spec.num_heads_kv = 2;
+  Scenario s = make_scenario(spec, 6);
+  run_forward(s);
+  std::vector<double> prefill, decode;
+  attention::FlashFwdProblem& p = s.problem;
+  const auto last_row = [&] {
+    std::vector<double> values;
+    for (int64_t i = 0; i < p.out_stride_row; ++i) {
+      if (i % p.out_stride_head < p.head_dim_v) {
+        values.push_back(s.out[(spec.seqlen_q - 1) * p.out_stride_row + i]);
+      }
+    }
+    return values;
+  };
+  prefill = last_row();
+  p.batch = 1;
+  p.seqlen_q = 1;
+  p.q = static_cast<const float*>(p.q) + (spec.seqlen_q - 1) * p.q_stride_row;
+  p.out = static_cast<float*>(p.out) + (spec.seqlen_q - 1) * p.out_stride_row;
+  run_forward(s);
+  decode = last_row();
+  check(prefill == decode, "a token alone differs from the same token in a prefill");
+}
+
+}  // namespace
+
+SA_SUITE(cuda_simt_fwd) {
+  run_grid(Layout::kDense, DataType::kFloat32, 1);
+  run_grid(Layout::kVarlen, DataType::kFloat32, 3);
+  run_grid(Layout::kPaged, DataType::kFloat32, 2);
+  run_grid(Layout::kDense, DataType::kFloat64, 5);
+  run_grid(Layout::kPaged, DataType::kFloat64, 7);
+  check_scales();
+  check_large_logits();
+  check_unused_rows();
+  check_decode_is_prefill();
+}
+
+}  // namespace sink_attention::tests

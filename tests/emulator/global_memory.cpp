@@ -1,5 +1,6 @@
 #include "emulator/global_memory.h"
 
+#include <algorithm>
 #include <sstream>
 #include <utility>
 
@@ -32,39 +33,43 @@ VisibleBuffers::~VisibleBuffers() {
   last_found = 0;
 }
 
+bool is_accessible(const void* address, int64_t bytes, Access access) {
+  const char* begin = static_cast<const char*>(address);
+  if ((reinterpret_cast<uintptr_t>(begin) & static_cast<uintptr_t>(bytes - 1)) != 0) return false;
+  const bool writes = access == Access::kWrite;
+  const auto allows = [&](const Buffer& buffer) {
+    return holds(buffer, begin, begin + bytes) && (!writes || buffer.writable);
+  };
+  if (last_found < visible.size() && allows(visible[last_found])) return true;
+  for (size_t i = 0; i < visible.size(); ++i) {
+    if (!allows(visible[i])) continue;
+    last_found = i;
+    return true;
+  }
+  return false;
+}
+
 std::string why_not_accessible(const void* address, int64_t bytes, Access access) {
   const char* begin = static_cast<const char*>(address);
   const char* end = begin + bytes;
-  if (reinterpret_cast<uintptr_t>(begin) % static_cast<uintptr_t>(bytes) != 0) {
-    return "an address that is not aligned to " + std::to_string(bytes) + " bytes";
-  }
   const bool writes = access == Access::kWrite;
-  if (last_found < visible.size() && holds(visible[last_found], begin, end) &&
-      (!writes || visible[last_found].writable)) {
-    return "";
-  }
-  const Buffer* read_only = nullptr;
+  const std::string verb = writes ? "a write" : "a read";
   const Buffer* nearest = nullptr;
   int64_t distance = 0;
-  for (size_t i = 0; i < visible.size(); ++i) {
-    const Buffer& buffer = visible[i];
-    if (holds(buffer, begin, end)) {
-      if (!writes || buffer.writable) {
-        last_found = i;
-        return "";
-      }
-      read_only = &buffer;
-    }
-    const int64_t away = begin < buffer.begin ? buffer.begin - begin : end - buffer.end;
+  for (const Buffer& buffer : visible) {
+    const int64_t away = std::max({buffer.begin - begin, end - buffer.end, std::ptrdiff_t{0}});
     if (nearest == nullptr || away < distance) {
       nearest = &buffer;
       distance = away;
     }
   }
-  if (read_only != nullptr) return "a write to read-only " + describe(*read_only, begin);
-  if (nearest == nullptr) return "an access to global memory, of which no buffer was named";
-  return std::string(writes ? "a write" : "a read") + " out of bounds, nearest to " +
-         describe(*nearest, begin);
+  if (nearest == nullptr) return verb + " of global memory, of which no buffer was named";
+  if ((reinterpret_cast<uintptr_t>(begin) & static_cast<uintptr_t>(bytes - 1)) != 0) {
+    return verb + " that is not aligned to " + std::to_string(bytes) + " bytes, nearest to " +
+           describe(*nearest, begin);
+  }
+  if (distance == 0) return "a write to read-only " + describe(*nearest, begin);
+  return verb + " out of bounds, nearest to " + describe(*nearest, begin);
 }
 
 }  // namespace emulator

@@ -28,7 +28,8 @@ class VisibleBuffers {
   std::vector<Buffer> before_;
 };
 
-// Empty if the access is all right, else what is wrong with it.
+bool is_accessible(const void* address, int64_t bytes, Access access);
+// What is wrong with an access.
 std::string why_not_accessible(const void* address, int64_t bytes, Access access);
 
 }  // namespace emulator

@@ -15,19 +15,6 @@ constexpr size_t kStackSkewBytes = 5 * 64;
 constexpr int kLanes = 32;
 constexpr int kMaxBarriers = 16;
 
-std::string describe(const Step& step) {
-  std::ostringstream text;
-  const char* slash = strrchr(step.site.file, '/');
-  text << step.name << " at " << (slash ? slash + 1 : step.site.file) << ":" << step.site.line;
-  return text.str();
-}
-
-bool same(const Step& a, const Step& b) {
-  if (a.name == b.name && a.site.file == b.site.file) return a.site.line == b.site.line;
-  return a.site.line == b.site.line && strcmp(a.name, b.name) == 0 &&
-         strcmp(a.site.file, b.site.file) == 0;
-}
-
 struct Warp {
   uint32_t ready = 0;      // lanes that can run
   int arrived = 0;         // lanes at a warp-wide instruction
@@ -38,6 +25,10 @@ struct Barrier {
   int arrived = 0;
   int expected = 0;
   Thread* first = nullptr;
+  struct {
+    int arrived = 0;
+    Thread* first = nullptr;
+  } warps[kMaxWarps];
 };
 
 struct RunningBlock : Block {
@@ -115,7 +106,7 @@ void thread_main() {
   try {
     scheduler.body()(block_of(thread).shared.data());
     if (!thread.copies.copies.empty()) {
-      fault({"exit", here()}, "a thread that ended with a cp_async not waited for");
+      fault(thread.copies.copies.front().step, "the thread ended before it waited for this copy");
     }
   } catch (const std::exception& error) {
     scheduler.fail(error.what());
@@ -244,7 +235,7 @@ std::string Scheduler::deadlock() const {
       std::vector<std::pair<std::string, int>> places;
       for (int lane = 0; lane < kLanes; ++lane) {
         const Thread& thread = block->threads[warp * kLanes + lane];
-        const std::string place = thread.done ? "done" : describe(thread.step);
+        const std::string place = thread.done ? "done" : describe(*thread.step);
         if (places.empty() || places.back().first != place) places.emplace_back(place, 0);
         ++places.back().second;
       }
@@ -256,14 +247,14 @@ std::string Scheduler::deadlock() const {
 }
 
 void wait_here(Thread& thread, const Step& step) {
-  thread.step = step;
+  thread.step = &step;
   thread.waiting = true;
   scheduler_of(thread)->yield();
 }
 
 std::string difference(const Thread& a, const Thread& b) {
-  return "thread " + std::to_string(a.thread_idx) + " is at " + describe(a.step) + ", thread " +
-         std::to_string(b.thread_idx) + " at " + describe(b.step);
+  return "thread " + std::to_string(a.thread_idx) + " is at " + describe(*a.step) + ", thread " +
+         std::to_string(b.thread_idx) + " at " + describe(*b.step);
 }
 
 }  // namespace
@@ -292,60 +283,84 @@ void fault(const Step& step, const std::string& what) {
   throw Fault(text.str());
 }
 
-void collective(Step step, void* operands, void (*execute)(void* const* lanes)) {
+// Done apart, so that a lane that only arrives keeps nothing on its stack and goes on to the next
+// lane at once.
+[[gnu::noinline]] static void execute_for_warp(Thread* lanes, void (*execute)(void* const* lanes)) {
+  if (execute != nullptr) {
+    void* all[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) all[lane] = lanes[lane].operands;
+    execute(all);
+  }
+  for (int lane = 0; lane < kLanes; ++lane) lanes[lane].waiting = false;
+  Warp& warp = warp_of(*running);
+  warp.arrived = 0;
+  warp.ready |= ~(uint32_t{1} << (running->thread_idx % kLanes));
+}
+
+[[noreturn, gnu::noinline]] static void lanes_part(const Thread& first, const Thread& me) {
+  fault(*me.step, "lanes of a warp part: " + difference(first, me));
+}
+
+void collective(const Step& step, void* operands, void (*execute)(void* const* lanes)) {
   Thread& me = *running;
   Warp& warp = warp_of(me);
-  Thread* lanes = &block_of(me).threads[me.thread_idx / kLanes * kLanes];
+  Thread* lanes = &me - me.thread_idx % kLanes;
   me.operands = operands;
-  me.step = step;
+  me.step = &step;
   if (warp.arrived == 0) {
     warp.first_arrival = me.thread_idx % kLanes;
-  } else if (!same(lanes[warp.first_arrival].step, step)) {
-    fault(step, "lanes of a warp part: " + difference(lanes[warp.first_arrival], me));
+  } else if (!same(*lanes[warp.first_arrival].step, step)) {
+    lanes_part(lanes[warp.first_arrival], me);
   }
-  if (++warp.arrived < kLanes) return wait_here(me, step);
-  warp.arrived = 0;
-  void* all[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) all[lane] = lanes[lane].operands;
-  if (execute != nullptr) execute(all);
-  for (int lane = 0; lane < kLanes; ++lane) {
-    if (&lanes[lane] != &me) set_ready(lanes[lane]);
-  }
+  if (++warp.arrived == kLanes) return execute_for_warp(lanes, execute);
+  me.waiting = true;
+  scheduler_of(me)->yield();
 }
 
 void warp_is_ordered() { block_of(*running).shared.order_lanes(running->thread_idx / kLanes); }
 
-void barrier(int id, int num_threads, Step step) {
+void barrier(int id, int num_threads, const Step& step) {
   Thread& me = *running;
   RunningBlock& block = block_of(me);
-  if (id < 0 || id >= kMaxBarriers) fault(step, "barrier " + std::to_string(id));
+  if (id < 0 || id >= kMaxBarriers) {
+    fault(step, "barrier " + std::to_string(id) + " of " + std::to_string(kMaxBarriers));
+  }
   if (num_threads % kLanes != 0 || num_threads > block.num_threads()) {
     fault(step, "a barrier for " + std::to_string(num_threads) + " threads");
   }
   Barrier& barrier = block.barriers[id];
-  me.step = step;
-  me.operands = &barrier;
-  if (barrier.arrived == 0) {
+  const int my_warp = me.thread_idx / kLanes;
+  me.step = &step;
+  if (barrier.arrived++ == 0) {
     barrier.first = &me;
     barrier.expected = num_threads;
-  } else if (!same(barrier.first->step, step) || barrier.expected != num_threads) {
-    fault(step, "threads meet at different barriers: " + difference(*barrier.first, me));
   }
-  if (++barrier.arrived < barrier.expected) return wait_here(me, step);
-  barrier.arrived = 0;
+  if (barrier.warps[my_warp].arrived++ == 0) barrier.warps[my_warp].first = &me;
+  const Thread& model = id == 0 ? *barrier.first : *barrier.warps[my_warp].first;
+  if (!same(*model.step, step) || barrier.expected != num_threads) {
+    fault(step, "threads meet at different barriers: " +
+                    difference(barrier.expected == num_threads ? model : *barrier.first, me));
+  }
+  if (barrier.arrived < barrier.expected) return wait_here(me, step);
   std::vector<int> warps;
-  for (Thread& thread : block.threads) {
-    const bool waits_here = &thread == &me || (thread.waiting && thread.operands == &barrier);
-    if (!waits_here) continue;
-    if (warps.empty() || warps.back() != thread.thread_idx / kLanes) {
-      warps.push_back(thread.thread_idx / kLanes);
+  for (int warp = 0; warp < static_cast<int>(block.warps.size()); ++warp) {
+    const int arrived = barrier.warps[warp].arrived;
+    if (arrived == 0) continue;
+    if (arrived != kLanes) {
+      fault(step, "a barrier of whole warps, and of warp " + std::to_string(warp) + " only " +
+                      std::to_string(arrived) + " lanes came");
     }
-    if (&thread != &me) set_ready(thread);
+    warps.push_back(warp);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      Thread& thread = block.threads[warp * kLanes + lane];
+      if (&thread != &me) set_ready(thread);
+    }
   }
+  barrier = Barrier{};
   block.shared.order_warps(warps);
 }
 
-void wait_until_equal(const int* turn, int value, Step step) {
+void wait_until_equal(const int* turn, int value, const Step& step) {
   Thread& me = *running;
   if (*turn == value) return;
   me.turn = turn;
@@ -353,30 +368,29 @@ void wait_until_equal(const int* turn, int value, Step step) {
   wait_here(me, step);
 }
 
-void check_global(const void* address, int bytes, Access access, Step step) {
-  const std::string wrong = why_not_accessible(address, bytes, access);
-  if (!wrong.empty()) fault(step, wrong);
+void check_global(const void* address, int bytes, Access access, const Step& step) {
+  if (is_accessible(address, bytes, access)) return;
+  fault(step, why_not_accessible(address, bytes, access));
 }
 
-void read_shared(const void* address, int bytes, Step step) {
-  const std::string wrong = block_of(*running).shared.read(address, bytes, running->thread_idx);
-  if (!wrong.empty()) fault(step, wrong);
+void read_shared(const void* address, int bytes, const Step& step) {
+  SharedMemory& shared = block_of(*running).shared;
+  if (!shared.read(address, bytes, running->thread_idx, step)) fault(step, shared.error());
 }
 
-void write_shared(const void* address, int bytes, Step step) {
-  const std::string wrong = block_of(*running).shared.write(address, bytes, running->thread_idx);
-  if (!wrong.empty()) fault(step, wrong);
+void write_shared(const void* address, int bytes, const Step& step) {
+  SharedMemory& shared = block_of(*running).shared;
+  if (!shared.write(address, bytes, running->thread_idx, step)) fault(step, shared.error());
 }
 
-void start_copy(void* shared, const void* global, int bytes, bool valid, Step step) {
-  Copy copy{static_cast<char*>(shared), bytes, {}};
+void start_copy(void* shared, const void* global, int bytes, bool valid, const Step& step) {
+  Copy copy{static_cast<char*>(shared), bytes, step, {}};
   if (valid) {
     check_global(global, bytes, Access::kRead, step);
     memcpy(copy.data, global, bytes);
   }
-  const std::string wrong =
-      block_of(*running).shared.start_copy(shared, bytes, running->thread_idx);
-  if (!wrong.empty()) fault(step, wrong);
+  SharedMemory& memory = block_of(*running).shared;
+  if (!memory.start_copy(copy, running->thread_idx)) fault(step, memory.error());
   running->copies.copies.push_back(copy);
   ++running->copies.open;
 }

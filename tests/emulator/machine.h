@@ -18,23 +18,9 @@
 #include "emulator/fiber.h"
 #include "emulator/global_memory.h"
 #include "emulator/shared_memory.h"
+#include "emulator/step.h"
 
 namespace emulator {
-
-struct Site {
-  const char* file;
-  int line;
-};
-// As the default of a function's last argument: where that function is called.
-constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  return {file, line};
-}
-
-// What a thread is doing, for comparisons and messages.
-struct Step {
-  const char* name;
-  Site site;
-};
 
 class Fault : public std::runtime_error {
  public:
@@ -70,8 +56,8 @@ struct Thread {
   Context context;
   bool done = false;
   CopyQueue copies;  // its cp.async copies under way
-  // Waiting: at what, and what for.
-  Step step{};
+  // Waiting: at what (the step lies on the thread's own stack), and what for.
+  const Step* step = nullptr;
   bool waiting = false;
   void* operands = nullptr;
   const int* turn = nullptr;
@@ -95,19 +81,20 @@ Thread& current();
 
 // One warp-wide instruction: all 32 lanes come here with the same step; `execute` is called once
 // with the operands of lane 0 .. 31.
-void collective(Step step, void* operands, void (*execute)(void* const* lanes));
+void collective(const Step& step, void* operands, void (*execute)(void* const* lanes));
 // Orders the shared memory accesses of the warp's lanes; from within `execute`.
 void warp_is_ordered();
-// Barrier `id` of the block, for num_threads threads.
-void barrier(int id, int num_threads, Step step);
+// Barrier `id` of the block, for num_threads threads in whole warps. The lanes of a warp come from
+// the same place; at barrier 0 all warps do.
+void barrier(int id, int num_threads, const Step& step);
 // Until *turn == value, which another block brings about.
-void wait_until_equal(const int* turn, int value, Step step);
+void wait_until_equal(const int* turn, int value, const Step& step);
 
 // Accesses: bounds, alignment, and for shared memory unwritten bytes and races.
-void check_global(const void* address, int bytes, Access access, Step step);
-void read_shared(const void* address, int bytes, Step step);
-void write_shared(const void* address, int bytes, Step step);
-void start_copy(void* shared, const void* global, int bytes, bool valid, Step step);
+void check_global(const void* address, int bytes, Access access, const Step& step);
+void read_shared(const void* address, int bytes, const Step& step);
+void write_shared(const void* address, int bytes, const Step& step);
+void start_copy(void* shared, const void* global, int bytes, bool valid, const Step& step);
 void commit_copies();
 void wait_for_copies(int pending);
 

@@ -7,165 +7,196 @@ namespace emulator {
 namespace {
 
 constexpr int kAlignment = 1024;
+constexpr int32_t kClockLimit = 1 << 30;
 int warp_of(int thread) { return thread / 32; }
+uint32_t lane_bit(int thread) { return uint32_t{1} << (thread % 32); }
+int num_units(int bytes) { return (bytes + kUnitBytes - 1) / kUnitBytes; }
 std::string thread_name(int thread) { return "thread " + std::to_string(thread); }
 std::string byte_name(int unit) { return "shared byte " + std::to_string(unit * kUnitBytes); }
 
 }  // namespace
 
-void SharedMemory::start(int bytes, int num_warps) {
-  if (bytes > bytes_ || num_warps > num_warps_) {
-    bytes_ = std::max(bytes, bytes_);
-    num_warps_ = std::max(num_warps, num_warps_);
-    memory_.assign(bytes_ + kAlignment, 0);
-    const uintptr_t address = reinterpret_cast<uintptr_t>(memory_.data());
-    data_ = memory_.data() + (kAlignment - address % kAlignment) % kAlignment;
-    const int units = (bytes_ + kUnitBytes - 1) / kUnitBytes;
-    write_clock_.assign(units, 0);
-    writer_.assign(units, kNobody);
-    for (int warp = 0; warp < num_warps_; ++warp) {
-      read_clock_[warp].assign(units, 0);
-      reader_[warp].assign(units, kNobody);
-    }
-    latest_ = 0;
+void SharedMemory::clear(int bytes, int num_warps) {
+  bytes_ = std::max(bytes, bytes_);
+  num_warps_ = std::max(num_warps, num_warps_);
+  memory_.assign(bytes_ + kAlignment, 0);
+  const uintptr_t address = reinterpret_cast<uintptr_t>(memory_.data());
+  data_ = memory_.data() + (kAlignment - address % kAlignment) % kAlignment;
+  const int units = num_units(bytes_);
+  write_clock_.assign(units, 0);
+  writer_.assign(units, 0);
+  write_step_.assign(units, kUnknownStep);
+  for (int warp = 0; warp < num_warps_; ++warp) {
+    reads_[warp].clock.assign(units, 0);
+    reads_[warp].lanes.assign(units, 0);
+    reads_[warp].step.assign(units, kUnknownStep);
   }
+  latest_ = 0;
+}
+
+void SharedMemory::start(int bytes, int num_warps) {
+  if (bytes > bytes_ || num_warps > num_warps_ || latest_ > kClockLimit) clear(bytes, num_warps);
+  // Copies that a failed block left under way.
+  std::replace(write_clock_.begin(), write_clock_.end(), kCopying, 0);
   limit_ = bytes;
+  block_warps_ = num_warps;
   memset(data_, 0xff, bytes);
-  copier_.assign((bytes_ + kUnitBytes - 1) / kUnitBytes, kNobody);
   base_ = latest_;
   latest_ = base_ + 1;
   WarpClock clock{};
-  for (uint32_t& seen : clock.seen) seen = base_;
-  clocks_.assign(num_warps_, clock);
-  for (int warp = 0; warp < num_warps_; ++warp) clocks_[warp].seen[warp] = latest_;
+  for (int32_t& seen : clock.seen) seen = base_;
+  clock.floor = base_;
+  clocks_.assign(num_warps, clock);
+  for (int warp = 0; warp < num_warps; ++warp) clocks_[warp].seen[warp] = latest_;
 }
 
-std::string SharedMemory::find(const void* address, int bytes, int& first, int& count) const {
-  const int64_t offset = static_cast<const char*>(address) - data_;
+bool SharedMemory::refuse(const std::string& why) {
+  error_ = why;
+  return false;
+}
+
+bool SharedMemory::find(const char* access, const void* address, int bytes, Units& units) {
+  const int64_t offset = static_cast<int64_t>(reinterpret_cast<uintptr_t>(address) -
+                                              reinterpret_cast<uintptr_t>(data_));
   if (offset < 0 || offset + bytes > limit_) {
-    return "outside of shared memory: byte " + std::to_string(offset) + " of " +
-           std::to_string(limit_);
+    return refuse(std::string(access) + " outside of shared memory: byte " +
+                  std::to_string(offset) + " of " + std::to_string(limit_));
   }
-  if (offset % bytes != 0) {
-    return "of shared byte " + std::to_string(offset) + ", which is not aligned to " +
-           std::to_string(bytes) + " bytes";
+  if ((offset & (bytes - 1)) != 0) {
+    return refuse(std::string(access) + " of shared byte " + std::to_string(offset) +
+                  ", which is not aligned to " + std::to_string(bytes) + " bytes");
   }
-  first = static_cast<int>(offset) / kUnitBytes;
-  count = std::max(bytes / kUnitBytes, 1);
-  return "";
+  units.first = static_cast<int>(offset) / kUnitBytes;
+  units.count = std::max(bytes / kUnitBytes, 1);
+  return true;
 }
 
 // Whether `earlier`'s access at `clock` comes before what `thread` does now.
-bool SharedMemory::ordered(int earlier, uint32_t clock, int thread) const {
+bool SharedMemory::ordered(int earlier, int32_t clock, int thread) const {
   if (earlier == thread) return true;
-  const uint32_t seen = clocks_[warp_of(thread)].seen[warp_of(earlier)];
+  const int32_t seen = clocks_[warp_of(thread)].seen[warp_of(earlier)];
   return warp_of(earlier) == warp_of(thread) ? clock < seen : clock <= seen;
 }
 
-// Whether all reads of a unit come before; if not, one that does not.
-bool SharedMemory::ordered_after_reads(int unit, int thread, int& reader) const {
-  for (int warp = 0; warp < num_warps_; ++warp) {
-    const uint32_t clock = read_clock_[warp][unit];
-    if (clock <= base_) continue;
-    reader = reader_[warp][unit];
-    // Of several lanes at least one is not this thread.
-    if (reader == kSeveral) reader = thread == warp * 32 ? thread + 1 : warp * 32;
-    if (!ordered(reader, clock, thread)) return false;
+std::string SharedMemory::writer_of(int unit) const {
+  return thread_name(writer_[unit]) + " in " + describe(write_step_[unit]);
+}
+
+bool SharedMemory::check_unit_to_read(int unit, int thread) {
+  if (write_clock_[unit] == kCopying) {
+    return refuse("a read of " + byte_name(unit) + " before the copy of " + writer_of(unit) +
+                  " was waited for");
+  }
+  if (write_clock_[unit] <= base_) {
+    return refuse("a read of " + byte_name(unit) + ", which nobody has written");
+  }
+  if (check_races && !ordered(writer_[unit], write_clock_[unit], thread)) {
+    return refuse("a race: " + byte_name(unit) + " was written by " + writer_of(unit) +
+                  ", and no barrier comes before this read");
   }
   return true;
 }
 
-std::string SharedMemory::why_not_readable(int unit, int thread) const {
-  if (copier_[unit] != kNobody) {
-    return "a read of " + byte_name(unit) + " before the cp_async of " +
-           thread_name(copier_[unit]) + " was waited for";
+bool SharedMemory::check_unit_to_write(int unit, int thread) {
+  if (write_clock_[unit] == kCopying) {
+    return refuse("a write to " + byte_name(unit) + " before the copy of " + writer_of(unit) +
+                  " was waited for");
   }
-  if (write_clock_[unit] <= base_) {
-    return "a read of " + byte_name(unit) + ", which nobody has written";
+  if (check_races && write_clock_[unit] > base_ &&
+      !ordered(writer_[unit], write_clock_[unit], thread)) {
+    return refuse("a race: " + byte_name(unit) + " was written by " + writer_of(unit) +
+                  ", and no barrier comes before this write");
   }
-  if (check_races && !ordered(writer_[unit], write_clock_[unit], thread)) {
-    return "a race: " + byte_name(unit) + " was written by " + thread_name(writer_[unit]) +
-           ", and no barrier comes before this read";
-  }
-  return "";
+  return true;
 }
 
-std::string SharedMemory::why_not_writable(int unit, int thread) const {
-  if (copier_[unit] != kNobody) {
-    return "a write to " + byte_name(unit) + " before the cp_async of " +
-           thread_name(copier_[unit]) + " was waited for";
+// Whether all reads of one warp come before a write of `thread`.
+bool SharedMemory::check_reads_before_write(const Units& units, int warp, int thread) {
+  const Reads& reads = reads_[warp];
+  const int32_t seen = clocks_[warp_of(thread)].seen[warp];
+  const bool mine = warp == warp_of(thread);
+  const int32_t before = mine ? seen - 1 : seen;
+  const int32_t* clock = reads.clock.data() + units.first;
+  int32_t last = 0;
+  for (int i = 0; i < units.count; ++i) last = clock[i] > last ? clock[i] : last;
+  if (last <= before) return true;
+  for (int unit = units.first; unit < units.first + units.count; ++unit) {
+    if (reads.clock[unit] <= before) continue;
+    const uint32_t others = reads.lanes[unit] & ~(mine ? lane_bit(thread) : 0);
+    if (others == 0) continue;
+    return refuse("a race: " + byte_name(unit) + " was read by " +
+                  thread_name(warp * 32 + __builtin_ctz(others)) + " in " +
+                  describe(reads.step[unit]) + ", and no barrier comes before this write");
   }
-  if (!check_races) return "";
-  if (write_clock_[unit] > base_ && !ordered(writer_[unit], write_clock_[unit], thread)) {
-    return "a race: " + byte_name(unit) + " was written by " + thread_name(writer_[unit]) +
-           ", and no barrier comes before this write";
-  }
-  int reader = kNobody;
-  if (!ordered_after_reads(unit, thread, reader)) {
-    return "a race: " + byte_name(unit) + " was read by " + thread_name(reader) +
-           ", and no barrier comes before this write";
-  }
-  return "";
+  return true;
 }
 
-std::string SharedMemory::read(const void* address, int bytes, int thread) {
-  int first = 0;
-  int count = 0;
-  std::string wrong = find(address, bytes, first, count);
-  if (!wrong.empty()) return "a read " + wrong;
-  const int warp = warp_of(thread);
-  const uint32_t now = clocks_[warp].seen[warp];
-  uint32_t* read_clock = read_clock_[warp].data();
-  int16_t* reader = reader_[warp].data();
-  for (int unit = first; unit < first + count; ++unit) {
-    if (copier_[unit] != kNobody || write_clock_[unit] <= base_ ||
-        !ordered(writer_[unit], write_clock_[unit], thread)) {
-      wrong = why_not_readable(unit, thread);
-      if (!wrong.empty()) return wrong;
+bool SharedMemory::read(const void* address, int bytes, int thread, const Step& step) {
+  Units units;
+  if (!find("a read", address, bytes, units)) return false;
+  const WarpClock& clock = clocks_[warp_of(thread)];
+  const int32_t* written = write_clock_.data() + units.first;
+  // Most reads follow a barrier of the whole block.
+  int doubtful = 0;
+  for (int i = 0; i < units.count; ++i) {
+    doubtful |= static_cast<int>(written[i] <= base_) | static_cast<int>(written[i] > clock.floor);
+  }
+  if (doubtful != 0) {
+    for (int unit = units.first; unit < units.first + units.count; ++unit) {
+      if (!check_unit_to_read(unit, thread)) return false;
     }
-    const bool shared = read_clock[unit] == now && reader[unit] != thread;
-    reader[unit] = shared ? kSeveral : static_cast<int16_t>(thread);
-    read_clock[unit] = now;
   }
-  return "";
+  if (!check_races) return true;
+  Reads& reads = reads_[warp_of(thread)];
+  const int32_t now = clock.seen[warp_of(thread)];
+  const uint32_t lane = lane_bit(thread);
+  const uint16_t place = number_of(step);
+  int32_t* read_clock = reads.clock.data() + units.first;
+  uint32_t* read_lanes = reads.lanes.data() + units.first;
+  uint16_t* read_step = reads.step.data() + units.first;
+  for (int i = 0; i < units.count; ++i) {
+    read_lanes[i] = (read_clock[i] == now ? read_lanes[i] : 0) | lane;
+    read_clock[i] = now;
+    read_step[i] = place;
+  }
+  return true;
 }
 
-std::string SharedMemory::write(const void* address, int bytes, int thread) {
-  int first = 0;
-  int count = 0;
-  std::string wrong = find(address, bytes, first, count);
-  if (!wrong.empty()) return "a write " + wrong;
+void SharedMemory::mark_written(const Units& units, int32_t clock, int thread, uint16_t step) {
+  std::fill_n(write_clock_.begin() + units.first, units.count, clock);
+  std::fill_n(writer_.begin() + units.first, units.count, static_cast<int16_t>(thread));
+  std::fill_n(write_step_.begin() + units.first, units.count, step);
+}
+
+bool SharedMemory::write(const void* address, int bytes, int thread, const Step& step) {
+  Units units;
+  if (!find("a write", address, bytes, units)) return false;
+  for (int unit = units.first; unit < units.first + units.count; ++unit) {
+    if (!check_unit_to_write(unit, thread)) return false;
+  }
+  for (int warp = 0; check_races && warp < block_warps_; ++warp) {
+    if (!check_reads_before_write(units, warp, thread)) return false;
+  }
   const int warp = warp_of(thread);
-  for (int unit = first; unit < first + count; ++unit) {
-    wrong = why_not_writable(unit, thread);
-    if (!wrong.empty()) return wrong;
-    write_clock_[unit] = clocks_[warp].seen[warp];
-    writer_[unit] = static_cast<int16_t>(thread);
-  }
-  return "";
+  mark_written(units, clocks_[warp].seen[warp], thread, number_of(step));
+  return true;
 }
 
-std::string SharedMemory::start_copy(void* address, int bytes, int thread) {
-  std::string wrong = write(address, bytes, thread);  // it may write from now on
-  if (!wrong.empty()) return wrong;
-  int first = 0;
-  int count = 0;
-  find(address, bytes, first, count);
-  std::fill_n(copier_.begin() + first, count, static_cast<int16_t>(thread));
-  memset(address, 0xff, bytes);
-  return "";
+bool SharedMemory::start_copy(const Copy& copy, int thread) {
+  // It may write from now on.
+  if (!write(copy.shared, copy.bytes, thread, copy.step)) return false;
+  Units units;
+  find("a copy", copy.shared, copy.bytes, units);
+  std::fill_n(write_clock_.begin() + units.first, units.count, kCopying);
+  memset(copy.shared, 0xff, copy.bytes);
+  return true;
 }
 
 void SharedMemory::finish_copy(const Copy& copy, int thread) {
-  int first = 0;
-  int count = 0;
-  find(copy.shared, copy.bytes, first, count);
+  Units units;
+  find("a copy", copy.shared, copy.bytes, units);
   const int warp = warp_of(thread);
-  for (int unit = first; unit < first + count; ++unit) {
-    copier_[unit] = kNobody;
-    write_clock_[unit] = clocks_[warp].seen[warp];
-    writer_[unit] = static_cast<int16_t>(thread);
-  }
+  mark_written(units, clocks_[warp].seen[warp], thread, number_of(copy.step));
   memcpy(copy.shared, copy.data, copy.bytes);
 }
 
@@ -176,10 +207,15 @@ void SharedMemory::order_lanes(int warp) {
 void SharedMemory::order_warps(const std::vector<int>& warps) {
   WarpClock joined{};
   for (const int warp : warps) {
-    for (int i = 0; i < num_warps_; ++i) {
+    for (int i = 0; i < block_warps_; ++i) {
       joined.seen[i] = std::max(joined.seen[i], clocks_[warp].seen[i]);
     }
   }
+  // The warps of a barrier go on at the same clock, so that a floor below it covers all they did.
+  int32_t now = 0;
+  for (const int warp : warps) now = std::max(now, joined.seen[warp]);
+  for (const int warp : warps) joined.seen[warp] = now;
+  joined.floor = *std::min_element(joined.seen, joined.seen + block_warps_);
   for (const int warp : warps) clocks_[warp] = joined;
   for (const int warp : warps) order_lanes(warp);
 }

@@ -14,19 +14,24 @@
 #include <string>
 #include <vector>
 
+#include "emulator/step.h"
+
 namespace emulator {
 
 constexpr int kMaxWarps = 16;
 constexpr int kUnitBytes = 2;  // the grain of the bookkeeping
 
 struct WarpClock {
-  uint32_t
-      seen[kMaxWarps];  // of each warp, its accesses up to this clock come before what I do now
+  // Of each warp, its accesses up to this clock come before what I do now; my own entry is what I
+  // do now, and before it come my warp's accesses below it.
+  int32_t seen[kMaxWarps];
+  int32_t floor;  // all warps' accesses up to this clock come before
 };
 
 struct Copy {
   char* shared;
   int bytes;
+  Step step;
   unsigned char data[16];
 };
 struct CopyQueue {
@@ -39,39 +44,56 @@ class SharedMemory {
  public:
   void start(int bytes, int num_warps);  // for a new block: all bytes unwritten
   char* data() { return data_; }
-  // Each returns what is wrong, or an empty string.
-  std::string read(const void* address, int bytes, int thread);
-  std::string write(const void* address, int bytes, int thread);
-  std::string start_copy(void* address, int bytes, int thread);
+  // Each returns whether all is well; what is wrong is then error().
+  bool read(const void* address, int bytes, int thread, const Step& step);
+  bool write(const void* address, int bytes, int thread, const Step& step);
+  bool start_copy(const Copy& copy, int thread);
   void finish_copy(const Copy& copy, int thread);
+  const std::string& error() const { return error_; }
 
   void order_lanes(int warp);                       // sync_warp
   void order_warps(const std::vector<int>& warps);  // a barrier
   bool check_races = true;
 
  private:
-  static constexpr int16_t kNobody = -1;
-  static constexpr int16_t kSeveral = -2;
-  bool ordered(int earlier, uint32_t clock, int thread) const;
-  bool ordered_after_reads(int unit, int thread, int& reader) const;
-  std::string find(const void* address, int bytes, int& first, int& count) const;
-  std::string why_not_readable(int unit, int thread) const;
-  std::string why_not_writable(int unit, int thread) const;
+  static constexpr int32_t kCopying = INT32_MAX;  // the write clock where a copy is under way
+
+  struct Units {
+    int first = 0;
+    int count = 0;
+  };
+  bool find(const char* access, const void* address, int bytes, Units& units);
+  bool ordered(int earlier, int32_t clock, int thread) const;
+  bool check_unit_to_read(int unit, int thread);
+  bool check_unit_to_write(int unit, int thread);
+  bool check_reads_before_write(const Units& units, int warp, int thread);
+  bool refuse(const std::string& why);
+  std::string writer_of(int unit) const;
+  void mark_written(const Units& units, int32_t clock, int thread, uint16_t step);
+  void clear(int bytes, int num_warps);
 
   std::vector<char> memory_;
   char* data_ = nullptr;
-  int bytes_ = 0;  // of the largest block so far
-  int limit_ = 0;  // of this block
-  int num_warps_ = 0;
-  uint32_t base_ = 0;  // clocks up to this one are of earlier blocks
-  uint32_t latest_ = 0;
+  int bytes_ = 0;      // of the largest block so far
+  int limit_ = 0;      // of this block
+  int num_warps_ = 0;  // likewise
+  int block_warps_ = 0;
+  int32_t base_ = 0;  // clocks up to this one are of earlier blocks
+  int32_t latest_ = 0;
   std::vector<WarpClock> clocks_;
-  // Of each unit: its last write, the copy under way into it, and each warp's last read.
-  std::vector<uint32_t> write_clock_;
-  std::vector<int16_t> writer_;  // a thread; meaningless where write_clock_ <= base_
-  std::vector<int16_t> copier_;  // a thread or kNobody
-  std::vector<uint32_t> read_clock_[kMaxWarps];
-  std::vector<int16_t> reader_[kMaxWarps];  // the one thread that read at that clock, or kSeveral
+  std::string error_;
+  // Of each unit: its last write, or the copy under way into it.
+  std::vector<int32_t> write_clock_;
+  std::vector<int16_t> writer_;  // a thread
+  std::vector<uint16_t> write_step_;
+  // Of each warp and unit, the last clock at which it read, which of its lanes did then, and where
+  // the last of them did.
+  struct Reads {
+    std::vector<int32_t> clock;
+    std::vector<uint32_t> lanes;
+    std::vector<uint16_t> step;
+  };
+  Reads reads_[kMaxWarps];
 };
 
 }  // namespace emulator

@@ -9,6 +9,7 @@ SA_DEVICE void sync_threads(emulator::Site site = emulator::here()) {
 }
 
 SA_DEVICE void sync_named(int id, int num_threads, emulator::Site site = emulator::here()) {
+  if (id == 0) emulator::fault({"sync_named", site}, "barrier 0, which is sync_threads' own");
   emulator::barrier(id, num_threads, {"sync_named", site});
 }
 

@@ -11,9 +11,13 @@ struct Mma {
   const uint32_t* b;
 };
 
+// The compilers' vector extension: an operation is on all four.
+using FourFloats = float __attribute__((vector_size(16)));
+
 template <class Element>
-float half_of(uint32_t pair, int half) {
-  return attention::to_float(Element{static_cast<uint16_t>(pair >> (16 * half))});
+void unpack_to(float* two, uint32_t pair) {
+  two[0] = attention::to_float(Element{static_cast<uint16_t>(pair)});
+  two[1] = attention::to_float(Element{static_cast<uint16_t>(pair >> 16)});
 }
 
 // The tables of the PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type", where
@@ -23,34 +27,40 @@ float half_of(uint32_t pair, int half) {
 //   B   row = threadID_in_group * 2 + (i & 1)   for bi where i < 2, else + 8;   col = groupID
 //   C   row = groupID            for ci where i < 2, else groupID + 8
 //       col = threadID_in_group * 2 + (i & 1)
+// Elements 2 r and 2 r + 1 are the low and the high half of register r.
 template <class Element>
 void mma_m16n8k16_of(void* const* lanes) {
   float a[16][16];
-  float b[16][8];
+  float b[8][16];  // transposed: an element pair of a register then neighbours here too
   for (int lane = 0; lane < kWarpSize; ++lane) {
     const Mma& of = *static_cast<Mma*>(lanes[lane]);
     const int group = lane >> 2;
     const int in_group = lane % 4;
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < 8; i += 2) {
       const int row = (i < 2 || (4 <= i && i < 6)) ? group : group + 8;
-      const int col = in_group * 2 + (i & 1) + (i < 4 ? 0 : 8);
-      a[row][col] = half_of<Element>(of.a[i / 2], i & 1);
+      const int col = in_group * 2 + (i < 4 ? 0 : 8);
+      unpack_to<Element>(&a[row][col], of.a[i / 2]);
     }
-    for (int i = 0; i < 4; ++i) {
-      const int row = in_group * 2 + (i & 1) + (i < 2 ? 0 : 8);
-      b[row][group] = half_of<Element>(of.b[i / 2], i & 1);
+    for (int i = 0; i < 4; i += 2) {
+      const int row = in_group * 2 + (i < 2 ? 0 : 8);
+      unpack_to<Element>(&b[group][row], of.b[i / 2]);
     }
   }
-  float product[16][8] = {};
+  FourFloats b_rows[16][2];
+  for (int k = 0; k < 16; ++k) {
+    b_rows[k][0] = FourFloats{b[0][k], b[1][k], b[2][k], b[3][k]};
+    b_rows[k][1] = FourFloats{b[4][k], b[5][k], b[6][k], b[7][k]};
+  }
   for (int m = 0; m < 16; ++m) {
+    FourFloats product[2] = {};
     for (int k = 0; k < 16; ++k) {
-      for (int n = 0; n < 8; ++n) product[m][n] += a[m][k] * b[k][n];
+      product[0] += a[m][k] * b_rows[k][0];
+      product[1] += a[m][k] * b_rows[k][1];
     }
-  }
-  for (int lane = 0; lane < kWarpSize; ++lane) {
-    const Mma& of = *static_cast<Mma*>(lanes[lane]);
-    for (int i = 0; i < 4; ++i) {
-      of.acc[i] += product[(lane >> 2) + (i < 2 ? 0 : 8)][lane % 4 * 2 + (i & 1)];
+    for (int pair = 0; pair < 4; ++pair) {
+      float* acc = static_cast<Mma*>(lanes[m % 8 * 4 + pair])->acc + m / 8 * 2;
+      acc[0] += product[pair / 2][pair % 2 * 2];
+      acc[1] += product[pair / 2][pair % 2 * 2 + 1];
     }
   }
 }

@@ -1,0 +1,32 @@
+// What a thread does, and where in the kernel's source.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace emulator {
+
+struct Site {
+  const char* file;
+  int line;
+};
+// As the default of a function's last argument: where that function is called.
+constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  return {file, line};
+}
+
+struct Step {
+  const char* name;
+  Site site;
+};
+
+bool same(const Step& a, const Step& b);
+std::string describe(const Step& step);  // "sync_threads at kernel.cuh:40"
+
+// A small number for each step that ever was asked for, so that shared memory can keep one for each
+// of its bytes. Numbers run out at some 4000 steps; the later ones share kUnknownStep.
+constexpr uint16_t kUnknownStep = 0;
+uint16_t number_of(const Step& step);
+std::string describe(uint16_t number);
+
+}  // namespace emulator

@@ -59,6 +59,23 @@ SA_DEVICE void load_tile(Tile& tile, int cols, bool in_chunks, RowOf row_of) {
   }
 }
 
+// Writes the numbers first ... first + 7 of a row, those below cols.
+template <class Element>
+SA_DEVICE void store_chunk(Element* row, int first, int cols, bool in_chunks,
+                           const primitives::Bytes16& chunk) {
+  if (in_chunks) {
+    primitives::store_global(reinterpret_cast<primitives::Bytes16*>(row + first), chunk);
+    return;
+  }
+  SA_UNROLL
+  for (int i = 0; i < kChunkElems; ++i) {
+    if (first + i < cols) {
+      const uint16_t bits = static_cast<uint16_t>(chunk.word[i / 2] >> (16 * (i % 2)));
+      primitives::store_global(row + first + i, Element{bits});
+    }
+  }
+}
+
 // Writes rows of a tile out. row_of(r): where row r goes, or null.
 template <int kThreads, class Tile, class RowOf>
 SA_DEVICE void store_tile(const Tile& tile, int cols, bool in_chunks, RowOf row_of) {
@@ -74,17 +91,7 @@ SA_DEVICE void store_tile(const Tile& tile, int cols, bool in_chunks, RowOf row_
     if (target == nullptr || first >= cols) continue;
     const primitives::Bytes16 chunk = primitives::load_shared(
         reinterpret_cast<const primitives::Bytes16*>(tile.chunk(row, i % Tile::kChunks)));
-    if (in_chunks) {
-      primitives::store_global(reinterpret_cast<primitives::Bytes16*>(target + first), chunk);
-    } else {
-      SA_UNROLL
-      for (int j = 0; j < kChunkElems; ++j) {
-        if (first + j < cols) {
-          const uint16_t bits = static_cast<uint16_t>(chunk.word[j / 2] >> (16 * (j % 2)));
-          primitives::store_global(target + first + j, Element{bits});
-        }
-      }
-    }
+    store_chunk(target, first, cols, in_chunks, chunk);
   }
 }
 

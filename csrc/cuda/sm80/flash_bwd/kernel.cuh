@@ -1,0 +1,432 @@
+// The backward of one block of keys of one kv head: dK and dV of the block, summed over the tiles
+// of query rows that see some of it; each tile's dQ is added to a float32 accumulator that all
+// blocks share.
+//
+//   S^T  = K Q^T        P  = exp2(S to_log2 - lse_log2)          keys are the products' rows, so
+//   dP^T = V dO^T       dS = P (dP - delta) (softcap's slope)    that P^T and dS^T are operands A
+//   dV  += P^T dO       dK += dS^T Q         dQ += dS K          (softmax_scale comes at the end)
+//
+// Block x: blocks of keys fastest, then sequences; y: kv head. Rows are (position, head of the
+// group) pairs (packed_rows.cuh), so the sum over a kv head's query heads is part of the products.
+// Tiles are taken from the last to the first.
+//
+// The pipeline over tiles, kStages = 2; | is a barrier of the block. Copies of a tile's Q, dO, lse
+// and delta run for a whole round before it:
+//
+//     round       j                                     j + 1
+//     products    S dP soften dV dK   | dQ              S dP soften dV dK   | dQ
+//     copies      .. of j + 1 ..........| of j + 2 .......................... | of j + 3 ...
+//
+// With one stage tile j + 1 is copied while dQ of tile j is computed, and a second barrier follows.
+#pragma once
+
+#include <type_traits>
+
+#include "attention/mask.h"
+#include "cuda/sm80/flash_bwd/config.h"
+#include "cuda/sm80/flash_bwd/problem.h"
+#include "cuda/tile/copy.cuh"
+#include "cuda/tile/gemm.cuh"
+#include "cuda/tile/gemm_operands.cuh"
+#include "cuda/tile/packed_rows.cuh"
+#include "cuda/tile/soften.cuh"
+#include "primitives/atomic.h"
+#include "primitives/cta.h"
+
+namespace sink_attention::cuda::sm80 {
+
+template <class Element, class Tiles>
+struct FlashBwdStorage {
+  using KTile = SmemTile<Element, Tiles::kBlockN, Tiles::kHeadDim>;
+  using VTile = SmemTile<Element, Tiles::kBlockN, Tiles::kHeadDimV>;
+  using ScoreTile = SmemTile<Element, Tiles::kBlockN, Tiles::kBlockM>;
+  struct Nothing {};
+  struct alignas(8) KeyRange {  // of the block's keys, those that a row sees
+    int begin;
+    int end;
+  };
+
+  KTile k;  // before that, V on its way to registers; after all tiles, dV, then dK
+  std::conditional_t<Tiles::kValuesInRegisters, Nothing, VTile> v;
+  SmemTile<Element, Tiles::kBlockM, Tiles::kHeadDim> q[Tiles::kStages];
+  SmemTile<Element, Tiles::kBlockM, Tiles::kHeadDimV> dout[Tiles::kStages];
+  ScoreTile ds[Tiles::kStages];  // dS^T: a row for each key
+  std::conditional_t<Tiles::kColumnWarps == 1, Nothing, ScoreTile> p;  // P^T
+  alignas(16) float lse_log2[Tiles::kStages][Tiles::kBlockM];
+  alignas(16) float delta[Tiles::kStages][Tiles::kBlockM];
+  KeyRange visible[Tiles::kStages][Tiles::kBlockM];
+};
+
+// The work of one thread block. Accumulators live in registers from the first tile to the last.
+template <class Element, class Tiles>
+struct FlashBwdBlock {
+  using Storage = FlashBwdStorage<Element, Tiles>;
+  using Scores = Accumulators<Tiles::kKeyTiles, Tiles::kWarpRows / 8>;
+  using ScoreOperands = OperandsA<Tiles::kKeyTiles, Tiles::kWarpRows / 16>;
+  using ValueOperands = OperandsA<Tiles::kKeyTiles, Tiles::kHeadDimV / 16>;
+  static constexpr int kThreads = Tiles::kThreads;
+  static constexpr int kBlockM = Tiles::kBlockM;
+  static constexpr int kBlockN = Tiles::kBlockN;
+
+  const FlashBwdKernelProblem& problem;
+  Storage& storage;
+  const attention::FlashBwdProblem& bwd;
+  const attention::FlashFwdProblem& fwd;
+  int batch_idx;
+  int kv_head;
+  int key_block;
+  int first_key;
+  PackedRows rows;
+  attention::Mask mask;
+  int num_keys;  // of the block that exist; no block without one comes further than run()
+  // The tiles to visit.
+  int tiles_begin;
+  int tiles_end;
+  int64_t first_workspace_tile;  // tile 0's place in the workspace
+  // This warp's part of a tile of scores, and of dK's and dV's columns.
+  int warp_key;
+  int warp_row;
+  int column_warp;
+  ValueOperands values;
+  Accumulators<Tiles::kKeyTiles, Tiles::kWarpCols / 8> dk;
+  Accumulators<Tiles::kKeyTiles, Tiles::kWarpColsV / 8> dv;
+
+  SA_DEVICE FlashBwdBlock(const FlashBwdKernelProblem& problem, Storage& storage)
+      : problem(problem), storage(storage), bwd(problem.bwd), fwd(problem.bwd.fwd) {
+    batch_idx = primitives::block_idx().x / problem.num_key_blocks;
+    key_block = primitives::block_idx().x % problem.num_key_blocks;
+    kv_head = primitives::block_idx().y;
+    first_key = key_block * kBlockN;
+    rows = packed_rows(fwd, batch_idx, kv_head);
+    mask = attention::make_mask(fwd, rows.info.seqlen_q, rows.info.seqlen_k);
+    num_keys = static_cast<int>(attention::min_of(kBlockN, rows.info.seqlen_k - first_key));
+    const attention::Range queries = mask.visible_queries(first_key, first_key + num_keys);
+    const bool some = queries.begin < queries.end;
+    tiles_begin = some ? static_cast<int>(queries.begin) * rows.group / kBlockM : 0;
+    tiles_end =
+        some ? (static_cast<int>(queries.end) * rows.group + kBlockM - 1) / kBlockM : tiles_begin;
+    first_workspace_tile = int64_t{kv_head} * problem.workspace.num_tiles +
+                           first_tile(fwd, batch_idx, kBlockM);
+    const int warp = primitives::warp_idx();
+    column_warp = warp / Tiles::kKeyWarps;
+    warp_key = warp % Tiles::kKeyWarps * 16 * Tiles::kKeyTiles;
+    warp_row = column_warp * Tiles::kWarpRows;
+  }
+
+  SA_DEVICE void run() {
+    if (num_keys <= 0) return;
+    dk.clear();
+    dv.clear();
+    if (tiles_begin < tiles_end) {
+      load_block();
+      for (int stage = 0; stage < Tiles::kStages; ++stage) start_tile(tiles_end - 1 - stage, stage);
+      primitives::cp_async_wait<Tiles::kStages - 1>();
+      primitives::sync_threads();  // K, V and the first tile are there for all warps
+      int stage = 0;
+      for (int tile = tiles_end - 1; tile >= tiles_begin; --tile) {
+        add_tile(tile, stage);
+        stage ^= Tiles::kStages - 1;
+      }
+    }
+    store_gradients();
+  }
+
+  // One round of the pipeline.
+  SA_DEVICE void add_tile(int tile, int stage) {
+    ScoreOperands p;
+    ScoreOperands ds;
+    {
+      Scores s;
+      Scores dp;
+      s.clear();
+      dp.clear();
+      gemm_abt(s, storage.k, warp_key, storage.q[stage], warp_row);
+      if constexpr (Tiles::kValuesInRegisters) {
+        gemm_abt(dp, values, storage.dout[stage], warp_row);
+      } else {
+        gemm_abt(dp, storage.v, warp_key, storage.dout[stage], warp_row);
+      }
+      soften(tile, stage, s, dp, p, ds);
+    }
+    // This stage's dS was last read by dQ two rounds ago (one, with one stage), before a barrier.
+    store_operands_a(ds, storage.ds[stage], warp_key, warp_row);
+    if constexpr (Tiles::kColumnWarps == 1) {
+      gemm_ab(dv, p, storage.dout[stage], 0);
+      gemm_ab(dk, ds, storage.q[stage], 0);
+    } else {
+      store_operands_a(p, storage.p, warp_key, warp_row);
+      primitives::sync_threads();  // both warps of these keys have left their halves of P and dS
+      gemm_ab(dv, storage.p, warp_key, storage.dout[stage], column_warp * Tiles::kWarpColsV);
+      gemm_ab(dk, storage.ds[stage], warp_key, storage.q[stage], column_warp * Tiles::kWarpCols);
+    }
+    if constexpr (Tiles::kStages == 2) primitives::cp_async_wait<0>();
+    // All of dS is there; with two stages, so is the next tile. Nobody reads this stage's Q and dO
+    // any more: they may be overwritten.
+    primitives::sync_threads();
+    start_tile(tile - Tiles::kStages, stage);
+    add_dq(tile, stage);
+    if constexpr (Tiles::kStages == 1) {
+      primitives::cp_async_wait<0>();
+      primitives::sync_threads();  // the next tile is there, and dS read
+    }
+  }
+
+  // K and V: into shared memory, or V by way of it into registers. Copies of K go on.
+  SA_DEVICE void load_block() {
+    const auto row_of = [this](const void* tensor, int64_t stride_batch, int64_t stride_row,
+                               int64_t stride_head, int key) {
+      return key < num_keys ? static_cast<const Element*>(tensor) +
+                                  key_offset(key, stride_batch, stride_row, stride_head)
+                            : nullptr;
+    };
+    const auto load_values = [&](auto& tile) {
+      load_tile<kThreads>(
+          tile, static_cast<int>(fwd.head_dim_v), problem.v_in_chunks, [&](int key) {
+            return row_of(fwd.v, fwd.v_stride_batch, fwd.v_stride_row, fwd.v_stride_head, key);
+          });
+    };
+    if constexpr (Tiles::kValuesInRegisters) {
+      static_assert(Tiles::kHeadDimV <= Tiles::kHeadDim, "V passes through K's place");
+      auto& tile = *reinterpret_cast<typename Storage::VTile*>(&storage.k);
+      load_values(tile);
+      primitives::cp_async_commit();
+      primitives::cp_async_wait<0>();
+      primitives::sync_threads();  // V is there
+      load_operands_a(values, tile, warp_key);
+      primitives::sync_threads();  // V is in registers: K may take its place
+    } else {
+      load_values(storage.v);
+    }
+    load_tile<kThreads>(
+        storage.k, static_cast<int>(fwd.head_dim), problem.k_in_chunks, [&](int key) {
+          return row_of(fwd.k, fwd.k_stride_batch, fwd.k_stride_row, fwd.k_stride_head, key);
+        });
+  }
+
+  // Starts the copies of a tile as one group, which is empty where there is no such tile. Thread r
+  // notes what row r sees.
+  SA_DEVICE void start_tile(int tile, int stage) {
+    if (tile >= tiles_begin) {
+      const int row_begin = tile * kBlockM;
+      load_tile<kThreads>(
+          storage.q[stage], static_cast<int>(fwd.head_dim), problem.q_in_chunks, [&](int row) {
+            return row_begin + row < rows.num_rows
+                       ? static_cast<const Element*>(fwd.q) +
+                             rows.offset(row_begin + row, fwd.q_stride_batch, fwd.q_stride_row,
+                                         fwd.q_stride_head)
+                       : nullptr;
+          });
+      load_tile<kThreads>(
+          storage.dout[stage], static_cast<int>(fwd.head_dim_v), problem.dout_in_chunks,
+          [&](int row) {
+            return row_begin + row < rows.num_rows
+                       ? static_cast<const Element*>(bwd.dout) +
+                             rows.offset(row_begin + row, bwd.dout_stride_batch,
+                                         bwd.dout_stride_row, bwd.dout_stride_head)
+                       : nullptr;
+          });
+      const int thread = primitives::thread_idx();
+      const int64_t at = (first_workspace_tile + tile) * kBlockM;
+      static_assert(kBlockM <= kThreads, "a thread for each row");
+      if (4 * thread < kBlockM) {
+        primitives::cp_async_16(storage.lse_log2[stage] + 4 * thread,
+                                problem.workspace.lse_log2 + at + 4 * thread, true);
+        primitives::cp_async_16(storage.delta[stage] + 4 * thread,
+                                problem.workspace.delta + at + 4 * thread, true);
+      }
+      if (thread < kBlockM) {
+        typename Storage::KeyRange seen{0, 0};
+        if (row_begin + thread < rows.num_rows) {
+          const attention::Range keys = attention::intersect(
+              mask.visible_keys(rows.position(row_begin + thread)), {first_key, first_key + num_keys});
+          seen = {static_cast<int>(keys.begin - first_key), static_cast<int>(keys.end - first_key)};
+        }
+        primitives::store_shared(storage.visible[stage] + thread, seen);
+      }
+    }
+    primitives::cp_async_commit();
+  }
+
+  // Whether some row of the tile does not see some key of the block. Rows beyond the sequence need
+  // no mask: their lse is +inf.
+  SA_DEVICE bool needs_mask(int tile) const {
+    const int first = rows.position(tile * kBlockM);
+    const int last = rows.position(
+        static_cast<int>(attention::min_of((tile + 1) * kBlockM, rows.num_rows)) - 1);
+    return mask.visible_keys(last).begin > first_key ||
+           mask.visible_keys(first).end < first_key + kBlockN;
+  }
+
+  SA_DEVICE void soften(int tile, int stage, const Scores& s, const Scores& dp, ScoreOperands& p,
+                        ScoreOperands& ds) const {
+    if (problem.capped) {
+      soften<true, true>(stage, s, dp, p, ds);
+    } else if (needs_mask(tile)) {
+      soften<true, false>(stage, s, dp, p, ds);
+    } else {
+      soften<false, false>(stage, s, dp, p, ds);
+    }
+  }
+
+  // P^T and dS^T as operands. A thread's columns are rows of the tile: two neighbours in each of 8.
+  template <bool kMasked, bool kCapped>
+  SA_DEVICE void soften(int stage, const Scores& s, const Scores& dp, ScoreOperands& p,
+                        ScoreOperands& ds) const {
+    using primitives::Float2;
+    const int lane = primitives::lane_idx();
+    SA_UNROLL
+    for (int n = 0; n < Tiles::kWarpRows / 8; ++n) {
+      const int row = warp_row + 8 * n + accumulator_col(lane, 0);
+      const auto lse = primitives::load_shared(
+          reinterpret_cast<const Float2*>(storage.lse_log2[stage] + row));
+      const auto delta =
+          primitives::load_shared(reinterpret_cast<const Float2*>(storage.delta[stage] + row));
+      typename Storage::KeyRange seen[2];
+      if constexpr (kMasked) {
+        seen[0] = primitives::load_shared(storage.visible[stage] + row);
+        seen[1] = primitives::load_shared(storage.visible[stage] + row + 1);
+      }
+      SA_UNROLL
+      for (int m = 0; m < Tiles::kKeyTiles; ++m) {
+        SA_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const int key = warp_key + 16 * m + accumulator_row(lane, 2 * half);
+          float weight[2];
+          float gradient[2];
+          SA_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            float score = s.c[m][n][2 * half + i];
+            if constexpr (kCapped) score = tanh_by_exp2(score * problem.to_tanh);
+            // No weight exceeds 1. Where logits are so large that lse's rounding is a power of two
+            // or more, this keeps the gradients finite; a NaN passes.
+            const float exponent = score * problem.to_log2 - (i == 0 ? lse.x : lse.y);
+            weight[i] = primitives::exp2_approx(exponent > 0.0f ? 0.0f : exponent);
+            gradient[i] = weight[i] * (dp.c[m][n][2 * half + i] - (i == 0 ? delta.x : delta.y));
+            if constexpr (kCapped) gradient[i] *= 1.0f - score * score;
+            if constexpr (kMasked) {
+              const bool visible = seen[i].begin <= key && key < seen[i].end;
+              weight[i] = visible ? weight[i] : 0.0f;
+              gradient[i] = visible ? gradient[i] : 0.0f;
+            }
+          }
+          p.pair(m, n, half) = primitives::pack<Element>(weight[0], weight[1]);
+          ds.pair(m, n, half) = primitives::pack<Element>(gradient[0], gradient[1]);
+        }
+      }
+    }
+  }
+
+  // dQ of the tile, added to the accumulator; in the order of the blocks of keys if turns are kept.
+  // A block only waits for those before it, which have a lower index and started earlier.
+  SA_DEVICE void add_dq(int tile, int stage) const {
+    const int warp = primitives::warp_idx();
+    const int row = warp % Tiles::kRowWarps * Tiles::kDqRows;
+    const int col = warp / Tiles::kRowWarps * Tiles::kDqCols;
+    Accumulators<Tiles::kDqRows / 16, Tiles::kDqCols / 8> dq;
+    dq.clear();
+    gemm_atb(dq, storage.ds[stage], row, storage.k, col);
+
+    const int64_t workspace_tile = first_workspace_tile + tile;
+    int* turn = problem.workspace.turns == nullptr ? nullptr
+                                                   : problem.workspace.turns + workspace_tile;
+    const int mine = turn == nullptr ? 0 : turn_at(tile);
+    if (turn != nullptr) {
+      if (primitives::thread_idx() == 0) primitives::wait_for_turn(turn, mine);
+      primitives::sync_threads();  // it is every thread's turn
+    }
+    // Numbers of neighbouring lanes are neighbours (bwd_workspace.h).
+    float* sums = problem.workspace.dq + workspace_tile * (kBlockM * Tiles::kHeadDim) +
+                  primitives::lane_idx();
+    const int num_rows = rows.num_rows - tile * kBlockM;
+    SA_UNROLL
+    for (int m = 0; m < Tiles::kDqRows / 16; ++m) {
+      SA_UNROLL
+      for (int n = 0; n < Tiles::kDqCols / 8; ++n) {
+        if (row + 16 * m >= num_rows || col + 8 * n >= fwd.head_dim) continue;  // all zeros
+        const int fragment = (row / 16 + m) * (Tiles::kHeadDim / 8) + col / 8 + n;
+        SA_UNROLL
+        for (int reg = 0; reg < 4; ++reg) {
+          primitives::atomic_add(sums + fragment * 128 + reg * 32, dq.c[m][n][reg]);
+        }
+      }
+    }
+    if (turn != nullptr) {
+      primitives::sync_threads();  // every thread has added
+      if (primitives::thread_idx() == 0) primitives::pass_turn(turn, mine + 1);
+    }
+  }
+
+  // How many blocks of keys add to the tile's dQ before this one: all those from the first that a
+  // row of it sees.
+  SA_DEVICE int turn_at(int tile) const {
+    const int first = rows.position(tile * kBlockM);
+    const int last = rows.position(
+        static_cast<int>(attention::min_of((tile + 1) * kBlockM, rows.num_rows)) - 1);
+    return key_block - static_cast<int>(mask.visible_keys(first, last + 1).begin) / kBlockN;
+  }
+
+  // Through K's place, so that rows are written 16 bytes at a time.
+  SA_DEVICE void store_gradients() {
+    primitives::sync_threads();  // the last tile's dQ has read K
+    store_gradient(dv, 1.0f, *reinterpret_cast<typename Storage::VTile*>(&storage.k),
+                   column_warp * Tiles::kWarpColsV, static_cast<Element*>(bwd.dv),
+                   static_cast<int>(fwd.head_dim_v), problem.dv_in_chunks, bwd.dv_stride_batch,
+                   bwd.dv_stride_row, bwd.dv_stride_head);
+    primitives::sync_threads();  // dV is read
+    store_gradient(dk, static_cast<float>(fwd.softmax_scale), storage.k,
+                   column_warp * Tiles::kWarpCols, static_cast<Element*>(bwd.dk),
+                   static_cast<int>(fwd.head_dim), problem.dk_in_chunks, bwd.dk_stride_batch,
+                   bwd.dk_stride_row, bwd.dk_stride_head);
+  }
+
+  template <int kTilesM, int kTilesN, class Tile>
+  SA_DEVICE void store_gradient(const Accumulators<kTilesM, kTilesN>& gradient, float scale,
+                                Tile& tile, int warp_col, Element* result, int cols, bool in_chunks,
+                                int64_t stride_batch, int64_t stride_row, int64_t stride_head) {
+    const int lane = primitives::lane_idx();
+    SA_UNROLL
+    for (int m = 0; m < kTilesM; ++m) {
+      SA_UNROLL
+      for (int n = 0; n < kTilesN; ++n) {
+        SA_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          auto* target = tile.at(warp_key + 16 * m + accumulator_row(lane, 2 * half),
+                                 warp_col + 8 * n + accumulator_col(lane, 0));
+          primitives::store_shared(
+              reinterpret_cast<uint32_t*>(target),
+              primitives::pack<Element>(gradient.c[m][n][2 * half] * scale,
+                                        gradient.c[m][n][2 * half + 1] * scale));
+        }
+      }
+    }
+    primitives::sync_threads();  // all keys' rows are there
+    store_tile<kThreads>(tile, cols, in_chunks, [&](int key) {
+      return key < num_keys ? result + key_offset(key, stride_batch, stride_row, stride_head)
+                            : nullptr;
+    });
+  }
+
+  SA_DEVICE int64_t key_offset(int key, int64_t stride_batch, int64_t stride_row,
+                               int64_t stride_head) const {
+    return rows.info.k_batch * stride_batch + (rows.info.k_row + first_key + key) * stride_row +
+           kv_head * stride_head;
+  }
+};
+
+template <class Element, class Tiles>
+struct FlashBwdKernel {
+  using Problem = FlashBwdKernelProblem;
+  using Storage = FlashBwdStorage<Element, Tiles>;
+  struct Config {
+    static constexpr int kThreads = Tiles::kThreads;
+    static constexpr int kMinBlocks = Tiles::kMinBlocks;
+    static constexpr int kSharedBytes = static_cast<int>(sizeof(Storage));
+  };
+  static_assert(Config::kSharedBytes <= 99 * 1024, "what compute capability 8.6 has for a block");
+
+  static SA_DEVICE void run(const Problem& problem, char* shared) {
+    FlashBwdBlock<Element, Tiles>(problem, *reinterpret_cast<Storage*>(shared)).run();
+  }
+};
+
+}  // namespace sink_attention::cuda::sm80

@@ -7,9 +7,9 @@ namespace {
 
 using attention::BFloat16;
 using attention::DataType;
-using attention::Float16;
 using attention::FlashBwdProblem;
 using attention::FlashFwdProblem;
+using attention::Float16;
 
 constexpr int64_t kAlignment = 256;
 
@@ -37,9 +37,8 @@ BwdRowsProblem rows_problem(const FlashBwdProblem& problem, const BwdWorkspace& 
   rows.workspace = workspace;
   rows.out_in_chunks = rows_are_chunks(fwd.out, fwd.head_dim_v, fwd.out_stride_batch,
                                        fwd.out_stride_row, fwd.out_stride_head);
-  rows.dout_in_chunks =
-      rows_are_chunks(problem.dout, fwd.head_dim_v, problem.dout_stride_batch,
-                      problem.dout_stride_row, problem.dout_stride_head);
+  rows.dout_in_chunks = rows_are_chunks(problem.dout, fwd.head_dim_v, problem.dout_stride_batch,
+                                        problem.dout_stride_row, problem.dout_stride_head);
   rows.dq_in_chunks = rows_are_chunks(problem.dq, fwd.head_dim, problem.dq_stride_batch,
                                       problem.dq_stride_row, problem.dq_stride_head);
   return rows;

@@ -103,14 +103,12 @@ struct BwdPreprocess {
     float dot = 0;
     if (row < tile.num_rows) {
       const int packed_row = tile.row_begin + row;
-      const Element* out =
-          static_cast<const Element*>(fwd.out) +
-          tile.rows.offset(packed_row, fwd.out_stride_batch, fwd.out_stride_row,
-                           fwd.out_stride_head);
-      const Element* dout =
-          static_cast<const Element*>(bwd.dout) +
-          tile.rows.offset(packed_row, bwd.dout_stride_batch, bwd.dout_stride_row,
-                           bwd.dout_stride_head);
+      const Element* out = static_cast<const Element*>(fwd.out) +
+                           tile.rows.offset(packed_row, fwd.out_stride_batch, fwd.out_stride_row,
+                                            fwd.out_stride_head);
+      const Element* dout = static_cast<const Element*>(bwd.dout) +
+                            tile.rows.offset(packed_row, bwd.dout_stride_batch, bwd.dout_stride_row,
+                                             bwd.dout_stride_head);
       const int cols = static_cast<int>(fwd.head_dim_v);
       const int first = primitives::thread_idx() % kLanesPerRow * kChunkElems;
       for (int col = first; col < cols; col += kLanesPerRow * kChunkElems) {
@@ -125,9 +123,9 @@ struct BwdPreprocess {
 
   static SA_DEVICE primitives::Bytes16 load_chunk(const Element* row, int col, int cols,
                                                   bool in_chunks) {
-    return in_chunks ? primitives::load_global(
-                           reinterpret_cast<const primitives::Bytes16*>(row + col))
-                     : gather_chunk(row, col, cols);
+    return in_chunks
+               ? primitives::load_global(reinterpret_cast<const primitives::Bytes16*>(row + col))
+               : gather_chunk(row, col, cols);
   }
 
   static SA_DEVICE float dot_of_chunks(const primitives::Bytes16& a, const primitives::Bytes16& b) {
@@ -159,16 +157,15 @@ struct BwdPreprocess {
       if (lse != attention::negative_infinity<float>()) lse_log2 = lse * kLog2E;
       delta = dot;
       if (bwd.dlse != nullptr) {
-        delta -= primitives::load_global(static_cast<const float*>(bwd.dlse) +
-                                         tile.rows.offset(packed_row, bwd.dlse_stride_batch,
-                                                          bwd.dlse_stride_row,
-                                                          bwd.dlse_stride_head));
+        delta -=
+            primitives::load_global(static_cast<const float*>(bwd.dlse) +
+                                    tile.rows.offset(packed_row, bwd.dlse_stride_batch,
+                                                     bwd.dlse_stride_row, bwd.dlse_stride_head));
       }
       const float sink = load_sink(fwd, tile.rows.head(packed_row));
       if (sink != attention::negative_infinity<float>()) {
         // Equal where both are +inf, and where the row has no key.
-        const float weight =
-            lse == sink ? 1.0f : primitives::exp2_approx((sink - lse) * kLog2E);
+        const float weight = lse == sink ? 1.0f : primitives::exp2_approx((sink - lse) * kLog2E);
         term = -weight * delta;
       }
     }

@@ -23,12 +23,12 @@
 namespace sink_attention::cuda {
 
 struct BwdWorkspace {
-  int tile_rows;  // a multiple of 16
-  int dq_cols;    // head_dim, padded
-  int num_tiles;  // of one kv head, the unused ones too
-  float* lse_log2;    // [num_heads_kv][num_tiles][tile_rows]: lse * log2 e; +inf where no key counts
-  float* delta;       // [num_heads_kv][num_tiles][tile_rows]: <dout, out> - dlse
-  float* dq;          // [num_heads_kv][num_tiles][tile_rows * dq_cols]: dq / softmax_scale
+  int tile_rows;    // a multiple of 16
+  int dq_cols;      // head_dim, padded
+  int num_tiles;    // of one kv head, the unused ones too
+  float* lse_log2;  // [num_heads_kv][num_tiles][tile_rows]: lse * log2 e; +inf where no key counts
+  float* delta;     // [num_heads_kv][num_tiles][tile_rows]: <dout, out> - dlse
+  float* dq;        // [num_heads_kv][num_tiles][tile_rows * dq_cols]: dq / softmax_scale
   float* sink_terms;  // [num_heads_q][num_tiles]: parts of ds_aux; null without a sink
   int* turns;  // [num_heads_kv][num_tiles]: blocks of keys that have added to dq; null unless they
                // must do so in order

@@ -50,7 +50,7 @@ struct FlashBwdStorage {
   std::conditional_t<Tiles::kValuesInRegisters, Nothing, VTile> v;
   SmemTile<Element, Tiles::kBlockM, Tiles::kHeadDim> q[Tiles::kStages];
   SmemTile<Element, Tiles::kBlockM, Tiles::kHeadDimV> dout[Tiles::kStages];
-  ScoreTile ds[Tiles::kStages];  // dS^T: a row for each key
+  ScoreTile ds[Tiles::kStages];                                        // dS^T: a row for each key
   std::conditional_t<Tiles::kColumnWarps == 1, Nothing, ScoreTile> p;  // P^T
   alignas(16) float lse_log2[Tiles::kStages][Tiles::kBlockM];
   alignas(16) float delta[Tiles::kStages][Tiles::kBlockM];
@@ -68,53 +68,63 @@ struct FlashBwdBlock {
   static constexpr int kBlockM = Tiles::kBlockM;
   static constexpr int kBlockN = Tiles::kBlockN;
 
+  // Accumulators leave few registers: what lives through the loop is kept small, the rest is
+  // computed where it is needed.
   const FlashBwdKernelProblem& problem;
   Storage& storage;
   const attention::FlashBwdProblem& bwd;
   const attention::FlashFwdProblem& fwd;
-  int batch_idx;
-  int kv_head;
-  int key_block;
+  int seqlen_q;
+  int seqlen_k;
   int first_key;
-  PackedRows rows;
-  attention::Mask mask;
-  int num_keys;  // of the block that exist; no block without one comes further than run()
-  // The tiles to visit.
-  int tiles_begin;
+  int tiles_begin;  // tiles to visit
   int tiles_end;
-  int64_t first_workspace_tile;  // tile 0's place in the workspace
-  // This warp's part of a tile of scores, and of dK's and dV's columns.
-  int warp_key;
-  int warp_row;
-  int column_warp;
+  int first_workspace_tile;  // tile 0's place in the workspace
+  const Element* q;          // position 0, first head of the group
+  const Element* dout;
   ValueOperands values;
   Accumulators<Tiles::kKeyTiles, Tiles::kWarpCols / 8> dk;
   Accumulators<Tiles::kKeyTiles, Tiles::kWarpColsV / 8> dv;
 
   SA_DEVICE FlashBwdBlock(const FlashBwdKernelProblem& problem, Storage& storage)
       : problem(problem), storage(storage), bwd(problem.bwd), fwd(problem.bwd.fwd) {
-    batch_idx = primitives::block_idx().x / problem.num_key_blocks;
-    key_block = primitives::block_idx().x % problem.num_key_blocks;
-    kv_head = primitives::block_idx().y;
-    first_key = key_block * kBlockN;
-    rows = packed_rows(fwd, batch_idx, kv_head);
-    mask = attention::make_mask(fwd, rows.info.seqlen_q, rows.info.seqlen_k);
-    num_keys = static_cast<int>(attention::min_of(kBlockN, rows.info.seqlen_k - first_key));
-    const attention::Range queries = mask.visible_queries(first_key, first_key + num_keys);
+    first_key = primitives::block_idx().x % problem.num_key_blocks * kBlockN;
+    const PackedRows rows = packed_rows(fwd, batch_idx(), kv_head());
+    seqlen_q = static_cast<int>(rows.info.seqlen_q);
+    seqlen_k = static_cast<int>(rows.info.seqlen_k);
+    const attention::Range queries = mask().visible_queries(first_key, first_key + num_keys());
     const bool some = queries.begin < queries.end;
-    tiles_begin = some ? static_cast<int>(queries.begin) * rows.group / kBlockM : 0;
+    tiles_begin = some ? static_cast<int>(queries.begin) * group() / kBlockM : 0;
     tiles_end =
-        some ? (static_cast<int>(queries.end) * rows.group + kBlockM - 1) / kBlockM : tiles_begin;
-    first_workspace_tile = int64_t{kv_head} * problem.workspace.num_tiles +
-                           first_tile(fwd, batch_idx, kBlockM);
-    const int warp = primitives::warp_idx();
-    column_warp = warp / Tiles::kKeyWarps;
-    warp_key = warp % Tiles::kKeyWarps * 16 * Tiles::kKeyTiles;
-    warp_row = column_warp * Tiles::kWarpRows;
+        some ? (static_cast<int>(queries.end) * group() + kBlockM - 1) / kBlockM : tiles_begin;
+    first_workspace_tile = kv_head() * problem.workspace.num_tiles +
+                           static_cast<int>(first_tile(fwd, batch_idx(), kBlockM));
+    q = static_cast<const Element*>(fwd.q) +
+        rows.offset(0, fwd.q_stride_batch, fwd.q_stride_row, fwd.q_stride_head);
+    dout = static_cast<const Element*>(bwd.dout) +
+           rows.offset(0, bwd.dout_stride_batch, bwd.dout_stride_row, bwd.dout_stride_head);
+  }
+
+  SA_DEVICE int batch_idx() const { return primitives::block_idx().x / problem.num_key_blocks; }
+  SA_DEVICE int kv_head() const { return primitives::block_idx().y; }
+  SA_DEVICE int group() const { return problem.group; }
+  // Anew in each step, so that no step's addresses wait in registers for the next tile.
+  SA_DEVICE static int lane() { return primitives::lane_idx_anew(); }
+  SA_DEVICE int num_rows() const { return seqlen_q * group(); }
+  // Of the block, those that exist; a block that has none does nothing.
+  SA_DEVICE int num_keys() const {
+    return static_cast<int>(attention::min_of(kBlockN, seqlen_k - first_key));
+  }
+  SA_DEVICE attention::Mask mask() const { return attention::make_mask(fwd, seqlen_q, seqlen_k); }
+  // This warp's part of a tile of scores, and of dK's and dV's columns.
+  SA_DEVICE int column_warp() const { return primitives::warp_idx() / Tiles::kKeyWarps; }
+  SA_DEVICE int warp_row() const { return column_warp() * Tiles::kWarpRows; }
+  SA_DEVICE int warp_key() const {
+    return primitives::warp_idx() % Tiles::kKeyWarps * 16 * Tiles::kKeyTiles;
   }
 
   SA_DEVICE void run() {
-    if (num_keys <= 0) return;
+    if (num_keys() <= 0) return;
     dk.clear();
     dv.clear();
     if (tiles_begin < tiles_end) {
@@ -140,24 +150,26 @@ struct FlashBwdBlock {
       Scores dp;
       s.clear();
       dp.clear();
-      gemm_abt(s, storage.k, warp_key, storage.q[stage], warp_row);
+      gemm_abt(s, storage.k, warp_key(), storage.q[stage], warp_row(), lane());
       if constexpr (Tiles::kValuesInRegisters) {
-        gemm_abt(dp, values, storage.dout[stage], warp_row);
+        gemm_abt(dp, values, storage.dout[stage], warp_row(), lane());
       } else {
-        gemm_abt(dp, storage.v, warp_key, storage.dout[stage], warp_row);
+        gemm_abt(dp, storage.v, warp_key(), storage.dout[stage], warp_row(), lane());
       }
       soften(tile, stage, s, dp, p, ds);
     }
     // This stage's dS was last read by dQ two rounds ago (one, with one stage), before a barrier.
-    store_operands_a(ds, storage.ds[stage], warp_key, warp_row);
+    store_operands_a(ds, storage.ds[stage], warp_key(), warp_row(), lane());
     if constexpr (Tiles::kColumnWarps == 1) {
-      gemm_ab(dv, p, storage.dout[stage], 0);
-      gemm_ab(dk, ds, storage.q[stage], 0);
+      gemm_ab(dv, p, storage.dout[stage], 0, lane());
+      gemm_ab(dk, ds, storage.q[stage], 0, lane());
     } else {
-      store_operands_a(p, storage.p, warp_key, warp_row);
+      store_operands_a(p, storage.p, warp_key(), warp_row(), lane());
       primitives::sync_threads();  // both warps of these keys have left their halves of P and dS
-      gemm_ab(dv, storage.p, warp_key, storage.dout[stage], column_warp * Tiles::kWarpColsV);
-      gemm_ab(dk, storage.ds[stage], warp_key, storage.q[stage], column_warp * Tiles::kWarpCols);
+      gemm_ab(dv, storage.p, warp_key(), storage.dout[stage], column_warp() * Tiles::kWarpColsV,
+              lane());
+      gemm_ab(dk, storage.ds[stage], warp_key(), storage.q[stage], column_warp() * Tiles::kWarpCols,
+              lane());
     }
     if constexpr (Tiles::kStages == 2) primitives::cp_async_wait<0>();
     // All of dS is there; with two stages, so is the next tile. Nobody reads this stage's Q and dO
@@ -175,9 +187,9 @@ struct FlashBwdBlock {
   SA_DEVICE void load_block() {
     const auto row_of = [this](const void* tensor, int64_t stride_batch, int64_t stride_row,
                                int64_t stride_head, int key) {
-      return key < num_keys ? static_cast<const Element*>(tensor) +
-                                  key_offset(key, stride_batch, stride_row, stride_head)
-                            : nullptr;
+      return key < num_keys() ? static_cast<const Element*>(tensor) +
+                                    key_offset(key, stride_batch, stride_row, stride_head)
+                              : nullptr;
     };
     const auto load_values = [&](auto& tile) {
       load_tile<kThreads>(
@@ -192,7 +204,7 @@ struct FlashBwdBlock {
       primitives::cp_async_commit();
       primitives::cp_async_wait<0>();
       primitives::sync_threads();  // V is there
-      load_operands_a(values, tile, warp_key);
+      load_operands_a(values, tile, warp_key(), lane());
       primitives::sync_threads();  // V is in registers: K may take its place
     } else {
       load_values(storage.v);
@@ -210,23 +222,15 @@ struct FlashBwdBlock {
       const int row_begin = tile * kBlockM;
       load_tile<kThreads>(
           storage.q[stage], static_cast<int>(fwd.head_dim), problem.q_in_chunks, [&](int row) {
-            return row_begin + row < rows.num_rows
-                       ? static_cast<const Element*>(fwd.q) +
-                             rows.offset(row_begin + row, fwd.q_stride_batch, fwd.q_stride_row,
-                                         fwd.q_stride_head)
-                       : nullptr;
+            return query_row(q, row_begin + row, fwd.q_stride_row, fwd.q_stride_head);
           });
-      load_tile<kThreads>(
-          storage.dout[stage], static_cast<int>(fwd.head_dim_v), problem.dout_in_chunks,
-          [&](int row) {
-            return row_begin + row < rows.num_rows
-                       ? static_cast<const Element*>(bwd.dout) +
-                             rows.offset(row_begin + row, bwd.dout_stride_batch,
-                                         bwd.dout_stride_row, bwd.dout_stride_head)
-                       : nullptr;
-          });
+      load_tile<kThreads>(storage.dout[stage], static_cast<int>(fwd.head_dim_v),
+                          problem.dout_in_chunks, [&](int row) {
+                            return query_row(dout, row_begin + row, bwd.dout_stride_row,
+                                             bwd.dout_stride_head);
+                          });
       const int thread = primitives::thread_idx();
-      const int64_t at = (first_workspace_tile + tile) * kBlockM;
+      const int64_t at = int64_t{first_workspace_tile + tile} * kBlockM;
       static_assert(kBlockM <= kThreads, "a thread for each row");
       if (4 * thread < kBlockM) {
         primitives::cp_async_16(storage.lse_log2[stage] + 4 * thread,
@@ -236,9 +240,10 @@ struct FlashBwdBlock {
       }
       if (thread < kBlockM) {
         typename Storage::KeyRange seen{0, 0};
-        if (row_begin + thread < rows.num_rows) {
-          const attention::Range keys = attention::intersect(
-              mask.visible_keys(rows.position(row_begin + thread)), {first_key, first_key + num_keys});
+        if (row_begin + thread < num_rows()) {
+          const attention::Range keys =
+              attention::intersect(mask().visible_keys((row_begin + thread) / group()),
+                                   {first_key, first_key + num_keys()});
           seen = {static_cast<int>(keys.begin - first_key), static_cast<int>(keys.end - first_key)};
         }
         primitives::store_shared(storage.visible[stage] + thread, seen);
@@ -247,14 +252,23 @@ struct FlashBwdBlock {
     primitives::cp_async_commit();
   }
 
+  SA_DEVICE const Element* query_row(const Element* base, int row, int64_t stride_row,
+                                     int64_t stride_head) const {
+    return row < num_rows() ? base + row / group() * stride_row + row % group() * stride_head
+                            : nullptr;
+  }
+
+  SA_DEVICE int last_position(int tile) const {
+    return (static_cast<int>(attention::min_of((tile + 1) * kBlockM, num_rows())) - 1) / group();
+  }
+
   // Whether some row of the tile does not see some key of the block. Rows beyond the sequence need
   // no mask: their lse is +inf.
   SA_DEVICE bool needs_mask(int tile) const {
-    const int first = rows.position(tile * kBlockM);
-    const int last = rows.position(
-        static_cast<int>(attention::min_of((tile + 1) * kBlockM, rows.num_rows)) - 1);
-    return mask.visible_keys(last).begin > first_key ||
-           mask.visible_keys(first).end < first_key + kBlockN;
+    const int first = tile * kBlockM / group();
+    const int last = last_position(tile);
+    return mask().visible_keys(last).begin > first_key ||
+           mask().visible_keys(first).end < first_key + kBlockN;
   }
 
   SA_DEVICE void soften(int tile, int stage, const Scores& s, const Scores& dp, ScoreOperands& p,
@@ -273,12 +287,12 @@ struct FlashBwdBlock {
   SA_DEVICE void soften(int stage, const Scores& s, const Scores& dp, ScoreOperands& p,
                         ScoreOperands& ds) const {
     using primitives::Float2;
-    const int lane = primitives::lane_idx();
+    const int lane = primitives::lane_idx_anew();
     SA_UNROLL
     for (int n = 0; n < Tiles::kWarpRows / 8; ++n) {
-      const int row = warp_row + 8 * n + accumulator_col(lane, 0);
-      const auto lse = primitives::load_shared(
-          reinterpret_cast<const Float2*>(storage.lse_log2[stage] + row));
+      const int row = warp_row() + 8 * n + accumulator_col(lane, 0);
+      const auto lse =
+          primitives::load_shared(reinterpret_cast<const Float2*>(storage.lse_log2[stage] + row));
       const auto delta =
           primitives::load_shared(reinterpret_cast<const Float2*>(storage.delta[stage] + row));
       typename Storage::KeyRange seen[2];
@@ -290,7 +304,7 @@ struct FlashBwdBlock {
       for (int m = 0; m < Tiles::kKeyTiles; ++m) {
         SA_UNROLL
         for (int half = 0; half < 2; ++half) {
-          const int key = warp_key + 16 * m + accumulator_row(lane, 2 * half);
+          const int key = warp_key() + 16 * m + accumulator_row(lane, 2 * half);
           float weight[2];
           float gradient[2];
           SA_UNROLL
@@ -324,11 +338,11 @@ struct FlashBwdBlock {
     const int col = warp / Tiles::kRowWarps * Tiles::kDqCols;
     Accumulators<Tiles::kDqRows / 16, Tiles::kDqCols / 8> dq;
     dq.clear();
-    gemm_atb(dq, storage.ds[stage], row, storage.k, col);
+    gemm_atb(dq, storage.ds[stage], row, storage.k, col, lane());
 
     const int64_t workspace_tile = first_workspace_tile + tile;
-    int* turn = problem.workspace.turns == nullptr ? nullptr
-                                                   : problem.workspace.turns + workspace_tile;
+    int* turn =
+        problem.workspace.turns == nullptr ? nullptr : problem.workspace.turns + workspace_tile;
     const int mine = turn == nullptr ? 0 : turn_at(tile);
     if (turn != nullptr) {
       if (primitives::thread_idx() == 0) primitives::wait_for_turn(turn, mine);
@@ -337,12 +351,12 @@ struct FlashBwdBlock {
     // Numbers of neighbouring lanes are neighbours (bwd_workspace.h).
     float* sums = problem.workspace.dq + workspace_tile * (kBlockM * Tiles::kHeadDim) +
                   primitives::lane_idx();
-    const int num_rows = rows.num_rows - tile * kBlockM;
+    const int rows_left = num_rows() - tile * kBlockM;
     SA_UNROLL
     for (int m = 0; m < Tiles::kDqRows / 16; ++m) {
       SA_UNROLL
       for (int n = 0; n < Tiles::kDqCols / 8; ++n) {
-        if (row + 16 * m >= num_rows || col + 8 * n >= fwd.head_dim) continue;  // all zeros
+        if (row + 16 * m >= rows_left || col + 8 * n >= fwd.head_dim) continue;  // all zeros
         const int fragment = (row / 16 + m) * (Tiles::kHeadDim / 8) + col / 8 + n;
         SA_UNROLL
         for (int reg = 0; reg < 4; ++reg) {
@@ -359,22 +373,22 @@ struct FlashBwdBlock {
   // How many blocks of keys add to the tile's dQ before this one: all those from the first that a
   // row of it sees.
   SA_DEVICE int turn_at(int tile) const {
-    const int first = rows.position(tile * kBlockM);
-    const int last = rows.position(
-        static_cast<int>(attention::min_of((tile + 1) * kBlockM, rows.num_rows)) - 1);
-    return key_block - static_cast<int>(mask.visible_keys(first, last + 1).begin) / kBlockN;
+    const int first = tile * kBlockM / group();
+    const int last = last_position(tile);
+    return first_key / kBlockN -
+           static_cast<int>(mask().visible_keys(first, last + 1).begin) / kBlockN;
   }
 
   // Through K's place, so that rows are written 16 bytes at a time.
   SA_DEVICE void store_gradients() {
     primitives::sync_threads();  // the last tile's dQ has read K
     store_gradient(dv, 1.0f, *reinterpret_cast<typename Storage::VTile*>(&storage.k),
-                   column_warp * Tiles::kWarpColsV, static_cast<Element*>(bwd.dv),
+                   column_warp() * Tiles::kWarpColsV, static_cast<Element*>(bwd.dv),
                    static_cast<int>(fwd.head_dim_v), problem.dv_in_chunks, bwd.dv_stride_batch,
                    bwd.dv_stride_row, bwd.dv_stride_head);
     primitives::sync_threads();  // dV is read
     store_gradient(dk, static_cast<float>(fwd.softmax_scale), storage.k,
-                   column_warp * Tiles::kWarpCols, static_cast<Element*>(bwd.dk),
+                   column_warp() * Tiles::kWarpCols, static_cast<Element*>(bwd.dk),
                    static_cast<int>(fwd.head_dim), problem.dk_in_chunks, bwd.dk_stride_batch,
                    bwd.dk_stride_row, bwd.dk_stride_head);
   }
@@ -383,14 +397,14 @@ struct FlashBwdBlock {
   SA_DEVICE void store_gradient(const Accumulators<kTilesM, kTilesN>& gradient, float scale,
                                 Tile& tile, int warp_col, Element* result, int cols, bool in_chunks,
                                 int64_t stride_batch, int64_t stride_row, int64_t stride_head) {
-    const int lane = primitives::lane_idx();
+    const int lane = primitives::lane_idx_anew();
     SA_UNROLL
     for (int m = 0; m < kTilesM; ++m) {
       SA_UNROLL
       for (int n = 0; n < kTilesN; ++n) {
         SA_UNROLL
         for (int half = 0; half < 2; ++half) {
-          auto* target = tile.at(warp_key + 16 * m + accumulator_row(lane, 2 * half),
+          auto* target = tile.at(warp_key() + 16 * m + accumulator_row(lane, 2 * half),
                                  warp_col + 8 * n + accumulator_col(lane, 0));
           primitives::store_shared(
               reinterpret_cast<uint32_t*>(target),
@@ -401,15 +415,16 @@ struct FlashBwdBlock {
     }
     primitives::sync_threads();  // all keys' rows are there
     store_tile<kThreads>(tile, cols, in_chunks, [&](int key) {
-      return key < num_keys ? result + key_offset(key, stride_batch, stride_row, stride_head)
-                            : nullptr;
+      return key < num_keys() ? result + key_offset(key, stride_batch, stride_row, stride_head)
+                              : nullptr;
     });
   }
 
   SA_DEVICE int64_t key_offset(int key, int64_t stride_batch, int64_t stride_row,
                                int64_t stride_head) const {
-    return rows.info.k_batch * stride_batch + (rows.info.k_row + first_key + key) * stride_row +
-           kv_head * stride_head;
+    const attention::SeqlenInfo info = attention::seqlen_info(fwd, batch_idx());
+    return info.k_batch * stride_batch + (info.k_row + first_key + key) * stride_row +
+           kv_head() * stride_head;
   }
 };
 

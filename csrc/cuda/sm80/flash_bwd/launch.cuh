@@ -12,8 +12,7 @@ template <int kHeadDim, int kHeadDimV>
 void launch_flash_bwd(FlashBwdKernelProblem problem, Stream stream) {
   using Tiles = FlashBwdTilesOf<kHeadDim, kHeadDimV>;
   const attention::FlashFwdProblem& fwd = problem.bwd.fwd;
-  problem.num_key_blocks =
-      static_cast<int>((fwd.seqlen_k + Tiles::kBlockN - 1) / Tiles::kBlockN);
+  problem.num_key_blocks = static_cast<int>((fwd.seqlen_k + Tiles::kBlockN - 1) / Tiles::kBlockN);
   // Blocks of keys of one sequence follow each other in the first dimension: they start in their
   // order, which waiting for turns relies on.
   const primitives::Index3 grid{static_cast<int>(problem.num_key_blocks * fwd.batch),

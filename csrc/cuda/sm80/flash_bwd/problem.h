@@ -17,6 +17,7 @@ struct FlashBwdKernelProblem {
   bool dout_in_chunks;
   bool dk_in_chunks;
   bool dv_in_chunks;
+  int group;           // num_heads_q / num_heads_kv
   int num_key_blocks;  // of the longest sequence
   // A score becomes a logit in base 2 by to_log2; with a softcap it is first tanh(score * to_tanh),
   // and to_log2 is then of the cap.

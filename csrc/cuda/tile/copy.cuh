@@ -37,12 +37,13 @@ SA_DEVICE primitives::Bytes16 gather_chunk(const Element* row, int first, int co
 // Starts the copy of all rows of a tile; the caller commits and waits. row_of(r): where row r lies,
 // or null. Where in_chunks is false the rows are copied at once, number by number.
 template <int kThreads, class Tile, class RowOf>
-SA_DEVICE void load_tile(Tile& tile, int cols, bool in_chunks, RowOf row_of) {
+SA_DEVICE void load_tile(Tile& tile, int cols, bool in_chunks, RowOf row_of,
+                         int thread = primitives::thread_idx()) {
   using Element = typename Tile::Element;
   constexpr int kChunks = Tile::kRows * Tile::kChunks;
   SA_UNROLL
   for (int begin = 0; begin < kChunks; begin += kThreads) {
-    const int i = begin + primitives::thread_idx();
+    const int i = begin + thread;
     if (kChunks % kThreads != 0 && i >= kChunks) break;
     const int row = i / Tile::kChunks;
     const int chunk = i % Tile::kChunks;
@@ -78,12 +79,13 @@ SA_DEVICE void store_chunk(Element* row, int first, int cols, bool in_chunks,
 
 // Writes rows of a tile out. row_of(r): where row r goes, or null.
 template <int kThreads, class Tile, class RowOf>
-SA_DEVICE void store_tile(const Tile& tile, int cols, bool in_chunks, RowOf row_of) {
+SA_DEVICE void store_tile(const Tile& tile, int cols, bool in_chunks, RowOf row_of,
+                          int thread = primitives::thread_idx()) {
   using Element = typename Tile::Element;
   constexpr int kChunks = Tile::kRows * Tile::kChunks;
   SA_UNROLL
   for (int begin = 0; begin < kChunks; begin += kThreads) {
-    const int i = begin + primitives::thread_idx();
+    const int i = begin + thread;
     if (kChunks % kThreads != 0 && i >= kChunks) break;
     const int row = i / Tile::kChunks;
     const int first = i % Tile::kChunks * kChunkElems;

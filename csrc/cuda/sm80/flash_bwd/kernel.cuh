@@ -46,7 +46,10 @@ struct FlashBwdStorage {
     int end;
   };
 
-  KTile k;  // before that, V on its way to registers; after all tiles, dV, then dK
+  union {
+    KTile k;
+    VTile in_place_of_k;  // before K, V on its way to registers; after all tiles, dV
+  };
   std::conditional_t<Tiles::kValuesInRegisters, Nothing, VTile> v;
   SmemTile<Element, Tiles::kBlockM, Tiles::kHeadDim> q[Tiles::kStages];
   SmemTile<Element, Tiles::kBlockM, Tiles::kHeadDimV> dout[Tiles::kStages];
@@ -55,6 +58,13 @@ struct FlashBwdStorage {
   alignas(16) float lse_log2[Tiles::kStages][Tiles::kBlockM];
   alignas(16) float delta[Tiles::kStages][Tiles::kBlockM];
   KeyRange visible[Tiles::kStages][Tiles::kBlockM];
+  // What all threads know of the block, kept here to leave them their registers.
+  const Element* first_q;  // of position 0, first head of the group
+  const Element* first_dout;
+  int first_key;
+  int seqlen_q;
+  int seqlen_k;
+  int first_workspace_tile;  // tile 0's place in the workspace
 };
 
 // The work of one thread block. Accumulators live in registers from the first tile to the last.
@@ -68,54 +78,64 @@ struct FlashBwdBlock {
   static constexpr int kBlockM = Tiles::kBlockM;
   static constexpr int kBlockN = Tiles::kBlockN;
 
-  // Accumulators leave few registers: what lives through the loop is kept small, the rest is
-  // computed where it is needed.
   const FlashBwdKernelProblem& problem;
   Storage& storage;
   const attention::FlashBwdProblem& bwd;
   const attention::FlashFwdProblem& fwd;
-  int seqlen_q;
-  int seqlen_k;
-  int first_key;
   int tiles_begin;  // tiles to visit
   int tiles_end;
-  int first_workspace_tile;  // tile 0's place in the workspace
-  const Element* q;          // position 0, first head of the group
-  const Element* dout;
   ValueOperands values;
   Accumulators<Tiles::kKeyTiles, Tiles::kWarpCols / 8> dk;
   Accumulators<Tiles::kKeyTiles, Tiles::kWarpColsV / 8> dv;
 
   SA_DEVICE FlashBwdBlock(const FlashBwdKernelProblem& problem, Storage& storage)
       : problem(problem), storage(storage), bwd(problem.bwd), fwd(problem.bwd.fwd) {
-    first_key = primitives::block_idx().x % problem.num_key_blocks * kBlockN;
     const PackedRows rows = packed_rows(fwd, batch_idx(), kv_head());
-    seqlen_q = static_cast<int>(rows.info.seqlen_q);
-    seqlen_k = static_cast<int>(rows.info.seqlen_k);
-    const attention::Range queries = mask().visible_queries(first_key, first_key + num_keys());
+    if (thread() == 0) {
+      primitives::store_shared(
+          &storage.first_q,
+          static_cast<const Element*>(fwd.q) +
+              rows.offset(0, fwd.q_stride_batch, fwd.q_stride_row, fwd.q_stride_head));
+      primitives::store_shared(
+          &storage.first_dout,
+          static_cast<const Element*>(bwd.dout) +
+              rows.offset(0, bwd.dout_stride_batch, bwd.dout_stride_row, bwd.dout_stride_head));
+      primitives::store_shared(&storage.first_key, static_cast<int>(primitives::block_idx().x) %
+                                                       problem.num_key_blocks * kBlockN);
+      primitives::store_shared(&storage.seqlen_q, static_cast<int>(rows.info.seqlen_q));
+      primitives::store_shared(&storage.seqlen_k, static_cast<int>(rows.info.seqlen_k));
+      primitives::store_shared(&storage.first_workspace_tile,
+                               kv_head() * problem.workspace.num_tiles +
+                                   static_cast<int>(first_tile(fwd, batch_idx(), kBlockM)));
+    }
+    primitives::sync_threads();  // all threads know it
+    const attention::Range queries = mask().visible_queries(first_key(), first_key() + num_keys());
     const bool some = queries.begin < queries.end;
     tiles_begin = some ? static_cast<int>(queries.begin) * group() / kBlockM : 0;
     tiles_end =
         some ? (static_cast<int>(queries.end) * group() + kBlockM - 1) / kBlockM : tiles_begin;
-    first_workspace_tile = kv_head() * problem.workspace.num_tiles +
-                           static_cast<int>(first_tile(fwd, batch_idx(), kBlockM));
-    q = static_cast<const Element*>(fwd.q) +
-        rows.offset(0, fwd.q_stride_batch, fwd.q_stride_row, fwd.q_stride_head);
-    dout = static_cast<const Element*>(bwd.dout) +
-           rows.offset(0, bwd.dout_stride_batch, bwd.dout_stride_row, bwd.dout_stride_head);
   }
 
   SA_DEVICE int batch_idx() const { return primitives::block_idx().x / problem.num_key_blocks; }
   SA_DEVICE int kv_head() const { return primitives::block_idx().y; }
+  SA_DEVICE int first_key() const { return primitives::load_shared(&storage.first_key); }
   SA_DEVICE int group() const { return problem.group; }
+  SA_DEVICE int seqlen_q() const { return primitives::load_shared(&storage.seqlen_q); }
+  SA_DEVICE int seqlen_k() const { return primitives::load_shared(&storage.seqlen_k); }
+  SA_DEVICE int64_t workspace_tile(int tile) const {
+    return primitives::load_shared(&storage.first_workspace_tile) + tile;
+  }
   // Anew in each step, so that no step's addresses wait in registers for the next tile.
+  SA_DEVICE static int thread() { return primitives::thread_idx_anew(); }
   SA_DEVICE static int lane() { return primitives::lane_idx_anew(); }
-  SA_DEVICE int num_rows() const { return seqlen_q * group(); }
+  SA_DEVICE int num_rows() const { return seqlen_q() * group(); }
   // Of the block, those that exist; a block that has none does nothing.
   SA_DEVICE int num_keys() const {
-    return static_cast<int>(attention::min_of(kBlockN, seqlen_k - first_key));
+    return static_cast<int>(attention::min_of(kBlockN, seqlen_k() - first_key()));
   }
-  SA_DEVICE attention::Mask mask() const { return attention::make_mask(fwd, seqlen_q, seqlen_k); }
+  SA_DEVICE attention::Mask mask() const {
+    return attention::make_mask(fwd, seqlen_q(), seqlen_k());
+  }
   // This warp's part of a tile of scores, and of dK's and dV's columns.
   SA_DEVICE int column_warp() const { return primitives::warp_idx() / Tiles::kKeyWarps; }
   SA_DEVICE int warp_row() const { return column_warp() * Tiles::kWarpRows; }
@@ -183,36 +203,26 @@ struct FlashBwdBlock {
     }
   }
 
-  // K and V: into shared memory, or V by way of it into registers. Copies of K go on.
+  // K and V: into shared memory, or V by way of it into registers. Copies are not waited for.
   SA_DEVICE void load_block() {
-    const auto row_of = [this](const void* tensor, int64_t stride_batch, int64_t stride_row,
-                               int64_t stride_head, int key) {
-      return key < num_keys() ? static_cast<const Element*>(tensor) +
-                                    key_offset(key, stride_batch, stride_row, stride_head)
-                              : nullptr;
-    };
-    const auto load_values = [&](auto& tile) {
-      load_tile<kThreads>(
-          tile, static_cast<int>(fwd.head_dim_v), problem.v_in_chunks, [&](int key) {
-            return row_of(fwd.v, fwd.v_stride_batch, fwd.v_stride_row, fwd.v_stride_head, key);
-          });
-    };
+    const auto values_at = key_rows(static_cast<const Element*>(fwd.v), fwd.v_stride_batch,
+                                    fwd.v_stride_row, fwd.v_stride_head);
+    const auto keys_at = key_rows(static_cast<const Element*>(fwd.k), fwd.k_stride_batch,
+                                  fwd.k_stride_row, fwd.k_stride_head);
+    const int cols_v = static_cast<int>(fwd.head_dim_v);
     if constexpr (Tiles::kValuesInRegisters) {
       static_assert(Tiles::kHeadDimV <= Tiles::kHeadDim, "V passes through K's place");
-      auto& tile = *reinterpret_cast<typename Storage::VTile*>(&storage.k);
-      load_values(tile);
+      load_tile<kThreads>(storage.in_place_of_k, cols_v, problem.v_in_chunks, values_at, thread());
       primitives::cp_async_commit();
       primitives::cp_async_wait<0>();
       primitives::sync_threads();  // V is there
-      load_operands_a(values, tile, warp_key(), lane());
+      load_operands_a(values, storage.in_place_of_k, warp_key(), lane());
       primitives::sync_threads();  // V is in registers: K may take its place
     } else {
-      load_values(storage.v);
+      load_tile<kThreads>(storage.v, cols_v, problem.v_in_chunks, values_at, thread());
     }
-    load_tile<kThreads>(
-        storage.k, static_cast<int>(fwd.head_dim), problem.k_in_chunks, [&](int key) {
-          return row_of(fwd.k, fwd.k_stride_batch, fwd.k_stride_row, fwd.k_stride_head, key);
-        });
+    load_tile<kThreads>(storage.k, static_cast<int>(fwd.head_dim), problem.k_in_chunks, keys_at,
+                        thread());
   }
 
   // Starts the copies of a tile as one group, which is empty where there is no such tile. Thread r
@@ -220,17 +230,23 @@ struct FlashBwdBlock {
   SA_DEVICE void start_tile(int tile, int stage) {
     if (tile >= tiles_begin) {
       const int row_begin = tile * kBlockM;
+      const Element* first_q = primitives::load_shared(&storage.first_q);
+      const Element* first_dout = primitives::load_shared(&storage.first_dout);
       load_tile<kThreads>(
-          storage.q[stage], static_cast<int>(fwd.head_dim), problem.q_in_chunks, [&](int row) {
-            return query_row(q, row_begin + row, fwd.q_stride_row, fwd.q_stride_head);
-          });
-      load_tile<kThreads>(storage.dout[stage], static_cast<int>(fwd.head_dim_v),
-                          problem.dout_in_chunks, [&](int row) {
-                            return query_row(dout, row_begin + row, bwd.dout_stride_row,
-                                             bwd.dout_stride_head);
-                          });
-      const int thread = primitives::thread_idx();
-      const int64_t at = int64_t{first_workspace_tile + tile} * kBlockM;
+          storage.q[stage], static_cast<int>(fwd.head_dim), problem.q_in_chunks,
+          [&](int row) {
+            return query_row(first_q, row_begin + row, fwd.q_stride_row, fwd.q_stride_head);
+          },
+          thread());
+      load_tile<kThreads>(
+          storage.dout[stage], static_cast<int>(fwd.head_dim_v), problem.dout_in_chunks,
+          [&](int row) {
+            return query_row(first_dout, row_begin + row, bwd.dout_stride_row,
+                             bwd.dout_stride_head);
+          },
+          thread());
+      const int thread = this->thread();
+      const int64_t at = workspace_tile(tile) * kBlockM;
       static_assert(kBlockM <= kThreads, "a thread for each row");
       if (4 * thread < kBlockM) {
         primitives::cp_async_16(storage.lse_log2[stage] + 4 * thread,
@@ -243,8 +259,9 @@ struct FlashBwdBlock {
         if (row_begin + thread < num_rows()) {
           const attention::Range keys =
               attention::intersect(mask().visible_keys((row_begin + thread) / group()),
-                                   {first_key, first_key + num_keys()});
-          seen = {static_cast<int>(keys.begin - first_key), static_cast<int>(keys.end - first_key)};
+                                   {first_key(), first_key() + num_keys()});
+          seen = {static_cast<int>(keys.begin - first_key()),
+                  static_cast<int>(keys.end - first_key())};
         }
         primitives::store_shared(storage.visible[stage] + thread, seen);
       }
@@ -267,8 +284,8 @@ struct FlashBwdBlock {
   SA_DEVICE bool needs_mask(int tile) const {
     const int first = tile * kBlockM / group();
     const int last = last_position(tile);
-    return mask().visible_keys(last).begin > first_key ||
-           mask().visible_keys(first).end < first_key + kBlockN;
+    return mask().visible_keys(last).begin > first_key() ||
+           mask().visible_keys(first).end < first_key() + kBlockN;
   }
 
   SA_DEVICE void soften(int tile, int stage, const Scores& s, const Scores& dp, ScoreOperands& p,
@@ -287,7 +304,7 @@ struct FlashBwdBlock {
   SA_DEVICE void soften(int stage, const Scores& s, const Scores& dp, ScoreOperands& p,
                         ScoreOperands& ds) const {
     using primitives::Float2;
-    const int lane = primitives::lane_idx_anew();
+    const int lane = this->lane();
     SA_UNROLL
     for (int n = 0; n < Tiles::kWarpRows / 8; ++n) {
       const int row = warp_row() + 8 * n + accumulator_col(lane, 0);
@@ -340,17 +357,15 @@ struct FlashBwdBlock {
     dq.clear();
     gemm_atb(dq, storage.ds[stage], row, storage.k, col, lane());
 
-    const int64_t workspace_tile = first_workspace_tile + tile;
-    int* turn =
-        problem.workspace.turns == nullptr ? nullptr : problem.workspace.turns + workspace_tile;
+    const int64_t at = workspace_tile(tile);
+    int* turn = problem.workspace.turns == nullptr ? nullptr : problem.workspace.turns + at;
     const int mine = turn == nullptr ? 0 : turn_at(tile);
     if (turn != nullptr) {
-      if (primitives::thread_idx() == 0) primitives::wait_for_turn(turn, mine);
+      if (thread() == 0) primitives::wait_for_turn(turn, mine);
       primitives::sync_threads();  // it is every thread's turn
     }
     // Numbers of neighbouring lanes are neighbours (bwd_workspace.h).
-    float* sums = problem.workspace.dq + workspace_tile * (kBlockM * Tiles::kHeadDim) +
-                  primitives::lane_idx();
+    float* sums = problem.workspace.dq + at * (kBlockM * Tiles::kHeadDim) + lane();
     const int rows_left = num_rows() - tile * kBlockM;
     SA_UNROLL
     for (int m = 0; m < Tiles::kDqRows / 16; ++m) {
@@ -366,7 +381,7 @@ struct FlashBwdBlock {
     }
     if (turn != nullptr) {
       primitives::sync_threads();  // every thread has added
-      if (primitives::thread_idx() == 0) primitives::pass_turn(turn, mine + 1);
+      if (thread() == 0) primitives::pass_turn(turn, mine + 1);
     }
   }
 
@@ -375,17 +390,17 @@ struct FlashBwdBlock {
   SA_DEVICE int turn_at(int tile) const {
     const int first = tile * kBlockM / group();
     const int last = last_position(tile);
-    return first_key / kBlockN -
+    return first_key() / kBlockN -
            static_cast<int>(mask().visible_keys(first, last + 1).begin) / kBlockN;
   }
 
   // Through K's place, so that rows are written 16 bytes at a time.
   SA_DEVICE void store_gradients() {
     primitives::sync_threads();  // the last tile's dQ has read K
-    store_gradient(dv, 1.0f, *reinterpret_cast<typename Storage::VTile*>(&storage.k),
-                   column_warp() * Tiles::kWarpColsV, static_cast<Element*>(bwd.dv),
-                   static_cast<int>(fwd.head_dim_v), problem.dv_in_chunks, bwd.dv_stride_batch,
-                   bwd.dv_stride_row, bwd.dv_stride_head);
+    store_gradient(dv, 1.0f, storage.in_place_of_k, column_warp() * Tiles::kWarpColsV,
+                   static_cast<Element*>(bwd.dv), static_cast<int>(fwd.head_dim_v),
+                   problem.dv_in_chunks, bwd.dv_stride_batch, bwd.dv_stride_row,
+                   bwd.dv_stride_head);
     primitives::sync_threads();  // dV is read
     store_gradient(dk, static_cast<float>(fwd.softmax_scale), storage.k,
                    column_warp() * Tiles::kWarpCols, static_cast<Element*>(bwd.dk),
@@ -397,7 +412,7 @@ struct FlashBwdBlock {
   SA_DEVICE void store_gradient(const Accumulators<kTilesM, kTilesN>& gradient, float scale,
                                 Tile& tile, int warp_col, Element* result, int cols, bool in_chunks,
                                 int64_t stride_batch, int64_t stride_row, int64_t stride_head) {
-    const int lane = primitives::lane_idx_anew();
+    const int lane = this->lane();
     SA_UNROLL
     for (int m = 0; m < kTilesM; ++m) {
       SA_UNROLL
@@ -414,17 +429,27 @@ struct FlashBwdBlock {
       }
     }
     primitives::sync_threads();  // all keys' rows are there
-    store_tile<kThreads>(tile, cols, in_chunks, [&](int key) {
-      return key < num_keys() ? result + key_offset(key, stride_batch, stride_row, stride_head)
-                              : nullptr;
-    });
+    store_tile<kThreads>(tile, cols, in_chunks,
+                         key_rows(result, stride_batch, stride_row, stride_head), thread());
   }
 
-  SA_DEVICE int64_t key_offset(int key, int64_t stride_batch, int64_t stride_row,
-                               int64_t stride_head) const {
+  // Where the block's rows of a tensor lie; null for a key that does not exist.
+  template <class T>
+  struct KeyRowsOf {
+    T* first;
+    int64_t stride_row;
+    int num_keys;
+    SA_DEVICE T* operator()(int key) const {
+      return key < num_keys ? first + key * stride_row : nullptr;
+    }
+  };
+  template <class T>
+  SA_DEVICE KeyRowsOf<T> key_rows(T* tensor, int64_t stride_batch, int64_t stride_row,
+                                  int64_t stride_head) const {
     const attention::SeqlenInfo info = attention::seqlen_info(fwd, batch_idx());
-    return info.k_batch * stride_batch + (info.k_row + first_key + key) * stride_row +
-           kv_head() * stride_head;
+    return {tensor + info.k_batch * stride_batch + (info.k_row + first_key()) * stride_row +
+                kv_head() * stride_head,
+            stride_row, num_keys()};
   }
 };
 

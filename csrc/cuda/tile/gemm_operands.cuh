@@ -5,6 +5,7 @@
 #include "cuda/tile/fragment.cuh"
 #include "cuda/tile/gemm.cuh"
 #include "cuda/tile/smem_tile.cuh"
+#include "primitives/memory.h"
 
 namespace sink_attention::cuda {
 

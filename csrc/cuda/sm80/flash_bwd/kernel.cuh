@@ -14,58 +14,26 @@
 // and delta run for a whole round before it:
 //
 //     round       j                                     j + 1
-//     products    S dP soften dV dK   | dQ              S dP soften dV dK   | dQ
+//     products    S dP  P dS  dV dK   | dQ              S dP  P dS  dV dK   | dQ
 //     copies      .. of j + 1 ..........| of j + 2 .......................... | of j + 3 ...
 //
 // With one stage tile j + 1 is copied while dQ of tile j is computed, and a second barrier follows.
 #pragma once
 
-#include <type_traits>
-
 #include "attention/mask.h"
 #include "cuda/sm80/flash_bwd/config.h"
+#include "cuda/sm80/flash_bwd/differentiate.cuh"
+#include "cuda/sm80/flash_bwd/key_block.cuh"
 #include "cuda/sm80/flash_bwd/problem.h"
+#include "cuda/sm80/flash_bwd/storage.cuh"
 #include "cuda/tile/copy.cuh"
 #include "cuda/tile/gemm.cuh"
 #include "cuda/tile/gemm_operands.cuh"
 #include "cuda/tile/packed_rows.cuh"
-#include "cuda/tile/soften.cuh"
 #include "primitives/atomic.h"
 #include "primitives/cta.h"
 
 namespace sink_attention::cuda::sm80 {
-
-template <class Element, class Tiles>
-struct FlashBwdStorage {
-  using KTile = SmemTile<Element, Tiles::kBlockN, Tiles::kHeadDim>;
-  using VTile = SmemTile<Element, Tiles::kBlockN, Tiles::kHeadDimV>;
-  using ScoreTile = SmemTile<Element, Tiles::kBlockN, Tiles::kBlockM>;
-  struct Nothing {};
-  struct alignas(8) KeyRange {  // of the block's keys, those that a row sees
-    int begin;
-    int end;
-  };
-
-  union {
-    KTile k;
-    VTile in_place_of_k;  // before K, V on its way to registers; after all tiles, dV
-  };
-  std::conditional_t<Tiles::kValuesInRegisters, Nothing, VTile> v;
-  SmemTile<Element, Tiles::kBlockM, Tiles::kHeadDim> q[Tiles::kStages];
-  SmemTile<Element, Tiles::kBlockM, Tiles::kHeadDimV> dout[Tiles::kStages];
-  ScoreTile ds[Tiles::kStages];                                        // dS^T: a row for each key
-  std::conditional_t<Tiles::kColumnWarps == 1, Nothing, ScoreTile> p;  // P^T
-  alignas(16) float lse_log2[Tiles::kStages][Tiles::kBlockM];
-  alignas(16) float delta[Tiles::kStages][Tiles::kBlockM];
-  KeyRange visible[Tiles::kStages][Tiles::kBlockM];
-  // What all threads know of the block, kept here to leave them their registers.
-  const Element* first_q;  // of position 0, first head of the group
-  const Element* first_dout;
-  int first_key;
-  int seqlen_q;
-  int seqlen_k;
-  int first_workspace_tile;  // tile 0's place in the workspace
-};
 
 // The work of one thread block. Accumulators live in registers from the first tile to the last.
 template <class Element, class Tiles>
@@ -128,6 +96,7 @@ struct FlashBwdBlock {
   // Anew in each step, so that no step's addresses wait in registers for the next tile.
   SA_DEVICE static int thread() { return primitives::thread_idx_anew(); }
   SA_DEVICE static int lane() { return primitives::lane_idx_anew(); }
+  SA_DEVICE static int warp() { return thread() / primitives::kWarpSize; }
   SA_DEVICE int num_rows() const { return seqlen_q() * group(); }
   // Of the block, those that exist; a block that has none does nothing.
   SA_DEVICE int num_keys() const {
@@ -137,11 +106,9 @@ struct FlashBwdBlock {
     return attention::make_mask(fwd, seqlen_q(), seqlen_k());
   }
   // This warp's part of a tile of scores, and of dK's and dV's columns.
-  SA_DEVICE int column_warp() const { return primitives::warp_idx() / Tiles::kKeyWarps; }
+  SA_DEVICE int column_warp() const { return warp() / Tiles::kKeyWarps; }
   SA_DEVICE int warp_row() const { return column_warp() * Tiles::kWarpRows; }
-  SA_DEVICE int warp_key() const {
-    return primitives::warp_idx() % Tiles::kKeyWarps * 16 * Tiles::kKeyTiles;
-  }
+  SA_DEVICE int warp_key() const { return warp() % Tiles::kKeyWarps * 16 * Tiles::kKeyTiles; }
 
   SA_DEVICE void run() {
     if (num_keys() <= 0) return;
@@ -165,19 +132,7 @@ struct FlashBwdBlock {
   SA_DEVICE void add_tile(int tile, int stage) {
     ScoreOperands p;
     ScoreOperands ds;
-    {
-      Scores s;
-      Scores dp;
-      s.clear();
-      dp.clear();
-      gemm_abt(s, storage.k, warp_key(), storage.q[stage], warp_row(), lane());
-      if constexpr (Tiles::kValuesInRegisters) {
-        gemm_abt(dp, values, storage.dout[stage], warp_row(), lane());
-      } else {
-        gemm_abt(dp, storage.v, warp_key(), storage.dout[stage], warp_row(), lane());
-      }
-      soften(tile, stage, s, dp, p, ds);
-    }
+    score(tile, stage, p, ds);
     // This stage's dS was last read by dQ two rounds ago (one, with one stage), before a barrier.
     store_operands_a(ds, storage.ds[stage], warp_key(), warp_row(), lane());
     if constexpr (Tiles::kColumnWarps == 1) {
@@ -200,6 +155,29 @@ struct FlashBwdBlock {
     if constexpr (Tiles::kStages == 1) {
       primitives::cp_async_wait<0>();
       primitives::sync_threads();  // the next tile is there, and dS read
+    }
+  }
+
+  SA_DEVICE void score(int tile, int stage, ScoreOperands& p, ScoreOperands& ds) const {
+    Scores s;
+    Scores dp;
+    s.clear();
+    dp.clear();
+    gemm_abt(s, storage.k, warp_key(), storage.q[stage], warp_row(), lane());
+    if constexpr (Tiles::kValuesInRegisters) {
+      gemm_abt(dp, values, storage.dout[stage], warp_row(), lane());
+    } else {
+      gemm_abt(dp, storage.v, warp_key(), storage.dout[stage], warp_row(), lane());
+    }
+    if (problem.capped) {
+      differentiate<true, true>(problem, storage, stage, warp_key(), warp_row(), lane(), s, dp, p,
+                                ds);
+    } else if (needs_mask(tile)) {
+      differentiate<true, false>(problem, storage, stage, warp_key(), warp_row(), lane(), s, dp, p,
+                                 ds);
+    } else {
+      differentiate<false, false>(problem, storage, stage, warp_key(), warp_row(), lane(), s, dp, p,
+                                  ds);
     }
   }
 
@@ -255,7 +233,7 @@ struct FlashBwdBlock {
                                 problem.workspace.delta + at + 4 * thread, true);
       }
       if (thread < kBlockM) {
-        typename Storage::KeyRange seen{0, 0};
+        KeyRange seen{0, 0};
         if (row_begin + thread < num_rows()) {
           const attention::Range keys =
               attention::intersect(mask().visible_keys((row_begin + thread) / group()),
@@ -288,69 +266,10 @@ struct FlashBwdBlock {
            mask().visible_keys(first).end < first_key() + kBlockN;
   }
 
-  SA_DEVICE void soften(int tile, int stage, const Scores& s, const Scores& dp, ScoreOperands& p,
-                        ScoreOperands& ds) const {
-    if (problem.capped) {
-      soften<true, true>(stage, s, dp, p, ds);
-    } else if (needs_mask(tile)) {
-      soften<true, false>(stage, s, dp, p, ds);
-    } else {
-      soften<false, false>(stage, s, dp, p, ds);
-    }
-  }
-
-  // P^T and dS^T as operands. A thread's columns are rows of the tile: two neighbours in each of 8.
-  template <bool kMasked, bool kCapped>
-  SA_DEVICE void soften(int stage, const Scores& s, const Scores& dp, ScoreOperands& p,
-                        ScoreOperands& ds) const {
-    using primitives::Float2;
-    const int lane = this->lane();
-    SA_UNROLL
-    for (int n = 0; n < Tiles::kWarpRows / 8; ++n) {
-      const int row = warp_row() + 8 * n + accumulator_col(lane, 0);
-      const auto lse =
-          primitives::load_shared(reinterpret_cast<const Float2*>(storage.lse_log2[stage] + row));
-      const auto delta =
-          primitives::load_shared(reinterpret_cast<const Float2*>(storage.delta[stage] + row));
-      typename Storage::KeyRange seen[2];
-      if constexpr (kMasked) {
-        seen[0] = primitives::load_shared(storage.visible[stage] + row);
-        seen[1] = primitives::load_shared(storage.visible[stage] + row + 1);
-      }
-      SA_UNROLL
-      for (int m = 0; m < Tiles::kKeyTiles; ++m) {
-        SA_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const int key = warp_key() + 16 * m + accumulator_row(lane, 2 * half);
-          float weight[2];
-          float gradient[2];
-          SA_UNROLL
-          for (int i = 0; i < 2; ++i) {
-            float score = s.c[m][n][2 * half + i];
-            if constexpr (kCapped) score = tanh_by_exp2(score * problem.to_tanh);
-            // No weight exceeds 1. Where logits are so large that lse's rounding is a power of two
-            // or more, this keeps the gradients finite; a NaN passes.
-            const float exponent = score * problem.to_log2 - (i == 0 ? lse.x : lse.y);
-            weight[i] = primitives::exp2_approx(exponent > 0.0f ? 0.0f : exponent);
-            gradient[i] = weight[i] * (dp.c[m][n][2 * half + i] - (i == 0 ? delta.x : delta.y));
-            if constexpr (kCapped) gradient[i] *= 1.0f - score * score;
-            if constexpr (kMasked) {
-              const bool visible = seen[i].begin <= key && key < seen[i].end;
-              weight[i] = visible ? weight[i] : 0.0f;
-              gradient[i] = visible ? gradient[i] : 0.0f;
-            }
-          }
-          p.pair(m, n, half) = primitives::pack<Element>(weight[0], weight[1]);
-          ds.pair(m, n, half) = primitives::pack<Element>(gradient[0], gradient[1]);
-        }
-      }
-    }
-  }
-
   // dQ of the tile, added to the accumulator; in the order of the blocks of keys if turns are kept.
   // A block only waits for those before it, which have a lower index and started earlier.
   SA_DEVICE void add_dq(int tile, int stage) const {
-    const int warp = primitives::warp_idx();
+    const int warp = this->warp();
     const int row = warp % Tiles::kRowWarps * Tiles::kDqRows;
     const int col = warp / Tiles::kRowWarps * Tiles::kDqCols;
     Accumulators<Tiles::kDqRows / 16, Tiles::kDqCols / 8> dq;
@@ -394,57 +313,24 @@ struct FlashBwdBlock {
            static_cast<int>(mask().visible_keys(first, last + 1).begin) / kBlockN;
   }
 
-  // Through K's place, so that rows are written 16 bytes at a time.
   SA_DEVICE void store_gradients() {
-    primitives::sync_threads();  // the last tile's dQ has read K
-    store_gradient(dv, 1.0f, storage.in_place_of_k, column_warp() * Tiles::kWarpColsV,
-                   static_cast<Element*>(bwd.dv), static_cast<int>(fwd.head_dim_v),
-                   problem.dv_in_chunks, bwd.dv_stride_batch, bwd.dv_stride_row,
-                   bwd.dv_stride_head);
+    primitives::sync_threads();  // the last tile's dQ has read K, whose place both take in turn
+    store_gradient<kThreads>(dv, 1.0f, storage.in_place_of_k, warp_key(),
+                             column_warp() * Tiles::kWarpColsV, thread(),
+                             key_rows(static_cast<Element*>(bwd.dv), bwd.dv_stride_batch,
+                                      bwd.dv_stride_row, bwd.dv_stride_head),
+                             static_cast<int>(fwd.head_dim_v), problem.dv_in_chunks);
     primitives::sync_threads();  // dV is read
-    store_gradient(dk, static_cast<float>(fwd.softmax_scale), storage.k,
-                   column_warp() * Tiles::kWarpCols, static_cast<Element*>(bwd.dk),
-                   static_cast<int>(fwd.head_dim), problem.dk_in_chunks, bwd.dk_stride_batch,
-                   bwd.dk_stride_row, bwd.dk_stride_head);
+    store_gradient<kThreads>(dk, static_cast<float>(fwd.softmax_scale), storage.k, warp_key(),
+                             column_warp() * Tiles::kWarpCols, thread(),
+                             key_rows(static_cast<Element*>(bwd.dk), bwd.dk_stride_batch,
+                                      bwd.dk_stride_row, bwd.dk_stride_head),
+                             static_cast<int>(fwd.head_dim), problem.dk_in_chunks);
   }
 
-  template <int kTilesM, int kTilesN, class Tile>
-  SA_DEVICE void store_gradient(const Accumulators<kTilesM, kTilesN>& gradient, float scale,
-                                Tile& tile, int warp_col, Element* result, int cols, bool in_chunks,
-                                int64_t stride_batch, int64_t stride_row, int64_t stride_head) {
-    const int lane = this->lane();
-    SA_UNROLL
-    for (int m = 0; m < kTilesM; ++m) {
-      SA_UNROLL
-      for (int n = 0; n < kTilesN; ++n) {
-        SA_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          auto* target = tile.at(warp_key() + 16 * m + accumulator_row(lane, 2 * half),
-                                 warp_col + 8 * n + accumulator_col(lane, 0));
-          primitives::store_shared(
-              reinterpret_cast<uint32_t*>(target),
-              primitives::pack<Element>(gradient.c[m][n][2 * half] * scale,
-                                        gradient.c[m][n][2 * half + 1] * scale));
-        }
-      }
-    }
-    primitives::sync_threads();  // all keys' rows are there
-    store_tile<kThreads>(tile, cols, in_chunks,
-                         key_rows(result, stride_batch, stride_row, stride_head), thread());
-  }
-
-  // Where the block's rows of a tensor lie; null for a key that does not exist.
+  // Where the block's rows of a tensor lie.
   template <class T>
-  struct KeyRowsOf {
-    T* first;
-    int64_t stride_row;
-    int num_keys;
-    SA_DEVICE T* operator()(int key) const {
-      return key < num_keys ? first + key * stride_row : nullptr;
-    }
-  };
-  template <class T>
-  SA_DEVICE KeyRowsOf<T> key_rows(T* tensor, int64_t stride_batch, int64_t stride_row,
+  SA_DEVICE BlockRows<T> key_rows(T* tensor, int64_t stride_batch, int64_t stride_row,
                                   int64_t stride_head) const {
     const attention::SeqlenInfo info = attention::seqlen_info(fwd, batch_idx());
     return {tensor + info.k_batch * stride_batch + (info.k_row + first_key()) * stride_row +

@@ -24,7 +24,8 @@ void start(MergeParts& parts, Stream stream) {
   }
   const int64_t threads = problem.batch * problem.num_heads * problem.seqlen * parts.lanes_per_row;
   const int64_t blocks = (threads + Kernel::Config::kThreads - 1) / Kernel::Config::kThreads;
-  if (blocks > INT32_MAX) throw std::runtime_error("too many rows to merge");
+  if (blocks > INT32_MAX)
+    throw std::runtime_error("merge_attn_states: more rows than one launch can take");
   primitives::launch<Kernel>(parts, {static_cast<int>(blocks), 1, 1}, stream);
 }
 

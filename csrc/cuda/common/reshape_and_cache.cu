@@ -99,7 +99,8 @@ void start(const CacheWrite& write, Stream stream) {
 
 void reshape_and_cache(const ReshapeAndCacheProblem& problem, Stream stream) {
   if (problem.num_tokens == 0 || problem.num_heads_kv == 0) return;
-  if (problem.num_tokens > INT32_MAX / 2) throw std::runtime_error("too many tokens");
+  if (problem.num_tokens > INT32_MAX / 2)
+    throw std::runtime_error("reshape_and_cache: more tokens than one launch can take");
   const CacheWrite write = make_write(problem);
   if (problem.cache_dtype == problem.dtype) return start<CopyPiece>(write, stream);
   switch (problem.dtype) {

@@ -19,7 +19,7 @@ void with_head_dim(const attention::FlashFwdProblem& problem, const Start& start
   if (larger <= 64) return start(std::integral_constant<int, 64>{});
   if (larger <= 128) return start(std::integral_constant<int, 128>{});
   if (larger <= 256) return start(std::integral_constant<int, 256>{});
-  throw std::runtime_error("head_dim must be at most 256");
+  throw std::runtime_error("float32 or float64 attention: head_dim must be at most 256");
 }
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -27,7 +27,9 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // One block for each tile of each kv head of each sequence; tiles are counted of the longest one.
 inline primitives::Index3 grid_of(const attention::FlashFwdProblem& problem, int64_t num_tiles) {
   const int64_t blocks = num_tiles * problem.num_heads_kv * problem.batch;
-  if (blocks > INT32_MAX) throw std::runtime_error("too many tiles for one launch");
+  if (blocks > INT32_MAX)
+    throw std::runtime_error(
+        "float32 or float64 attention: more rows or keys than one launch can take");
   return {static_cast<int>(blocks), 1, 1};
 }
 

@@ -1,9 +1,9 @@
 // The forward's entry: which kernel family and tiles, how many splits, what workspace.
 #include <algorithm>
-#include <stdexcept>
 
 #include "cuda/backend.h"
 #include "cuda/common/combine.h"
+#include "cuda/simt/backend.h"
 #include "cuda/sm80/flash_fwd/entry.h"
 #include "cuda/tile/copy.cuh"
 
@@ -23,6 +23,10 @@ int64_t group_of(const FlashFwdProblem& problem) {
   return problem.num_heads_q / problem.num_heads_kv;
 }
 
+bool has_tensor_core_kernels(const FlashFwdProblem& problem) {
+  return problem.dtype == DataType::kBFloat16 || problem.dtype == DataType::kFloat16;
+}
+
 bool is_decode(const FlashFwdProblem& problem) {
   return problem.seqlen_q * group_of(problem) <= sm80::kDecodeRows;
 }
@@ -30,6 +34,7 @@ bool is_decode(const FlashFwdProblem& problem) {
 // Parts of the keys, so that there is a block for each multiprocessor. Lengths in device memory are
 // not known here: the longest that there can be counts.
 int choose_splits(const FlashFwdProblem& problem, const Device& device) {
+  if (!has_tensor_core_kernels(problem)) return 1;
   if (problem.num_splits > 0) {
     return static_cast<int>(std::min<int64_t>(problem.num_splits, kMaxSplits));
   }
@@ -59,9 +64,8 @@ int64_t flash_fwd_workspace_bytes(const FlashFwdProblem& problem, const Device& 
 void flash_fwd(const FlashFwdProblem& problem, const Device& device, void* workspace,
                Stream stream) {
   if (problem.batch == 0 || problem.seqlen_q == 0 || problem.num_heads_q == 0) return;
-  if (problem.dtype != DataType::kBFloat16 && problem.dtype != DataType::kFloat16) {
-    throw std::runtime_error("flash_fwd: q must be bfloat16 or float16");
-  }
+  if (problem.dtype == DataType::kFloat32) return flash_fwd_float32(problem, stream);
+  if (problem.dtype == DataType::kFloat64) return flash_fwd_float64(problem, stream);
   sm80::FlashFwdKernelProblem kernel_problem{};
   kernel_problem.problem = problem;
   kernel_problem.scale = score_scale(problem);

@@ -38,9 +38,8 @@ SA_DEVICE primitives::Bytes16 gather_chunk(const Element* row, int first, int co
 // up whole rows, a thread keeps its chunk and goes down the rows in steps of a multiple of 8, so
 // that its swizzled addresses are constants apart.
 template <int kThreads, class Tile, class Visit>
-SA_DEVICE void for_each_chunk(Visit visit) {
+SA_DEVICE void for_each_chunk(Visit visit, unsigned thread) {
   constexpr unsigned kCount = Tile::kRows * Tile::kChunks;
-  const unsigned thread = primitives::opaque(primitives::thread_idx());
   if constexpr (kThreads % Tile::kChunks == 0 && kCount % kThreads == 0) {
     const int chunk = thread % Tile::kChunks;
     const int first_row = thread / Tile::kChunks;
@@ -57,8 +56,8 @@ SA_DEVICE void for_each_chunk(Visit visit) {
 
 // Stores what make(row, chunk) returns, 16 bytes, in each chunk of a tile.
 template <int kThreads, class Tile, class Make>
-SA_DEVICE void store_chunks(Tile& tile, Make make) {
-  for (int i = primitives::thread_idx(); i < Tile::kRows * Tile::kChunks; i += kThreads) {
+SA_DEVICE void store_chunks(Tile& tile, Make make, int thread) {
+  for (int i = thread; i < Tile::kRows * Tile::kChunks; i += kThreads) {
     const int row = i / Tile::kChunks;
     const int chunk = i % Tile::kChunks;
     primitives::store_shared(reinterpret_cast<primitives::Bytes16*>(tile.chunk(row, chunk)),
@@ -69,46 +68,61 @@ SA_DEVICE void store_chunks(Tile& tile, Make make) {
 // Starts the copy of all rows of a tile; the caller commits and waits. row_of(r): where row r lies,
 // or null. Where in_chunks is false the rows are copied at once, number by number.
 template <int kThreads, class Tile, class RowOf>
-SA_DEVICE void load_tile(Tile& tile, int cols, bool in_chunks, RowOf row_of) {
+SA_DEVICE void load_tile(Tile& tile, int cols, bool in_chunks, RowOf row_of,
+                         int thread = primitives::thread_idx()) {
   using Element = typename Tile::Element;
   if (in_chunks) {
-    for_each_chunk<kThreads, Tile>([&](int row, int chunk) {
-      const Element* source = row_of(row);
-      const bool valid = source != nullptr && chunk * kChunkElems < cols;
-      primitives::cp_async_16(tile.chunk(row, chunk), valid ? source + chunk * kChunkElems : source,
-                              valid);
-    });
+    for_each_chunk<kThreads, Tile>(
+        [&](int row, int chunk) {
+          const Element* source = row_of(row);
+          const bool valid = source != nullptr && chunk * kChunkElems < cols;
+          primitives::cp_async_16(tile.chunk(row, chunk),
+                                  valid ? source + chunk * kChunkElems : source, valid);
+        },
+        thread);
   } else {
-    store_chunks<kThreads>(tile, [&](int row, int chunk) {
-      const Element* source = row_of(row);
-      return source == nullptr ? primitives::Bytes16{}
-                               : gather_chunk(source, chunk * kChunkElems, cols);
-    });
+    store_chunks<kThreads>(
+        tile,
+        [&](int row, int chunk) {
+          const Element* source = row_of(row);
+          return source == nullptr ? primitives::Bytes16{}
+                                   : gather_chunk(source, chunk * kChunkElems, cols);
+        },
+        thread);
+  }
+}
+
+// Writes the numbers first ... first + 7 of a row, those below cols.
+template <class Element>
+SA_DEVICE void store_chunk(Element* row, int first, int cols, bool in_chunks,
+                           const primitives::Bytes16& chunk) {
+  if (in_chunks) {
+    primitives::store_global(reinterpret_cast<primitives::Bytes16*>(row + first), chunk);
+    return;
+  }
+  SA_UNROLL
+  for (int i = 0; i < kChunkElems; ++i) {
+    if (first + i < cols) {
+      const uint16_t bits = static_cast<uint16_t>(chunk.word[i / 2] >> (16 * (i % 2)));
+      primitives::store_global(row + first + i, Element{bits});
+    }
   }
 }
 
 // Writes rows of a tile out. row_of(r): where row r goes, or null.
 template <int kThreads, class Tile, class RowOf>
-SA_DEVICE void store_tile(const Tile& tile, int cols, bool in_chunks, RowOf row_of) {
+SA_DEVICE void store_tile(const Tile& tile, int cols, bool in_chunks, RowOf row_of,
+                          int thread = primitives::thread_idx()) {
   using Element = typename Tile::Element;
-  for_each_chunk<kThreads, Tile>([&](int row, int chunk_idx) {
-    const int first = chunk_idx * kChunkElems;
-    Element* target = row_of(row);
-    if (target == nullptr || first >= cols) return;
-    const primitives::Bytes16 chunk = primitives::load_shared(
-        reinterpret_cast<const primitives::Bytes16*>(tile.chunk(row, chunk_idx)));
-    if (in_chunks) {
-      primitives::store_global(reinterpret_cast<primitives::Bytes16*>(target + first), chunk);
-      return;
-    }
-    SA_UNROLL
-    for (int i = 0; i < kChunkElems; ++i) {
-      if (first + i < cols) {
-        const uint16_t bits = static_cast<uint16_t>(chunk.word[i / 2] >> (16 * (i % 2)));
-        primitives::store_global(target + first + i, Element{bits});
-      }
-    }
-  });
+  for_each_chunk<kThreads, Tile>(
+      [&](int row, int chunk_idx) {
+        Element* target = row_of(row);
+        if (target == nullptr || chunk_idx * kChunkElems >= cols) return;
+        const primitives::Bytes16 chunk = primitives::load_shared(
+            reinterpret_cast<const primitives::Bytes16*>(tile.chunk(row, chunk_idx)));
+        store_chunk(target, chunk_idx * kChunkElems, cols, in_chunks, chunk);
+      },
+      thread);
 }
 
 }  // namespace sink_attention::cuda

@@ -1,5 +1,8 @@
 // A warp's matrix products on tiles in shared memory.
 //
+// `lane` is lane_idx() or lane_idx_anew(): addresses depend on nothing else that a thread has, and
+// a kernel short of registers has them computed at each product.
+//
 // Both operands of a 16-deep step come by ldmatrix. For operand B one ldmatrix.x4 brings two tiles
 // of 8 columns, so the number of accumulator columns is a multiple of 16.
 #pragma once
@@ -14,14 +17,15 @@ namespace sink_attention::cuda {
 // Operand A: rows [row, row + 16), columns [16 k, 16 k + 16) of a tile. Lanes 0 - 15 name the rows
 // of the left half, 16 - 31 those of the right.
 template <class Tile>
-SA_DEVICE void load_operand_a(const Tile& tile, int lane, int row, int k, uint32_t (&a)[4]) {
+SA_DEVICE void load_operand_a(const Tile& tile, int row, int k, uint32_t (&a)[4],
+                              int lane = primitives::lane_idx()) {
   primitives::ldmatrix_x4(a, tile.chunk(row + lane % 16, 2 * k + lane / 16));
 }
 
 // Operand A of a tile that holds its transpose: A(m, k) = tile(row + k, col + m), 16 x 16.
 template <class Tile>
-SA_DEVICE void load_operand_a_trans(const Tile& tile, int lane, int row, int col,
-                                    uint32_t (&a)[4]) {
+SA_DEVICE void load_operand_a_trans(const Tile& tile, int row, int col, uint32_t (&a)[4],
+                                    int lane = primitives::lane_idx()) {
   // Matrices in the order of a[0 .. 3]: (m, k), (m + 8, k), (m, k + 8), (m + 8, k + 8).
   primitives::ldmatrix_x4_trans(
       a, tile.chunk(row + lane % 8 + lane / 16 * 8, col / kChunkElems + lane / 8 % 2));
@@ -30,8 +34,8 @@ SA_DEVICE void load_operand_a_trans(const Tile& tile, int lane, int row, int col
 // Two operands B of a tile whose rows are B's columns (K in Q K^T): columns n = row ... row + 15,
 // k = 16 k ... 16 k + 15.
 template <class Tile>
-SA_DEVICE void load_operand_b(const Tile& tile, int lane, int row, int k, uint32_t (&b0)[2],
-                              uint32_t (&b1)[2]) {
+SA_DEVICE void load_operand_b(const Tile& tile, int row, int k, uint32_t (&b0)[2],
+                              uint32_t (&b1)[2], int lane = primitives::lane_idx()) {
   uint32_t r[4];
   primitives::ldmatrix_x4(r, tile.chunk(row + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
   b0[0] = r[0];
@@ -43,8 +47,8 @@ SA_DEVICE void load_operand_b(const Tile& tile, int lane, int row, int k, uint32
 // Two operands B of a tile whose rows are B's rows (V in P V): k = row ... row + 15, columns
 // n = col ... col + 15.
 template <class Tile>
-SA_DEVICE void load_operand_b_trans(const Tile& tile, int lane, int row, int col, uint32_t (&b0)[2],
-                                    uint32_t (&b1)[2]) {
+SA_DEVICE void load_operand_b_trans(const Tile& tile, int row, int col, uint32_t (&b0)[2],
+                                    uint32_t (&b1)[2], int lane = primitives::lane_idx()) {
   uint32_t r[4];
   primitives::ldmatrix_x4_trans(r, tile.chunk(row + lane % 16, col / kChunkElems + lane / 16));
   b0[0] = r[0];
@@ -57,20 +61,19 @@ SA_DEVICE void load_operand_b_trans(const Tile& tile, int lane, int row, int col
 // all columns of both.
 template <int kTilesM, int kTilesN, class TileA, class TileB>
 SA_DEVICE void gemm_abt(Accumulators<kTilesM, kTilesN>& acc, const TileA& a_tile, int a_row,
-                        const TileB& b_tile, int b_row) {
+                        const TileB& b_tile, int b_row, int lane = primitives::lane_idx()) {
   static_assert(TileA::kCols == TileB::kCols, "summed over the columns of both");
   static_assert(kTilesN % 2 == 0, "operand B comes in pairs of tiles");
-  const int lane = primitives::opaque(primitives::lane_idx());
   SA_UNROLL
   for (int k = 0; k < TileA::kCols / 16; ++k) {
     uint32_t a[kTilesM][4];
     SA_UNROLL
-    for (int m = 0; m < kTilesM; ++m) load_operand_a(a_tile, lane, a_row + 16 * m, k, a[m]);
+    for (int m = 0; m < kTilesM; ++m) load_operand_a(a_tile, a_row + 16 * m, k, a[m], lane);
     SA_UNROLL
     for (int n = 0; n < kTilesN; n += 2) {
       uint32_t b0[2];
       uint32_t b1[2];
-      load_operand_b(b_tile, lane, b_row + 8 * n, k, b0, b1);
+      load_operand_b(b_tile, b_row + 8 * n, k, b0, b1, lane);
       SA_UNROLL
       for (int m = 0; m < kTilesM; ++m) {
         primitives::mma_m16n8k16<typename TileA::Element>(acc.c[m][n], a[m], b0);
@@ -85,10 +88,9 @@ SA_DEVICE void gemm_abt(Accumulators<kTilesM, kTilesN>& acc, const TileA& a_tile
 template <int kTilesM, int kTilesK, int kTilesN, class TileB>
 SA_DEVICE void gemm_weights(Accumulators<kTilesM, kTilesN>& acc,
                             const Accumulators<kTilesM, kTilesK>& weights, const TileB& b_tile,
-                            int b_row) {
+                            int b_row, int lane = primitives::lane_idx()) {
   static_assert(TileB::kCols == 8 * kTilesN, "all columns");
   static_assert(kTilesN % 2 == 0 && kTilesK % 2 == 0, "operands come in pairs of tiles");
-  const int lane = primitives::opaque(primitives::lane_idx());
   SA_UNROLL
   for (int k = 0; k < kTilesK / 2; ++k) {
     uint32_t a[kTilesM][4];
@@ -98,7 +100,7 @@ SA_DEVICE void gemm_weights(Accumulators<kTilesM, kTilesN>& acc,
     for (int n = 0; n < kTilesN; n += 2) {
       uint32_t b0[2];
       uint32_t b1[2];
-      load_operand_b_trans(b_tile, lane, b_row + 16 * k, 8 * n, b0, b1);
+      load_operand_b_trans(b_tile, b_row + 16 * k, 8 * n, b0, b1, lane);
       SA_UNROLL
       for (int m = 0; m < kTilesM; ++m) {
         primitives::mma_m16n8k16<typename TileB::Element>(acc.c[m][n], a[m], b0);

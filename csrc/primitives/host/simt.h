@@ -9,6 +9,8 @@ namespace sink_attention::primitives {
 
 SA_DEVICE int thread_idx() { return emulator::current().thread_idx; }
 SA_DEVICE int lane_idx() { return emulator::current().thread_idx % kWarpSize; }
+SA_DEVICE int thread_idx_anew() { return thread_idx(); }
+SA_DEVICE int lane_idx_anew() { return lane_idx(); }
 SA_DEVICE int warp_idx() { return emulator::current().thread_idx / kWarpSize; }
 SA_DEVICE Index3 block_idx() {
   const emulator::Grid at = emulator::current().block->index;

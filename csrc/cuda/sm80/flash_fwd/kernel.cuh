@@ -163,7 +163,8 @@ struct FlashFwdKernel {
 
       Scores s;
       s.clear();
-      gemm_abt(s, pipeline.q, warp_row, pipeline.k[stage], warp_n * Tiles::kWarpKeys);
+      gemm_abt(s, pipeline.q, warp_row, pipeline.k[stage], warp_n * Tiles::kWarpKeys,
+               primitives::opaque(primitives::lane_idx()));
 
       primitives::cp_async_wait<2 * (Tiles::kStages - 1)>();
       primitives::sync_threads();  // V of this block is there; its K is no longer read
@@ -176,7 +177,8 @@ struct FlashFwdKernel {
                     block * Tiles::kBlockN + warp_n * Tiles::kWarpKeys);
       }
       soften(s, states, out, scale.to_log2);
-      gemm_weights(out, s, pipeline.v[stage], warp_n * Tiles::kWarpKeys);
+      gemm_weights(out, s, pipeline.v[stage], warp_n * Tiles::kWarpKeys,
+                   primitives::opaque(primitives::lane_idx()));
     }
     primitives::cp_async_wait<0>();
     primitives::sync_threads();  // nobody reads the pipeline any more: results take its place

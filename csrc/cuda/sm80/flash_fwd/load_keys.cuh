@@ -92,36 +92,47 @@ SA_DEVICE void load_keys(Tile& tile, const KeySource<kValues>& source, int first
   using Element = typename Tile::Element;
   using attention::Float8E4M3;
   const int cols = source.dim();
+  const int thread = primitives::opaque(primitives::thread_idx());
   if (source.problem.kv_dtype == attention::DataType::kFloat8E4M3) {
-    store_chunks<kThreads>(tile, [&](int row, int chunk) {
-      const Float8E4M3* numbers = source.template row<Float8E4M3>(first_key + row);
-      return numbers == nullptr ? primitives::Bytes16{}
-                                : widen_chunk<Element>(numbers, chunk * kChunkElems, cols);
-    });
+    store_chunks<kThreads>(
+        tile,
+        [&](int row, int chunk) {
+          const Float8E4M3* numbers = source.template row<Float8E4M3>(first_key + row);
+          return numbers == nullptr ? primitives::Bytes16{}
+                                    : widen_chunk<Element>(numbers, chunk * kChunkElems, cols);
+        },
+        thread);
   } else if (!in_chunks) {
-    store_chunks<kThreads>(tile, [&](int row, int chunk) {
-      const Element* numbers = source.template row<Element>(first_key + row);
-      return numbers == nullptr ? primitives::Bytes16{}
-                                : gather_chunk(numbers, chunk * kChunkElems, cols);
-    });
+    store_chunks<kThreads>(
+        tile,
+        [&](int row, int chunk) {
+          const Element* numbers = source.template row<Element>(first_key + row);
+          return numbers == nullptr ? primitives::Bytes16{}
+                                    : gather_chunk(numbers, chunk * kChunkElems, cols);
+        },
+        thread);
   } else if (source.pages == nullptr) {
-    for_each_chunk<kThreads, Tile>([&](int row, int chunk) {
-      const int key = first_key + row;
-      const int col = chunk * kChunkElems;
-      const bool valid = source.is_readable(key) && col < cols;
-      const Element* numbers = source.template origin<Element>();
-      if (valid) numbers += key * source.row_stride() + col;
-      primitives::cp_async_16(tile.chunk(row, chunk), numbers, valid);
-    });
+    for_each_chunk<kThreads, Tile>(
+        [&](int row, int chunk) {
+          const int key = first_key + row;
+          const int col = chunk * kChunkElems;
+          const bool valid = source.is_readable(key) && col < cols;
+          const Element* numbers = source.template origin<Element>();
+          if (valid) numbers += key * source.row_stride() + col;
+          primitives::cp_async_16(tile.chunk(row, chunk), numbers, valid);
+        },
+        thread);
   } else {
-    for_each_chunk<kThreads, Tile>([&](int row, int chunk) {
-      const int key = first_key + row;
-      const int col = chunk * kChunkElems;
-      const bool valid = source.is_readable(key) && col < cols;
-      const Element* numbers = source.template origin<Element>();
-      if (valid) numbers = source.template row_in_page<Element>(key) + col;
-      primitives::cp_async_16(tile.chunk(row, chunk), numbers, valid);
-    });
+    for_each_chunk<kThreads, Tile>(
+        [&](int row, int chunk) {
+          const int key = first_key + row;
+          const int col = chunk * kChunkElems;
+          const bool valid = source.is_readable(key) && col < cols;
+          const Element* numbers = source.template origin<Element>();
+          if (valid) numbers = source.template row_in_page<Element>(key) + col;
+          primitives::cp_async_16(tile.chunk(row, chunk), numbers, valid);
+        },
+        thread);
   }
 }
 

@@ -1,0 +1,71 @@
+// What the backward's kernels hand to each other, in memory that the caller lends.
+//
+// All of it is cut into query tiles of tile_rows packed rows (tile/packed_rows.cuh) of one sequence
+// and kv head. Sequences follow each other, each from a whole tile on. Where sequence b starts is
+// known without a table:
+//
+//     first_tile(b) = first row of b * group / tile_rows + b
+//
+// One spare tile a sequence makes room for its last, partial one, whatever the lengths in device
+// memory are; tiles that no row falls into stay unused.
+//
+// dq is summed in float32, and only these kernels read it, so it lies as the products leave it:
+// 16 x 8 fragments (tile/fragment.cuh), each lane's number beside its neighbour's. A warp then adds
+// to 128 bytes in a row with one instruction.
+//
+//     number (row, col) of a tile: fragment row / 16 * (dq_cols / 8) + col / 8, of 128 floats, in
+//     it  32 * reg + lane
+#pragma once
+
+#include "attention/host_device.h"
+#include "attention/problem.h"
+
+namespace sink_attention::cuda {
+
+struct BwdWorkspace {
+  int tile_rows;    // a multiple of 16
+  int dq_cols;      // head_dim, padded
+  int num_tiles;    // of one kv head, the unused ones too
+  float* lse_log2;  // [num_heads_kv][num_tiles][tile_rows]: lse * log2 e; +inf where no key counts
+  float* delta;     // [num_heads_kv][num_tiles][tile_rows]: <dout, out> - dlse
+  float* dq;        // [num_heads_kv][num_tiles][tile_rows * dq_cols]: dq / softmax_scale
+  float* sink_terms;  // [num_heads_q][num_tiles]: parts of ds_aux; null without a sink
+  int* turns;  // [num_heads_kv][num_tiles]: blocks of keys that have added to dq; null unless they
+               // must do so in order
+};
+
+SA_HOST_DEVICE int64_t first_tile(const attention::FlashFwdProblem& problem, int64_t batch_idx,
+                                  int64_t tile_rows) {
+  const int64_t group = problem.num_heads_q / problem.num_heads_kv;
+  const int64_t first_row = problem.cu_seqlens_q != nullptr ? problem.cu_seqlens_q[batch_idx]
+                                                            : batch_idx * problem.seqlen_q;
+  return first_row * group / tile_rows + batch_idx;
+}
+
+// The sequence whose tiles begin last at or before `tile`; -1 if there is none.
+SA_HOST_DEVICE int find_sequence(const attention::FlashFwdProblem& problem, int64_t tile,
+                                 int64_t tile_rows) {
+  int begin = 0;
+  int end = static_cast<int>(problem.batch);
+  while (begin < end) {
+    const int middle = begin + (end - begin) / 2;
+    if (first_tile(problem, middle, tile_rows) <= tile) {
+      begin = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  return begin - 1;
+}
+
+// Lays the parts out from `memory` on (null to measure) and returns how many bytes they take.
+int64_t lay_out(const attention::FlashBwdProblem& problem, int tile_rows, int dq_cols, void* memory,
+                BwdWorkspace& workspace);
+
+// Before: lse_log2, delta, ds_aux; dq and the turns become 0. After: dq, scaled and rounded.
+void bwd_preprocess(const attention::FlashBwdProblem& problem, const BwdWorkspace& workspace,
+                    void* stream);
+void bwd_postprocess(const attention::FlashBwdProblem& problem, const BwdWorkspace& workspace,
+                     void* stream);
+
+}  // namespace sink_attention::cuda

@@ -1,0 +1,358 @@
+// The backward of one block of keys of one kv head: dK and dV of the block, summed over the tiles
+// of query rows that see some of it; each tile's dQ is added to a float32 accumulator that all
+// blocks share.
+//
+//   S^T  = K Q^T        P  = exp2(S to_log2 - lse_log2)          keys are the products' rows, so
+//   dP^T = V dO^T       dS = P (dP - delta) (softcap's slope)    that P^T and dS^T are operands A
+//   dV  += P^T dO       dK += dS^T Q         dQ += dS K          (softmax_scale comes at the end)
+//
+// Block x: blocks of keys fastest, then sequences; y: kv head. Rows are (position, head of the
+// group) pairs (packed_rows.cuh), so the sum over a kv head's query heads is part of the products.
+// Tiles are taken from the last to the first.
+//
+// The pipeline over tiles, kStages = 2; | is a barrier of the block. Copies of a tile's Q, dO, lse
+// and delta run for a whole round before it:
+//
+//     round       j                                     j + 1
+//     products    S dP  P dS  dV dK   | dQ              S dP  P dS  dV dK   | dQ
+//     copies      .. of j + 1 ..........| of j + 2 .......................... | of j + 3 ...
+//
+// With one stage tile j + 1 is copied while dQ of tile j is computed, and a second barrier follows.
+#pragma once
+
+#include "attention/mask.h"
+#include "cuda/sm80/flash_bwd/config.h"
+#include "cuda/sm80/flash_bwd/differentiate.cuh"
+#include "cuda/sm80/flash_bwd/key_block.cuh"
+#include "cuda/sm80/flash_bwd/problem.h"
+#include "cuda/sm80/flash_bwd/storage.cuh"
+#include "cuda/tile/copy.cuh"
+#include "cuda/tile/gemm.cuh"
+#include "cuda/tile/gemm_operands.cuh"
+#include "cuda/tile/packed_rows.cuh"
+#include "primitives/atomic.h"
+#include "primitives/cta.h"
+
+namespace sink_attention::cuda::sm80 {
+
+// The work of one thread block. Accumulators live in registers from the first tile to the last.
+template <class Element, class Tiles>
+struct FlashBwdBlock {
+  using Storage = FlashBwdStorage<Element, Tiles>;
+  using Scores = Accumulators<Tiles::kKeyTiles, Tiles::kWarpRows / 8>;
+  using ScoreOperands = OperandsA<Tiles::kKeyTiles, Tiles::kWarpRows / 16>;
+  using ValueOperands = OperandsA<Tiles::kKeyTiles, Tiles::kHeadDimV / 16>;
+  static constexpr int kThreads = Tiles::kThreads;
+  static constexpr int kBlockM = Tiles::kBlockM;
+  static constexpr int kBlockN = Tiles::kBlockN;
+
+  const FlashBwdKernelProblem& problem;
+  Storage& storage;
+  const attention::FlashBwdProblem& bwd;
+  const attention::FlashFwdProblem& fwd;
+  int tiles_begin;  // tiles to visit
+  int tiles_end;
+  ValueOperands values;
+  Accumulators<Tiles::kKeyTiles, Tiles::kWarpCols / 8> dk;
+  Accumulators<Tiles::kKeyTiles, Tiles::kWarpColsV / 8> dv;
+
+  SA_DEVICE FlashBwdBlock(const FlashBwdKernelProblem& problem, Storage& storage)
+      : problem(problem), storage(storage), bwd(problem.bwd), fwd(problem.bwd.fwd) {
+    const PackedRows rows = packed_rows(fwd, batch_idx(), kv_head());
+    if (thread() == 0) {
+      primitives::store_shared(
+          &storage.first_q,
+          static_cast<const Element*>(fwd.q) +
+              rows.offset(0, fwd.q_stride_batch, fwd.q_stride_row, fwd.q_stride_head));
+      primitives::store_shared(
+          &storage.first_dout,
+          static_cast<const Element*>(bwd.dout) +
+              rows.offset(0, bwd.dout_stride_batch, bwd.dout_stride_row, bwd.dout_stride_head));
+      primitives::store_shared(&storage.first_key, static_cast<int>(primitives::block_idx().x) %
+                                                       problem.num_key_blocks * kBlockN);
+      primitives::store_shared(&storage.seqlen_q, static_cast<int>(rows.info.seqlen_q));
+      primitives::store_shared(&storage.seqlen_k, static_cast<int>(rows.info.seqlen_k));
+      primitives::store_shared(&storage.first_workspace_tile,
+                               kv_head() * problem.workspace.num_tiles +
+                                   static_cast<int>(first_tile(fwd, batch_idx(), kBlockM)));
+    }
+    primitives::sync_threads();  // all threads know it
+    const attention::Range queries = mask().visible_queries(first_key(), first_key() + num_keys());
+    const bool some = queries.begin < queries.end;
+    tiles_begin = some ? static_cast<int>(queries.begin) * group() / kBlockM : 0;
+    tiles_end =
+        some ? (static_cast<int>(queries.end) * group() + kBlockM - 1) / kBlockM : tiles_begin;
+  }
+
+  SA_DEVICE int batch_idx() const { return primitives::block_idx().x / problem.num_key_blocks; }
+  SA_DEVICE int kv_head() const { return primitives::block_idx().y; }
+  SA_DEVICE int first_key() const { return primitives::load_shared(&storage.first_key); }
+  SA_DEVICE int group() const { return problem.group; }
+  SA_DEVICE int seqlen_q() const { return primitives::load_shared(&storage.seqlen_q); }
+  SA_DEVICE int seqlen_k() const { return primitives::load_shared(&storage.seqlen_k); }
+  SA_DEVICE int64_t workspace_tile(int tile) const {
+    return primitives::load_shared(&storage.first_workspace_tile) + tile;
+  }
+  // Anew in each step, so that no step's addresses wait in registers for the next tile.
+  SA_DEVICE static int thread() { return primitives::thread_idx_anew(); }
+  SA_DEVICE static int lane() { return primitives::lane_idx_anew(); }
+  SA_DEVICE static int warp() { return thread() / primitives::kWarpSize; }
+  SA_DEVICE int num_rows() const { return seqlen_q() * group(); }
+  // Of the block, those that exist; a block that has none does nothing.
+  SA_DEVICE int num_keys() const {
+    return static_cast<int>(attention::min_of(kBlockN, seqlen_k() - first_key()));
+  }
+  SA_DEVICE attention::Mask mask() const {
+    return attention::make_mask(fwd, seqlen_q(), seqlen_k());
+  }
+  // This warp's part of a tile of scores, and of dK's and dV's columns.
+  SA_DEVICE int column_warp() const { return warp() / Tiles::kKeyWarps; }
+  SA_DEVICE int warp_row() const { return column_warp() * Tiles::kWarpRows; }
+  SA_DEVICE int warp_key() const { return warp() % Tiles::kKeyWarps * 16 * Tiles::kKeyTiles; }
+
+  SA_DEVICE void run() {
+    if (num_keys() <= 0) return;
+    dk.clear();
+    dv.clear();
+    if (tiles_begin < tiles_end) {
+      load_block();
+      for (int stage = 0; stage < Tiles::kStages; ++stage) start_tile(tiles_end - 1 - stage, stage);
+      primitives::cp_async_wait<Tiles::kStages - 1>();
+      primitives::sync_threads();  // K, V and the first tile are there for all warps
+      int stage = 0;
+      for (int tile = tiles_end - 1; tile >= tiles_begin; --tile) {
+        add_tile(tile, stage);
+        stage ^= Tiles::kStages - 1;
+      }
+    }
+    store_gradients();
+  }
+
+  // One round of the pipeline.
+  SA_DEVICE void add_tile(int tile, int stage) {
+    ScoreOperands p;
+    ScoreOperands ds;
+    score(tile, stage, p, ds);
+    // This stage's dS was last read by dQ two rounds ago (one, with one stage), before a barrier.
+    store_operands_a(ds, storage.ds[stage], warp_key(), warp_row(), lane());
+    if constexpr (Tiles::kColumnWarps == 1) {
+      gemm_ab(dv, p, storage.dout[stage], 0, lane());
+      gemm_ab(dk, ds, storage.q[stage], 0, lane());
+    } else {
+      store_operands_a(p, storage.p, warp_key(), warp_row(), lane());
+      primitives::sync_threads();  // both warps of these keys have left their halves of P and dS
+      gemm_ab(dv, storage.p, warp_key(), storage.dout[stage], column_warp() * Tiles::kWarpColsV,
+              lane());
+      gemm_ab(dk, storage.ds[stage], warp_key(), storage.q[stage], column_warp() * Tiles::kWarpCols,
+              lane());
+    }
+    if constexpr (Tiles::kStages == 2) primitives::cp_async_wait<0>();
+    // All of dS is there; with two stages, so is the next tile. Nobody reads this stage's Q and dO
+    // any more: they may be overwritten.
+    primitives::sync_threads();
+    start_tile(tile - Tiles::kStages, stage);
+    add_dq(tile, stage);
+    if constexpr (Tiles::kStages == 1) {
+      primitives::cp_async_wait<0>();
+      primitives::sync_threads();  // the next tile is there, and dS read
+    }
+  }
+
+  SA_DEVICE void score(int tile, int stage, ScoreOperands& p, ScoreOperands& ds) const {
+    Scores s;
+    Scores dp;
+    s.clear();
+    dp.clear();
+    gemm_abt(s, storage.k, warp_key(), storage.q[stage], warp_row(), lane());
+    if constexpr (Tiles::kValuesInRegisters) {
+      gemm_abt(dp, values, storage.dout[stage], warp_row(), lane());
+    } else {
+      gemm_abt(dp, storage.v, warp_key(), storage.dout[stage], warp_row(), lane());
+    }
+    if (problem.capped) {
+      differentiate<true, true>(problem, storage, stage, warp_key(), warp_row(), lane(), s, dp, p,
+                                ds);
+    } else if (needs_mask(tile)) {
+      differentiate<true, false>(problem, storage, stage, warp_key(), warp_row(), lane(), s, dp, p,
+                                 ds);
+    } else {
+      differentiate<false, false>(problem, storage, stage, warp_key(), warp_row(), lane(), s, dp, p,
+                                  ds);
+    }
+  }
+
+  // K and V: into shared memory, or V by way of it into registers. Copies are not waited for.
+  SA_DEVICE void load_block() {
+    const auto values_at = key_rows(static_cast<const Element*>(fwd.v), fwd.v_stride_batch,
+                                    fwd.v_stride_row, fwd.v_stride_head);
+    const auto keys_at = key_rows(static_cast<const Element*>(fwd.k), fwd.k_stride_batch,
+                                  fwd.k_stride_row, fwd.k_stride_head);
+    const int cols_v = static_cast<int>(fwd.head_dim_v);
+    if constexpr (Tiles::kValuesInRegisters) {
+      static_assert(Tiles::kHeadDimV <= Tiles::kHeadDim, "V passes through K's place");
+      load_tile<kThreads>(storage.in_place_of_k, cols_v, problem.v_in_chunks, values_at, thread());
+      primitives::cp_async_commit();
+      primitives::cp_async_wait<0>();
+      primitives::sync_threads();  // V is there
+      load_operands_a(values, storage.in_place_of_k, warp_key(), lane());
+      primitives::sync_threads();  // V is in registers: K may take its place
+    } else {
+      load_tile<kThreads>(storage.v, cols_v, problem.v_in_chunks, values_at, thread());
+    }
+    load_tile<kThreads>(storage.k, static_cast<int>(fwd.head_dim), problem.k_in_chunks, keys_at,
+                        thread());
+  }
+
+  // Starts the copies of a tile as one group, which is empty where there is no such tile. Thread r
+  // notes what row r sees.
+  SA_DEVICE void start_tile(int tile, int stage) {
+    if (tile >= tiles_begin) {
+      const int row_begin = tile * kBlockM;
+      const Element* first_q = primitives::load_shared(&storage.first_q);
+      const Element* first_dout = primitives::load_shared(&storage.first_dout);
+      load_tile<kThreads>(
+          storage.q[stage], static_cast<int>(fwd.head_dim), problem.q_in_chunks,
+          [&](int row) {
+            return query_row(first_q, row_begin + row, fwd.q_stride_row, fwd.q_stride_head);
+          },
+          thread());
+      load_tile<kThreads>(
+          storage.dout[stage], static_cast<int>(fwd.head_dim_v), problem.dout_in_chunks,
+          [&](int row) {
+            return query_row(first_dout, row_begin + row, bwd.dout_stride_row,
+                             bwd.dout_stride_head);
+          },
+          thread());
+      const int thread = this->thread();
+      const int64_t at = workspace_tile(tile) * kBlockM;
+      static_assert(kBlockM <= kThreads, "a thread for each row");
+      if (4 * thread < kBlockM) {
+        primitives::cp_async_16(storage.lse_log2[stage] + 4 * thread,
+                                problem.workspace.lse_log2 + at + 4 * thread, true);
+        primitives::cp_async_16(storage.delta[stage] + 4 * thread,
+                                problem.workspace.delta + at + 4 * thread, true);
+      }
+      if (thread < kBlockM) {
+        KeyRange seen{0, 0};
+        if (row_begin + thread < num_rows()) {
+          const attention::Range keys =
+              attention::intersect(mask().visible_keys((row_begin + thread) / group()),
+                                   {first_key(), first_key() + num_keys()});
+          seen = {static_cast<int>(keys.begin - first_key()),
+                  static_cast<int>(keys.end - first_key())};
+        }
+        primitives::store_shared(storage.visible[stage] + thread, seen);
+      }
+    }
+    primitives::cp_async_commit();
+  }
+
+  SA_DEVICE const Element* query_row(const Element* base, int row, int64_t stride_row,
+                                     int64_t stride_head) const {
+    return row < num_rows() ? base + row / group() * stride_row + row % group() * stride_head
+                            : nullptr;
+  }
+
+  SA_DEVICE int last_position(int tile) const {
+    return (static_cast<int>(attention::min_of((tile + 1) * kBlockM, num_rows())) - 1) / group();
+  }
+
+  // Whether some row of the tile does not see some key of the block. Rows beyond the sequence need
+  // no mask: their lse is +inf.
+  SA_DEVICE bool needs_mask(int tile) const {
+    const int first = tile * kBlockM / group();
+    const int last = last_position(tile);
+    return mask().visible_keys(last).begin > first_key() ||
+           mask().visible_keys(first).end < first_key() + kBlockN;
+  }
+
+  // dQ of the tile, added to the accumulator; in the order of the blocks of keys if turns are kept.
+  // A block only waits for those before it, which have a lower index and started earlier.
+  SA_DEVICE void add_dq(int tile, int stage) const {
+    const int warp = this->warp();
+    const int row = warp % Tiles::kRowWarps * Tiles::kDqRows;
+    const int col = warp / Tiles::kRowWarps * Tiles::kDqCols;
+    Accumulators<Tiles::kDqRows / 16, Tiles::kDqCols / 8> dq;
+    dq.clear();
+    gemm_atb(dq, storage.ds[stage], row, storage.k, col, lane());
+
+    const int64_t at = workspace_tile(tile);
+    int* turn = problem.workspace.turns == nullptr ? nullptr : problem.workspace.turns + at;
+    const int mine = turn == nullptr ? 0 : turn_at(tile);
+    if (turn != nullptr) {
+      if (thread() == 0) primitives::wait_for_turn(turn, mine);
+      primitives::sync_threads();  // it is every thread's turn
+    }
+    // Numbers of neighbouring lanes are neighbours (bwd_workspace.h).
+    float* sums = problem.workspace.dq + at * (kBlockM * Tiles::kHeadDim) + lane();
+    const int rows_left = num_rows() - tile * kBlockM;
+    SA_UNROLL
+    for (int m = 0; m < Tiles::kDqRows / 16; ++m) {
+      SA_UNROLL
+      for (int n = 0; n < Tiles::kDqCols / 8; ++n) {
+        if (row + 16 * m >= rows_left || col + 8 * n >= fwd.head_dim) continue;  // all zeros
+        const int fragment = (row / 16 + m) * (Tiles::kHeadDim / 8) + col / 8 + n;
+        SA_UNROLL
+        for (int reg = 0; reg < 4; ++reg) {
+          primitives::atomic_add(sums + fragment * 128 + reg * 32, dq.c[m][n][reg]);
+        }
+      }
+    }
+    if (turn != nullptr) {
+      primitives::sync_threads();  // every thread has added
+      if (thread() == 0) primitives::pass_turn(turn, mine + 1);
+    }
+  }
+
+  // How many blocks of keys add to the tile's dQ before this one: all those from the first that a
+  // row of it sees.
+  SA_DEVICE int turn_at(int tile) const {
+    const int first = tile * kBlockM / group();
+    const int last = last_position(tile);
+    return first_key() / kBlockN -
+           static_cast<int>(mask().visible_keys(first, last + 1).begin) / kBlockN;
+  }
+
+  SA_DEVICE void store_gradients() {
+    primitives::sync_threads();  // the last tile's dQ has read K, whose place both take in turn
+    store_gradient<kThreads>(dv, 1.0f, storage.in_place_of_k, warp_key(),
+                             column_warp() * Tiles::kWarpColsV, thread(),
+                             key_rows(static_cast<Element*>(bwd.dv), bwd.dv_stride_batch,
+                                      bwd.dv_stride_row, bwd.dv_stride_head),
+                             static_cast<int>(fwd.head_dim_v), problem.dv_in_chunks);
+    primitives::sync_threads();  // dV is read
+    store_gradient<kThreads>(dk, static_cast<float>(fwd.softmax_scale), storage.k, warp_key(),
+                             column_warp() * Tiles::kWarpCols, thread(),
+                             key_rows(static_cast<Element*>(bwd.dk), bwd.dk_stride_batch,
+                                      bwd.dk_stride_row, bwd.dk_stride_head),
+                             static_cast<int>(fwd.head_dim), problem.dk_in_chunks);
+  }
+
+  // Where the block's rows of a tensor lie.
+  template <class T>
+  SA_DEVICE BlockRows<T> key_rows(T* tensor, int64_t stride_batch, int64_t stride_row,
+                                  int64_t stride_head) const {
+    const attention::SeqlenInfo info = attention::seqlen_info(fwd, batch_idx());
+    return {tensor + info.k_batch * stride_batch + (info.k_row + first_key()) * stride_row +
+                kv_head() * stride_head,
+            stride_row, num_keys()};
+  }
+};
+
+template <class Element, class Tiles>
+struct FlashBwdKernel {
+  using Problem = FlashBwdKernelProblem;
+  using Storage = FlashBwdStorage<Element, Tiles>;
+  struct Config {
+    static constexpr int kThreads = Tiles::kThreads;
+    static constexpr int kMinBlocks = Tiles::kMinBlocks;
+    static constexpr int kSharedBytes = static_cast<int>(sizeof(Storage));
+  };
+  static_assert(Config::kSharedBytes <= 99 * 1024, "what compute capability 8.6 has for a block");
+
+  static SA_DEVICE void run(const Problem& problem, char* shared) {
+    FlashBwdBlock<Element, Tiles>(problem, *reinterpret_cast<Storage*>(shared)).run();
+  }
+};
+
+}  // namespace sink_attention::cuda::sm80

@@ -1,0 +1,39 @@
+// What a backward kernel is given beside the problem itself, and its entries, one for each head_dim
+// class; hdim*.cu hold one each.
+#pragma once
+
+#include "attention/problem.h"
+#include "cuda/common/bwd_workspace.h"
+
+namespace sink_attention::cuda::sm80 {
+
+struct FlashBwdKernelProblem {
+  attention::FlashBwdProblem bwd;
+  BwdWorkspace workspace;
+  // Whether each row can be copied 16 bytes at a time.
+  bool q_in_chunks;
+  bool k_in_chunks;
+  bool v_in_chunks;
+  bool dout_in_chunks;
+  bool dk_in_chunks;
+  bool dv_in_chunks;
+  int group;           // num_heads_q / num_heads_kv
+  int num_key_blocks;  // of the longest sequence
+  // A score becomes a logit in base 2 by to_log2; with a softcap it is first tanh(score * to_tanh),
+  // and to_log2 is then of the cap.
+  float to_log2;
+  float to_tanh;
+  bool capped;
+};
+
+using Stream = void*;
+
+void flash_bwd_hdim32(const FlashBwdKernelProblem& problem, Stream stream);
+void flash_bwd_hdim64(const FlashBwdKernelProblem& problem, Stream stream);
+void flash_bwd_hdim96(const FlashBwdKernelProblem& problem, Stream stream);
+void flash_bwd_hdim128(const FlashBwdKernelProblem& problem, Stream stream);
+void flash_bwd_hdim192(const FlashBwdKernelProblem& problem, Stream stream);
+void flash_bwd_hdim192_128(const FlashBwdKernelProblem& problem, Stream stream);
+void flash_bwd_hdim256(const FlashBwdKernelProblem& problem, Stream stream);
+
+}  // namespace sink_attention::cuda::sm80

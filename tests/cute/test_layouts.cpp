@@ -218,13 +218,13 @@ void check_operand_loads() {
               name, ", ", kCols, " columns: lane ", lane, ", value ", value);
       }
     };
-    cuda::load_operand_a(tile, lane, kStart, 1, a);
+    cuda::load_operand_a(tile, kStart, 1, a);
     check_a("load_operand_a", [&](int m, int k) { return number(kStart + m, 16 + k); });
-    cuda::load_operand_a_trans(tile, lane, kStart, 16, a);
+    cuda::load_operand_a_trans(tile, kStart, 16, a);
     check_a("load_operand_a_trans", [&](int m, int k) { return number(kStart + k, 16 + m); });
-    cuda::load_operand_b(tile, lane, kStart, 1, b[0], b[1]);
+    cuda::load_operand_b(tile, kStart, 1, b[0], b[1]);
     check_b("load_operand_b", [&](int k, int n) { return number(kStart + n, 16 + k); });
-    cuda::load_operand_b_trans(tile, lane, kStart, 16, b[0], b[1]);
+    cuda::load_operand_b_trans(tile, kStart, 16, b[0], b[1]);
     check_b("load_operand_b_trans", [&](int k, int n) { return number(kStart + k, 16 + n); });
   });
 }

@@ -1,7 +1,7 @@
 """The backends that the grid runs on, and seeds.
 
 Tests take `backend` and call the library through it, so that the same grid runs over every backend
-that this machine has: the CPU, the CUDA kernels in the emulator (built by `make emulator`), and a GPU
+that this machine has: the CPU, the CUDA kernels in the emulator (`make emulator`), and a GPU
 where both the build and the machine have one. How many tests ran on each is printed at the end.
 """
 

@@ -28,8 +28,8 @@ PYTHON_FILES = setup.py tools sink_attention_ext tests benchmarks examples
 # What the sanitizers are to watch: every file with a test that is marked for them.
 SANITIZED = $(shell grep -l 'mark\.sanitize' tests/test_*.py)
 
-.PHONY: help build demo test test-all bench checklist lint format native sanitize sanitize-native \
-        sanitize-python check-cuda clean
+.PHONY: help build demo test test-all bench checklist lint format native emulator sanitize \
+        sanitize-native sanitize-python check-cuda clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */\1|/' | \
@@ -41,11 +41,19 @@ build: $(LIBRARY)  ## the extension, in place
 demo: $(STAMPS)/demo build  ## train a small GPT-OSS with our op, then serve it (under 5 minutes)
 	$(PY) examples/train_and_serve.py
 
-test: $(STAMPS)/test build lint native  ## lint, native tests and all tests that are not slow
-	$(PY) -m pytest -q tests -m "not slow"
+# The emulator runs on one core, so its tests run in several processes; the others use all cores each.
+EMULATED_PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q tests -n $(shell nproc) -k emulated-sm80
 
-test-all: $(STAMPS)/test build lint native  ## the slow ones too
-	$(PY) -m pytest -q tests
+test: $(STAMPS)/test build emulator lint native  ## lint, native tests and all tests that are not slow
+	$(PY) -m pytest -q tests -m "not slow" -k "not emulated-sm80"
+	$(EMULATED_PYTEST) -m "not slow"
+
+test-all: $(STAMPS)/test build emulator lint native  ## the slow ones too
+	$(PY) -m pytest -q tests -k "not emulated-sm80"
+	$(EMULATED_PYTEST)
+
+emulator: $(STAMPS)/build  ## the CUDA kernels, compiled for the tests' emulator
+	$(PY) setup.py --quiet build_emulator
 
 bench: $(STAMPS)/bench build  ## the benchmark tables and plots
 	$(PY) benchmarks/run.py

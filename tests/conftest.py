@@ -73,59 +73,77 @@ BACKENDS = _available_backends()
 
 # ---- which of the grid's tests run on which backend ----
 
-# What one emulated test may multiply, in the products of its forward. The emulator does about 1e9
-# multiplications a second; the backward takes 2.5 times the forward's.
+# What one emulated test may multiply in the products of its forward (the backward takes 2.5 times as
+# much), and what it may where it is marked slow. The emulator does about 1e9 multiplications a second in
+# the tensor cores, and a tenth of that in plain float32 and float64.
 EMULATED_PRODUCTS = 1.5e7
 EMULATED_PRODUCTS_SLOW = 4e8
+# Tests whose cases are not in their parameters, and that take the emulator more than two seconds.
+SLOW_WHEN_EMULATED = {
+    "test_windows",
+    "test_visible_keys_exactly",
+    "test_batch_invariance_of_long_sequences",
+    "test_every_pair_of_edges",
+}
 
 
 def _products(case: cases.AttentionCase) -> float:
-    """Multiplications of Q K^T and P V, as if every query saw every key."""
+    """Multiplications of Q K^T and P V in the tensor cores' time, as if every query saw every key."""
     if isinstance(case, cases.DenseCase):
         pairs = case.batch * case.seqlen_q * case.seqlen_k
     else:
         pairs = sum(q * k for q, k in zip(case.seqlens_q, case.seqlens_k, strict=True))
-    return pairs * case.num_heads_q * (case.head_dim + case.dim_v)
+    weight = 1 if case.dtype in cases.HALF_DTYPES else 10
+    return weight * pairs * case.num_heads_q * (case.head_dim + case.dim_v)
 
 
-def _runs(params: dict[str, Any], slow: bool) -> bool:
-    """Whether a test runs on its backend: the emulator is slow."""
-    if params["backend"] == "cpu":
-        return True
-    case = params.get("case")
-    if params["backend"] == EMULATED and isinstance(case, cases.AttentionCase):
-        return _products(case) <= (EMULATED_PRODUCTS_SLOW if slow else EMULATED_PRODUCTS)
-    return True
-
-
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What takes the emulator long is slow there; what would take it minutes is left out."""
     left_out = set()
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        slow = item.get_closest_marker("slow") is not None
-        if params.get("backend") in BACKENDS and not _runs(params, slow):
+        if params.get("backend") != EMULATED:
+            continue
+        case = params.get("case")
+        products = _products(case) if isinstance(case, cases.AttentionCase) else 0
+        if products > EMULATED_PRODUCTS_SLOW:
             left_out.add(item)
+        elif products > EMULATED_PRODUCTS or item.originalname in SLOW_WHEN_EMULATED:
+            item.add_marker(pytest.mark.slow)
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
 
 
-_ran: Counter[str] = Counter()
+_ran: Counter[str] = Counter()  # passed tests on each backend, and the emulator's thread blocks
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Called where results are collected, also when other processes run the tests."""
+    if report.when == "teardown" and report.passed:
+        _ran.update(dict(report.user_properties).get("ran", {}))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
+    blocks = _ran.pop("thread blocks", 0)
     if _ran:
         parts = [f"{count} on {name}" for name, count in sorted(_ran.items())]
         terminalreporter.write_line(f"tests of the grid: {', '.join(parts)}")
-    if EMULATED in _ran:
-        terminalreporter.write_line(f"thread blocks run by the emulator: {emulated.blocks_run()}")
+    if blocks:
+        terminalreporter.write_line(f"thread blocks run by the emulator: {blocks}")
 
 
 @pytest.fixture(params=sorted(BACKENDS))
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     backend = BACKENDS[request.param]
+    is_emulated = backend.name == EMULATED
+    blocks = emulated.blocks_run() if is_emulated else 0
     with backend.use():
         yield backend
-    _ran[backend.name] += 1
+    ran = {backend.name: 1}
+    if is_emulated:
+        ran["thread blocks"] = emulated.blocks_run() - blocks
+    request.node.user_properties.append(("ran", ran))
 
 
 @pytest.fixture(autouse=True)

@@ -27,8 +27,11 @@ bool has_tensor_core_kernels(const FlashFwdProblem& problem) {
   return problem.dtype == DataType::kBFloat16 || problem.dtype == DataType::kFloat16;
 }
 
+// Decode tiles are for caches: in dense and varlen calls a sequence's tiles, and so the order of
+// its sums, do not depend on the lengths beside it.
 bool is_decode(const FlashFwdProblem& problem) {
-  return problem.seqlen_q * group_of(problem) <= sm80::kDecodeRows;
+  return problem.block_table != nullptr &&
+         problem.seqlen_q * group_of(problem) <= sm80::kDecodeRows;
 }
 
 // Parts of the keys, so that there is a block for each multiprocessor. Lengths in device memory are

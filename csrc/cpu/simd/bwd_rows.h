@@ -54,8 +54,9 @@ double bwd_preprocess(const FlashBwdProblem& bwd, int64_t batch_idx, int64_t hea
     const double lse = static_cast<double>(
         static_cast<const Real*>(problem.lse)[info.q_batch * problem.lse_stride_batch +
                                               head_idx * problem.lse_stride_head + row]);
-    const double weight = lse == sink ? 1.0 : std::exp(sink - lse);  // equal where both are +inf
-    ds_aux -= weight * static_cast<double>(value);
+    const Real exponent = static_cast<Real>(sink - lse);
+    const Real weight = lse == sink ? Real(1) : std::exp(exponent);  // equal where both are +inf
+    ds_aux -= static_cast<double>(weight) * static_cast<double>(value);
   }
   return ds_aux;
 }

@@ -7,22 +7,25 @@
 
 namespace sink_attention::cuda {
 
-// logit = score * to_log2, after cap * tanh(score * to_tanh) where there is a softcap (to_log2 is
-// then cap * log2 e), or of the score's negative where the scale is negative.
+enum ScoreForm : int {
+  kPlain,    // logit = score * to_log2
+  kNegated,  // logit = -score * to_log2, where the scale is negative
+  kCapped,   // logit = tanh(score * to_tanh) * to_log2; to_log2 is then softcap * log2 e
+};
+
 struct ScoreScale {
   float to_log2;  // > 0
   float to_tanh;
-  bool capped;
-  bool negated;
+  int form;  // a ScoreForm
 
   // The same for keys that are yet to be multiplied with a factor (a float8 cache's scale).
   SA_HOST_DEVICE ScoreScale times(float factor) const {
     ScoreScale result = *this;
-    if (capped) {
+    if (form == kCapped) {
       result.to_tanh *= factor;
     } else {
       result.to_log2 *= factor < 0 ? -factor : factor;
-      result.negated = negated != (factor < 0);
+      if (factor < 0) result.form = form == kPlain ? kNegated : kPlain;
     }
     return result;
   }
@@ -31,13 +34,12 @@ struct ScoreScale {
 inline ScoreScale score_scale(const attention::FlashFwdProblem& problem) {
   // A scale of 0 would turn a hidden score into 0 * inf; one this small has the same exponentials.
   const double scale = problem.softmax_scale == 0 ? 1e-30 : problem.softmax_scale;
-  ScoreScale result{};
-  result.capped = problem.softcap > 0;
-  result.negated = scale < 0 && !result.capped;
-  result.to_tanh = result.capped ? static_cast<float>(scale / problem.softcap) : 0.0f;
-  result.to_log2 = static_cast<float>(
-      (result.capped ? problem.softcap : (scale < 0 ? -scale : scale)) * attention::kLog2E);
-  return result;
+  if (problem.softcap > 0) {
+    return {static_cast<float>(problem.softcap * attention::kLog2E),
+            static_cast<float>(scale / problem.softcap), kCapped};
+  }
+  return {static_cast<float>((scale < 0 ? -scale : scale) * attention::kLog2E), 0.0f,
+          scale < 0 ? kNegated : kPlain};
 }
 
 }  // namespace sink_attention::cuda

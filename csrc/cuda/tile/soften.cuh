@@ -21,10 +21,10 @@ SA_DEVICE float tanh_by_exp2(float x) {
 
 // Brings scores into the form in which score * to_log2 is the logit.
 template <int kTilesM, int kTilesN>
-SA_DEVICE void transform_scores(Accumulators<kTilesM, kTilesN>& s, const ScoreScale& scale) {
-  if (scale.capped) {
-    s.for_each([&](float& score) { score = tanh_by_exp2(score * scale.to_tanh); });
-  } else if (scale.negated) {
+SA_DEVICE void transform_scores(Accumulators<kTilesM, kTilesN>& s, int form, float to_tanh) {
+  if (form == kCapped) {
+    s.for_each([&](float& score) { score = tanh_by_exp2(score * to_tanh); });
+  } else if (form == kNegated) {
     s.for_each([](float& score) { score = -score; });
   }
 }

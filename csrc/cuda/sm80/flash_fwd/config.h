@@ -5,11 +5,13 @@
 // block's keys among them, each with a softmax of its own, merged once at the end.
 //
 // Prefill: 128 rows. With 32 rows a warp, an operand of K or V that ldmatrix brings feeds 4
-// products instead of 2, which keeps shared memory's bandwidth ahead of the tensor cores; the
-// accumulators (of head_dim 128: 128 floats of output, 64 of scores) then just fit into 255
-// registers. From head_dim 192 on they do not, so a warp holds 16 rows. Decode: one group of query
-// heads rarely has more than 16 rows; all four warps share them, and two stages of keys are under
-// way while one is used.
+// products instead of 2, which keeps shared memory's bandwidth ahead of the tensor cores. At
+// head_dim 128 the output takes 128 registers; with 64 keys a block, whose scores take 64 more, the
+// compiler spilled, so there are 32, which also leaves room for two thread blocks in 99 KB. From
+// head_dim 192 on a warp holds 16 rows.
+//
+// Decode: one group of query heads rarely has more than 16 rows; all four warps share them, and two
+// stages of keys are under way while one is used.
 //
 // Shared memory stays within 99 KB, what a block may have on compute capability 8.6, 8.9 and 12.0.
 #pragma once
@@ -34,6 +36,8 @@ struct FlashFwdTiles {
 
 template <int kHeadDim, int kHeadDimV>
 struct Prefill : FlashFwdTiles<kHeadDim, kHeadDimV, 4, 1, 2, 64, 1> {};
+template <>
+struct Prefill<128, 128> : FlashFwdTiles<128, 128, 4, 1, 2, 32, 1> {};
 template <>
 struct Prefill<192, 192> : FlashFwdTiles<192, 192, 8, 1, 1, 64, 1> {};
 template <>

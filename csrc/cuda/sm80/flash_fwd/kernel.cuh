@@ -45,9 +45,28 @@ struct FlashFwdKernel {
     VTile v[Tiles::kStages];
   };
   using Results = FlashFwdResults<Element, Tiles>;
-  union SharedStorage {  // after the last block of keys, results take the pipeline's place
-    Pipeline pipeline;
-    typename Results::Storage results;
+  // What all threads need once in a block of keys. In shared memory, since the accumulators of
+  // head_dim 128 leave no registers for it.
+  struct Work {
+    const char* k_base;
+    const char* v_base;
+    const int32_t* pages;
+    int key_begin;
+    int key_end;
+    int seqlen_q;
+    int seqlen_k;
+    int row_begin;
+    int group;
+    int full_begin;  // blocks of keys in [full_begin, full_end) need no mask
+    int full_end;
+    ScoreScale scale;
+  };
+  struct SharedStorage {
+    union {  // after the last block of keys, results take the pipeline's place
+      Pipeline pipeline;
+      typename Results::Storage results;
+    };
+    Work work;
   };
   struct Config {
     static constexpr int kThreads = Tiles::kThreads;
@@ -69,28 +88,53 @@ struct FlashFwdKernel {
             y % kernel_problem.num_splits, tile * Tiles::kBlockM};
   }
 
-  // The blocks of keys that it walks over; those in [full_begin, full_end) need no mask, since
-  // every row sees all of their keys.
+  // The blocks of keys that it walks over.
   struct KeyBlocks {
     int begin;
     int end;
-    int full_begin;
-    int full_end;
   };
-  static SA_DEVICE KeyBlocks find_key_blocks(const attention::Mask& mask, attention::Range keys,
-                                             int q_begin, int q_end, int split, int num_splits) {
+  static SA_DEVICE KeyBlocks find_key_blocks(attention::Range keys, int split, int num_splits) {
     constexpr int kBlockN = Tiles::kBlockN;
-    KeyBlocks blocks{};
     const int first = static_cast<int>(keys.begin) / kBlockN;
     const int last = (static_cast<int>(keys.end) + kBlockN - 1) / kBlockN;
     const int count = keys.begin < keys.end ? last - first : 0;
-    blocks.begin = first + count * split / num_splits;
-    blocks.end = first + count * (split + 1) / num_splits;
-    blocks.full_begin =
-        (static_cast<int>(mask.visible_keys(q_end - 1).begin) + kBlockN - 1) / kBlockN;
-    blocks.full_end =
-        static_cast<int>(attention::max_of(mask.visible_keys(q_begin).end, 0)) / kBlockN;
-    return blocks;
+    return {first + count * split / num_splits, first + count * (split + 1) / num_splits};
+  }
+
+  static SA_DEVICE void store_work(Work& stored, const Work& work) {
+    using primitives::store_shared;
+    store_shared(&stored.k_base, work.k_base);
+    store_shared(&stored.v_base, work.v_base);
+    store_shared(&stored.pages, work.pages);
+    store_shared(&stored.key_begin, work.key_begin);
+    store_shared(&stored.key_end, work.key_end);
+    store_shared(&stored.seqlen_q, work.seqlen_q);
+    store_shared(&stored.seqlen_k, work.seqlen_k);
+    store_shared(&stored.row_begin, work.row_begin);
+    store_shared(&stored.group, work.group);
+    store_shared(&stored.full_begin, work.full_begin);
+    store_shared(&stored.full_end, work.full_end);
+    store_shared(&stored.scale.to_log2, work.scale.to_log2);
+    store_shared(&stored.scale.to_tanh, work.scale.to_tanh);
+    store_shared(&stored.scale.form, work.scale.form);
+  }
+  template <bool kValues>
+  static SA_DEVICE KeySource<kValues> stored_source(const attention::FlashFwdProblem& problem,
+                                                    const Work& work) {
+    using primitives::load_shared;
+    return {problem, load_shared(kValues ? &work.v_base : &work.k_base), load_shared(&work.pages),
+            load_shared(&work.key_begin), load_shared(&work.key_end)};
+  }
+
+  // Starts the copy of a block of keys or values, if there is one, and closes its group.
+  template <bool kValues, class Tile>
+  static SA_DEVICE void load_block(Tile* stages, const KeySource<kValues>& source, int block,
+                                   const KeyBlocks& blocks, bool in_chunks) {
+    if (block < blocks.end) {
+      load_keys<kThreads>(stages[(block - blocks.begin) % Tiles::kStages], source,
+                          block * Tiles::kBlockN, in_chunks);
+    }
+    primitives::cp_async_commit();
   }
 
   static SA_DEVICE void run(const Problem& kernel_problem, char* shared) {
@@ -108,29 +152,34 @@ struct FlashFwdKernel {
     const int q_begin = rows.position(row_begin);
     const int last_row = attention::min_of(row_begin + Tiles::kBlockM, rows.num_rows) - 1;
     const int q_end = rows.position(last_row) + 1;
-    const int seqlen_q = static_cast<int>(rows.info.seqlen_q);
-    const int seqlen_k = static_cast<int>(rows.info.seqlen_k);
-    const attention::Mask mask = attention::make_mask(problem, seqlen_q, seqlen_k);
+    const attention::Mask mask =
+        attention::make_mask(problem, rows.info.seqlen_q, rows.info.seqlen_k);
     const attention::Range visible = mask.visible_keys(q_begin, q_end);
-    const KeyBlocks blocks =
-        find_key_blocks(mask, visible, q_begin, q_end, split, kernel_problem.num_splits);
+    const KeyBlocks blocks = find_key_blocks(visible, split, kernel_problem.num_splits);
     const auto keys = key_source<false>(problem, batch_idx, kv_head, rows.info, visible);
     const auto values = key_source<true>(problem, batch_idx, kv_head, rows.info, visible);
 
-    const auto load_k = [&](int block) {
-      if (block < blocks.end) {
-        load_keys<kThreads>(pipeline.k[(block - blocks.begin) % Tiles::kStages], keys,
-                            block * Tiles::kBlockN, kernel_problem.k_in_chunks);
-      }
-      primitives::cp_async_commit();
-    };
-    const auto load_v = [&](int block) {
-      if (block < blocks.end) {
-        load_keys<kThreads>(pipeline.v[(block - blocks.begin) % Tiles::kStages], values,
-                            block * Tiles::kBlockN, kernel_problem.v_in_chunks);
-      }
-      primitives::cp_async_commit();
-    };
+    if (primitives::thread_idx() == 0) {
+      constexpr int kBlockN = Tiles::kBlockN;
+      Work work{};
+      work.k_base = keys.base;
+      work.v_base = values.base;
+      work.pages = keys.pages;
+      work.key_begin = keys.begin;
+      work.key_end = keys.end;
+      work.seqlen_q = static_cast<int>(rows.info.seqlen_q);
+      work.seqlen_k = static_cast<int>(rows.info.seqlen_k);
+      work.row_begin = row_begin;
+      work.group = rows.group;
+      // Blocks whose keys every row sees: the last row sees fewest at the front, the first at the
+      // end.
+      work.full_begin =
+          (static_cast<int>(mask.visible_keys(q_end - 1).begin) + kBlockN - 1) / kBlockN;
+      work.full_end =
+          static_cast<int>(attention::max_of(mask.visible_keys(q_begin).end, 0)) / kBlockN;
+      work.scale = kernel_problem.scale.times(cache_scale(problem.k_scale, problem, kv_head));
+      store_work(storage.work, work);
+    }
 
     // Q belongs to the first group of copies.
     load_tile<kThreads>(pipeline.q, static_cast<int>(problem.head_dim), kernel_problem.q_in_chunks,
@@ -143,13 +192,12 @@ struct FlashFwdKernel {
                                      : nullptr;
                         });
     SA_UNROLL
-    for (int stage = 0; stage < Tiles::kStages - 1; ++stage) {
-      load_k(blocks.begin + stage);
-      load_v(blocks.begin + stage);
+    for (int stage = 0; stage < Tiles::kStages; ++stage) {
+      load_block(pipeline.k, keys, blocks.begin + stage, blocks, kernel_problem.k_in_chunks);
+      if (stage == Tiles::kStages - 1) break;
+      load_block(pipeline.v, values, blocks.begin + stage, blocks, kernel_problem.v_in_chunks);
     }
-    load_k(blocks.begin + Tiles::kStages - 1);
 
-    const ScoreScale scale = kernel_problem.scale.times(keys.scale(kv_head));
     RowStates<kTilesM> states;
     states.clear();
     Out out;
@@ -159,7 +207,8 @@ struct FlashFwdKernel {
       const int stage = (block - blocks.begin) % Tiles::kStages;
       primitives::cp_async_wait<2 * (Tiles::kStages - 1)>();
       primitives::sync_threads();  // K of this block is there; V of the last one is no longer read
-      load_v(block + Tiles::kStages - 1);
+      load_block(pipeline.v, stored_source<true>(problem, storage.work), block + Tiles::kStages - 1,
+                 blocks, kernel_problem.v_in_chunks);
 
       Scores s;
       s.clear();
@@ -168,23 +217,37 @@ struct FlashFwdKernel {
 
       primitives::cp_async_wait<2 * (Tiles::kStages - 1)>();
       primitives::sync_threads();  // V of this block is there; its K is no longer read
-      load_k(block + Tiles::kStages);
+      load_block(pipeline.k, stored_source<false>(problem, storage.work), block + Tiles::kStages,
+                 blocks, kernel_problem.k_in_chunks);
 
-      transform_scores(s, scale);
-      if (block < blocks.full_begin || block >= blocks.full_end) {
-        mask_scores(s, attention::make_mask(problem, seqlen_q, seqlen_k),
-                    primitives::opaque(row_begin + warp_row), rows.group,
-                    block * Tiles::kBlockN + warp_n * Tiles::kWarpKeys);
+      const Work& work = storage.work;
+      using primitives::load_shared;
+      transform_scores(s, load_shared(&work.scale.form), load_shared(&work.scale.to_tanh));
+      if (block < load_shared(&work.full_begin) || block >= load_shared(&work.full_end)) {
+        mask_scores(
+            s,
+            attention::make_mask(problem, load_shared(&work.seqlen_q), load_shared(&work.seqlen_k)),
+            load_shared(&work.row_begin) + warp_row, load_shared(&work.group),
+            block * Tiles::kBlockN + warp_n * Tiles::kWarpKeys);
       }
-      soften(s, states, out, scale.to_log2);
+      soften(s, states, out, load_shared(&work.scale.to_log2));
       gemm_weights(out, s, pipeline.v[stage], warp_n * Tiles::kWarpKeys,
                    primitives::opaque(primitives::lane_idx()));
     }
     primitives::cp_async_wait<0>();
     primitives::sync_threads();  // nobody reads the pipeline any more: results take its place
 
-    Results{kernel_problem, rows, row_begin, split, values.scale(kv_head), scale.to_log2}.write(
-        storage.results, out, states, warp_row, warp_n);
+    // The place anew: what only the ends of a kernel need shall take no registers in its loop.
+    const Place place = find_place(kernel_problem, primitives::opaque(primitives::block_idx().x),
+                                   primitives::opaque(primitives::block_idx().y));
+    const PackedRows result_rows = packed_rows(problem, place.batch_idx, place.kv_head);
+    Results{kernel_problem,
+            result_rows,
+            place.row_begin,
+            place.split,
+            cache_scale(problem.v_scale, problem, place.kv_head),
+            primitives::load_shared(&storage.work.scale.to_log2)}
+        .write(storage.results, out, states, warp_row, warp_n);
   }
 };
 

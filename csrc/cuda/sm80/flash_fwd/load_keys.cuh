@@ -65,13 +65,14 @@ struct KeySource {
     if (!is_readable(key)) return nullptr;
     return pages == nullptr ? origin<Stored>() + key * row_stride() : row_in_page<Stored>(key);
   }
-  // What stored numbers are to be multiplied with; 1 but for float8.
-  SA_DEVICE float scale(int kv_head) const {
-    const float* scales = kValues ? problem.v_scale : problem.k_scale;
-    return scales == nullptr ? 1.0f
-                             : primitives::load_global(scales + kv_head * problem.kv_scale_stride);
-  }
 };
+
+// What a kv head's stored numbers are to be multiplied with; 1 but for float8.
+SA_DEVICE float cache_scale(const float* scales, const attention::FlashFwdProblem& problem,
+                            int kv_head) {
+  return scales == nullptr ? 1.0f
+                           : primitives::load_global(scales + kv_head * problem.kv_scale_stride);
+}
 
 template <bool kValues>
 SA_DEVICE KeySource<kValues> key_source(const attention::FlashFwdProblem& problem, int batch_idx,

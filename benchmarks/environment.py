@@ -33,8 +33,10 @@ def last_level_cache_bytes() -> int:
     return max(sizes, default=32 << 20)
 
 
-def available_memory_bytes() -> int:
-    """Memory that can be had without swapping."""
+def available_memory_bytes(device: torch.device | None = None) -> int:
+    """Memory that can be had without swapping, or that is free on a GPU."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     try:
         match = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
         return int(match[1]) << 10

@@ -123,10 +123,11 @@ def why_not_eager(
     backward: bool,
     seconds: float = 0.0,
     limit_s: float = math.inf,
+    device: torch.device | None = None,
 ) -> str | None:
     """Why eager is left out; `seconds` is what it is expected to take."""
     needed = eager_bytes(layer, seqlen, dtype.itemsize, backward)
-    allowed = available_memory_bytes() * 6 // 10
+    allowed = available_memory_bytes(device) * 6 // 10
     if needed > allowed:
         return f"would take about {needed / 1e9:.0f} GB; {allowed / 1e9:.0f} GB allowed here"
     if seconds > limit_s:

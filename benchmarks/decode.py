@@ -22,11 +22,10 @@ import torch
 from cases import DTYPE_NAMES, GPT_OSS_FULL, Record, Settings
 from check import TOLERANCE, relative_error
 from environment import available_memory_bytes, last_level_cache_bytes
-from peers import EAGER, OURS, READ, SDPA
+from peers import EAGER, OURS, READ, SDPA, eager_function
 from sweep import record_of
 from timing import Contender, Rounds, Timing, WrongResultError, interleave, progress
 from torch.nn.functional import scaled_dot_product_attention
-from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 import sink_attention_ext
 
@@ -160,6 +159,9 @@ def contenders(
         return result, left_out | {EAGER: "no memory to repeat K and V for every query head"}
     if eager_seconds > EAGER_LIMIT_S:
         return result, left_out | {EAGER: f"would take about {eager_seconds:.0f} s a call"}
+    eager_attention_forward = eager_function()
+    if isinstance(eager_attention_forward, str):
+        return result, left_out | {EAGER: eager_attention_forward}
     module = SimpleNamespace(num_key_value_groups=group, sinks=s_aux, training=False)
 
     def eager(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

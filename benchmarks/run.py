@@ -19,11 +19,16 @@ import gpu.environment
 import gpu.tables
 import memory
 import overhead
-import plots
 import report
 import torch
 import window
 from cases import Record, Settings
+
+try:
+    import plots
+except ImportError as error:
+    plots = None
+    print(f"no plots: {error}")
 
 SECTIONS = {
     "forward": forward,
@@ -66,7 +71,8 @@ def save(folder: Path, described: dict, parts: list[str], records: list[Record])
     """results.md, results.json and the plots."""
     folder.mkdir(parents=True, exist_ok=True)
     record_dicts = [record.as_dict() for record in records]
-    images = [f"![{path.stem}]({path.name})\n" for path in plots.draw(record_dicts, folder)]
+    drawn = plots.draw(record_dicts, folder) if plots else []
+    images = [f"![{path.stem}]({path.name})\n" for path in drawn]
     text = "\n".join(["# Benchmark results\n", *parts, *images])
     (folder / "results.md").write_text(text.rstrip() + "\n")
     result = {"environment": described, "records": record_dicts}

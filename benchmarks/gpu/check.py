@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import signal
@@ -71,16 +72,13 @@ def run_step(step: Step, out: Path, seconds_left: float) -> Outcome:
 
 
 def end(process: subprocess.Popen) -> None:
-    """Asks the step's processes to stop, and kills them if they do not."""
-    for sign, patience in ((signal.SIGINT, 20), (signal.SIGKILL, 5)):
-        try:
-            os.killpg(process.pid, sign)
-            process.wait(patience)
-            return
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
+    """Asks the step's processes to stop, and kills those that do not."""
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(20)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def show(outcome: Outcome) -> None:

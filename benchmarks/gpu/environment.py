@@ -14,9 +14,10 @@ import sys
 from pathlib import Path
 
 import torch
+from gpu.steps import cuda_program
 
 NVIDIA_SMI = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.memory"
-LIBRARIES = ("transformers", "triton", "flash_attn", "flashinfer", "cutlass")
+LIBRARIES = ("transformers", "triton", "flash_attn", "flashinfer", "cutlass", "hypothesis")
 
 
 def output_of(*command: str) -> str | None:
@@ -55,10 +56,15 @@ def library_version(name: str) -> str:
         return "not installed"
 
 
+def version_of(program: str) -> str:
+    """What a program of the CUDA toolkit says of itself."""
+    return output_of(cuda_program(program) or program, "--version") or ""
+
+
 def describe() -> dict[str, str]:
-    nvcc = re.search(r"V([\d.]+)", output_of("nvcc", "--version") or "")
+    nvcc = re.search(r"V([\d.]+)", version_of("nvcc"))
     commit = output_of("git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD")
-    sanitizer = re.search(r"[Vv]ersion ([\d.]+)", output_of("compute-sanitizer", "--version") or "")
+    sanitizer = re.search(r"[Vv]ersion ([\d.]+)", version_of("compute-sanitizer"))
     facts = {
         **cards(),
         "nvidia-smi": (output_of("nvidia-smi", f"--query-gpu={NVIDIA_SMI}", "--format=csv") or "no")

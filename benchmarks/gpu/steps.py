@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
+GRAPHS = "tests/test_cuda_graphs.py"
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # The reduced grid: tests marked as small and of every kind.
 REDUCED = ["-m", "sanitize and not slow"]
@@ -42,24 +46,43 @@ def pytest(out: Path, name: str, *arguments: str) -> list[str]:
     )  # fmt: skip
 
 
-def sanitizer_filter(tool: str) -> list[str]:
+def cuda_program(name: str) -> str | None:
+    """A program of the toolkit: on PATH, or in its folder of programs."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    folders = [f"{home}/bin" for home in homes if home]
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
+
+
+def grid_files() -> list[str]:
+    """Files with tests that run on each backend; those of graphs apart."""
+    graphs = ROOT / GRAPHS
+    missing = {"test_fuzz.py"} if importlib.util.find_spec("hypothesis") is None else set()
+    return [
+        str(path.relative_to(ROOT))
+        for path in sorted((ROOT / "tests").glob("test_*.py"))
+        if "backend: Backend" in path.read_text() and path != graphs and path.name not in missing
+    ]
+
+
+def sanitizer_filter(program: str, tool: str) -> list[str]:
     """These two also complain of torch's kernels: they look at ours only, if they can be told."""
     if tool not in ("racecheck", "initcheck"):
         return []
-    asked = subprocess.run(["compute-sanitizer", "--help"], capture_output=True, text=True)
+    asked = subprocess.run([program, "--help"], capture_output=True, text=True)
     known = "--kernel-regex" in asked.stdout + asked.stderr
     return ["--kernel-regex", "kns=kernel_entry"] if known else []
 
 
 def sanitizer_step(tool: str, out: Path, quick: bool) -> Step:
     name = f"sanitizer-{tool}"
-    if shutil.which("compute-sanitizer") is None:
-        return Step(name, [], 0, reason="no compute-sanitizer on PATH")
-    tests = QUICK_SANITIZED if quick else ["tests"]
+    program = cuda_program("compute-sanitizer")
+    if program is None:
+        return Step(name, [], 0, reason="no compute-sanitizer on PATH or in CUDA_HOME")
+    tests = QUICK_SANITIZED if quick else grid_files()
     # torch's own allocator would hide reads of memory that nobody wrote or that was given back.
     return Step(
         name,
-        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99", *sanitizer_filter(tool)]
+        [program, "--tool", tool, "--error-exitcode", "99", *sanitizer_filter(program, tool)]
         + pytest(out, name, *tests, "-k", "cuda", *REDUCED),
         8 if quick else 25,
         {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
@@ -70,7 +93,6 @@ def sanitizer_step(tool: str, out: Path, quick: bool) -> Step:
 def card_steps(out: Path, quick: bool) -> list[Step]:
     build = python("setup.py", "build_ext", "--inplace")
     selected = REDUCED if quick else ["-m", "not slow"]
-    graphs = "tests/test_cuda_graphs.py"
     benchmark = python("benchmarks/run.py", "--device", "cuda", "--out", str(out / "benchmarks"))
     after = ("build", "self-check")
     return [
@@ -79,11 +101,11 @@ def card_steps(out: Path, quick: bool) -> list[Step]:
         Step("self-check", python("-m", "sink_attention_ext"), 5, needs=("build",)),
         Step(
             "tests",
-            pytest(out, "tests", "tests", f"--ignore={graphs}", "-k", "cuda", *selected),
+            pytest(out, "tests", *grid_files(), "-k", "cuda", *selected),
             10 if quick else 40,
             needs=("build",),
         ),
-        Step("graphs", pytest(out, "graphs", graphs), 10, needs=after),
+        Step("graphs", pytest(out, "graphs", GRAPHS), 10, needs=after),
         *(sanitizer_step(tool, out, quick) for tool in SANITIZERS),
         Step(
             "benchmarks",
@@ -96,9 +118,9 @@ def card_steps(out: Path, quick: bool) -> list[Step]:
 
 def dry_steps(out: Path, quick: bool) -> list[Step]:
     """The same list, with a twin that needs no card where there is one."""
-    emulated = pytest(out, "tests", "tests", "-k", "emulated", *REDUCED)
+    emulated = pytest(out, "emulated-tests", *grid_files(), "-k", "emulated", *REDUCED)
     plan = python("-m", "gpu.plan") + (["--quick"] if quick else [])
-    no_nvcc = None if shutil.which("nvcc") else "no nvcc on PATH"
+    no_nvcc = None if cuda_program("nvcc") else "no nvcc on PATH or in CUDA_HOME"
     twins = {
         "build": [
             Step("build", python("setup.py", "build_ext", "--inplace"), 15, {"SINK_CUDA": "0"}),

@@ -25,6 +25,8 @@ LIBRARY := sink_attention_ext/_C.abi3.so
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 PYTHON_FILES = setup.py tools sink_attention_ext tests benchmarks examples
+NVCC := $(wildcard $(addsuffix /bin/nvcc,$(CUDA_HOME) $(CUDA_PATH))) $(shell command -v nvcc || true)
+KERNELS := $(if $(strip $(NVCC)),check-cuda,no-nvcc)
 # What the sanitizers are to watch: every file with a test that is marked for them.
 SANITIZED = $(shell grep -l 'mark\.sanitize' tests/test_*.py)
 
@@ -41,6 +43,7 @@ build: $(LIBRARY)  ## the extension, in place
 demo: $(STAMPS)/demo build  ## train a small GPT-OSS with our op, then serve it (under 5 minutes)
 	$(PY) examples/train_and_serve.py
 
+<<<<<<< HEAD
 # The emulator runs on one core, so its tests run in several processes; the others use all cores each.
 EMULATED_PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q tests -n $(shell nproc) -k emulated-sm80
 
@@ -54,6 +57,13 @@ test-all: $(STAMPS)/test build emulator lint native  ## the slow ones too
 
 emulator: $(STAMPS)/build  ## the CUDA kernels, compiled for the tests' emulator
 	$(PY) setup.py --quiet build_emulator
+=======
+test: $(STAMPS)/test build lint native $(KERNELS)  ## lint, native tests, compiled kernels, all tests that are not slow
+	$(PY) -m pytest -q tests -m "not slow"
+
+test-all: $(STAMPS)/test build lint native $(KERNELS)  ## the slow ones too
+	$(PY) -m pytest -q tests
+>>>>>>> gpu-check
 
 bench: $(STAMPS)/bench build  ## the benchmark tables and plots
 	$(PY) benchmarks/run.py
@@ -93,6 +103,14 @@ sanitize-python: $(STAMPS)/test
 
 check-cuda: $(STAMPS)/build  ## compile each CUDA kernel for each architecture (needs nvcc, no GPU)
 	$(PY) setup.py --quiet check_cuda
+	$(PY) tools/cuda_resources.py
+
+resources: $(STAMPS)/build  ## write that table, benchmarks/results/resources.md
+	$(PY) setup.py --quiet check_cuda
+	$(PY) tools/cuda_resources.py --write
+
+no-nvcc:
+	@echo "check-cuda: left out, since there is no nvcc on PATH or in CUDA_HOME: no CUDA kernel was compiled"
 
 clean:  ## all that was built; .venv stays
 	rm -rf build sink_attention_ext/_C*.so compile_commands.json *.egg-info

@@ -4,7 +4,8 @@
 Environment:
     SINK_CUDA=auto|0|1        CUDA kernels: where nvcc and a CUDA torch are there (auto), never, or
                               an error if they cannot be built
-    TORCH_CUDA_ARCH_LIST      what they are built for, as in torch ("8.0;9.0a+PTX")
+    TORCH_CUDA_ARCH_LIST      what they are built for, as in torch ("8.0;9.0a+PTX"); default: the
+                              cards found, or without one those of DEFAULT_CUDA_ARCHS
     SINK_SANITIZE=1           with AddressSanitizer and UBSan, into build/ext-sanitize
     CXX, MAX_JOBS             compiler; how many files at once
 """
@@ -60,8 +61,9 @@ SANITIZE_FLAGS = [
     "-g1",
 ]
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the oldest torch that the library loads into
-DEFAULT_CUDA_ARCHS = "8.0;9.0a;12.0+PTX"
-CHECKED_CUDA_ARCHS = "8.0;9.0a;12.0"
+LEAST_CUDA_ARCH = (8, 0)
+DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX;12.0"  # where no card is found; the PTX serves all later ones
+CHECKED_CUDA_ARCHS = "8.0;9.0;12.0"
 
 
 def cpp_sources(with_cuda: bool) -> list[Path]:
@@ -118,8 +120,17 @@ def choose_cuda() -> Path | None:
     return None
 
 
+def found_archs() -> str:
+    """Of the cards that torch finds and that the kernels can run on; "" without one."""
+    if not torch.cuda.is_available():
+        return ""
+    cards = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    usable = sorted(card for card in cards if card >= LEAST_CUDA_ARCH)
+    return ";".join(f"{major}.{minor}" for major, minor in usable)
+
+
 def cuda_archs() -> str:
-    return os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHS
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or found_archs() or DEFAULT_CUDA_ARCHS
 
 
 def gencode_flags(archs: str) -> list[str]:
@@ -276,9 +287,10 @@ class CheckCuda(Command):
                 flags = quoted(["-Xptxas", "-v", *gencode_flags(arch)])
                 lines += [f"build {targets[-1]}: nvcc {from_build(source)}", f"  flags = {flags}"]
         run_ninja(folder, lines)
-        for target in targets:
-            print(f"== {target}")
-            print((folder / f"{target}.log").read_text(), flush=True)
+        # Of these targets only: objects of other architectures or of removed files may lie there.
+        nvcc = subprocess.run([f"{root}/bin/nvcc", "--version"], capture_output=True, text=True)
+        logs = [nvcc.stdout, *((folder / f"{target}.log").read_text() for target in targets)]
+        (folder / "ptxas.log").write_text("".join(logs))
 
 
 class BuildEmulator(Command):

@@ -6,7 +6,8 @@ from cases import GPT_OSS_FULL, HEAD_DIM_128, Record, Settings
 from sweep import sweep
 
 TITLE = "Forward + backward, causal"
+LAYERS, DIRECTIONS = [GPT_OSS_FULL, HEAD_DIM_128], [True]
 
 
 def run(settings: Settings) -> list[Record]:
-    return sweep(settings, "backward", [GPT_OSS_FULL, HEAD_DIM_128], [True])
+    return sweep(settings, "backward", LAYERS, DIRECTIONS)

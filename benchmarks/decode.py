@@ -17,15 +17,15 @@ import itertools
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import gpu.decode_peers
 import torch
 from cases import DTYPE_NAMES, GPT_OSS_FULL, Record, Settings
 from check import TOLERANCE, relative_error
 from environment import available_memory_bytes, last_level_cache_bytes
-from peers import EAGER, OURS, READ, SDPA
+from peers import EAGER, OURS, READ, SDPA, eager_function
 from sweep import record_of
 from timing import Contender, Rounds, Timing, WrongResultError, interleave, progress
 from torch.nn.functional import scaled_dot_product_attention
-from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 import sink_attention_ext
 
@@ -45,7 +45,9 @@ class PagedCache:
         token_bytes = 2 * LAYER.num_heads_kv * LAYER.head_dim * dtype.itemsize
         self.batch, self.seqlen = batch, seqlen
         self.kv_bytes = batch * seqlen * token_bytes
-        self.num_sets = max(1, -(-POOL_MIN_CACHES * last_level_cache_bytes() // self.kv_bytes))
+        # On a GPU the timing empties the cache before each turn.
+        pool_bytes = 0 if device.type == "cuda" else POOL_MIN_CACHES * last_level_cache_bytes()
+        self.num_sets = max(1, -(-pool_bytes // self.kv_bytes))
         num_pages = self.num_sets * batch * pages_per_sequence
         shape = (num_pages, PAGE_SIZE, LAYER.num_heads_kv, LAYER.head_dim)
         self.k_cache = tiled_normal(shape, dtype, device)
@@ -133,8 +135,14 @@ def contenders(
 
     tables = [(table,) for table in cache.block_tables]
     result = [Contender(OURS, looped(ours, tables), with_sink)]
-    if cache.num_sets * cache.kv_bytes > available_memory_bytes() * 6 // 10:
-        return result, dict.fromkeys((SDPA, EAGER), "no memory for contiguous copies of the cache")
+    left_out = {}
+    if device.type == "cuda":
+        checks = (with_sink, without_sink)
+        others, left_out = gpu.decode_peers.contenders(cache, q, s_aux, *checks)
+        result += others
+    if cache.num_sets * cache.kv_bytes > available_memory_bytes(device) * 6 // 10:
+        no_copies = "no memory for contiguous copies of the cache"
+        return result, left_out | dict.fromkeys((SDPA, EAGER), no_copies)
     copies = [
         (cache.contiguous(cache.k_cache, table), cache.contiguous(cache.v_cache, table))
         for table in cache.block_tables
@@ -147,10 +155,13 @@ def contenders(
         return scaled_dot_product_attention(q_grouped, k, v)
 
     result.append(Contender(SDPA, looped(sdpa, copies), without_sink))
-    if group * cache.kv_bytes > available_memory_bytes() * 6 // 10:
-        return result, {EAGER: "no memory to repeat K and V for every query head"}
+    if group * cache.kv_bytes > available_memory_bytes(device) * 6 // 10:
+        return result, left_out | {EAGER: "no memory to repeat K and V for every query head"}
     if eager_seconds > EAGER_LIMIT_S:
-        return result, {EAGER: f"would take about {eager_seconds:.0f} s a call"}
+        return result, left_out | {EAGER: f"would take about {eager_seconds:.0f} s a call"}
+    eager_attention_forward = eager_function()
+    if isinstance(eager_attention_forward, str):
+        return result, left_out | {EAGER: eager_attention_forward}
     module = SimpleNamespace(num_key_value_groups=group, sinks=s_aux, training=False)
 
     def eager(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -159,7 +170,7 @@ def contenders(
 
     # One set a turn: repeating K and V for every query head leaves nothing in the cache anyway.
     result.append(Contender(EAGER, looped(eager, copies[:1]), with_sink, most_turns=3))
-    return result, {}
+    return result, left_out
 
 
 def per_call(record: Record, calls: int) -> None:
@@ -169,9 +180,15 @@ def per_call(record: Record, calls: int) -> None:
     record.best = record.best and record.best / calls
 
 
+def shapes(settings: Settings) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Numbers of sequences, and their lengths."""
+    if settings.quick:
+        return (1, 8), (1024, 8192)
+    return (1, 4, 32), (1024, 8192, 32768)
+
+
 def run(settings: Settings) -> list[Record]:
-    batches = (1, 8) if settings.quick else (1, 4, 32)
-    seqlens = (1024, 8192) if settings.quick else (1024, 8192, 32768)
+    batches, seqlens = shapes(settings)
     rounds = Rounds(5, 9, 0.5) if settings.quick else Rounds(7, 25, 2.0)
     buffer = torch.ones(READ_BYTES // 4, device=settings.device)
     read = Contender(READ, buffer.sum)

@@ -33,8 +33,10 @@ def last_level_cache_bytes() -> int:
     return max(sizes, default=32 << 20)
 
 
-def available_memory_bytes() -> int:
-    """Memory that can be had without swapping."""
+def available_memory_bytes(device: torch.device | None = None) -> int:
+    """Memory that can be had without swapping, or that is free on a GPU."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     try:
         match = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
         return int(match[1]) << 10
@@ -57,9 +59,12 @@ def git_commit() -> str:
 
 
 def describe(device: torch.device) -> dict[str, str | int]:
-    import transformers
-
     import sink_attention_ext  # noqa: F401  (registers the ops asked below)
+
+    try:
+        from transformers import __version__ as transformers_version
+    except ImportError:
+        transformers_version = "not installed"
 
     load = " ".join(f"{value:.2f}" for value in os.getloadavg())
     return {
@@ -74,7 +79,7 @@ def describe(device: torch.device) -> dict[str, str | int]:
         "instruction set of sink_attention_ext": torch.ops.sink_attention_ext.cpu_instruction_set(),
         "instruction set of torch": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": transformers_version,
         "python": platform.python_version(),
         "load average at start": load,
     }

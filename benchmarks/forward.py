@@ -6,7 +6,8 @@ from cases import GPT_OSS_FULL, HEAD_DIM_128, Record, Settings
 from sweep import sweep
 
 TITLE = "Forward, causal"
+LAYERS, DIRECTIONS = [GPT_OSS_FULL, HEAD_DIM_128], [False]
 
 
 def run(settings: Settings) -> list[Record]:
-    return sweep(settings, "forward", [GPT_OSS_FULL, HEAD_DIM_128], [False])
+    return sweep(settings, "forward", LAYERS, DIRECTIONS)

@@ -8,6 +8,7 @@ flex     torch.compile(flex_attention), see flex.py
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -89,9 +90,7 @@ def ours(problem: Problem, *, backward: bool, sink: bool = True) -> Contender:
 
 def eager(problem: Problem, *, backward: bool) -> Contender:
     """transformers' eager_attention_forward, called as its GptOssAttention calls it."""
-    # Imported here, since it takes seconds and memory.py starts many processes.
-    from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
-
+    eager_attention_forward = eager_function()
     group = problem.layer.num_heads_q // problem.layer.num_heads_kv
     mask, scaling = problem.additive_mask(), problem.layer.head_dim**-0.5
 
@@ -110,6 +109,17 @@ def eager(problem: Problem, *, backward: bool) -> Contender:
     )
 
 
+@functools.cache
+def eager_function() -> Callable | str:
+    """transformers' eager_attention_forward of GPT-OSS, or why it is not there."""
+    # Imported here, since it takes seconds and memory.py starts many processes.
+    try:
+        from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+    except ImportError as error:
+        return f"{type(error).__name__}: {error}"
+    return eager_attention_forward
+
+
 def eager_bytes(layer: Layer, seqlen: int, itemsize: int, backward: bool) -> int:
     """Estimate of eager's peak: so many (heads, seqlen, seqlen) matrices are alive at once."""
     return layer.num_heads_q * seqlen * seqlen * itemsize * (5 if backward else 4)
@@ -123,10 +133,13 @@ def why_not_eager(
     backward: bool,
     seconds: float = 0.0,
     limit_s: float = math.inf,
+    device: torch.device | None = None,
 ) -> str | None:
     """Why eager is left out; `seconds` is what it is expected to take."""
+    if isinstance(missing := eager_function(), str):
+        return missing
     needed = eager_bytes(layer, seqlen, dtype.itemsize, backward)
-    allowed = available_memory_bytes() * 6 // 10
+    allowed = available_memory_bytes(device) * 6 // 10
     if needed > allowed:
         return f"would take about {needed / 1e9:.0f} GB; {allowed / 1e9:.0f} GB allowed here"
     if seconds > limit_s:

@@ -18,6 +18,14 @@ COLORS = {
     "HuggingFace eager": "#555555",
     "FlexAttention": "#009e73",
     "memory read": "#bbbbbb",
+    "SDPA flash": "#0072b2",
+    "SDPA cuDNN": "#56b4e9",
+    "SDPA efficient": "#004c7a",
+    "SDPA math": "#999999",
+    "flash-attn 2": "#e69f00",
+    "flash-attn 3": "#d55e00",
+    "flash-attn 4": "#a04000",
+    "FlashInfer": "#cc79a7",
 }
 SWEEPS = {"forward": "Forward", "backward": "Forward + backward", "window": "Window 128"}
 

@@ -152,10 +152,15 @@ def memory_table(records: list[Record], notes: Footnotes) -> str:
 TABLES = {"overhead": overhead_table, "decode": decode_table, "memory": memory_table}
 
 
-def section_markdown(title: str, question: str, records: list[Record]) -> str:
+Table = Callable[[list[Record], Footnotes], str]
+
+
+def section_markdown(
+    title: str, question: str, records: list[Record], tables: dict[str, Table] = TABLES
+) -> str:
     """A section: its question (the module's docstring), its table and the table's footnotes."""
     notes = Footnotes()
-    table = TABLES.get(records[0].section, sweep_table)(records, notes)
+    table = tables.get(records[0].section, sweep_table)(records, notes)
     return "\n".join([f"## {title}", "", question.strip(), "", table, "", *notes.lines(), ""])
 
 

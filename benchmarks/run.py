@@ -14,13 +14,21 @@ import backward
 import decode
 import environment
 import forward
+import gpu.ceilings
+import gpu.environment
+import gpu.tables
 import memory
 import overhead
-import plots
 import report
 import torch
 import window
 from cases import Record, Settings
+
+try:
+    import plots
+except ImportError as error:
+    plots = None
+    print(f"no plots: {error}")
 
 SECTIONS = {
     "forward": forward,
@@ -51,11 +59,20 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    on_cuda = arguments.device.type == "cuda"
+    if arguments.quick:
+        return Settings(arguments.device, True, (2048, 8192) if on_cuda else (512, 2048))
+    lengths = (1024, 2048, 4096, 8192, 16384)
+    return Settings(arguments.device, False, lengths if on_cuda else Settings.seqlens)
+
+
 def save(folder: Path, described: dict, parts: list[str], records: list[Record]) -> None:
     """results.md, results.json and the plots."""
     folder.mkdir(parents=True, exist_ok=True)
     record_dicts = [record.as_dict() for record in records]
-    images = [f"![{path.stem}]({path.name})\n" for path in plots.draw(record_dicts, folder)]
+    drawn = plots.draw(record_dicts, folder) if plots else []
+    images = [f"![{path.stem}]({path.name})\n" for path in drawn]
     text = "\n".join(["# Benchmark results\n", *parts, *images])
     (folder / "results.md").write_text(text.rstrip() + "\n")
     result = {"environment": described, "records": record_dicts}
@@ -64,11 +81,17 @@ def save(folder: Path, described: dict, parts: list[str], records: list[Record])
 
 def main() -> None:
     arguments = parse_arguments()
-    seqlens = (512, 2048) if arguments.quick else Settings.seqlens
-    settings = Settings(arguments.device, arguments.quick, seqlens)
+    settings = settings_of(arguments)
     started = time.perf_counter()
     described = environment.describe(settings.device)
+    tables = report.TABLES
+    if settings.device.type == "cuda":
+        ceilings = gpu.ceilings.measure(settings.device)
+        described |= gpu.environment.describe() | gpu.ceilings.describe(ceilings)
+        tables = gpu.tables.tables(ceilings)
     print(report.environment_markdown(described))
+    root = environment.ROOT
+    folder = arguments.out or root / "build" / "benchmarks" / settings.device.type
 
     records: list[Record] = []
     sections: list[str] = []
@@ -78,16 +101,17 @@ def main() -> None:
         if not new:
             continue
         records += new
-        sections.append(report.section_markdown(module.TITLE, module.__doc__, new))
+        sections.append(report.section_markdown(module.TITLE, module.__doc__, new, tables))
         print("\n" + sections[-1], flush=True)
+        described["minutes taken"] = f"{(time.perf_counter() - started) / 60:.1f}"
+        parts = [report.environment_markdown(described), *sections]
+        if settings.device.type == "cpu":  # whose goals they are
+            parts.insert(1, report.goals_markdown(records))
+        save(folder, described, parts, records)  # what there is, should the run be ended
 
-    described["minutes taken"] = f"{(time.perf_counter() - started) / 60:.1f}"
-    goals = report.goals_markdown(records)
-    print(goals)
-    root = environment.ROOT
-    folder = arguments.out or root / "build" / "benchmarks" / settings.device.type
-    save(folder, described, [report.environment_markdown(described), goals, *sections], records)
-    print(f"saved in {folder}; {described['minutes taken']} minutes")
+    if settings.device.type == "cpu":
+        print(report.goals_markdown(records))
+    print(f"saved in {folder}; {(time.perf_counter() - started) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import flex
+import gpu.peers
 import torch
 from cases import DTYPE_NAMES, Layer, Problem, Record, Settings
 from peers import EAGER, FLEX, SDPA, eager, faster_sdpa_expands, ours, sdpa, why_not_eager
@@ -15,6 +16,8 @@ EAGER_TURNS = 2
 
 def rounds_for(settings: Settings, backward: bool) -> Rounds:
     """At least two turns at every length; more as long as a few seconds allow."""
+    if settings.device.type == "cuda":
+        return Rounds(least=5, most=20, budget_s=0.5) if settings.quick else Rounds(10, 50, 2.0)
     if settings.quick:
         return Rounds(least=2, most=5, budget_s=1.0)
     return Rounds(least=2, most=15, budget_s=6.0 if backward else 4.0)
@@ -47,11 +50,13 @@ def measure_shape(
 ) -> dict[str, Record]:
     """All peers on one shape; eager_seconds is what eager is expected to take."""
     direction = "forward+backward" if backward else "forward"
-    contenders = [
-        ours(problem, backward=backward),
-        sdpa(problem, backward=backward, expand=sdpa_expands),
-    ]
+    contenders = [ours(problem, backward=backward)]
     left_out = {}
+    if settings.device.type == "cuda":
+        others, left_out = gpu.peers.contenders(problem, backward=backward)
+        contenders += others
+    else:
+        contenders.append(sdpa(problem, backward=backward, expand=sdpa_expands))
     eager_limit_s = 1.5 if settings.quick else 12.0
     reason = why_not_eager(
         problem.layer,
@@ -60,6 +65,7 @@ def measure_shape(
         backward=backward,
         seconds=eager_seconds,
         limit_s=eager_limit_s,
+        device=settings.device,
     )
     if reason:
         left_out[EAGER] = reason
@@ -88,7 +94,8 @@ def measure_shape(
         name: record_of(timing, section, name, problem, direction)
         for name, timing in timings.items()
     }
-    records[SDPA].detail = "K, V expanded" if sdpa_expands else "enable_gqa"
+    if SDPA in records:
+        records[SDPA].detail = "K, V expanded" if sdpa_expands else "enable_gqa"
     records[FLEX].detail = flex_detail
     return records
 
@@ -99,7 +106,8 @@ def sweep(
     """Records of every layer, dtype, direction (is it with the backward?) and length."""
     records = []
     for layer, dtype, backward in itertools.product(layers, DTYPE_NAMES, directions):
-        expands = faster_sdpa_expands(layer, dtype, settings.device, backward)
+        on_cpu = settings.device.type == "cpu"
+        expands = on_cpu and faster_sdpa_expands(layer, dtype, settings.device, backward)
         eager_seconds, previous_seqlen = 0.0, settings.seqlens[0]
         for seqlen in settings.seqlens:
             progress(f"{section}: {layer.name}, {DTYPE_NAMES[dtype]}, {seqlen} tokens")

@@ -1,11 +1,14 @@
 """Timing of several contenders against each other on a machine whose speed drifts.
 
+On a GPU a call is timed by events around it, with an L2 cache that holds nothing of its inputs.
+
 The contenders take turns (A B C, A B C, ...), so a slow minute hits all of them, and a ratio is the
 median of the ratios within each turn. Before anything is timed, each contender's result is checked.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import statistics
 import sys
@@ -17,8 +20,11 @@ from typing import Any
 import torch
 
 # A first, checked call this long is not distorted by cold caches and thread start-up: it counts as
-# the contender's first turn. A shorter one is repeated.
+# the contender's first turn. A shorter one is repeated. (On a GPU all are: what takes long there is
+# loading and compiling.)
 WARM_CALL_SECONDS = 1.0
+FLUSH_BYTES = 256 << 20  # more than any L2 cache
+FLUSHES = 4  # some 0.3 ms of writing, in which the host prepares the measured call
 
 
 def progress(message: str) -> None:
@@ -70,8 +76,27 @@ def paired_ratio(numerator: list[float], denominator: list[float]) -> float:
     return statistics.median(n / d for n, d in zip(numerator, denominator, strict=False))
 
 
+@functools.cache
+def flush_buffer(device: torch.device) -> torch.Tensor:
+    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+
+def timed_on_cuda(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Seconds of the device's time; the host's only as far as it keeps the device waiting."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(FLUSHES):
+        flush_buffer(device).zero_()
+    start.record()
+    result = call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3, result
+
+
 def timed_call(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     """Seconds of one call, and its result. An accelerator's queue is drained around it."""
+    if device.type == "cuda":
+        return timed_on_cuda(call, device)
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     start = time.perf_counter()
@@ -92,12 +117,13 @@ def interleave(
         try:
             seconds, result = timed_call(contender.call, device)
             timing.error = contender.check(result) if contender.check else None
-        except (NotImplementedError, RuntimeError, WrongResultError) as error:
-            timing.reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        except Exception as error:  # peers refuse a problem in ways of their own
+            text = (str(error).strip().splitlines() or ["no message"])[0]
+            timing.reason = f"{type(error).__name__}: {text}"
             continue
         finally:
             result = None  # free the outputs before the next contender allocates its own
-        if seconds >= WARM_CALL_SECONDS:
+        if seconds >= WARM_CALL_SECONDS and device.type == "cpu":
             timing.samples.append(seconds)
         running.append(contender)
 

@@ -11,10 +11,14 @@ from cases import GPT_OSS_WINDOW, Record, Settings
 from sweep import sweep
 
 TITLE = "Sliding window of 128 tokens"
+LAYERS, DIRECTIONS = [GPT_OSS_WINDOW], [False, True]
+
+
+def lengths(settings: Settings) -> tuple[int, ...]:
+    # The question is what happens at length, so quick means fewer lengths, not shorter ones.
+    return (512, 4096) if settings.quick else settings.seqlens
 
 
 def run(settings: Settings) -> list[Record]:
-    if settings.quick:
-        # The question is what happens at length, so quick means fewer lengths, not shorter ones.
-        settings = dataclasses.replace(settings, seqlens=(512, 4096))
-    return sweep(settings, "window", [GPT_OSS_WINDOW], [False, True])
+    settings = dataclasses.replace(settings, seqlens=lengths(settings))
+    return sweep(settings, "window", LAYERS, DIRECTIONS)

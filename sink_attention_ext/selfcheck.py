@@ -44,7 +44,9 @@ def _max_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def _randn(*shape: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=generator).to(dtype)
+    """The same numbers on every device: drawn on the CPU, moved to torch's default device."""
+    numbers = torch.randn(*shape, dtype=torch.float64, generator=generator, device="cpu")
+    return numbers.to(torch.get_default_device(), dtype)
 
 
 def _qkv(
@@ -167,8 +169,10 @@ def _check_merge(dtype: torch.dtype) -> Result:
     )
 
 
-def run_self_check() -> Iterator[Result]:
+def run_self_check(device: str = "cpu") -> Iterator[Result]:
     """Forward, backward, varlen, paged and merge in every dtype."""
     for dtype in TOLERANCE:
         for check in (_check_dense, _check_varlen, _check_paged, _check_merge):
-            yield check(dtype)
+            with torch.device(device):
+                result = check(dtype)
+            yield result

@@ -14,7 +14,7 @@ class Support:
     """The answer of supports(); true in a condition when supported."""
 
     supported: bool
-    kernel: str | None  # what would run, e.g. "cpu/avx2"; None when not supported
+    kernel: str | None  # what would run, e.g. "cpu/avx2", "cuda/sm80"; None when not supported
     reason: str | None  # why not; None when supported
 
     def __bool__(self) -> bool:
@@ -23,6 +23,16 @@ class Support:
 
 def _no(reason: str) -> Support:
     return Support(False, None, reason)
+
+
+def _kernel(device_type: str, dtype: torch.dtype) -> str:
+    """The family of kernels that runs; on CUDA the dtype decides, whatever the card is."""
+    if device_type == "cpu":
+        return f"cpu/{ops.cpu_instruction_set()}"
+    if device_type == "cuda":
+        # sm80: tensor cores, by instructions that every card from compute capability 8.0 on has.
+        return "cuda/sm80" if dtype in (torch.float16, torch.bfloat16) else "cuda/simt"
+    return device_type
 
 
 def supports(
@@ -60,7 +70,9 @@ def supports(
         backward: gradients are wanted.
 
     Returns:
-        Support(supported, kernel, reason).
+        Support(supported, kernel, reason). A kernel is "cpu/<instruction set>", "cuda/sm80" (tensor
+        cores: float16 and bfloat16) or "cuda/simt" (float32 and float64, slower). Whether the
+        machine has such a device is not asked.
 
     Example::
 
@@ -98,7 +110,5 @@ def supports(
         checks.check_softcap(softcap)
     except (TypeError, ValueError) as error:
         return _no(str(error))
-    # What remains is one computation for the CPU: varlen only changes where rows lie.
-    return Support(
-        True, f"cpu/{ops.cpu_instruction_set()}" if device_type == "cpu" else device_type, None
-    )
+    # What remains is one computation: varlen only changes where rows lie.
+    return Support(True, _kernel(device_type, dtype), None)

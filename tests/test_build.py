@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -160,6 +161,47 @@ def test_unknown_cuda_setting_is_refused() -> None:
     build = build_with(SINK_CUDA="yes")
     assert build.returncode != 0
     assert "SINK_CUDA must be auto, 0 or 1, got 'yes'" in build.stderr
+
+
+@pytest.fixture
+def setup_py(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What setup.py defines, with nothing built."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "cards", "archs"),
+    [
+        ("", [], "8.0;9.0+PTX;12.0"),
+        ("", [(9, 0), (8, 6), (9, 0)], "8.6;9.0"),
+        ("", [(7, 5)], "8.0;9.0+PTX;12.0"),  # no kernel runs on it
+        ("8.9", [(9, 0)], "8.9"),
+    ],
+)
+def test_kernels_are_built_for_what_is_asked_or_found(
+    setup_py: dict[str, Any],
+    asked: str,
+    cards: list[tuple[int, int]],
+    archs: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: bool(cards))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: len(cards))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda index: cards[index])
+    assert setup_py["cuda_archs"]() == archs
+
+
+def test_architectures_become_flags(setup_py: dict[str, Any]) -> None:
+    both = setup_py["gencode_flags"]("8.0 9.0+PTX")[1::2]
+    assert both == [
+        "arch=compute_80,code=sm_80",
+        "arch=compute_90,code=sm_90",
+        "arch=compute_90,code=compute_90",
+    ]
+    with pytest.raises(SystemExit, match="'sm_80' is not of the form 8.0"):
+        setup_py["gencode_flags"]("sm_80")
 
 
 def test_missing_torch_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from sink_attention_ext import (
     apply_sink,
-    checks,
     flash_attn_func,
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
@@ -339,37 +338,3 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ops.lookup("flash_attn_fwd")(1, 2)
     answer = supports(dtype=torch.float32, head_dim=64)
     assert not answer and "make build" in answer.reason
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"device": "cuda"}, "no CUDA kernels"),
-        ({"dtype": torch.int8}, "torch.int8"),
-        ({"head_dim": 257}, "head_dim is 1 to 256, not 257"),
-        ({"head_dim_v": 0}, "head_dim_v is 1 to 256, not 0"),
-        ({"num_heads_q": 6, "num_heads_kv": 4}, "num_heads_kv = 4 does not divide"),
-        ({"kv_dtype": torch.float8_e4m3fn}, "paged cache"),
-        ({"kv_dtype": torch.float16, "paged": True}, "torch.float16"),
-        ({"paged": True, "backward": True}, "no backward"),
-        ({"s_aux_dtype": torch.int32}, "torch.int32"),
-        ({"softcap": -1.0}, "softcap"),
-        ({"window_size": (-2, 0)}, "window_size"),
-    ],
-)
-def test_supports_says_why_not(change: dict[str, Any], reason: str) -> None:
-    answer = supports(**{"dtype": torch.float32, "head_dim": 64, **change})
-    assert not answer.supported and answer.kernel is None
-    assert reason in answer.reason
-
-
-def test_supports_what_runs() -> None:
-    answer = supports(
-        dtype=torch.bfloat16, head_dim=192, head_dim_v=128, num_heads_q=64, num_heads_kv=8,
-        causal=True, window_size=(127, 0), softcap=15.0, s_aux_dtype=torch.float32,
-        backward=True, deterministic=True,
-    )  # fmt: skip
-    assert answer and answer.reason is None
-    assert answer.kernel == f"cpu/{ops.cpu_instruction_set()}"
-    kv_dtype = checks.FLOAT8
-    assert supports(dtype=torch.bfloat16, head_dim=64, kv_dtype=kv_dtype, paged=True)

@@ -1,0 +1,145 @@
+"""What a GPU check does, step by step, and what of it runs without a card."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+GRAPHS = "tests/test_cuda_graphs.py"
+SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+# The reduced grid: tests marked as small and of every kind.
+REDUCED = ["-m", "sanitize and not slow"]
+QUICK_SANITIZED = ["tests/test_dense.py", "tests/test_gradients.py", "tests/test_paged.py"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, or the reason why it does not run here."""
+
+    name: str
+    command: list[str]
+    most_minutes: float
+    environment: dict[str, str] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()  # steps without whose success it is pointless
+    reason: str | None = None
+
+    @property
+    def of_harness(self) -> bool:
+        """Whether it is a module of this folder, so that benchmarks/ must be on Python's path."""
+        return any(argument.startswith("gpu.") for argument in self.command)
+
+
+def python(*arguments: str) -> list[str]:
+    return [sys.executable, *arguments]
+
+
+def pytest(out: Path, name: str, *arguments: str) -> list[str]:
+    return python(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors",
+        "--durations=10", f"--junitxml={out / name}.xml", *arguments,
+    )  # fmt: skip
+
+
+def cuda_program(name: str) -> str | None:
+    """A program of the toolkit: on PATH, or in its folder of programs."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    folders = [f"{home}/bin" for home in homes if home]
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
+
+
+def grid_files() -> list[str]:
+    """Files with tests that run on each backend; those of graphs apart."""
+    graphs = ROOT / GRAPHS
+    missing = {"test_fuzz.py"} if importlib.util.find_spec("hypothesis") is None else set()
+    return [
+        str(path.relative_to(ROOT))
+        for path in sorted((ROOT / "tests").glob("test_*.py"))
+        if "backend: Backend" in path.read_text() and path != graphs and path.name not in missing
+    ]
+
+
+def sanitizer_filter(program: str, tool: str) -> list[str]:
+    """These two also complain of torch's kernels: they look at ours only, if they can be told."""
+    if tool not in ("racecheck", "initcheck"):
+        return []
+    asked = subprocess.run([program, "--help"], capture_output=True, text=True)
+    known = "--kernel-regex" in asked.stdout + asked.stderr
+    return ["--kernel-regex", "kns=kernel_entry"] if known else []
+
+
+def sanitizer_step(tool: str, out: Path, quick: bool) -> Step:
+    name = f"sanitizer-{tool}"
+    program = cuda_program("compute-sanitizer")
+    if program is None:
+        return Step(name, [], 0, reason="no compute-sanitizer on PATH or in CUDA_HOME")
+    tests = QUICK_SANITIZED if quick else grid_files()
+    # torch's own allocator would hide reads of memory that nobody wrote or that was given back.
+    return Step(
+        name,
+        [program, "--tool", tool, "--error-exitcode", "99", *sanitizer_filter(program, tool)]
+        + pytest(out, name, *tests, "-k", "cuda", *REDUCED),
+        8 if quick else 25,
+        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        needs=("build", "self-check"),
+    )
+
+
+def card_steps(out: Path, quick: bool) -> list[Step]:
+    build = python("setup.py", "build_ext", "--inplace")
+    selected = REDUCED if quick else ["-m", "not slow"]
+    benchmark = python("benchmarks/run.py", "--device", "cuda", "--out", str(out / "benchmarks"))
+    after = ("build", "self-check")
+    return [
+        Step("environment", python("-m", "gpu.environment", str(out)), 3),
+        Step("build", build, 15, {"SINK_CUDA": "1"}),
+        Step("self-check", python("-m", "sink_attention_ext"), 5, needs=("build",)),
+        Step(
+            "tests",
+            pytest(out, "tests", *grid_files(), "-k", "cuda", *selected),
+            10 if quick else 40,
+            needs=("build",),
+        ),
+        Step("graphs", pytest(out, "graphs", GRAPHS), 10, needs=after),
+        *(sanitizer_step(tool, out, quick) for tool in SANITIZERS),
+        Step(
+            "benchmarks",
+            benchmark + (["--quick"] if quick else []),
+            20 if quick else 90,
+            needs=after,
+        ),
+    ]
+
+
+def dry_steps(out: Path, quick: bool) -> list[Step]:
+    """The same list, with a twin that needs no card where there is one."""
+    emulated = pytest(out, "emulated-tests", *grid_files(), "-k", "emulated", *REDUCED)
+    plan = python("-m", "gpu.plan") + (["--quick"] if quick else [])
+    no_nvcc = None if cuda_program("nvcc") else "no nvcc on PATH or in CUDA_HOME"
+    twins = {
+        "build": [
+            Step("build", python("setup.py", "build_ext", "--inplace"), 15, {"SINK_CUDA": "0"}),
+            Step("kernels", python("setup.py", "--quiet", "check_cuda"), 20, reason=no_nvcc),
+            Step("resources", python("tools/cuda_resources.py"), 1, needs=("kernels",)),
+            Step("emulator", python("setup.py", "--quiet", "build_emulator"), 15),
+        ],
+        "tests": [Step("emulated-tests", emulated, 20, needs=("build", "emulator"))],
+        "benchmarks": [
+            Step("benchmark-plan", plan, 3, needs=("build",)),
+            Step("rehearsal", python("-m", "gpu.rehearsal"), 5, needs=("build",)),
+        ],
+    }
+    steps = []
+    for step in card_steps(out, quick):
+        if step.name in ("environment", "self-check"):
+            steps.append(step)
+        elif step.name in twins:
+            steps += twins[step.name]
+        if step.name not in ("environment", "build", "self-check"):
+            steps.append(Step(step.name, [], 0, reason=step.reason or "needs a card"))
+    return steps

@@ -43,27 +43,19 @@ build: $(LIBRARY)  ## the extension, in place
 demo: $(STAMPS)/demo build  ## train a small GPT-OSS with our op, then serve it (under 5 minutes)
 	$(PY) examples/train_and_serve.py
 
-<<<<<<< HEAD
 # The emulator runs on one core, so its tests run in several processes; the others use all cores each.
 EMULATED_PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q tests -n $(shell nproc) -k emulated-sm80
 
-test: $(STAMPS)/test build emulator lint native  ## lint, native tests and all tests that are not slow
+test: $(STAMPS)/test build emulator lint native $(KERNELS)  ## lint, native tests, compiled kernels, all tests that are not slow
 	$(PY) -m pytest -q tests -m "not slow" -k "not emulated-sm80"
 	$(EMULATED_PYTEST) -m "not slow"
 
-test-all: $(STAMPS)/test build emulator lint native  ## the slow ones too
+test-all: $(STAMPS)/test build emulator lint native $(KERNELS)  ## the slow ones too
 	$(PY) -m pytest -q tests -k "not emulated-sm80"
 	$(EMULATED_PYTEST)
 
 emulator: $(STAMPS)/build  ## the CUDA kernels, compiled for the tests' emulator
 	$(PY) setup.py --quiet build_emulator
-=======
-test: $(STAMPS)/test build lint native $(KERNELS)  ## lint, native tests, compiled kernels, all tests that are not slow
-	$(PY) -m pytest -q tests -m "not slow"
-
-test-all: $(STAMPS)/test build lint native $(KERNELS)  ## the slow ones too
-	$(PY) -m pytest -q tests
->>>>>>> gpu-check
 
 bench: $(STAMPS)/bench build  ## the benchmark tables and plots
 	$(PY) benchmarks/run.py

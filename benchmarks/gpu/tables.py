@@ -6,7 +6,7 @@ import functools
 
 from cases import GPT_OSS_FULL, GPT_OSS_WINDOW, HEAD_DIM_128, Record
 from gpu.work import flops
-from peers import OURS
+from peers import OURS, READ
 from report import TABLES, Footnotes, Table, markdown_table, milliseconds, ratio, rows_of
 
 LAYERS = {layer.name: layer for layer in (GPT_OSS_FULL, GPT_OSS_WINDOW, HEAD_DIM_128)}
@@ -55,7 +55,7 @@ def decode_table(records: list[Record], notes: Footnotes, ceilings: dict[str, fl
             rate = record.kv_bytes / record.value
             cells += [milliseconds(record), f"{rate / 1e9:.0f}"]
             cells.append(f"{100 * rate / ceilings['copy']:.0f}%")
-            cells.append("" if peer == OURS else ratio(row, peer, OURS))
+            cells.append("" if peer in (OURS, READ) else ratio(row, peer, OURS))
             cells.append("-" if record.error is None else f"{record.error:.0e}")
             lines.append([*cells, remark(record, notes)])
     return markdown_table(columns, lines)

@@ -66,7 +66,7 @@ checklist: $(STAMPS)/test build  ## the nine checks of adding sinks to a model, 
 lint: $(STAMPS)/lint  ## ruff and clang-format
 	$(PY) -m ruff check $(wildcard $(PYTHON_FILES))
 	$(PY) -m ruff format --check $(wildcard $(PYTHON_FILES))
-	$(CLANG_FORMAT) --dry-run -Werror $(CXX_FILES)
+	@$(CLANG_FORMAT) --dry-run -Werror $(CXX_FILES)
 
 format: $(STAMPS)/lint  ## let both rewrite the files
 	$(PY) -m ruff check --fix $(wildcard $(PYTHON_FILES))

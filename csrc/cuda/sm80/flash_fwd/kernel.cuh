@@ -1,16 +1,17 @@
 // The forward: one tile of rows of one kv head against the keys that they see.
 //
-// Block (x, y, z): tile of rows x, counted from the last, which under a causal mask has the most
-// keys; kv head and split of its keys y; sequence z. Rows are (position, head of the group) pairs
-// (packed_rows.cuh).
+// Thread block (x, y):  x = sequence * num_tiles + tile, tiles counted from the last, which under a
+// causal mask has the most keys, to the first;  y = kv head * num_splits + split of its keys. Rows
+// are (position, head of the group) pairs (packed_rows.cuh).
 //
-// The pipeline over blocks of keys j, with kStages = S buffers each of K and V (S = 1 shown):
+// The pipeline, with S = kStages buffers each of K and V, for each block of keys j:
 //
-//     thread block     wait K0  QK0      wait V0  soften 0, PV0   wait K1  QK1     wait V1  soften
-//     1, PV1 copies        K0          V0 ......         K1 ............          V1 .... K2 ...
+//     wait for K j,  barrier        start to copy V j + S - 1      S = Q K^T
+//     wait for V j,  barrier        start to copy K j + S          soften,  O += P V
 //
-// Copies are committed in the order K0 V0 K1 V1 ..., and 2 (S - 1) groups stay under way at each
-// wait.
+// A copy overwrites what all warps have left behind at the barrier before it. Groups of copies are
+// committed in the order K 0, V 0, K 1, V 1, ..., so 2 (S - 1) of them stay under way at each wait:
+// at head_dim 64 in decode (S = 4, 64 keys) 56 KB a thread block.
 #pragma once
 
 #include "attention/mask.h"
@@ -141,8 +142,11 @@ struct FlashFwdKernel {
     const attention::FlashFwdProblem& problem = kernel_problem.problem;
     SharedStorage& storage = *reinterpret_cast<SharedStorage*>(shared);
     Pipeline& pipeline = storage.pipeline;
-    const auto [batch_idx, kv_head, split, row_begin] =
+    const Place place =
         find_place(kernel_problem, primitives::block_idx().x, primitives::block_idx().y);
+    const int batch_idx = place.batch_idx;
+    const int kv_head = place.kv_head;
+    const int row_begin = place.row_begin;
     const PackedRows rows = packed_rows(problem, batch_idx, kv_head);
     if (row_begin >= rows.num_rows) return;
 
@@ -155,7 +159,7 @@ struct FlashFwdKernel {
     const attention::Mask mask =
         attention::make_mask(problem, rows.info.seqlen_q, rows.info.seqlen_k);
     const attention::Range visible = mask.visible_keys(q_begin, q_end);
-    const KeyBlocks blocks = find_key_blocks(visible, split, kernel_problem.num_splits);
+    const KeyBlocks blocks = find_key_blocks(visible, place.split, kernel_problem.num_splits);
     const auto keys = key_source<false>(problem, batch_idx, kv_head, rows.info, visible);
     const auto values = key_source<true>(problem, batch_idx, kv_head, rows.info, visible);
 
@@ -238,14 +242,14 @@ struct FlashFwdKernel {
     primitives::sync_threads();  // nobody reads the pipeline any more: results take its place
 
     // The place anew: what only the ends of a kernel need shall take no registers in its loop.
-    const Place place = find_place(kernel_problem, primitives::opaque(primitives::block_idx().x),
+    const Place again = find_place(kernel_problem, primitives::opaque(primitives::block_idx().x),
                                    primitives::opaque(primitives::block_idx().y));
-    const PackedRows result_rows = packed_rows(problem, place.batch_idx, place.kv_head);
+    const PackedRows result_rows = packed_rows(problem, again.batch_idx, again.kv_head);
     Results{kernel_problem,
             result_rows,
-            place.row_begin,
-            place.split,
-            cache_scale(problem.v_scale, problem, place.kv_head),
+            again.row_begin,
+            again.split,
+            cache_scale(problem.v_scale, problem, again.kv_head),
             primitives::load_shared(&storage.work.scale.to_log2)}
         .write(storage.results, out, states, warp_row, warp_n);
   }

@@ -10,11 +10,31 @@ using attention::FlashBwdProblem;
 // In the precision that the forward reads it in, so that a row without keys has exp(s_aux - lse)
 // = 1.
 template <class Real>
-SA_INLINE double read_sink(const FlashFwdProblem& problem, int64_t head_idx) {
+SA_INLINE Real read_sink(const FlashFwdProblem& problem, int64_t head_idx) {
   Real value;
   load_row(element(problem.s_aux, problem.s_aux_dtype, head_idx), problem.s_aux_dtype, 1, Real(1),
            &value);
-  return static_cast<double>(value);
+  return value;
+}
+
+// sum over rows of exp(sink - lse) * -delta: a vector of exponentials at a time, added up in double
+// in the rows' order.
+template <class Real>
+double sink_gradient(Real sink, const Real* lse, const Real* delta, int64_t rows) {
+  constexpr int kStep = kLanes<Real>;
+  double sum = 0;
+  for (int64_t row = 0; row < rows; row += kStep) {
+    const int64_t count = min_of(kStep, rows - row);
+    Real lanes[kStep];
+    for (int i = 0; i < kStep; ++i) lanes[i] = i < count ? lse[row + i] : sink;
+    const Vec<Real> exponent = (sink - load(lanes)) * static_cast<Real>(attention::kLog2E);
+    // Equal where both are +inf, too.
+    store(lanes, load(lanes) == broadcast(sink) ? broadcast(Real(1)) : exp2(exponent));
+    for (int64_t i = 0; i < count; ++i) {
+      sum -= static_cast<double>(lanes[i]) * static_cast<double>(delta[row + i]);
+    }
+  }
+  return sum;
 }
 
 // For every row of one head of one sequence: delta = <dout, out> - dlse, and the head's part of
@@ -28,11 +48,9 @@ double bwd_preprocess(const FlashBwdProblem& bwd, int64_t batch_idx, int64_t hea
   const SeqlenInfo info = attention::seqlen_info(problem, batch_idx);
   const int64_t dim = problem.head_dim_v;
   const int64_t padded = round_up(dim, kStep);
-  const double sink = problem.s_aux == nullptr ? -INFINITY : read_sink<Real>(problem, head_idx);
   Real* delta = static_cast<Real*>(delta_of_head);
   alignas(64) Real out[kMaxHeadDim] = {};
   alignas(64) Real dout[kMaxHeadDim] = {};
-  double ds_aux = 0;
   for (int64_t position = 0; position < info.seqlen_q; ++position) {
     const int64_t row = info.q_row + position;
     const int64_t out_offset = info.q_batch * problem.out_stride_batch +
@@ -50,15 +68,14 @@ double bwd_preprocess(const FlashBwdProblem& bwd, int64_t batch_idx, int64_t hea
                     row * bwd.dlse_stride_row];
     }
     delta[position] = value;
-    if (sink == -INFINITY) continue;
-    const double lse = static_cast<double>(
-        static_cast<const Real*>(problem.lse)[info.q_batch * problem.lse_stride_batch +
-                                              head_idx * problem.lse_stride_head + row]);
-    const Real exponent = static_cast<Real>(sink - lse);
-    const Real weight = lse == sink ? Real(1) : std::exp(exponent);  // equal where both are +inf
-    ds_aux -= static_cast<double>(weight) * static_cast<double>(value);
   }
-  return ds_aux;
+  if (problem.s_aux == nullptr) return 0;
+  const Real sink = read_sink<Real>(problem, head_idx);
+  if (sink == attention::negative_infinity<Real>()) return 0;
+  const Real* lse = static_cast<const Real*>(problem.lse) +
+                    info.q_batch * problem.lse_stride_batch + head_idx * problem.lse_stride_head +
+                    info.q_row;
+  return sink_gradient(sink, lse, delta, info.seqlen_q);
 }
 
 template <class Arithmetic>

@@ -24,6 +24,7 @@ import sink_attention_ext
 
 OURS = "sink_attention_ext"
 OURS_NO_SINK = "sink_attention_ext, s_aux=None"
+OURS_PLAIN = "sink_attention_ext, plain"
 EAGER = "HuggingFace eager"
 SDPA = "torch SDPA (no sink)"
 FLEX = "FlexAttention"

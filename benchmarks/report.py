@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from cases import Record
 from goals import verdicts
-from peers import EAGER, FLEX, OURS, OURS_NO_SINK, READ, SDPA
+from peers import EAGER, FLEX, OURS, OURS_NO_SINK, OURS_PLAIN, READ, SDPA
 from timing import paired_ratio
 
 Row = dict[str, Record]  # the records of one shape, by peer
@@ -137,6 +137,19 @@ def decode_table(records: list[Record], notes: Footnotes) -> str:
     return markdown_table(columns, lines)
 
 
+def cascade_table(records: list[Record], notes: Footnotes) -> str:
+    columns = ["dtype", "sequences", "own tokens", "plain, ms", "cascade, ms", "faster"]
+    columns += ["max error"]
+    lines = []
+    for row in rows_of(records):
+        ours = row[OURS]
+        cells = [ours.dtype, str(ours.batch), str(ours.seqlen)]
+        cells += [cell(row, peer, notes, milliseconds) for peer in (OURS_PLAIN, OURS)]
+        cells += [ratio(row, OURS_PLAIN, OURS)]
+        lines.append([*cells, "-" if ours.error is None else f"{ours.error:.0e}"])
+    return markdown_table(columns, lines)
+
+
 def memory_table(records: list[Record], notes: Footnotes) -> str:
     peers = [OURS, SDPA, EAGER]
     columns = [*SHAPE_COLUMNS, *(f"{peer}, MB" for peer in peers), "ours / eager's"]
@@ -149,7 +162,12 @@ def memory_table(records: list[Record], notes: Footnotes) -> str:
     return markdown_table(columns, lines)
 
 
-TABLES = {"overhead": overhead_table, "decode": decode_table, "memory": memory_table}
+TABLES = {
+    "overhead": overhead_table,
+    "decode": decode_table,
+    "cascade": cascade_table,
+    "memory": memory_table,
+}
 
 
 Table = Callable[[list[Record], Footnotes], str]

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import backward
+import cascade
 import decode
 import environment
 import forward
@@ -36,6 +37,7 @@ SECTIONS = {
     "window": window,
     "overhead": overhead,
     "decode": decode,
+    "cascade": cascade,
     "memory": memory,
 }
 

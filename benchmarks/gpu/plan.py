@@ -9,6 +9,7 @@ import argparse
 import itertools
 
 import backward
+import cascade
 import decode
 import forward
 import overhead
@@ -50,6 +51,10 @@ def main() -> None:
         print(f"{'decode':<10}{dtype:<6}{batch} sequences of {seqlen} tokens")
     tokens = overhead.QUICK_SEQLEN if settings.quick else overhead.SEQLEN
     print(f"{'overhead':<10}three layers, two dtypes, both directions, {tokens} tokens")
+    own = cascade.own_tokens(settings)
+    print(
+        f"{'cascade':<10}{cascade.BATCH} sequences on {cascade.PREFIX} tokens, {own} of their own"
+    )
     print("\npeers: SDPA of this torch:", ", ".join(SDPA_BACKENDS))
     for peer, answer in importable().items():
         print(f"peers: {peer}: {answer}")

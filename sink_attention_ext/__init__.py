@@ -6,11 +6,15 @@ from sink_attention_ext.cascade import cascade_attn_with_kvcache
 from sink_attention_ext.interface import flash_attn_func, flash_attn_varlen_func
 from sink_attention_ext.kvcache import flash_attn_with_kvcache, reshape_and_cache
 from sink_attention_ext.merge import apply_sink, merge_attn_states
+from sink_attention_ext.page_pool import OutOfPages
+from sink_attention_ext.paged_cache import PagedKVCache
 from sink_attention_ext.support import Support, supports
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "OutOfPages",
+    "PagedKVCache",
     "Support",
     "__version__",
     "apply_sink",

@@ -1,0 +1,122 @@
+"""Validation of what PagedKVCache is given, and the sizes of its page pools."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from sink_attention_ext import checks
+from sink_attention_ext.reference import WindowSize
+
+
+def check_count(name: str, value: Any, at_least: int = 0) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int; got {value!r}")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}; got {value}")
+    return value
+
+
+def check_padding(name: str, padded: Any, actual: int, most: int) -> int:
+    """The padded number; None is the actual one."""
+    if padded is None:
+        return actual
+    if check_count(name, padded) < actual or padded > most:
+        raise ValueError(f"{name} must be from {actual}, what there is, to {most}; got {padded}")
+    return padded
+
+
+def check_counts(num_new_tokens: Any, num_seqs: int) -> list[int]:
+    """A number of new tokens for each sequence."""
+    if not isinstance(num_new_tokens, Sequence):
+        return [check_count("num_new_tokens", num_new_tokens)] * num_seqs
+    if len(num_new_tokens) != num_seqs:
+        raise ValueError(
+            f"num_new_tokens must have one entry for each of the {num_seqs} seq_ids; got "
+            f"{len(num_new_tokens)}"
+        )
+    return [check_count(f"num_new_tokens[{i}]", count) for i, count in enumerate(num_new_tokens)]
+
+
+def check_causal_windows(window_sizes: Sequence[WindowSize]) -> tuple[tuple[int, int], ...]:
+    """(window_left, 0) of each layer; window_left -1 is a full layer."""
+    if not window_sizes:
+        raise ValueError("window_sizes must have one entry for each layer, at least one; got none")
+    checked = []
+    for layer, window_size in enumerate(window_sizes):
+        _, right = checks.check_window(window_size, causal=False)
+        if right > 0:
+            raise ValueError(
+                f"window_sizes[{layer}] must be (left, 0), or (-1, -1) for a full layer: attention "
+                f"to the cache is causal; got {window_size!r}"
+            )
+        checked.append(checks.check_window(window_size, causal=True))
+    return tuple(checked)
+
+
+def scale_of_each_layer(
+    name: str, scale: Tensor | Sequence[Tensor] | None, num_layers: int
+) -> list[Tensor | None]:
+    if scale is None or isinstance(scale, Tensor):
+        return [scale] * num_layers
+    if len(scale) != num_layers:
+        raise ValueError(
+            f"{name} must be one tensor, or one for each of the {num_layers} layers; got "
+            f"{len(scale)}"
+        )
+    return list(scale)
+
+
+def max_row_pages(
+    window_left: int, num_sink_tokens: int, page_size: int, max_new_tokens: int, max_seqlen: int
+) -> int:
+    """The most pages of one sequence in a group of layers, after an append of max_new_tokens."""
+    whole = -(-max_seqlen // page_size)
+    if window_left < 0:
+        return whole
+    num_sink_pages = -(-num_sink_tokens // page_size)
+    return min(whole, num_sink_pages + -(-(window_left + max_new_tokens) // page_size) + 1)
+
+
+def pages_by_group(
+    windows: Sequence[int],
+    num_pages: int | Mapping[int, int] | None,
+    memory_budget: int | None,
+    page_bytes: Sequence[int],
+    most_pages: Sequence[int],
+) -> list[int]:
+    """The pages of each group's pool.
+
+    windows: window_left of each group; most_pages: what a windowed group can use at most;
+    page_bytes: of one page in all layers of a group.
+    """
+    if (num_pages is None) == (memory_budget is None):
+        raise ValueError("exactly one of num_pages and memory_budget must be given")
+    if isinstance(num_pages, Mapping):
+        if set(num_pages) != set(windows):
+            raise ValueError(
+                f"num_pages must have one entry for each window_left of the layers, "
+                f"{sorted(windows)} (-1: full layers); got {sorted(num_pages)}"
+            )
+        return [check_count(f"num_pages[{left}]", num_pages[left], 1) for left in windows]
+    if num_pages is not None:
+        return [check_count("num_pages", num_pages, at_least=1)] * len(windows)
+
+    pages = [0 if left < 0 else most for left, most in zip(windows, most_pages, strict=True)]
+    rest = check_count("memory_budget", memory_budget)
+    rest -= sum(count * size for count, size in zip(pages, page_bytes, strict=True))
+    for group, left in enumerate(windows):
+        if left < 0:  # there is one such group at most
+            pages[group], rest = rest // page_bytes[group], rest % page_bytes[group]
+    if rest < 0 or 0 in pages:
+        least = sum(
+            size * (1 if left < 0 else most)
+            for left, most, size in zip(windows, most_pages, page_bytes, strict=True)
+        )
+        raise ValueError(
+            f"memory_budget must be at least {least} bytes, for the pages that windowed layers use "
+            f"and one of the full layers; got {memory_budget}"
+        )
+    return pages

@@ -1,0 +1,423 @@
+"""PagedKVCache: the key-value cache of an inference server, full and windowed layers, in pages.
+
+Modules: page_pool.py has the host's books and says why a windowed layer's block table may close up,
+page_storage.py the device memory, cache_step.py what a model's layers call in one forward pass.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sink_attention_ext import cache_arguments, cache_checks, checks
+from sink_attention_ext.cache_step import CacheStep, StepBuffers
+from sink_attention_ext.page_pool import OutOfPages, PageTables
+from sink_attention_ext.page_storage import PageStorage, bytes_per_page
+from sink_attention_ext.reference import WindowSize
+
+_seq_ids = itertools.count()  # of all caches: no cache takes another's sequence for its own
+
+
+@dataclass(frozen=True)
+class GroupStats:
+    """The pages of one group of layers."""
+
+    window_left: int  # -1: full layers
+    num_layers: int
+    num_pages: int
+    num_free_pages: int
+    num_shared_pages: int  # held by more than one sequence
+    page_bytes: int  # of one page in all layers of the group: keys, values, scales
+
+    @property
+    def num_used_pages(self) -> int:
+        return self.num_pages - self.num_free_pages
+
+    @property
+    def used_bytes(self) -> int:
+        return self.num_used_pages * self.page_bytes
+
+
+@dataclass
+class _Sequence:
+    row: int  # of the host's tables
+    length: int
+
+
+class PagedKVCache:
+    """Keys and values of many sequences in pages, for all layers of a model.
+
+    Layers with the same window form a group, which has a page pool and block tables of its own.
+    A full layer's sequence takes ``ceil(length / page_size)`` pages; a windowed one at most
+    ``ceil((window_left + new_tokens) / page_size) + 1``, whatever its length, new_tokens being
+    those of its last append: pages that have left the window go back to the pool. Forked sequences
+    share pages until one of them writes into a shared page, which it then copies first.
+
+    Keys are cached as attention reads them: with rotary embeddings, rotate them by
+    ``step.positions`` first.
+
+    One forward pass::
+
+        cache = PagedKVCache(
+            [(127, 0), (-1, -1)],  # as in GPT-OSS: a window of 128 tokens, and a full layer
+            num_heads_kv=8,
+            head_dim=64,
+            num_pages=1024,
+            max_num_seqs=64,
+            max_seqlen=4096,
+            max_num_batched_tokens=512,
+            dtype=torch.float32,
+        )
+        a, b = cache.allocate(), cache.allocate()
+        step = cache.append([a, b], [5, 1])
+        q = torch.randn(step.num_tokens, 64, 64)
+        k, v = torch.randn(2, step.num_tokens, 8, 64)
+        for layer in range(2):
+            out = step.attend(layer, q, k, v, s_aux=torch.zeros(64))
+
+    CUDA graphs: block tables, lengths and slots live in buffers of fixed addresses, which append
+    fills in stream order without making the host wait. Capture the forward pass of a step padded to
+    certain sizes (``pad_seqs_to``, ``pad_tokens_to``) with its longest max_seqlen_q; then append to
+    the same sizes and replay.
+
+    Not thread-safe, and a lock inside could not make it so: append, the kernels that read the
+    buffers which it filled, and the next append are one order on one stream. Let one thread (a
+    server's engine loop) own the cache, and hand requests to it through a queue.
+
+    Args:
+        window_sizes: for each layer ``(left, right)`` as flash_attn_func takes it. A sliding window
+            of N tokens, the token itself included (transformers' ``sliding_window=N``), is
+            ``(N - 1, 0)``; a full layer ``(-1, -1)`` or ``(-1, 0)``: attention is causal.
+        num_heads_kv, head_dim: of every layer; head_dim 1 to 256.
+        head_dim_v: of the values; None is head_dim.
+        page_size: tokens in a page.
+        num_pages: pages of each group, or a mapping from each window_left (-1: full layers) to
+            that group's; every layer of a group has that many. Exactly one of num_pages and
+            memory_budget is given.
+        memory_budget: bytes for all of them. Windowed groups get what max_num_seqs sequences that
+            decode and one step of max_num_batched_tokens need; full layers get the rest.
+        max_num_seqs: the most sequences at a time.
+        max_seqlen: the most tokens of a sequence.
+        max_num_batched_tokens: the most new tokens of one step, all sequences together.
+        num_sink_tokens: the first tokens of a sequence that windowed layers keep, and see, beside
+            the window (StreamingLLM; unlike the paper's, keys keep their own positions'
+            rotation). Not to be confused with the learnable s_aux; both may be used.
+        dtype: float64, float32, float16, bfloat16; or a quantised type that reshape_and_cache
+            takes, with scales.
+        device: where the caches lie.
+        k_scale: for quantised caches, and only for them: float32 of shape (), (1,) or
+            (num_heads_kv,) for all layers, or a sequence with one such tensor for each layer.
+        v_scale: the same for v.
+        per_token_head_scales: for quantised caches, in place of k_scale and v_scale: scales of each
+            token and head, (num_pages, page_size, num_heads_kv) for each layer, kept in pages too.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+    """
+
+    def __init__(
+        self,
+        window_sizes: Sequence[WindowSize],
+        *,
+        num_heads_kv: int,
+        head_dim: int,
+        head_dim_v: int | None = None,
+        page_size: int = 16,
+        num_pages: int | Mapping[int, int] | None = None,
+        memory_budget: int | None = None,
+        max_num_seqs: int,
+        max_seqlen: int,
+        max_num_batched_tokens: int,
+        num_sink_tokens: int = 0,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+        k_scale: Tensor | Sequence[Tensor] | None = None,
+        v_scale: Tensor | Sequence[Tensor] | None = None,
+        per_token_head_scales: bool = False,
+    ) -> None:
+        self.window_sizes = cache_arguments.check_causal_windows(window_sizes)
+        head_dim_v = head_dim if head_dim_v is None else head_dim_v
+        sizes = {
+            "num_heads_kv": num_heads_kv,
+            "head_dim": head_dim,
+            "head_dim_v": head_dim_v,
+            "page_size": page_size,
+            "max_num_seqs": max_num_seqs,
+            "max_seqlen": max_seqlen,
+            "max_num_batched_tokens": max_num_batched_tokens,
+        }
+        for name, size in sizes.items():
+            cache_arguments.check_count(name, size, at_least=1)
+        cache_arguments.check_count("num_sink_tokens", num_sink_tokens)
+        checks.check_bool("per_token_head_scales", per_token_head_scales)
+        if per_token_head_scales and not (k_scale is None and v_scale is None):
+            raise ValueError(
+                "k_scale and v_scale must be None with per_token_head_scales: the cache keeps them"
+            )
+        self.page_size, self.num_sink_tokens = page_size, num_sink_tokens
+        self.max_num_seqs, self.max_seqlen = max_num_seqs, max_seqlen
+        self.max_num_batched_tokens = max_num_batched_tokens
+
+        lefts = [left for left, _ in self.window_sizes]
+        windows = list(dict.fromkeys(lefts))  # one a group
+        # The group of each layer, and its place among the layers of that group.
+        self._layer_places = [
+            (windows.index(left), lefts[:layer].count(left)) for layer, left in enumerate(lefts)
+        ]
+        page = (page_size, num_heads_kv, head_dim, head_dim_v, dtype)
+        layer_bytes = bytes_per_page(*page, has_scales=per_token_head_scales)
+        self._page_bytes = [lefts.count(left) * layer_bytes for left in windows]
+        limits = (num_sink_tokens, page_size)
+        num_pages_of_group = cache_arguments.pages_by_group(
+            windows,
+            num_pages,
+            memory_budget,
+            self._page_bytes,
+            [
+                max_num_seqs * cache_arguments.max_row_pages(left, *limits, 1, max_seqlen)
+                + -(-max_num_batched_tokens // page_size)
+                for left in windows
+            ],
+        )
+        self._tables = []
+        self._storage = []
+        for left, pages in zip(windows, num_pages_of_group, strict=True):
+            most = cache_arguments.max_row_pages(left, *limits, max_num_batched_tokens, max_seqlen)
+            self._tables.append(
+                PageTables(left, num_sink_tokens, page_size, pages, max_num_seqs, most)
+            )
+            self._storage.append(
+                PageStorage(lefts.count(left), pages, *page, device, per_token_head_scales)
+            )
+        num_layers = len(lefts)
+        self._k_scales = cache_arguments.scale_of_each_layer("k_scale", k_scale, num_layers)
+        self._v_scales = cache_arguments.scale_of_each_layer("v_scale", v_scale, num_layers)
+        for layer in range(num_layers):  # what the operators will say, before any forward pass
+            cache_checks.check_caches(self.k_cache(layer), self.v_cache(layer))
+            cache_checks.check_cache_scales(*self.scales(layer), self.k_cache(layer))
+
+        self._sequences: dict[int, _Sequence] = {}
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self._step: CacheStep | None = None  # the one that may write
+        self._buffers = StepBuffers(self._tables, max_num_seqs, max_num_batched_tokens, device)
+
+    # ---- sequences ----
+
+    def allocate(self) -> int:
+        """A new, empty sequence; its id is never used again, by this cache or another.
+
+        Raises:
+            RuntimeError: there are max_num_seqs sequences already.
+        """
+        if not self._free_rows:
+            raise RuntimeError(
+                f"max_num_seqs = {self.max_num_seqs} sequences are in the cache: free one first"
+            )
+        seq_id = next(_seq_ids)
+        self._sequences[seq_id] = _Sequence(self._free_rows.pop(), 0)
+        return seq_id
+
+    def fork(self, seq_id: int) -> int:
+        """A new sequence with the tokens of another, for a shared prefix or a beam.
+
+        It takes no page: both hold the same ones, until one of them writes into a page that is not
+        full; that page is then copied.
+
+        Raises:
+            RuntimeError: there are max_num_seqs sequences already.
+        """
+        source = self._sequence(seq_id)
+        new_id = self.allocate()
+        new = self._sequences[new_id]
+        new.length = source.length
+        for tables in self._tables:
+            tables.fork(source.row, new.row)
+        self._step = None
+        return new_id
+
+    def free(self, seq_id: int) -> None:
+        """Ends a sequence; its pages that no fork holds are free."""
+        sequence = self._sequence(seq_id)
+        for tables in self._tables:
+            tables.free(sequence.row)
+        self._free_rows.append(sequence.row)
+        del self._sequences[seq_id]
+        self._step = None
+
+    def truncate(self, seq_id: int, length: int) -> None:
+        """Takes the last tokens of a sequence back, as rejected drafts of speculative decoding.
+
+        Windowed layers have given up older pages, so they can only go back as far as what the
+        next token sees is still there: always to the length before the sequence's last append.
+
+        Raises:
+            ValueError: length is more than the sequence has, or too far back; nothing was changed.
+        """
+        sequence = self._sequence(seq_id)
+        cache_arguments.check_count("length", length)
+        if length > sequence.length:
+            raise ValueError(
+                f"length must be at most {sequence.length}, the tokens of sequence {seq_id}; got "
+                f"{length}"
+            )
+        for tables in self._tables:
+            if length < (least := tables.min_length(sequence.row)):
+                raise ValueError(
+                    f"length must be at least {least}: layers with window_left = "
+                    f"{tables.window_left} have given up pages of sequence {seq_id} that a token "
+                    f"at {length} would see"
+                )
+        for tables in self._tables:
+            tables.truncate(sequence.row, length)
+        sequence.length = length
+        self._step = None
+
+    def seqlen(self, seq_id: int) -> int:
+        """Tokens of a sequence."""
+        return self._sequence(seq_id).length
+
+    # ---- steps ----
+
+    def append(
+        self,
+        seq_ids: Sequence[int],
+        num_new_tokens: int | Sequence[int] = 1,
+        *,
+        pad_seqs_to: int | None = None,
+        pad_tokens_to: int | None = None,
+    ) -> CacheStep:
+        """Makes room for new tokens, and says where each layer is to write them.
+
+        The sequences have the new tokens from now on: write them in every layer, or truncate.
+
+        Args:
+            seq_ids: the sequences of the batch, each once.
+            num_new_tokens: for each sequence, from 0: 1 in decode, more in prefill, whole or in
+                chunks, or for draft tokens; one int is for all.
+            pad_seqs_to, pad_tokens_to: the step's num_seqs and num_tokens, for CUDA graphs that
+                were captured with them; None: as many as there are.
+
+        Raises:
+            OutOfPages: a group of layers has too few pages.
+            TypeError, ValueError: an argument does not fit.
+            In all these cases nothing has been changed in any group.
+        """
+        rows, lengths, counts = self._check_append(seq_ids, num_new_tokens)
+        num_seqs = cache_arguments.check_padding(
+            "pad_seqs_to", pad_seqs_to, len(rows), self.max_num_seqs
+        )
+        num_tokens = cache_arguments.check_padding(
+            "pad_tokens_to", pad_tokens_to, sum(counts), self.max_num_batched_tokens
+        )
+        plans = [tables.plan(rows, lengths, counts) for tables in self._tables]  # all may refuse
+        for tables, storage, plan in zip(self._tables, self._storage, plans, strict=True):
+            storage.copy_pages(tables.apply(plan))
+        for seq_id, count in zip(seq_ids, counts, strict=True):
+            self._sequences[seq_id].length += count
+        self._buffers.fill(rows, lengths, counts)
+        self._step = CacheStep(self, num_seqs, num_tokens, max(counts, default=0))
+        return self._step
+
+    def can_append(self, seq_ids: Sequence[int], num_new_tokens: int | Sequence[int] = 1) -> bool:
+        """Whether there are pages for such an append; nothing is changed."""
+        rows, lengths, counts = self._check_append(seq_ids, num_new_tokens)
+        try:
+            for tables in self._tables:
+                tables.plan(rows, lengths, counts)
+        except OutOfPages:
+            return False
+        return True
+
+    # ---- memory ----
+
+    def k_cache(self, layer: int) -> Tensor:
+        """(num_pages, page_size, num_heads_kv, head_dim)."""
+        group, place = self._layer_place(layer)
+        return self._storage[group].k_cache[place]
+
+    def v_cache(self, layer: int) -> Tensor:
+        """(num_pages, page_size, num_heads_kv, head_dim_v)."""
+        group, place = self._layer_place(layer)
+        return self._storage[group].v_cache[place]
+
+    def scales(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """k_scale and v_scale of a layer; (None, None) where the cache is not quantised."""
+        group, place = self._layer_place(layer)
+        storage = self._storage[group]
+        if storage.k_scale is not None and storage.v_scale is not None:
+            return storage.k_scale[place], storage.v_scale[place]
+        return self._k_scales[layer], self._v_scales[layer]
+
+    def memory_bytes(self) -> int:
+        """Of all pages, free ones too: the memory that the cache has taken."""
+        return sum(storage.num_bytes for storage in self._storage)
+
+    @property
+    def num_seqs(self) -> int:
+        return len(self._sequences)
+
+    @property
+    def num_free_pages(self) -> dict[int, int]:
+        """By window_left of the group (-1: full layers)."""
+        return {tables.window_left: tables.pool.num_free for tables in self._tables}
+
+    def stats(self) -> dict[int, GroupStats]:
+        """By window_left of the group (-1: full layers)."""
+        return {
+            tables.window_left: GroupStats(
+                tables.window_left,
+                storage.k_cache.shape[0],
+                tables.pool.num_pages,
+                tables.pool.num_free,
+                tables.pool.num_shared,
+                page_bytes,
+            )
+            for tables, storage, page_bytes in zip(
+                self._tables, self._storage, self._page_bytes, strict=True
+            )
+        }
+
+    # ---- arguments ----
+
+    def _sequence(self, seq_id: int) -> _Sequence:
+        if isinstance(seq_id, bool) or not isinstance(seq_id, int):
+            raise TypeError(f"seq_id must be an int that allocate or fork returned; got {seq_id!r}")
+        if seq_id not in self._sequences:
+            raise ValueError(
+                f"seq_id must be a sequence of this cache; got {seq_id}, which was freed or never "
+                "allocated here"
+            )
+        return self._sequences[seq_id]
+
+    def _check_append(
+        self, seq_ids: Sequence[int], num_new_tokens: int | Sequence[int]
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Rows, lengths and numbers of new tokens of the sequences."""
+        sequences = [self._sequence(seq_id) for seq_id in seq_ids]
+        if len(set(seq_ids)) < len(seq_ids):
+            raise ValueError(f"seq_ids must name each sequence once; got {list(seq_ids)}")
+        counts = cache_arguments.check_counts(num_new_tokens, len(seq_ids))
+        if sum(counts) > self.max_num_batched_tokens:
+            raise ValueError(
+                f"num_new_tokens must be at most max_num_batched_tokens = "
+                f"{self.max_num_batched_tokens} together; got {sum(counts)}"
+            )
+        for seq_id, sequence, count in zip(seq_ids, sequences, counts, strict=True):
+            if sequence.length + count > self.max_seqlen:
+                raise ValueError(
+                    f"max_seqlen = {self.max_seqlen} tokens is all that a sequence may have; got "
+                    f"{count} new ones for sequence {seq_id} of {sequence.length}"
+                )
+        return [s.row for s in sequences], [s.length for s in sequences], counts
+
+    def _layer_place(self, layer: int) -> tuple[int, int]:
+        """The group of a layer, and its place in there."""
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise TypeError(f"layer must be an int; got {layer!r}")
+        if not 0 <= layer < len(self._layer_places):
+            raise ValueError(f"layer must be from 0 to {len(self._layer_places) - 1}; got {layer}")
+        return self._layer_places[layer]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from conftest import BACKENDS, Backend
+from graphs import Results, captured
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif("cuda" not in BACKENDS, reason="needs a GPU and a build for it")
@@ -19,32 +20,11 @@ NUM_HEADS_Q, NUM_HEADS_KV, HEAD_DIM = 16, 2, 64
 DTYPES = (torch.bfloat16, torch.float32)
 MASKS = ({"causal": True}, {"causal": True, "window_size": (100, 0)})
 
-Results = tuple[Tensor, ...]
-
 
 @pytest.fixture
 def backend() -> Iterator[Backend]:
     with BACKENDS["cuda"].use():
         yield BACKENDS["cuda"]
-
-
-def captured(call: Callable[[], Results]) -> Callable[[], Results]:
-    """A function that replays `call` and returns what it left."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # torch asks for a few calls outside of the graph first
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
-
-    def replay() -> Results:
-        graph.replay()
-        return tuple(result.clone() for result in results)
-
-    return replay
 
 
 def check_replays(

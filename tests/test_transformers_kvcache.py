@@ -175,7 +175,8 @@ def test_decode_replayed_over_growing_lengths(device: str) -> None:
         cache._step = first if device == "cpu" else step  # a graph does not ask which step it is
         (replayed,) = replay()
         cache._step = step
-        assert torch.equal(replayed, fresh), i
+        # (On a CPU two products of the same numbers may differ with their addresses' alignment.)
+        assert max_diff(replayed, fresh) <= (0.0 if device == "cuda" else 1e-5), i
 
 
 def test_a_step_of_the_wrong_kind_is_refused(model: GptOssForCausalLM) -> None:

@@ -22,6 +22,22 @@ from sink_attention_ext.page_pool import PageTables
 NUM_HEADS_Q, NUM_HEADS_KV, HEAD_DIM, HEAD_DIM_V = 4, 2, 8, 6
 
 
+SIZES: dict[str, Any] = {
+    "num_heads_kv": NUM_HEADS_KV,
+    "head_dim": HEAD_DIM,
+    "page_size": 4,
+    "max_num_seqs": 3,
+    "max_seqlen": 100,
+    "max_num_batched_tokens": 20,
+    "dtype": torch.float32,
+}
+BOTH = [(-1, -1), (5, 0)]  # a full layer and a windowed one
+
+
+def make_cache(window_sizes: Any = BOTH, **options: Any) -> PagedKVCache:
+    return PagedKVCache(window_sizes, **SIZES | {"num_pages": 8} | options)
+
+
 def is_visible(seqlen_q: int, seqlen_k: int, window_left: int, num_sink_tokens: int) -> Tensor:
     """(seqlen_q, seqlen_k): causal, bottom-right; the window and the first num_sink_tokens."""
     position = torch.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q

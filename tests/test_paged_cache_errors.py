@@ -40,6 +40,17 @@ def test_exhaustion_changes_nothing_in_any_group() -> None:
         cache.append([fork], [3])
 
 
+def test_the_last_holder_of_a_shared_page_does_not_copy_it() -> None:
+    """Three write into a page that they share: two copies, and the third has the page."""
+    cache = make_cache([(-1, 0)], num_pages=3)
+    seq = cache.allocate()
+    cache.append([seq], 3)
+    forks = [cache.fork(seq), cache.fork(seq)]
+    cache.append([seq, *forks])
+    assert cache.num_free_pages == {-1: 0}
+    assert cache.stats()[-1].num_shared_pages == 0
+
+
 def test_pages_that_leave_the_window_can_be_taken_in_the_same_append() -> None:
     cache = make_cache([(3, 0)], num_pages=6)
     seq = cache.allocate()

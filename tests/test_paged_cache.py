@@ -21,7 +21,7 @@ from cases import FLOAT8
 from conftest import BACKENDS, Backend
 from torch import Tensor
 
-from sink_attention_ext import PagedKVCache, cache_step, flash_attn_with_kvcache
+from sink_attention_ext import PagedKVCache, cache_step, checks, flash_attn_with_kvcache
 from sink_attention_ext.page_storage import PageStorage
 
 
@@ -194,6 +194,36 @@ def test_float8_caches(backend: Backend) -> None:
     check_attention(backend, model, [seq], [10])
     fork = model.fork(seq)
     check_attention(backend, model, [fork, seq], [3, 1])
+
+
+@pytest.mark.skipif(
+    not hasattr(checks, "QUANTISED_DTYPES"), reason="no operator takes scales of each token"
+)
+@pytest.mark.parametrize("dtype", [FLOAT8, torch.int8], ids=str)
+def test_scales_of_each_token_and_head(backend: Backend, dtype: torch.dtype) -> None:
+    """They go where the tokens go, into copied pages too: a fork and a whole prefill agree."""
+    cache = make_cache(num_pages=20, dtype=dtype, device=backend.device, per_token_head_scales=True)
+    k, v = (torch.randn(13, NUM_HEADS_KV, HEAD_DIM, device=backend.device) for _ in range(2))
+    k *= torch.logspace(-2, 0, 13, device=backend.device)[:, None, None]  # each its own scale
+    q = torch.randn(13, NUM_HEADS_Q, HEAD_DIM, device=backend.device)
+    root = cache.allocate()
+    step = cache.append([root], 10)
+    for layer in range(2):
+        step.write(layer, k[:10], v[:10])
+    fork = cache.fork(root)
+    step = cache.append([root], 3)  # the page that both hold is copied for it
+    for layer in range(2):
+        step.write(layer, 100 * k[10:], 100 * v[10:])
+    step = cache.append([fork], 3)
+    forked = [step.attend(layer, q[10:], k[10:], v[10:]) for layer in range(2)]
+    whole = cache.allocate()
+    step = cache.append([whole], 13)
+    for layer, left in enumerate((-1, 5)):
+        out = step.attend(layer, q, k, v)[10:]
+        torch.testing.assert_close(forked[layer], out, rtol=1e-5, atol=1e-5)
+        seen = cache_model.is_visible(13, 13, left, 0)
+        expected, _ = cache_model.masked_attention(q.cpu(), k.cpu(), v.cpu(), seen)
+        torch.testing.assert_close(out.cpu().double(), expected[10:], rtol=0.1, atol=0.1)
 
 
 # ---- the first tokens kept beside the window (num_sink_tokens) ----

@@ -18,10 +18,10 @@ from cache_model import (
     make_cache,
 )
 from cases import FLOAT8
-from conftest import BACKENDS, Backend
+from conftest import BACKENDS, EMULATED, Backend
 from torch import Tensor
 
-from sink_attention_ext import PagedKVCache, cache_step, checks, flash_attn_with_kvcache
+from sink_attention_ext import CacheStep, PagedKVCache, cache_step, checks, flash_attn_with_kvcache
 from sink_attention_ext.page_storage import PageStorage
 
 
@@ -159,6 +159,29 @@ def test_a_captured_step_is_replayed_after_later_appends(backend: Backend) -> No
             actual = result[layer, : len(seqs)].cpu().double()
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
         model.check()
+
+
+@pytest.mark.parametrize("device", [b.device for b in BACKENDS.values() if b.name != EMULATED])
+def test_one_graph_of_torch_compile_for_all_steps(device: str) -> None:
+    """Lengths, tables and dropped pages change; what was compiled stays."""
+    model = CacheModel((-1, 6), device=device)
+    seqs = [model.allocate(), model.allocate()]
+    layers = range(2)
+
+    def forward(q: Tensor, new_kv: list[tuple[Tensor, Tensor]], step: CacheStep) -> list[Tensor]:
+        return [step.attend(layer, q, *new_kv[layer]) for layer in layers]
+
+    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
+    model.append(seqs, [9, 2])
+    for turn in range(20):
+        step = model.append(seqs, [1, 1], write=False)
+        q = torch.randn(2, NUM_HEADS_Q, HEAD_DIM).to(device)
+        new_kv = [model.new_kv(layer, seqs, [1, 1]) for layer in layers]
+        with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=turn > 0):
+            outs = compiled(q, new_kv, step)
+        for layer in layers:
+            expected, _ = model.expected(layer, q, seqs, [1, 1], None)
+            torch.testing.assert_close(outs[layer].cpu().double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -323,11 +346,15 @@ def test_memory_budget() -> None:
     page = 4 * NUM_HEADS_KV * 2 * HEAD_DIM * 4
     stats = cache.stats()
     assert 100_000 - page < cache.memory_bytes() <= 100_000
-    assert stats[5].num_pages == 3 * (2 + 1) + 5  # 3 sequences that decode, and one step of 20
+    assert stats[5].num_pages == 3 * (1 + 3) + 5  # 3 sequences, and one step of 20 tokens
     assert stats[-1].num_pages > 100
-    with pytest.raises(ValueError, match="memory_budget must be at least 7680 bytes"):
-        make_cache(num_pages=None, memory_budget=7679)
-    assert make_cache(num_pages=None, memory_budget=7680).stats()[-1].num_pages == 1
+    with pytest.raises(ValueError, match="memory_budget must be at least 9216 bytes"):
+        make_cache(num_pages=None, memory_budget=9215)
+    assert make_cache(num_pages=None, memory_budget=9216).stats()[-1].num_pages == 1
+    windowed = make_cache([(5, 0)], num_pages=None, memory_budget=9216)
+    seqs = [windowed.allocate() for _ in range(3)]
+    for counts in ([18, 1, 1], [1, 18, 1], [7, 7, 6], [1, 1, 1], [3, 3, 3], [3, 3, 3]):
+        windowed.append(seqs, counts)  # never short of pages
 
 
 def test_copied_pages_of_every_layer_and_tensor() -> None:

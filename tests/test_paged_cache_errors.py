@@ -208,6 +208,8 @@ def test_what_a_step_refuses() -> None:
         ({"num_pages": 0}, ValueError, "num_pages must be at least 1; got 0"),
         ({"num_pages": {-1: 4, 5: 0}}, ValueError, r"num_pages\[5\] must be at least 1; got 0"),
         ({"page_size": 0}, ValueError, "page_size must be at least 1; got 0"),
+        ({"head_dim_v": 257}, ValueError, "head_dim_v must be at most 256; got 257"),
+        ({"dtype": "bf16"}, TypeError, "dtype must be a torch.dtype; got 'bf16'"),
         ({"head_dim": 8.0}, TypeError, "head_dim must be an int; got 8.0"),
         ({"max_num_seqs": 0}, ValueError, "max_num_seqs must be at least 1"),
         ({"num_sink_tokens": -1}, ValueError, "num_sink_tokens must be at least 0; got -1"),

@@ -4,9 +4,9 @@
 
 A windowed layer (GPT-OSS's 128 tokens) and a full one, each in a process of its own, so that the
 resident memory is that layer's. Every token is appended and written. The windowed layer attends at
-every token, the full one where samples are taken, since each of its steps reads all before it. At
-the samples outputs are compared with reference.attention in float64 over the whole history, which
-lies in memory before the run starts and so counts in no curve.
+every token, the full one where outputs are compared, since each of its steps reads all before it.
+They are compared with reference.attention in float64 over the whole history, which lies in memory
+before the run starts and so counts in no curve.
 
 Memory is counted, not timed: other programs on the machine do not change it.
 """
@@ -31,7 +31,12 @@ NUM_HEADS_Q, NUM_HEADS_KV, HEAD_DIM, PAGE_SIZE, WINDOW = 8, 2, 64, 16, 128
 LAYERS = {"windowed": (WINDOW - 1, 0), "full": (-1, -1)}
 COLORS = {"windowed": "#c1272d", "full": "#0072b2"}
 NAMES = {"windowed": f"window of {WINDOW} tokens", "full": "full layer"}
-SAMPLES = 200
+SAMPLES, COMPARISONS = 200, 20
+
+
+def is_among(token: int, num_tokens: int, count: int) -> bool:
+    """Whether a token is one of about `count`, the first and the last among them."""
+    return (token + 1) % max(1, num_tokens // count) == 0 or token in (0, num_tokens - 1)
 
 
 def measure_here(layer: str, num_tokens: int) -> dict:
@@ -60,17 +65,18 @@ def measure_here(layer: str, num_tokens: int) -> dict:
         step = cache.append([seq])
         new = slice(token, token + 1)
         step.write(0, history_k[new], history_v[new])
-        is_sample = (token + 1) % max(1, num_tokens // SAMPLES) == 0 or token in (0, num_tokens - 1)
-        if layer == "windowed" or is_sample:
+        is_compared = is_among(token, num_tokens, COMPARISONS)
+        if layer == "windowed" or is_compared:
             q = torch.randn(1, NUM_HEADS_Q, HEAD_DIM)
             out = step.attend(0, q, s_aux=s_aux)
-        if is_sample:
+        if is_compared:
             k, v = (x[None, : token + 1].double() for x in (history_k, history_v))
             expected, _ = reference.attention(
                 q[None].double(), k, v, causal=True, window_size=window_size, s_aux=s_aux.double()
             )
             worst = max(worst, (out.double() - expected[0]).abs().max().item())
             del k, v, expected
+        if is_among(token, num_tokens, SAMPLES):
             stats, resident = cache.stats()[group], resident_bytes("VmRSS")
             start = resident if start is None else start
             records.append(
@@ -147,7 +153,7 @@ def write_report(environment: dict, runs: list[dict], num_tokens: int) -> str:
         f"One sequence, token by token, through `PagedKVCache`: {NUM_HEADS_Q} query heads, "
         f"{NUM_HEADS_KV} kv heads,\nhead_dim {HEAD_DIM}, fp32, pages of {PAGE_SIZE} tokens, a sink "
         "for each head. Each layer in a process of its own.\n`benchmarks/long_decode.py` says how "
-        f"it is counted.\n\n{markdown_table(columns, rows)}\n\n"
+        f"it is counted; outputs are compared at {COMPARISONS + 1} positions.\n\n{markdown_table(columns, rows)}\n\n"
         "![memory over tokens](long_decode.png)\n"
     )
 

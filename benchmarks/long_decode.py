@@ -148,14 +148,19 @@ def write_report(environment: dict, runs: list[dict], num_tokens: int) -> str:
     measured = markdown_table(
         ["measured on", ""], [[name, str(value)] for name, value in environment.items()]
     )
-    return (
-        f"# Decoding {num_tokens:,} tokens\n\n{measured}\n\n"
-        f"One sequence, token by token, through `PagedKVCache`: {NUM_HEADS_Q} query heads, "
-        f"{NUM_HEADS_KV} kv heads,\nhead_dim {HEAD_DIM}, fp32, pages of {PAGE_SIZE} tokens, a sink "
-        "for each head. Each layer in a process of its own.\n`benchmarks/long_decode.py` says how "
-        f"it is counted; outputs are compared at {COMPARISONS + 1} positions.\n\n{markdown_table(columns, rows)}\n\n"
-        "![memory over tokens](long_decode.png)\n"
-    )
+    return f"""# Decoding {num_tokens:,} tokens
+
+{measured}
+
+One sequence, token by token, through `PagedKVCache`: {NUM_HEADS_Q} query heads, {NUM_HEADS_KV} kv
+heads, head_dim {HEAD_DIM}, fp32, pages of {PAGE_SIZE} tokens, a sink for each head. Each layer in a
+process of its own. `benchmarks/long_decode.py` says how memory is counted; outputs are compared at
+{COMPARISONS + 1} positions.
+
+{markdown_table(columns, rows)}
+
+![memory over tokens](long_decode.png)
+"""
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from sink_attention_ext import autograd as _autograd  # registers gradients with torch
 from sink_attention_ext import reference
 from sink_attention_ext.cascade import cascade_attn_with_kvcache
+from sink_attention_ext.cache_step import CacheStep
 from sink_attention_ext.interface import flash_attn_func, flash_attn_varlen_func
 from sink_attention_ext.kvcache import flash_attn_with_kvcache, reshape_and_cache
 from sink_attention_ext.merge import apply_sink, merge_attn_states
@@ -13,6 +14,7 @@ from sink_attention_ext.support import Support, supports
 __version__ = "0.1.0"
 
 __all__ = [
+    "CacheStep",
     "OutOfPages",
     "PagedKVCache",
     "Support",

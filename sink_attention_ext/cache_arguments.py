@@ -19,6 +19,14 @@ def check_count(name: str, value: Any, at_least: int = 0) -> int:
     return value
 
 
+def check_sizes(**sizes: Any) -> None:
+    """Each is at least 1; head_dim and head_dim_v are what the kernels take."""
+    for name, size in sizes.items():
+        check_count(name, size, at_least=1)
+        if name in ("head_dim", "head_dim_v") and size > checks.MAX_HEAD_DIM:
+            raise ValueError(f"{name} must be at most {checks.MAX_HEAD_DIM}; got {size}")
+
+
 def check_padding(name: str, padded: Any, actual: int, most: int) -> int:
     """The padded number; None is the actual one."""
     if padded is None:

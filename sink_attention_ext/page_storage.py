@@ -1,11 +1,32 @@
-"""The device memory of one group of layers in a paged cache: keys, values, and their scales."""
+"""The device memory of one group of layers in a paged cache: keys, values, scales, statistics."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GroupStats:
+    """The pages of one group of layers."""
+
+    window_left: int  # -1: full layers
+    num_layers: int
+    num_pages: int
+    num_free_pages: int
+    num_shared_pages: int  # held by more than one sequence
+    page_bytes: int  # of one page in all layers of the group: keys, values, scales
+
+    @property
+    def num_used_pages(self) -> int:
+        return self.num_pages - self.num_free_pages
+
+    @property
+    def used_bytes(self) -> int:
+        return self.num_used_pages * self.page_bytes
 
 
 class PageStorage:

@@ -16,30 +16,10 @@ from torch import Tensor
 from sink_attention_ext import cache_arguments, cache_checks, checks
 from sink_attention_ext.cache_step import CacheStep, StepBuffers
 from sink_attention_ext.page_pool import OutOfPages, PageTables
-from sink_attention_ext.page_storage import PageStorage, bytes_per_page
+from sink_attention_ext.page_storage import GroupStats, PageStorage, bytes_per_page
 from sink_attention_ext.reference import WindowSize
 
 _seq_ids = itertools.count()  # of all caches: no cache takes another's sequence for its own
-
-
-@dataclass(frozen=True)
-class GroupStats:
-    """The pages of one group of layers."""
-
-    window_left: int  # -1: full layers
-    num_layers: int
-    num_pages: int
-    num_free_pages: int
-    num_shared_pages: int  # held by more than one sequence
-    page_bytes: int  # of one page in all layers of the group: keys, values, scales
-
-    @property
-    def num_used_pages(self) -> int:
-        return self.num_pages - self.num_free_pages
-
-    @property
-    def used_bytes(self) -> int:
-        return self.num_used_pages * self.page_bytes
 
 
 @dataclass
@@ -98,8 +78,8 @@ class PagedKVCache:
         num_pages: pages of each group, or a mapping from each window_left (-1: full layers) to
             that group's; every layer of a group has that many. Exactly one of num_pages and
             memory_budget is given.
-        memory_budget: bytes for all of them. Windowed groups get what max_num_seqs sequences that
-            decode and one step of max_num_batched_tokens need; full layers get the rest.
+        memory_budget: bytes for all of them. Windowed groups get what any step can take while the
+            sequences outside of it last had one new token; full layers get the rest.
         max_num_seqs: the most sequences at a time.
         max_seqlen: the most tokens of a sequence.
         max_num_batched_tokens: the most new tokens of one step, all sequences together.
@@ -141,17 +121,17 @@ class PagedKVCache:
     ) -> None:
         self.window_sizes = cache_arguments.check_causal_windows(window_sizes)
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
-        sizes = {
-            "num_heads_kv": num_heads_kv,
-            "head_dim": head_dim,
-            "head_dim_v": head_dim_v,
-            "page_size": page_size,
-            "max_num_seqs": max_num_seqs,
-            "max_seqlen": max_seqlen,
-            "max_num_batched_tokens": max_num_batched_tokens,
-        }
-        for name, size in sizes.items():
-            cache_arguments.check_count(name, size, at_least=1)
+        cache_arguments.check_sizes(
+            num_heads_kv=num_heads_kv,
+            head_dim=head_dim,
+            head_dim_v=head_dim_v,
+            page_size=page_size,
+            max_num_seqs=max_num_seqs,
+            max_seqlen=max_seqlen,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype must be a torch.dtype; got {dtype!r}")
         cache_arguments.check_count("num_sink_tokens", num_sink_tokens)
         checks.check_bool("per_token_head_scales", per_token_head_scales)
         if per_token_head_scales and not (k_scale is None and v_scale is None):
@@ -178,7 +158,8 @@ class PagedKVCache:
             memory_budget,
             self._page_bytes,
             [
-                max_num_seqs * cache_arguments.max_row_pages(left, *limits, 1, max_seqlen)
+                # n tokens take at most 1 + n / page_size pages more than one token does.
+                max_num_seqs * (1 + cache_arguments.max_row_pages(left, *limits, 1, max_seqlen))
                 + -(-max_num_batched_tokens // page_size)
                 for left in windows
             ],

@@ -1,0 +1,411 @@
+"""PagedKVCache: sizes, steps, sharing, windows, first tokens kept, long sequences."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import cache_model
+import pytest
+import torch
+from cache_model import (
+    HEAD_DIM,
+    HEAD_DIM_V,
+    NUM_HEADS_KV,
+    NUM_HEADS_Q,
+    SIZES,
+    CacheModel,
+    make_cache,
+)
+from cases import FLOAT8
+from conftest import BACKENDS, EMULATED, Backend
+from torch import Tensor
+
+from sink_attention_ext import CacheStep, PagedKVCache, cache_step, checks, flash_attn_with_kvcache
+from sink_attention_ext.page_storage import PageStorage
+
+
+def check_attention(
+    backend: Backend, model: CacheModel, seqs: list[int], counts: list[int], **padding: int
+) -> None:
+    """Appends, attends in every layer, and compares with attention to the whole histories."""
+    step = model.append(seqs, counts, write=False, **padding)
+    total = sum(counts)
+    q = torch.randn(step.num_tokens, NUM_HEADS_Q, HEAD_DIM)
+    s_aux = torch.randn(NUM_HEADS_Q)
+    for layer in range(len(model.windows)):
+        k, v = model.new_kv(layer, seqs, counts, step.num_tokens)
+        out, lse = step.attend(
+            layer, q.to(backend.device), k, v, s_aux=s_aux.to(backend.device), return_lse=True
+        )
+        expected, expected_lse = model.expected(layer, q, seqs, counts, s_aux)
+        torch.testing.assert_close(out[:total].cpu().double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            lse[:, :total].cpu().double(), expected_lse, rtol=1e-5, atol=1e-5
+        )
+        assert not out[total:].any()
+
+
+# ---- attention through the cache ----
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+def test_prefill_in_chunks_mixed_with_decode(backend: Backend, page_size: int) -> None:
+    """Chunks shorter and longer than the window, beside sequences that decode."""
+    model = CacheModel(
+        (-1, 9, 0), page_size=page_size, num_pages=200, device=backend.device, max_seqlen=100
+    )
+    a, b = model.allocate(), model.allocate()
+    check_attention(backend, model, [a, b], [30, 1])
+    check_attention(backend, model, [b, a], [1, 40])
+    c = model.allocate()
+    check_attention(backend, model, [a, c, b], [1, 7, 1])
+    model.free(a)
+    check_attention(backend, model, [c, b], [25, 0])
+    check_attention(backend, model, [c, b], [1, 1])
+    model.check()
+
+
+def test_forks_write_into_copies(backend: Backend) -> None:
+    """A shared prefix that ends inside a page; then each writes, and sees what is its own."""
+    model = CacheModel((-1, 6), device=backend.device)
+    root = model.allocate()
+    check_attention(backend, model, [root], [10])
+    forks = [model.fork(root), model.fork(root)]
+    assert model.cache.stats()[-1].num_used_pages == 3
+    check_attention(backend, model, [root, *forks], [1, 2, 5])
+    assert model.cache.stats()[-1].num_shared_pages == 2  # the third has three copies
+    model.check()
+    model.free(root)
+    check_attention(backend, model, forks, [4, 1])
+    model.check()
+
+
+def test_rejected_drafts_are_taken_back(backend: Backend) -> None:
+    """Speculative decoding: five tokens in, some out, again and again."""
+    model = CacheModel((-1, 6), device=backend.device)
+    seq = model.allocate()
+    check_attention(backend, model, [seq], [13])
+    for accepted in (0, 3, 5, 1, 4, 2):
+        before = len(model.tokens[seq])
+        check_attention(backend, model, [seq], [5])
+        model.truncate(seq, before + accepted)
+        model.check()
+
+
+def test_padding_for_graphs(backend: Backend) -> None:
+    """Padded sequences are empty, padded tokens are written nowhere and give 0."""
+    model = CacheModel(device=backend.device)
+    a, b = model.allocate(), model.allocate()
+    check_attention(backend, model, [a, b], [3, 2], pad_seqs_to=4, pad_tokens_to=9)
+    check_attention(backend, model, [b], [1], pad_seqs_to=4, pad_tokens_to=4)
+    model.check()
+
+
+def captured(call: Callable[[], Tensor], device: str) -> Callable[[], Tensor]:
+    """`call` in a CUDA graph; on other devices a call again is what comes nearest."""
+    if device != "cuda":
+        return call
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def test_a_captured_step_is_replayed_after_later_appends(backend: Backend) -> None:
+    """The first step's tensors, and nothing else, tell a replay of later lengths and tables."""
+    model = CacheModel((-1, 6), device=backend.device)
+    a, b = model.allocate(), model.allocate()
+    model.append([a], [11])
+    first = model.append([a, b], [1, 1], pad_seqs_to=3, pad_tokens_to=3)
+    q = torch.zeros(3, NUM_HEADS_Q, HEAD_DIM, device=backend.device)
+    layers = range(2)
+    new_kv = [[x.clone() for x in model.new_kv(layer, [a, b], [1, 1], 3)] for layer in layers]
+
+    def forward() -> Tensor:
+        outs = []
+        for layer in layers:
+            caches = model.cache.k_cache(layer), model.cache.v_cache(layer)
+            backend.reshape_and_cache(*new_kv[layer], *caches, first.slot_mapping(layer))
+            out, _ = backend.flash_attn_with_kvcache(q, *caches, **first.attn_kwargs(layer))
+            outs.append(out)
+        return torch.stack(outs)
+
+    replay = captured(forward, backend.device)
+    for seqs in ([a, b], [b], [b, a], [a, b]):
+        counts = [1] * len(seqs)
+        step = model.append(seqs, counts, write=False, pad_seqs_to=3, pad_tokens_to=3)
+        assert step.positions.data_ptr() == first.positions.data_ptr()
+        for layer in layers:
+            for static, new in zip(
+                new_kv[layer], model.new_kv(layer, seqs, counts, 3), strict=True
+            ):
+                static.copy_(new)
+        q.normal_()
+        result = replay()
+        for layer in layers:
+            expected, _ = model.expected(layer, q, seqs, counts, None)
+            actual = result[layer, : len(seqs)].cpu().double()
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        model.check()
+
+
+@pytest.mark.parametrize("device", [b.device for b in BACKENDS.values() if b.name != EMULATED])
+def test_one_graph_of_torch_compile_for_all_steps(device: str) -> None:
+    """Lengths, tables and dropped pages change; what was compiled stays."""
+    model = CacheModel((-1, 6), device=device)
+    seqs = [model.allocate(), model.allocate()]
+    layers = range(2)
+
+    def forward(q: Tensor, new_kv: list[tuple[Tensor, Tensor]], step: CacheStep) -> list[Tensor]:
+        return [step.attend(layer, q, *new_kv[layer]) for layer in layers]
+
+    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
+    model.append(seqs, [9, 2])
+    for turn in range(20):
+        step = model.append(seqs, [1, 1], write=False)
+        q = torch.randn(2, NUM_HEADS_Q, HEAD_DIM).to(device)
+        new_kv = [model.new_kv(layer, seqs, [1, 1]) for layer in layers]
+        with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=turn > 0):
+            outs = compiled(q, new_kv, step)
+        for layer in layers:
+            expected, _ = model.expected(layer, q, seqs, [1, 1], None)
+            torch.testing.assert_close(outs[layer].cpu().double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_append_does_not_wait_for_the_device() -> None:
+    model = CacheModel(device="cuda")
+    seq = model.allocate()
+    model.append([seq], [6])
+    fork = model.fork(seq)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model.cache.append([seq, fork], [1, 1])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_float8_caches(backend: Backend) -> None:
+    """One scale for all layers, or one a layer; forks copy float8 pages too."""
+    scales = [torch.tensor(0.5), torch.tensor([0.25, 2.0])]
+    scales = [scale.to(backend.device) for scale in scales]
+    model = CacheModel((-1, 6), device=backend.device)
+    model.cache = PagedKVCache(
+        [(-1, 0), (6, 0)],
+        **SIZES | {"head_dim_v": HEAD_DIM_V, "num_pages": 16, "dtype": FLOAT8},
+        device=backend.device,
+        k_scale=scales,
+        v_scale=scales[0],
+    )
+    for layer, k_scale in enumerate(scales):  # numbers that the caches hold exactly
+        for bank, scale in ((model.k, k_scale), (model.v, scales[0])):
+            scale = scale.reshape(-1, 1)
+            bank[layer] = (bank[layer] / scale).to(FLOAT8).float() * scale
+    seq = model.allocate()
+    check_attention(backend, model, [seq], [10])
+    fork = model.fork(seq)
+    check_attention(backend, model, [fork, seq], [3, 1])
+
+
+@pytest.mark.skipif(
+    not hasattr(checks, "QUANTISED_DTYPES"), reason="no operator takes scales of each token"
+)
+@pytest.mark.parametrize("dtype", [FLOAT8, torch.int8], ids=str)
+def test_scales_of_each_token_and_head(backend: Backend, dtype: torch.dtype) -> None:
+    """They go where the tokens go, into copied pages too: a fork and a whole prefill agree."""
+    cache = make_cache(num_pages=20, dtype=dtype, device=backend.device, per_token_head_scales=True)
+    k, v = (torch.randn(13, NUM_HEADS_KV, HEAD_DIM, device=backend.device) for _ in range(2))
+    k *= torch.logspace(-2, 0, 13, device=backend.device)[:, None, None]  # each its own scale
+    q = torch.randn(13, NUM_HEADS_Q, HEAD_DIM, device=backend.device)
+    root = cache.allocate()
+    step = cache.append([root], 10)
+    for layer in range(2):
+        step.write(layer, k[:10], v[:10])
+    fork = cache.fork(root)
+    step = cache.append([root], 3)  # the page that both hold is copied for it
+    for layer in range(2):
+        step.write(layer, 100 * k[10:], 100 * v[10:])
+    step = cache.append([fork], 3)
+    forked = [step.attend(layer, q[10:], k[10:], v[10:]) for layer in range(2)]
+    whole = cache.allocate()
+    step = cache.append([whole], 13)
+    for layer, left in enumerate((-1, 5)):
+        out = step.attend(layer, q, k, v)[10:]
+        torch.testing.assert_close(forked[layer], out, rtol=1e-5, atol=1e-5)
+        seen = cache_model.is_visible(13, 13, left, 0)
+        expected, _ = cache_model.masked_attention(q.cpu(), k.cpu(), v.cpu(), seen)
+        torch.testing.assert_close(out.cpu().double(), expected[10:], rtol=0.1, atol=0.1)
+
+
+# ---- the first tokens kept beside the window (num_sink_tokens) ----
+
+
+def check_sink_tokens(backend: Backend, page_size: int, num_sink_tokens: int, left: int) -> None:
+    model = CacheModel(
+        (left, -1, left),
+        page_size=page_size,
+        num_sink_tokens=num_sink_tokens,
+        num_pages=200,
+        max_seqlen=120,
+        device=backend.device,
+    )
+    a, b = model.allocate(), model.allocate()
+    check_attention(backend, model, [a, b], [2, 40])
+    for counts in ([1, 1], [20, 1], [1, 5], [1, 1], [28, 20], [1, 1]):
+        check_attention(backend, model, [a, b], counts)
+        model.check()
+    fork = model.fork(a)
+    model.truncate(a, len(model.tokens[a]) - 1)
+    check_attention(backend, model, [fork, a], [3, 1])
+    model.check()
+    size = -(-num_sink_tokens // page_size) + -(-(left + 3) // page_size) + 1
+    assert len(model.cache._tables[0].pages(model.cache._sequences[fork].row)) <= size
+
+
+SINK_TOKENS = [(4, 4, 7), (4, 1, 0), (3, 5, 4), (1, 2, 6), (16, 3, 20), (5, 30, 3)]
+
+
+@pytest.mark.parametrize(("page_size", "num_sink_tokens", "left"), SINK_TOKENS)
+def test_sink_tokens_by_the_mask_in_plain_torch(
+    page_size: int, num_sink_tokens: int, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mask of the kernels, over the closed-up rows, sees what a mask over positions sees."""
+    attention = cache_model.flash_attn_with_sink_tokens
+    monkeypatch.setattr(cache_step, "flash_attn_with_kvcache", attention)
+    check_sink_tokens(BACKENDS["cpu"], page_size, num_sink_tokens, left)
+
+
+@pytest.mark.skipif(
+    "num_sink_tokens" not in inspect.signature(flash_attn_with_kvcache).parameters,
+    reason="flash_attn_with_kvcache has no num_sink_tokens",
+)
+@pytest.mark.parametrize(("page_size", "num_sink_tokens", "left"), SINK_TOKENS)
+def test_sink_tokens(backend: Backend, page_size: int, num_sink_tokens: int, left: int) -> None:
+    check_sink_tokens(backend, page_size, num_sink_tokens, left)
+
+
+# ---- pages and bytes ----
+
+
+def test_windowed_rows_stay_short() -> None:
+    """ceil((window_left + new) / page_size) + 1 pages, and a table of as many columns."""
+    cache = make_cache(page_size=4, num_pages={-1: 25, 5: 8})
+    seq = cache.allocate()
+    for new in (1, 1, 20, 1, 1, 1, 9, 1, 1, 13, 1):
+        step = cache.append([seq], new)
+        bound = -(-(5 + new) // 4) + 1
+        assert cache.stats()[5].num_used_pages <= bound
+        assert step.seqused_k(1).item() <= bound * 4
+        assert step.block_table(1).shape == (1, -(-(5 + 20) // 4) + 1)
+        assert step.seqused_k(0).item() == cache.seqlen(seq)
+    assert cache.stats()[-1].num_used_pages == -(-cache.seqlen(seq) // 4)
+
+
+def test_positions_and_packed_starts() -> None:
+    cache = make_cache()
+    a, b = cache.allocate(), cache.allocate()
+    cache.append([a], 9)
+    step = cache.append([b, a], [2, 3], pad_seqs_to=3, pad_tokens_to=7)
+    assert step.positions.tolist() == [0, 1, 9, 10, 11, 0, 0]
+    assert step.cu_seqlens_q.tolist() == [0, 2, 5, 5]
+    assert (step.num_seqs, step.num_tokens, step.max_seqlen_q) == (3, 7, 3)
+    assert step.slot_mapping(0)[5:].tolist() == [-1, -1]
+    assert cache.append([], []).cu_seqlens_q.tolist() == [0]
+
+
+def test_bytes() -> None:
+    """Two layers of one window share tables, not memory; head_dim_v may be its own."""
+    cache = make_cache([(-1, 0), (5, 0), (5, 0)], head_dim_v=6, num_pages={-1: 10, 5: 3})
+    page = 4 * NUM_HEADS_KV * (HEAD_DIM + 6) * 4
+    assert cache.memory_bytes() == 10 * page + 2 * 3 * page
+    seq = cache.allocate()
+    cache.append([seq], 5)
+    stats = cache.stats()
+    assert (stats[-1].used_bytes, stats[5].used_bytes) == (2 * page, 2 * 2 * page)
+    assert (stats[-1].num_layers, stats[5].num_layers) == (1, 2)
+    assert cache.num_free_pages == {-1: 8, 5: 1}
+    assert cache.k_cache(2).shape == (3, 4, NUM_HEADS_KV, HEAD_DIM)
+    assert cache.v_cache(0).shape == (10, 4, NUM_HEADS_KV, 6)
+
+
+def test_memory_budget() -> None:
+    """Windowed layers get what they can use, full ones the rest; all of it is within the budget."""
+    cache = make_cache(num_pages=None, memory_budget=100_000)
+    page = 4 * NUM_HEADS_KV * 2 * HEAD_DIM * 4
+    stats = cache.stats()
+    assert 100_000 - page < cache.memory_bytes() <= 100_000
+    assert stats[5].num_pages == 3 * (1 + 3) + 5  # 3 sequences, and one step of 20 tokens
+    assert stats[-1].num_pages > 100
+    with pytest.raises(ValueError, match="memory_budget must be at least 9216 bytes"):
+        make_cache(num_pages=None, memory_budget=9215)
+    assert make_cache(num_pages=None, memory_budget=9216).stats()[-1].num_pages == 1
+    windowed = make_cache([(5, 0)], num_pages=None, memory_budget=9216)
+    seqs = [windowed.allocate() for _ in range(3)]
+    for counts in ([18, 1, 1], [1, 18, 1], [7, 7, 6], [1, 1, 1], [3, 3, 3], [3, 3, 3]):
+        windowed.append(seqs, counts)  # never short of pages
+
+
+def test_copied_pages_of_every_layer_and_tensor() -> None:
+    """Keys, values and scales of one page in all layers, and no other page."""
+    storage = PageStorage(2, 5, 4, NUM_HEADS_KV, HEAD_DIM, HEAD_DIM_V, FLOAT8, "cpu", True)
+    tensors = [x.view(torch.uint8) for x in storage._tensors()]
+    assert len(tensors) == 4
+    for tensor in tensors:
+        tensor.random_(0, 255)
+    before = [x.clone() for x in tensors]
+    storage.copy_pages([(1, 4), (2, 0)])
+    for tensor, old in zip(tensors, before, strict=True):
+        assert torch.equal(tensor, old[:, [2, 1, 2, 3, 1]])
+    assert storage.num_bytes == sum(x.nbytes for x in tensors)
+
+
+# ---- long sequences ----
+
+
+def check_long_decode(num_tokens: int, page_size: int, window_left: int, sampled: int) -> None:
+    """Token by token: pages stay few, and sampled outputs are those of the full history."""
+    model = CacheModel(
+        (window_left,),
+        num_tokens=num_tokens,
+        page_size=page_size,
+        num_pages=-(-(window_left + 1) // page_size) + 1,  # no more than it may ever use
+        max_num_seqs=1,
+        max_seqlen=num_tokens,
+        max_num_batched_tokens=1,
+    )
+    cache, seq = model.cache, model.allocate()
+    q = torch.randn(NUM_HEADS_Q, HEAD_DIM)[None]
+    s_aux = torch.randn(NUM_HEADS_Q)
+    taken = cache.memory_bytes()
+    for token in range(num_tokens):
+        step = cache.append([seq])
+        step.write(0, model.k[0, token : token + 1], model.v[0, token : token + 1])
+        if token % (num_tokens // sampled) == 0 or token > num_tokens - 3:
+            out = step.attend(0, q, s_aux=s_aux)
+            k, v = model.k[0, : token + 1], model.v[0, : token + 1]
+            seen = cache_model.is_visible(1, token + 1, window_left, 0)
+            expected, _ = cache_model.masked_attention(q, k, v, seen, s_aux)
+            torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    assert cache.memory_bytes() == taken
+    assert cache.seqlen(seq) == num_tokens
+
+
+def test_long_decode() -> None:
+    check_long_decode(5_000, 16, 127, sampled=100)
+
+
+@pytest.mark.slow
+def test_very_long_decode() -> None:
+    check_long_decode(200_000, 16, 127, sampled=200)

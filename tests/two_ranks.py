@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+PATIENCE = timedelta(minutes=2)  # of a rank whose message does not come; then it is an error
 
 
 def _run(
@@ -23,7 +26,7 @@ def _run(
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=PATIENCE)
     try:
         function(rank, *args)
     finally:

@@ -120,9 +120,10 @@ def run_cases(rank: int, folder: str, backend: str) -> None:
 
 GRID = [
     pytest.param(backend, world_size, index, id=f"{backend}-{world_size} ranks-{layout} {case}")
-    for backend, world_size in (("cpu", 2), ("cpu", 4), (conftest.EMULATED, 2))
+    for backend, world_sizes in (("cpu", (2, 4)), (conftest.EMULATED, (2,)))
     if backend in conftest.BACKENDS
     for index, (case, layout) in enumerate(CASES[backend])
+    for world_size in world_sizes
 ]
 
 
@@ -192,7 +193,8 @@ def a_group_of_some_ranks(rank: int) -> None:
     else:
         run_shard()
     with pytest.raises(ValueError, match="group must hold this rank"):
-        run_shard(group=groups[1 - rank % 2])
+        q = torch.randn(1, 4, 2, 8)
+        context_parallel_attn_func(q, q, q, group=groups[1 - rank % 2])
 
 
 def summands_of_the_sinks_gradient(rank: int) -> None:
@@ -243,9 +245,8 @@ def frozen_sinks_autocast_and_no_grad(rank: int) -> None:
 def no_second_derivative(rank: int) -> None:
     q = torch.randn(1, 4, 2, 8, requires_grad=True)
     out = context_parallel_attn_func(q, q, q)
-    (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dq.sum().backward()
+    with pytest.raises(RuntimeError, match="without create_graph=True"):
+        torch.autograd.grad(out.sum(), q, create_graph=True)
 
 
 def beside_compiled_code(rank: int) -> None:
@@ -316,12 +317,11 @@ def behave(rank: int) -> None:
     for behaviour in (*BEHAVIOURS, refusals):
         try:
             behaviour(rank)
-        except BaseException as error:
-            error.add_note(f"in {behaviour.__name__} on rank {rank}")
-            raise
+        except Exception as error:
+            raise RuntimeError(f"{behaviour.__name__} failed on rank {rank}") from error
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_behaviour(world_size: int) -> None:
     """BEHAVIOURS and refusals. On one set of ranks, since starting them takes longest."""
     on_ranks(world_size, behave)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sink_attention_ext import checks, ops
 from sink_attention_ext.autograd import autocast_dtype
@@ -73,8 +72,12 @@ class _ContextParallelAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "context_parallel_attn_func: the gradient is not differentiable a second time "
+                "(double backward): take it without create_graph=True"
+            )
         call: _Call = ctx.call
         q, k, v, s_aux, out, lse = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout.contiguous()
@@ -177,7 +180,7 @@ def context_parallel_attn_func(
     Raises:
         TypeError, ValueError: an argument does not fit, here or, with check_shards, on another
             rank, or shards are empty or unequal; the message names it. Nothing has been computed.
-        RuntimeError: from a second derivative, which is not implemented.
+        RuntimeError: from a backward with create_graph=True: there is no second derivative.
 
     Of a packed batch (cu_seqlens) there is no version. Under torch.autocast q, k and v are cast to
     autocast's dtype. torch.compile does not trace the exchange: in a model that is compiled call

@@ -40,11 +40,21 @@ def shape_text(tensor: Tensor) -> str:
 # ---- one tensor ----
 
 
+def is_dtensor(tensor: Tensor) -> bool:
+    """By its method: to import torch.distributed.tensor for an isinstance takes long."""
+    return hasattr(tensor, "to_local")
+
+
 def check_tensor(name: str, tensor: Any, layout: Sequence[str]) -> None:
     """A tensor with the dimensions of `layout`."""
     if not isinstance(tensor, Tensor):
         raise TypeError(
             f"{name} must be a torch.Tensor {_names(layout)}; got {type(tensor).__name__}"
+        )
+    if is_dtensor(tensor):
+        raise TypeError(
+            f"{name} must be a plain tensor, what this rank holds of it; got a DTensor of global "
+            f"shape {shape_text(tensor)}: pass {name}.to_local()"
         )
     if tensor.dim() != len(layout):
         raise ValueError(
@@ -158,22 +168,51 @@ def check_qkv(q: Any, k: Any, v: Any, layouts: Sequence[Sequence[str]]) -> None:
         check_size("v", v, 0, "total_k", k.shape[0], "as k has")
 
 
+def local_s_aux(s_aux: Tensor) -> Tensor:
+    """This rank's sinks of a DTensor; any other tensor as it is.
+
+    A module's parameter is a DTensor where a tensor parallel plan has sharded it, while q, k and v
+    come out of the projections as plain tensors of this rank's heads. The gradient goes back as a
+    DTensor with the placements of s_aux.
+    """
+    if not is_dtensor(s_aux):
+        return s_aux
+    if any(placement.is_partial() for placement in s_aux.placements):
+        raise ValueError(
+            "s_aux must be a DTensor with Shard or Replicate placements, whose local tensor holds "
+            f"logits; got {tuple(s_aux.placements)}, of which it holds a summand: redistribute it"
+        )
+    return s_aux.to_local()
+
+
 def check_s_aux(s_aux: Any, num_heads_q: int, device: torch.device) -> Tensor | None:
-    """The sinks, contiguous: one logit per query head, any float dtype."""
+    """The sinks, contiguous: one logit per query head, any float dtype; of a DTensor the local."""
     if s_aux is None:
         return None
     if not isinstance(s_aux, Tensor):
         raise TypeError(
             f"s_aux must be None or a torch.Tensor (num_heads_q,); got {type(s_aux).__name__}"
         )
+    s_aux = local_s_aux(s_aux)
     if s_aux.dim() != 1 or s_aux.shape[0] != num_heads_q:
         raise ValueError(
             f"s_aux must have shape (num_heads_q,) = ({num_heads_q},), one sink per query head; "
-            f"got shape {shape_text(s_aux)}"
+            f"got shape {shape_text(s_aux)}{_unsharded_sinks(s_aux, num_heads_q)}"
         )
     check_float_dtype("s_aux", s_aux)
     check_device("s_aux", s_aux, device)
     return s_aux if s_aux.is_contiguous() else s_aux.contiguous()
+
+
+def _unsharded_sinks(s_aux: Tensor, num_heads_q: int) -> str:
+    """What to do about sinks of all heads beside one tensor parallel rank's share of the heads."""
+    if s_aux.dim() != 1 or s_aux.shape[0] <= num_heads_q or s_aux.shape[0] % num_heads_q != 0:
+        return ""
+    return (
+        f". s_aux has {s_aux.shape[0]} logits, q has {num_heads_q} heads: under tensor parallelism "
+        "shard the sinks with the heads (GPT_OSS_TP_PLAN or shard_s_aux of "
+        "sink_attention_ext.parallel)"
+    )
 
 
 # ---- numbers ----

@@ -2,29 +2,18 @@
 
 import pytest
 import torch
-from tiny_models import gpt_oss, logits, max_diff, tokens
+from tiny_models import gpt_oss, gradients, logits, max_diff, tokens
 from torch import nn
 from torch.distributed.tensor import DTensor
-from two_ranks import on_two_ranks
+from two_ranks import on_ranks
 
 from sink_attention_ext.integrations.transformers import sink_attention
+from sink_attention_ext.parallel import GPT_OSS_TP_PLAN
 
-LAYER = "model.layers.*.self_attn"
-PLAN = {
-    f"{LAYER}.q_proj": "colwise",
-    f"{LAYER}.k_proj": "colwise",
-    f"{LAYER}.v_proj": "colwise",
-    f"{LAYER}.o_proj": "rowwise",
-    f"{LAYER}.sinks": "colwise",
-}
+HEADS = 8
 
 
-def backward(model, ids):
-    model(ids, labels=ids, use_cache=False).loss.backward()
-    return [layer.self_attn.sinks.grad for layer in model.model.layers]
-
-
-def sharded_model(rank, folder):
+def sharded_model(rank, folder, world_size):
     from transformers import GptOssForCausalLM
     from transformers.distributed import DistributedConfig
 
@@ -32,35 +21,55 @@ def sharded_model(rank, folder):
     model = GptOssForCausalLM.from_pretrained(
         folder,
         attn_implementation="sink_attention",
-        distributed_config=DistributedConfig(tp_plan=PLAN, tp_size=2),
+        distributed_config=DistributedConfig(tp_plan=GPT_OSS_TP_PLAN, tp_size=world_size),
     )
-    sinks = model.model.layers[0].self_attn.sinks
-    assert isinstance(sinks, DTensor) and sinks.shape == (8,) and sinks.to_local().shape == (4,)
+    attention = model.model.layers[0].self_attn
+    for parameter, rows in (
+        (attention.sinks, HEADS // world_size),
+        (attention.q_proj.weight, HEADS * 64 // world_size),
+        (attention.k_proj.weight, 4 * 64 // world_size),
+    ):
+        assert isinstance(parameter, DTensor) and parameter.to_local().shape[0] == rows
     ids = expected["ids"]
     assert max_diff(logits(model, ids), expected["logits"]) < 2e-5
-    generated = model.generate(ids, max_new_tokens=6, do_sample=False)
+    generated = model.generate(ids, max_new_tokens=4, do_sample=False)
     assert torch.equal(generated, expected["generated"])
-    for gradient, whole in zip(backward(model, ids), expected["sinks.grad"], strict=True):
-        assert max_diff(gradient.full_tensor(), whole) <= 1e-4 * whole.abs().max()
+    ours = gradients(model, ids)
+    assert ours.keys() == expected["gradients"].keys()
+    for name, whole in expected["gradients"].items():
+        gradient = ours[name]
+        if isinstance(gradient, DTensor):
+            gradient = gradient.full_tensor()  # gathers; a collective, in the same order everywhere
+        assert max_diff(gradient, whole) <= 1e-4 * whole.abs().max(), name
 
 
-def test_gpt_oss_with_sharded_heads_and_sinks(tmp_path):
-    model = gpt_oss()
-    model.save_pretrained(tmp_path)
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory):
+    """A folder with a model of two layers, sliding and full, and what it gives on one process."""
+    folder = tmp_path_factory.mktemp("gpt_oss")
+    model = gpt_oss(num_hidden_layers=2, num_attention_heads=HEADS, num_key_value_heads=4)
+    model.save_pretrained(folder)
     ids = tokens(2, 24)
     expected = {
         "ids": ids,
         "logits": logits(model, ids),
-        "generated": model.generate(ids, max_new_tokens=6, do_sample=False),
-        "sinks.grad": backward(model, ids),
+        "generated": model.generate(ids, max_new_tokens=4, do_sample=False),
+        "gradients": gradients(model, ids),
     }
-    torch.save(expected, tmp_path / "expected.pt")
-    on_two_ranks(sharded_model, str(tmp_path))
+    assert sum("sinks" in name for name in expected["gradients"]) == 2
+    torch.save(expected, folder / "expected.pt")
+    return str(folder)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_gpt_oss_with_sharded_heads_and_sinks(saved_model, world_size):
+    """Logits, generation, and the gradient of every parameter."""
+    on_ranks(world_size, sharded_model, saved_model, world_size)
 
 
 def test_sinks_of_all_heads_beside_sharded_heads_are_refused():
     q, k, v = (torch.randn(1, heads, 5, 8) for heads in (4, 1, 1))
     with pytest.raises(
-        ValueError, match="4 query heads .* Under tensor parallelism shard the sinks"
+        ValueError, match="s_aux has 8 logits, q has 4 heads .* tensor parallel.*GPT_OSS_TP_PLAN"
     ):
         sink_attention(nn.Module(), q, k, v, None, is_causal=True, s_aux=torch.zeros(8))

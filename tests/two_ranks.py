@@ -1,38 +1,48 @@
-"""Runs a function in two processes of a gloo group, as two GPUs of tensor parallelism would."""
+"""Runs a function in several processes of a gloo group, as GPUs that share a model would."""
 
 from __future__ import annotations
 
 import os
 import socket
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-WORLD = 2
+PATIENCE = timedelta(minutes=2)  # of a rank whose message does not come; then it is an error
 
 
-def _run(rank: int, function: Callable[..., None], port: int, args: tuple[Any, ...]) -> None:
+def _run(
+    rank: int, world_size: int, function: Callable[..., None], port: int, args: tuple[Any, ...]
+) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(WORLD),
+        "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=PATIENCE)
     try:
         function(rank, *args)
     finally:
         dist.destroy_process_group()
 
 
-def on_two_ranks(function: Callable[..., None], *args: Any) -> None:
-    """function(rank, *args) of a module's top level; an error on a rank is raised here."""
+def on_ranks(world_size: int, function: Callable[..., None], *args: Any) -> None:
+    """function(rank, *args) of a module's top level on each of `world_size` ranks, one thread each.
+
+    An error on a rank is raised here.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_run, (function, port, args), nprocs=WORLD, join=True)
+    mp.spawn(_run, (world_size, function, port, args), nprocs=world_size, join=True)
+
+
+def on_two_ranks(function: Callable[..., None], *args: Any) -> None:
+    on_ranks(2, function, *args)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sink_attention_ext import checks
 from sink_attention_ext.integrations.mask_function import mask_of_pattern, sink_attention_mask
 from sink_attention_ext.integrations.mask_pattern import pattern_of_mask
 from sink_attention_ext.integrations.masks import (
@@ -141,15 +142,12 @@ def kernel_options(
                 "attn_implementation='eager'"
             )
     if s_aux is not None:
-        if hasattr(
-            s_aux, "to_local"
-        ):  # a DTensor: query holds this rank's heads, so take its sinks
-            s_aux = s_aux.to_local()
+        s_aux = checks.local_s_aux(s_aux)  # query holds this rank's heads: take its sinks
         if s_aux.numel() != query.shape[1]:
             raise ValueError(
-                f"s_aux must hold one sink for each of the {query.shape[1]} query heads that "
-                f"{layer} has here; got shape {tuple(s_aux.shape)}. Under tensor parallelism shard "
-                'the sinks as the heads are ("colwise")'
+                f"s_aux has {s_aux.numel()} logits, q has {query.shape[1]} heads in {layer} on "
+                "this rank: under tensor parallelism shard the sinks with the heads "
+                "(sink_attention_ext.parallel.GPT_OSS_TP_PLAN)"
             )
     return {"softmax_scale": scaling, "softcap": softcap or 0.0, "s_aux": s_aux}
 

@@ -114,7 +114,10 @@ def flash_attn_with_kvcache(
         max_seqlen_q: at least the longest query length; None is total_q, or seqlen_q.
         softmax_scale, causal, window_size, softcap, s_aux, return_lse: as in flash_attn_func.
         num_splits: parts into which the keys are cut, computed apart and merged; 0: chosen for you;
-            1: never.
+            1: never, which is also the batch-invariant mode: a token's out and lse then have the
+            same bits alone and in any batch, prefilled whole, in chunks of any size or decoded,
+            wherever its pages lie. On CUDA that costs decode some speed: its tiles for few rows,
+            whose warps share the keys, are then not used.
         k_scale: for float8 caches, and only for them: float32 of shape (), (1,) or (num_heads_kv,).
         v_scale: the same for v.
 

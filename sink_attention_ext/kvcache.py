@@ -43,8 +43,9 @@ def reshape_and_cache(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
-        RuntimeError: a slot is out of range (the operator checks before it writes), or autograd
-            would have to differentiate this.
+        RuntimeError: a slot is out of range (the operator checks before it writes; on CUDA under
+            set_debug_checks only, otherwise such a token is left out), or autograd would have to
+            differentiate this.
 
     Under torch.autocast k and v are cast to the caches' dtype.
 
@@ -128,8 +129,8 @@ def flash_attn_with_kvcache(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, and nothing has been
-            written. Where keys are appended in eager mode on the CPU, this includes values in
-            cache_seqlens, block_table and cu_seqlens_q.
+            written. Where keys are appended in eager mode, this includes values in cache_seqlens,
+            block_table and cu_seqlens_q: on the CPU, and on CUDA under set_debug_checks.
         RuntimeError: the operators found such values out of range (without k and v, and under
             torch.compile), or autograd would have to differentiate this.
 

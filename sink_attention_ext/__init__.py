@@ -1,9 +1,10 @@
 """Flash attention with learnable sinks: training, packed sequences, paged key-value caches."""
 
 from sink_attention_ext import autograd as _autograd  # registers gradients with torch
-from sink_attention_ext.cascade import cascade_attn_with_kvcache
-from sink_attention_ext.cache_step import CacheStep
 from sink_attention_ext import parallel, reference
+from sink_attention_ext.cache_step import CacheStep
+from sink_attention_ext.cascade import cascade_attn_with_kvcache
+from sink_attention_ext.debug import set_debug_checks
 from sink_attention_ext.interface import flash_attn_func, flash_attn_varlen_func
 from sink_attention_ext.kvcache import flash_attn_with_kvcache, reshape_and_cache
 from sink_attention_ext.merge import apply_sink, merge_attn_states
@@ -28,6 +29,7 @@ __all__ = [
     "parallel",
     "reference",
     "reshape_and_cache",
+    "set_debug_checks",
     "supports",
 ]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sink_attention_ext import checks
+from sink_attention_ext import checks, ops
 
 K_NEW = ("batch", "seqlen_new", "num_heads_kv", "head_dim")
 V_NEW = ("batch", "seqlen_new", "num_heads_kv", "head_dim_v")
@@ -118,10 +118,13 @@ def check_new_kv(
 
 
 def can_read_values(tensor: Tensor) -> bool:
-    """Whether the host may look at the values: eager mode, and no device to wait for."""
-    return (
-        not torch.compiler.is_compiling() and type(tensor) is Tensor and tensor.device.type == "cpu"
-    )
+    """Whether the host may look at the values: eager mode, and no device that it would wait for
+    unasked (set_debug_checks)."""
+    if torch.compiler.is_compiling() or type(tensor) is not Tensor:
+        return False
+    if tensor.device.type == "cuda":
+        return ops.debug_checks() and not torch.cuda.is_current_stream_capturing()
+    return tensor.device.type == "cpu"
 
 
 def check_packed_lengths(cu_seqlens_q: Tensor, total_q: int, max_seqlen_q: int) -> None:

@@ -147,7 +147,8 @@ def flash_attn_varlen_func(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
         RuntimeError: lengths inside cu_seqlens or seqused_k are out of range (checked by the
-            operator before it computes), or a second derivative is taken.
+            operator before it computes; on CUDA under set_debug_checks only), or a second
+            derivative is taken.
 
     Example::
 

@@ -43,8 +43,9 @@ def reshape_and_cache(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
-        RuntimeError: a slot is out of range (the operator checks before it writes), or autograd
-            would have to differentiate this.
+        RuntimeError: a slot is out of range (the operator checks before it writes; on CUDA under
+            set_debug_checks only, otherwise such a token is left out), or autograd would have to
+            differentiate this.
 
     Under torch.autocast k and v are cast to the caches' dtype.
 
@@ -114,7 +115,10 @@ def flash_attn_with_kvcache(
         max_seqlen_q: at least the longest query length; None is total_q, or seqlen_q.
         softmax_scale, causal, window_size, softcap, s_aux, return_lse: as in flash_attn_func.
         num_splits: parts into which the keys are cut, computed apart and merged; 0: chosen for you;
-            1: never.
+            1: never, which is also the batch-invariant mode: a token's out and lse then have the
+            same bits alone and in any batch, prefilled whole, in chunks of any size or decoded,
+            wherever its pages lie. On CUDA that costs decode some speed: its tiles for few rows,
+            whose warps share the keys, are then not used.
         k_scale: for float8 caches, and only for them: float32 of shape (), (1,) or (num_heads_kv,).
         v_scale: the same for v.
 
@@ -125,8 +129,8 @@ def flash_attn_with_kvcache(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, and nothing has been
-            written. Where keys are appended in eager mode on the CPU, this includes values in
-            cache_seqlens, block_table and cu_seqlens_q.
+            written. Where keys are appended in eager mode, this includes values in cache_seqlens,
+            block_table and cu_seqlens_q: on the CPU, and on CUDA under set_debug_checks.
         RuntimeError: the operators found such values out of range (without k and v, and under
             torch.compile), or autograd would have to differentiate this.
 

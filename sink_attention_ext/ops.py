@@ -55,6 +55,8 @@ merge_attn_states = lookup("merge_attn_states")
 cpu_instruction_set = lookup("cpu_instruction_set")
 cpu_instruction_sets = lookup("cpu_instruction_sets")
 set_cpu_instruction_set = lookup("set_cpu_instruction_set")
+debug_checks = lookup("debug_checks")
+set_debug_checks = lookup("set_debug_checks")
 
 
 def _built_backends() -> tuple[str, ...]:

@@ -76,32 +76,18 @@ def test_other_kernels_than_entries_are_refused() -> None:
 
 
 def test_a_hot_kernel_must_not_spill() -> None:
-    (failure,) = TOOL["broken_limits"]([hot(spill_loads=4), hot(name=PREFILL[:-5])], {})
-    assert failure == f"{PREFILL} spills 4 bytes on sm_80; its limit is 0"
-    assert TOOL["broken_limits"]([hot()], {}) == []
+    (failure,) = TOOL["spilling"]([hot(spill_loads=4), hot(name=PREFILL[:-5])])
+    assert failure == f"{PREFILL} spills 4 bytes on sm_80"
+    assert TOOL["spilling"]([hot()]) == []
 
 
 def test_another_kernel_may_spill() -> None:
     cold = hot(spill_stores=64, name="simt::FlashFwdKernel<FlashFwdTiles<double, 64>>")
-    assert TOOL["broken_limits"]([hot(), cold], {}) == []
-
-
-@pytest.mark.parametrize(
-    ("limit", "failure"), [(44, None), (43, "its limit is 43"), (45, "limit is too high")]
-)
-def test_a_limit_holds_and_is_not_too_high(limit: int, failure: str | None) -> None:
-    limits = {
-        "sm80::FlashFwdKernel<Prefill<128, 128>>": TOOL["Limit"](
-            {"sm_80": limit, "sm_90": 7},
-            "sm_90 was not compiled",
-        )
-    }
-    found = TOOL["broken_limits"]([hot(spill_stores=40, spill_loads=44)], limits)
-    assert (failure in found[0]) if failure else found == []
+    assert TOOL["spilling"]([hot(), cold]) == []
 
 
 def test_a_pattern_without_a_kernel_is_found() -> None:
-    (failure,) = TOOL["broken_limits"]([hot(name="sm80::Renamed<Float16>")], {})
+    (failure,) = TOOL["spilling"]([hot(name="sm80::Renamed<Float16>")])
     assert "no kernel is hot" in failure
 
 

@@ -19,6 +19,8 @@ struct Device {
 };
 Device current_device();
 
+bool is_capturing(Stream stream);  // in a CUDA graph
+
 // Dense, varlen and paged.
 int64_t flash_fwd_workspace_bytes(const attention::FlashFwdProblem& problem, const Device& device);
 void flash_fwd(const attention::FlashFwdProblem& problem, const Device& device, void* workspace,

@@ -28,4 +28,11 @@ Device current_device() {
   return {static_cast<int>(packed & 0xffffffff), static_cast<int>(packed >> 32)};
 }
 
+bool is_capturing(Stream stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  primitives::check_cuda(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status),
+                         "whether a stream is captured");
+  return status != cudaStreamCaptureStatusNone;
+}
+
 }  // namespace sink_attention::cuda

@@ -27,10 +27,11 @@ bool has_tensor_core_kernels(const FlashFwdProblem& problem) {
   return problem.dtype == DataType::kBFloat16 || problem.dtype == DataType::kFloat16;
 }
 
-// Decode tiles are for caches: in dense and varlen calls a sequence's tiles, and so the order of
-// its sums, do not depend on the lengths beside it.
+// Decode tiles are for caches, and divide a row's sums among warps. With num_splits = 1, and in
+// dense and varlen calls, all rows go through prefill tiles: a row's sums then have one order,
+// whatever the rows and the lengths beside it.
 bool is_decode(const FlashFwdProblem& problem) {
-  return problem.block_table != nullptr &&
+  return problem.block_table != nullptr && problem.num_splits != 1 &&
          problem.seqlen_q * group_of(problem) <= sm80::kDecodeRows;
 }
 

@@ -1,5 +1,5 @@
-// What CPU tensors hold, checked before anything is computed or written: lengths, block tables,
-// slots. On other devices these values cannot be read without waiting for the device.
+// What tensors in host memory hold, checked before anything is computed or written: lengths, block
+// tables, slots. On a device they cannot be read without waiting for it (debug_checks.h).
 #pragma once
 
 #include "attention/problem.h"

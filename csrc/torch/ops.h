@@ -2,8 +2,11 @@
 // backend.
 //
 // A Backend has
-//     kReadsValues                      whether the host can read the tensors' values, and checks
-//     them may_leave_rows(problem, extent)   whether there may be rows that no sequence has
+//     kReadsValues                      whether the host can read the tensors' values: they are
+//                                       checked always, otherwise under the debug switch only
+//     is_capturing(tensor)              where it cannot: whether calls are being captured in a
+//                                       graph, so that nothing may wait for the device
+//     may_leave_rows(problem, extent)   whether there may be rows that no sequence has
 //     flash_fwd, flash_bwd, reshape_and_cache, merge_attn_states(problem, operands)
 #pragma once
 
@@ -15,6 +18,7 @@
 #include <vector>
 
 #include "torch/check_values.h"
+#include "torch/debug_checks.h"
 #include "torch/make_problem.h"
 
 namespace sink_attention::binding {
@@ -135,11 +139,25 @@ struct Ops {
                     deterministic);
   }
 
+  // What lengths, block table or slots hold, before a kernel uses them. args: the tensors.
+  template <class Problem, class Limit, class Args>
+  static void check_values_in(const Problem& problem, const Limit& limit, const Args& args,
+                              const Tensor& first) {
+    if constexpr (Backend::kReadsValues) {
+      check_values(problem, limit);
+    } else if (debug_checks()) {
+      check(!Backend::is_capturing(first),
+            "set_debug_checks(True) waits for the device, which a captured graph cannot: call "
+            "set_debug_checks(False) before the capture");
+      check_values(on_host(problem, args).problem, limit);
+    }
+  }
+
   static FlashFwdProblem checked_varlen_problem(const Tensor& q, const Tensor& k, const Tensor& v,
                                                 const OptionalTensor& s_aux,
                                                 const VarlenArgs& varlen, const MaskArgs& mask) {
     const FlashFwdProblem problem = make_varlen_problem(q, k, v, s_aux, varlen, mask);
-    if constexpr (Backend::kReadsValues) check_values(problem, {q.size(0), k.size(0), 0});
+    check_values_in(problem, Extent{q.size(0), k.size(0), 0}, varlen, q);
     return problem;
   }
 
@@ -174,7 +192,7 @@ struct Ops {
                                                const Tensor& v_cache, const OptionalTensor& s_aux,
                                                const PagedArgs& paged, const MaskArgs& mask) {
     const FlashFwdProblem problem = make_paged_problem(q, k_cache, v_cache, s_aux, paged, mask);
-    if constexpr (Backend::kReadsValues) check_values(problem, {q.size(0), 0, k_cache.size(0)});
+    check_values_in(problem, Extent{q.size(0), 0, k_cache.size(0)}, paged, q);
     return problem;
   }
 
@@ -219,7 +237,7 @@ struct Ops {
                                 const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
     const attention::ReshapeAndCacheProblem problem =
         make_reshape_and_cache_problem(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale);
-    if constexpr (Backend::kReadsValues) check_values(problem, k_cache.size(0));
+    check_values_in(problem, k_cache.size(0), slot_mapping, k);
     Backend::reshape_and_cache(problem,
                                {{k, v, slot_mapping}, {&k_scale, &v_scale}, {k_cache, v_cache}});
   }

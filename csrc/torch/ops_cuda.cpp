@@ -13,16 +13,22 @@ aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 namespace sink_attention::binding {
 namespace {
 
+cuda::Stream current_stream(const Tensor& tensor) {
+  check(aoti_torch_get_current_cuda_stream != nullptr,
+        "this torch has no CUDA, but got a CUDA tensor");
+  void* stream = nullptr;
+  check(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) == 0,
+        "torch has no current stream on CUDA device ", tensor.get_device_index());
+  return stream;
+}
+
 // The device of a call's tensors made current, its stream, and workspace from torch's allocator.
 class Call {
  public:
   explicit Call(const Operands& operands)
-      : tensor_(operands.read.front()), guard_(tensor_.get_device_index()) {
-    check(aoti_torch_get_current_cuda_stream != nullptr,
-          "this torch has no CUDA, but got a CUDA tensor");
-    check(aoti_torch_get_current_cuda_stream(tensor_.get_device_index(), &stream_) == 0,
-          "torch has no current stream on CUDA device ", tensor_.get_device_index());
-  }
+      : tensor_(operands.read.front()),
+        guard_(tensor_.get_device_index()),
+        stream_(current_stream(tensor_)) {}
   cuda::Stream stream() const { return stream_; }
   // Freed with the returned tensor, in the order of the stream.
   Tensor workspace(int64_t bytes) const {
@@ -32,11 +38,14 @@ class Call {
  private:
   const Tensor& tensor_;
   torch::stable::accelerator::DeviceGuard guard_;
-  void* stream_ = nullptr;
+  cuda::Stream stream_;
 };
 
 struct CudaBackend {
   static constexpr bool kReadsValues = false;  // not without waiting for the device
+  static bool is_capturing(const Tensor& tensor) {
+    return cuda::is_capturing(current_stream(tensor));
+  }
   static bool may_leave_rows(const attention::FlashFwdProblem&, const Extent&) { return true; }
 
   static void flash_fwd(const attention::FlashFwdProblem& problem, const Operands& operands) {

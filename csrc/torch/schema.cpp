@@ -50,4 +50,6 @@ STABLE_TORCH_LIBRARY(SA_OP_NAMESPACE, m) {
   m.def("cpu_instruction_set() -> str");
   m.def("cpu_instruction_sets() -> str");
   m.def("set_cpu_instruction_set(str name) -> ()");
+  m.def("debug_checks() -> bool");
+  m.def("set_debug_checks(bool on) -> ()");
 }

@@ -12,6 +12,7 @@ namespace sink_attention::binding {
 namespace {
 
 int num_sms = 4;
+bool pretends_to_capture = false;
 
 emulator::Buffer buffer_of(const Tensor& tensor, bool writable, const std::string& name) {
   int64_t last = 0;
@@ -51,7 +52,8 @@ Operands with_workspace(Operands operands, const Tensor& like, int64_t bytes, vo
 }
 
 struct EmulatedBackend {
-  static constexpr bool kReadsValues = true;
+  static constexpr bool kReadsValues = false;  // as on CUDA: under the debug switch only
+  static bool is_capturing(const Tensor&) { return pretends_to_capture; }
   static bool may_leave_rows(const attention::FlashFwdProblem&, const Extent&) { return true; }
 
   static cuda::Device device() { return {num_sms, 80}; }
@@ -97,16 +99,19 @@ void configure(int64_t seed, int64_t multiprocessors) {
   emulator::settings().seed = static_cast<uint64_t>(seed);
   num_sms = static_cast<int>(multiprocessors);
 }
+void pretend_to_capture(bool on) { pretends_to_capture = on; }
 int64_t blocks_run() { return emulator::settings().blocks_run; }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(SA_OP_NAMESPACE, m) {
   m.def("configure(int seed, int multiprocessors) -> ()");
+  m.def("pretend_to_capture(bool on) -> ()");
   m.def("blocks_run() -> int");
 }
 STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("configure", TORCH_BOX(&configure));
+  m.impl("pretend_to_capture", TORCH_BOX(&pretend_to_capture));
   m.impl("blocks_run", TORCH_BOX(&blocks_run));
 }
 STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CPU, m) { Ops<EmulatedBackend>::register_with(m); }

@@ -50,44 +50,23 @@ struct FlashBwdBlock {
   Storage& storage;
   const attention::FlashBwdProblem& bwd;
   const attention::FlashFwdProblem& fwd;
-  int tiles_begin;  // tiles to visit
-  int tiles_end;
   ValueOperands values;
   Accumulators<Tiles::kKeyTiles, Tiles::kWarpCols / 8> dk;
   Accumulators<Tiles::kKeyTiles, Tiles::kWarpColsV / 8> dv;
 
   SA_DEVICE FlashBwdBlock(const FlashBwdKernelProblem& problem, Storage& storage)
       : problem(problem), storage(storage), bwd(problem.bwd), fwd(problem.bwd.fwd) {
-    const PackedRows rows = packed_rows(fwd, batch_idx(), kv_head());
-    if (thread() == 0) {
-      primitives::store_shared(
-          &storage.first_q,
-          static_cast<const Element*>(fwd.q) +
-              rows.offset(0, fwd.q_stride_batch, fwd.q_stride_row, fwd.q_stride_head));
-      primitives::store_shared(
-          &storage.first_dout,
-          static_cast<const Element*>(bwd.dout) +
-              rows.offset(0, bwd.dout_stride_batch, bwd.dout_stride_row, bwd.dout_stride_head));
-      primitives::store_shared(&storage.first_key, static_cast<int>(primitives::block_idx().x) %
-                                                       problem.num_key_blocks * kBlockN);
-      primitives::store_shared(&storage.seqlen_q, static_cast<int>(rows.info.seqlen_q));
-      primitives::store_shared(&storage.seqlen_k, static_cast<int>(rows.info.seqlen_k));
-      primitives::store_shared(&storage.first_workspace_tile,
-                               kv_head() * problem.workspace.num_tiles +
-                                   static_cast<int>(first_tile(fwd, batch_idx(), kBlockM)));
-    }
+    if (thread() == 0) describe_block();
     primitives::sync_threads();  // all threads know it
-    const attention::Range queries = mask().visible_queries(first_key(), first_key() + num_keys());
-    const bool some = queries.begin < queries.end;
-    tiles_begin = some ? static_cast<int>(queries.begin) * group() / kBlockM : 0;
-    tiles_end =
-        some ? (static_cast<int>(queries.end) * group() + kBlockM - 1) / kBlockM : tiles_begin;
   }
 
   SA_DEVICE int batch_idx() const { return primitives::block_idx().x / problem.num_key_blocks; }
   SA_DEVICE int kv_head() const { return primitives::block_idx().y; }
   SA_DEVICE int first_key() const { return primitives::load_shared(&storage.first_key); }
   SA_DEVICE int group() const { return problem.group; }
+  // The tiles to visit.
+  SA_DEVICE int tiles_begin() const { return primitives::load_shared(&storage.tiles_begin); }
+  SA_DEVICE int tiles_end() const { return primitives::load_shared(&storage.tiles_end); }
   SA_DEVICE int seqlen_q() const { return primitives::load_shared(&storage.seqlen_q); }
   SA_DEVICE int seqlen_k() const { return primitives::load_shared(&storage.seqlen_k); }
   SA_DEVICE int64_t workspace_tile(int tile) const {
@@ -110,17 +89,50 @@ struct FlashBwdBlock {
   SA_DEVICE int warp_row() const { return column_warp() * Tiles::kWarpRows; }
   SA_DEVICE int warp_key() const { return warp() % Tiles::kKeyWarps * 16 * Tiles::kKeyTiles; }
 
+  // Leaves in shared memory what all threads shall know of the block.
+  SA_DEVICE void describe_block() const {
+    const PackedRows rows = packed_rows(fwd, batch_idx(), kv_head());
+    const int seqlen_q = static_cast<int>(rows.info.seqlen_q);
+    const int seqlen_k = static_cast<int>(rows.info.seqlen_k);
+    const int first_key =
+        static_cast<int>(primitives::block_idx().x) % problem.num_key_blocks * kBlockN;
+    const attention::Range queries =
+        attention::make_mask(fwd, seqlen_q, seqlen_k)
+            .visible_queries(first_key, attention::min_of(first_key + kBlockN, seqlen_k));
+    const bool some = queries.begin < queries.end;
+    using primitives::store_shared;
+    store_shared(&storage.first_q,
+                 static_cast<const Element*>(fwd.q) +
+                     rows.offset(0, fwd.q_stride_batch, fwd.q_stride_row, fwd.q_stride_head));
+    store_shared(&storage.first_dout, static_cast<const Element*>(bwd.dout) +
+                                          rows.offset(0, bwd.dout_stride_batch, bwd.dout_stride_row,
+                                                      bwd.dout_stride_head));
+    store_shared(&storage.q_in_chunks, problem.q_in_chunks);
+    store_shared(&storage.dout_in_chunks, problem.dout_in_chunks);
+    store_shared(&storage.first_key, first_key);
+    store_shared(&storage.seqlen_q, seqlen_q);
+    store_shared(&storage.seqlen_k, seqlen_k);
+    store_shared(&storage.tiles_begin,
+                 some ? static_cast<int>(queries.begin) * group() / kBlockM : 0);
+    store_shared(&storage.tiles_end,
+                 some ? (static_cast<int>(queries.end) * group() + kBlockM - 1) / kBlockM : 0);
+    store_shared(&storage.first_workspace_tile,
+                 kv_head() * problem.workspace.num_tiles +
+                     static_cast<int>(first_tile(fwd, batch_idx(), kBlockM)));
+  }
+
   SA_DEVICE void run() {
     if (num_keys() <= 0) return;
     dk.clear();
     dv.clear();
-    if (tiles_begin < tiles_end) {
+    if (tiles_begin() < tiles_end()) {
       load_block();
-      for (int stage = 0; stage < Tiles::kStages; ++stage) start_tile(tiles_end - 1 - stage, stage);
+      for (int stage = 0; stage < Tiles::kStages; ++stage)
+        start_tile(tiles_end() - 1 - stage, stage);
       primitives::cp_async_wait<Tiles::kStages - 1>();
       primitives::sync_threads();  // K, V and the first tile are there for all warps
       int stage = 0;
-      for (int tile = tiles_end - 1; tile >= tiles_begin; --tile) {
+      for (int tile = tiles_end() - 1; tile >= tiles_begin(); --tile) {
         add_tile(tile, stage);
         stage ^= Tiles::kStages - 1;
       }
@@ -206,18 +218,20 @@ struct FlashBwdBlock {
   // Starts the copies of a tile as one group, which is empty where there is no such tile. Thread r
   // notes what row r sees.
   SA_DEVICE void start_tile(int tile, int stage) {
-    if (tile >= tiles_begin) {
+    if (tile >= tiles_begin()) {
       const int row_begin = tile * kBlockM;
       const Element* first_q = primitives::load_shared(&storage.first_q);
       const Element* first_dout = primitives::load_shared(&storage.first_dout);
       load_tile<kThreads>(
-          storage.q[stage], static_cast<int>(fwd.head_dim), problem.q_in_chunks,
+          storage.q[stage], static_cast<int>(fwd.head_dim),
+          primitives::load_shared(&storage.q_in_chunks),
           [&](int row) {
             return query_row(first_q, row_begin + row, fwd.q_stride_row, fwd.q_stride_head);
           },
           thread());
       load_tile<kThreads>(
-          storage.dout[stage], static_cast<int>(fwd.head_dim_v), problem.dout_in_chunks,
+          storage.dout[stage], static_cast<int>(fwd.head_dim_v),
+          primitives::load_shared(&storage.dout_in_chunks),
           [&](int row) {
             return query_row(first_dout, row_begin + row, bwd.dout_stride_row,
                              bwd.dout_stride_head);

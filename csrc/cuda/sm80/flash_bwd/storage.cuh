@@ -36,9 +36,13 @@ struct FlashBwdStorage {
   // What all threads know of the block, kept here to leave them their registers.
   const Element* first_q;  // of position 0, first head of the group
   const Element* first_dout;
+  bool q_in_chunks;  // may be copied 16 bytes at a time
+  bool dout_in_chunks;
   int first_key;
   int seqlen_q;
   int seqlen_k;
+  int tiles_begin;  // tiles to visit
+  int tiles_end;
   int first_workspace_tile;  // tile 0's place in the workspace
 };
 

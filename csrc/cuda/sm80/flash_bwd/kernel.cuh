@@ -20,6 +20,7 @@
 // With one stage tile j + 1 is copied while dQ of tile j is computed, and a second barrier follows.
 #pragma once
 
+#include "attention/block_list.h"
 #include "attention/mask.h"
 #include "cuda/sm80/flash_bwd/config.h"
 #include "cuda/sm80/flash_bwd/differentiate.cuh"
@@ -68,8 +69,12 @@ struct FlashBwdBlock {
           &storage.first_dout,
           static_cast<const Element*>(bwd.dout) +
               rows.offset(0, bwd.dout_stride_batch, bwd.dout_stride_row, bwd.dout_stride_head));
-      primitives::store_shared(&storage.first_key, static_cast<int>(primitives::block_idx().x) %
-                                                       problem.num_key_blocks * kBlockN);
+      const int first_key =
+          static_cast<int>(primitives::block_idx().x) % problem.num_key_blocks * kBlockN;
+      primitives::store_shared(&storage.first_key, first_key);
+      primitives::store_shared(
+          &storage.sink_end,
+          static_cast<int>(attention::min_of(fwd.num_sink_tokens, rows.info.seqlen_k)) - first_key);
       primitives::store_shared(&storage.seqlen_q, static_cast<int>(rows.info.seqlen_q));
       primitives::store_shared(&storage.seqlen_k, static_cast<int>(rows.info.seqlen_k));
       primitives::store_shared(&storage.first_workspace_tile,
@@ -236,7 +241,7 @@ struct FlashBwdBlock {
         KeyRange seen{0, 0};
         if (row_begin + thread < num_rows()) {
           const attention::Range keys =
-              attention::intersect(mask().visible_keys((row_begin + thread) / group()),
+              attention::intersect(mask().window_keys((row_begin + thread) / group()),
                                    {first_key(), first_key() + num_keys()});
           seen = {static_cast<int>(keys.begin - first_key()),
                   static_cast<int>(keys.end - first_key())};
@@ -262,8 +267,8 @@ struct FlashBwdBlock {
   SA_DEVICE bool needs_mask(int tile) const {
     const int first = tile * kBlockM / group();
     const int last = last_position(tile);
-    return mask().visible_keys(last).begin > first_key() ||
-           mask().visible_keys(first).end < first_key() + kBlockN;
+    const attention::Range full = mask().keys_seen_by_all(first, last + 1);
+    return full.begin > first_key() || full.end < first_key() + kBlockN;
   }
 
   // dQ of the tile, added to the accumulator; in the order of the blocks of keys if turns are kept.
@@ -304,13 +309,12 @@ struct FlashBwdBlock {
     }
   }
 
-  // How many blocks of keys add to the tile's dQ before this one: all those from the first that a
-  // row of it sees.
+  // How many blocks of keys add to the tile's dQ before this one: those that a row of it sees.
   SA_DEVICE int turn_at(int tile) const {
     const int first = tile * kBlockM / group();
     const int last = last_position(tile);
-    return first_key() / kBlockN -
-           static_cast<int>(mask().visible_keys(first, last + 1).begin) / kBlockN;
+    return attention::blocks_of(mask().visible_keys(first, last + 1), kBlockN)
+        .index(first_key() / kBlockN);
   }
 
   SA_DEVICE void store_gradients() {

@@ -8,7 +8,7 @@
 
 namespace sink_attention::cuda::sm80 {
 
-struct alignas(8) KeyRange {  // of a block's keys, those that a row sees
+struct alignas(8) KeyRange {  // of a block's keys, those in a row's window
   int begin;
   int end;
 };
@@ -37,6 +37,7 @@ struct FlashBwdStorage {
   const Element* first_q;  // of position 0, first head of the group
   const Element* first_dout;
   int first_key;
+  int sink_end;  // of the block's keys, those before it are sink tokens
   int seqlen_q;
   int seqlen_k;
   int first_workspace_tile;  // tile 0's place in the workspace

@@ -51,7 +51,7 @@ def is_visible(
         token = torch.arange(seqlen_q, device=device)
         on_path = (tree_mask[:, None] >> token) & 1 == 1
         depth = on_path.cumsum(1) - 1  # of token d, on the path of row i
-        position = context + depth[:, -1:]
+        position = context + on_path.sum(1, keepdim=True) - 1
         is_draft = key >= context
         token_of_key = (key - context).clamp(min=0)
         visible = ~is_draft | on_path.gather(1, token_of_key)

@@ -63,7 +63,9 @@ template <int kTilesM, int kTilesN>
 SA_DEVICE void mask_tree_scores(Accumulators<kTilesM, kTilesN>& s, const attention::Mask& mask,
                                 int first_row, int group, int first_key) {
   const int first_col = first_key + accumulator_col(primitives::lane_idx(), 0);
+  SA_UNROLL
   for (int m = 0; m < kTilesM; ++m) {
+    SA_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + 16 * m + accumulator_row(primitives::lane_idx(), 2 * half);
       const int64_t position = attention::min_of(row / group, mask.seqlen_q - 1);

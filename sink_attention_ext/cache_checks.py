@@ -18,6 +18,7 @@ K_TOKENS = ("num_tokens", "num_heads_kv", "head_dim")
 V_TOKENS = ("num_tokens", "num_heads_kv", "head_dim_v")
 K_CACHE = ("num_pages", "page_size", "num_heads_kv", "head_dim")
 V_CACHE = ("num_pages", "page_size", "num_heads_kv", "head_dim_v")
+MAX_DRAFT_TOKENS = 64  # of a sequence with a tree mask: a bit each
 
 
 def check_caches(k_cache: Any, v_cache: Any) -> None:
@@ -162,9 +163,15 @@ def check_append_lengths(cache_seqlens: Tensor, seqused_k: Tensor, capacity: int
 
 
 def check_block_table_values(
-    block_table: Tensor, first_key: Tensor, seqused_k: Tensor, num_pages: int, page_size: int
+    block_table: Tensor,
+    first_key: Tensor,
+    seqused_k: Tensor,
+    num_sink_tokens: int,
+    num_pages: int,
+    page_size: int,
 ) -> None:
-    """Every page with a key from first_key[b] to seqused_k[b] - 1 exists; others are not read."""
+    """Every page with a key from first_key[b] to seqused_k[b] - 1, or below num_sink_tokens,
+    exists; others are not read."""
     if block_table.numel() == 0:
         return
     lowest, highest = block_table.aminmax()
@@ -172,11 +179,54 @@ def check_block_table_values(
         return  # also the entries that are not read: the common case, and quick to see
     column = torch.arange(block_table.shape[1], device=block_table.device)
     end = (seqused_k[:, None] + page_size - 1) // page_size
-    is_used = (column >= first_key[:, None] // page_size) & (column < end)
+    is_used = (column >= first_key[:, None] // page_size) | (column * page_size < num_sink_tokens)
+    is_used &= column < end
     is_bad = is_used & ((block_table < 0) | (block_table >= num_pages))
     if is_bad.any():
         b, i = is_bad.nonzero()[0].tolist()
         raise ValueError(
             f"block_table[{b}, {i}] must be from 0 to {num_pages - 1}, a page of k_cache; "
             f"got {int(block_table[b, i])}"
+        )
+
+
+def check_tree_mask(tree_mask: Any, q: Tensor, window_right: int, max_seqlen_q: int) -> None:
+    """A word for each query, in a call that is causal and of few enough draft tokens."""
+    if tree_mask is None:
+        return
+    layout = ("total_q",) if q.dim() == 3 else ("batch", "seqlen_q")
+    checks.check_tensor("tree_mask", tree_mask, layout)
+    if tree_mask.dtype != torch.int64:
+        raise TypeError(f"tree_mask must have dtype torch.int64; got {tree_mask.dtype}")
+    checks.check_device("tree_mask", tree_mask, q.device)
+    checks.check_last_stride("tree_mask", tree_mask)
+    for dim, dim_name in enumerate(layout):
+        checks.check_size("tree_mask", tree_mask, dim, dim_name, q.shape[dim], "as q has")
+    if window_right != 0:
+        raise ValueError(
+            f"tree_mask needs causal=True (or window_size[1] = 0); got window_right {window_right}"
+        )
+    if max_seqlen_q > MAX_DRAFT_TOKENS:
+        raise ValueError(
+            f"max_seqlen_q must be at most {MAX_DRAFT_TOKENS} with tree_mask, which has a bit for "
+            f"each draft token of a sequence; got {max_seqlen_q}"
+        )
+
+
+def check_tree_mask_values(tree_mask: Tensor, cu_seqlens_q: Tensor | None) -> None:
+    """Each draft token's word has the token's own bit, and none of a token after it."""
+    if cu_seqlens_q is None:
+        index = torch.arange(tree_mask.shape[1]).expand(tree_mask.shape)
+    else:
+        tree_mask = tree_mask[: int(cu_seqlens_q[-1])]
+        starts = cu_seqlens_q[:-1].repeat_interleave(cu_seqlens_q.diff())
+        index = torch.arange(len(tree_mask)) - starts
+    own = torch.where(index == MAX_DRAFT_TOKENS - 1, -1, 1)  # the shift keeps the sign
+    is_bad = (tree_mask >> index) != own
+    if is_bad.any():
+        place = is_bad.nonzero()[0].tolist()
+        i = int(index[tuple(place)])
+        raise ValueError(
+            f"tree_mask must have bit {i} set and none above it in the word of draft token {i}; "
+            f"got tree_mask{place} = {int(tree_mask[tuple(place)])}"
         )

@@ -280,6 +280,17 @@ def _window_bound(side: str, bound: Any) -> int:
     return bound
 
 
+def check_num_sink_tokens(num_sink_tokens: Any) -> int:
+    if not isinstance(num_sink_tokens, (int, torch.SymInt)) or isinstance(num_sink_tokens, bool):
+        raise TypeError(f"num_sink_tokens must be an int; got {num_sink_tokens!r}")
+    if num_sink_tokens < 0:
+        raise ValueError(
+            "num_sink_tokens must be at least 0, the first tokens that a sliding window keeps in "
+            f"sight; got {num_sink_tokens}"
+        )
+    return num_sink_tokens
+
+
 def check_max_seqlen(name: str, max_seqlen: Any) -> int:
     """A longest length: int, SymInt, or a 0-d integer tensor, which the host reads."""
     if isinstance(max_seqlen, Tensor):

@@ -12,6 +12,10 @@ Conventions of every function of this package:
   bounds included; -1 or None is unbounded. Causal makes ``right`` 0, whatever was passed. A sliding
   window of N tokens, the token itself included (transformers' ``sliding_window=N``), is therefore
   ``window_size=(N - 1, 0)``.
+* ``num_sink_tokens`` keeps the first tokens of a sequence in sight beside a sliding window
+  (StreamingLLM, arXiv 2309.17453): row i also sees the keys ``j < num_sink_tokens`` that
+  ``window_size[0]`` would hide. It is about keys, ``s_aux`` about a logit; both work together.
+  Without a left bound it changes nothing.
 * ``lse`` is the natural logarithm of the softmax's denominator, **the sink included**, float32
   (float64 for float64 inputs). It is differentiable.
 * A row without a visible key gives ``out = 0`` and ``lse = s_aux`` (``-inf`` without a sink), never
@@ -40,6 +44,7 @@ def flash_attn_func(
     s_aux: Tensor | None = None,
     deterministic: bool = False,
     return_lse: bool = False,
+    num_sink_tokens: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention with an optional learnable sink per head. Differentiable in q, k, v and s_aux.
 
@@ -61,6 +66,8 @@ def flash_attn_func(
             float32, its gradient comes in its own dtype.
         deterministic: makes the backward bitwise repeatable (on the CPU it always is).
         return_lse: also return lse.
+        num_sink_tokens: the first keys, which stay visible beside the window (StreamingLLM). Those
+            between them and the window are not loaded.
 
     Returns:
         out (batch, seqlen_q, num_heads_q, head_dim_v) in the dtype of q; with return_lse ``(out,
@@ -97,6 +104,7 @@ def flash_attn_func(
         window_right,
         checks.check_softcap(softcap),
         deterministic,
+        checks.check_num_sink_tokens(num_sink_tokens),
     )
     return (out, lse) if checks.check_bool("return_lse", return_lse) else out
 
@@ -117,6 +125,7 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     return_lse: bool = False,
     seqused_k: Tensor | None = None,
+    num_sink_tokens: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over packed sequences of different lengths. Differentiable in q, k, v and s_aux.
 
@@ -137,8 +146,8 @@ def flash_attn_varlen_func(
         max_seqlen_k: at least the longest key length.
         seqused_k: (batch,) int32: only the first seqused_k[b] keys of sequence b count, which also
             is the seqlen_k of the bottom-right alignment. None: all.
-        softmax_scale, causal, window_size, softcap, s_aux, deterministic, return_lse: as in
-            flash_attn_func.
+        softmax_scale, causal, window_size, softcap, s_aux, deterministic, return_lse,
+            num_sink_tokens: as in flash_attn_func; each sequence has its own first tokens.
 
     Returns:
         out (total_q, num_heads_q, head_dim_v); with return_lse ``(out, lse)``, lse (num_heads_q,
@@ -181,5 +190,6 @@ def flash_attn_varlen_func(
         window_right,
         checks.check_softcap(softcap),
         deterministic,
+        checks.check_num_sink_tokens(num_sink_tokens),
     )
     return (out, lse) if checks.check_bool("return_lse", return_lse) else out

@@ -87,12 +87,15 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    num_sink_tokens: int = 0,
+    tree_mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over a paged or dense cache, after appending new keys and values to it in place.
 
-    One function for decode (seqlen_q = 1), several tokens at once (speculative decoding) and
-    prefill in chunks. Rows are aligned bottom-right with the keys that the cache holds after the
-    append, so ``causal=True`` lets the last query see all of them. Not differentiable.
+    One function for decode (seqlen_q = 1), several tokens at once (speculative decoding of a chain
+    or, with tree_mask, of a tree of tokens) and prefill in chunks. Rows are aligned bottom-right
+    with the keys that the cache holds after the append, so ``causal=True`` lets the last query see
+    all of them. Not differentiable.
 
     Args:
         q: (batch, seqlen_q, num_heads_q, head_dim), or (total_q, num_heads_q, head_dim) with
@@ -113,7 +116,8 @@ def flash_attn_with_kvcache(
             ``block_table[b, j // page_size]``. Entries beyond a sequence's length are not read.
         cu_seqlens_q: (batch + 1,) int32: q is packed.
         max_seqlen_q: at least the longest query length; None is total_q, or seqlen_q.
-        softmax_scale, causal, window_size, softcap, s_aux, return_lse: as in flash_attn_func.
+        softmax_scale, causal, window_size, softcap, s_aux, return_lse, num_sink_tokens: as in
+            flash_attn_func. Pages between the sink tokens and the window need not exist.
         num_splits: parts into which the keys are cut, computed apart and merged; 0: chosen for you;
             1: never, which is also the batch-invariant mode: a token's out and lse then have the
             same bits alone and in any batch, prefilled whole, in chunks of any size or decoded,
@@ -121,6 +125,14 @@ def flash_attn_with_kvcache(
             whose warps share the keys, are then not used.
         k_scale: for float8 caches, and only for them: float32 of shape (), (1,) or (num_heads_kv,).
         v_scale: the same for v.
+        tree_mask: the queries are the tokens of a draft tree (SpecInfer, arXiv 2305.09781; Medusa,
+            arXiv 2401.10774), ancestors before descendants, and their keys the last ones that the
+            cache holds. int64 (batch, seqlen_q), or (total_q,) with cu_seqlens_q: bit d of a
+            token's word, counted from the lowest, says that draft token d of its sequence is the
+            token itself or an ancestor. At most 64 draft tokens a sequence (bit 63 is the sign);
+            causal=True. A token with n ancestors stands at position seqlen_k - seqlen_q + n, from
+            which window_size counts: it sees what it would see if its path alone followed the
+            other keys. On CUDA the bits are not checked.
 
     Returns:
         out (batch, seqlen_q, num_heads_q, head_dim_v), or (total_q, num_heads_q, head_dim_v); with
@@ -130,7 +142,7 @@ def flash_attn_with_kvcache(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, and nothing has been
             written. Where keys are appended in eager mode, this includes values in cache_seqlens,
-            block_table and cu_seqlens_q: on the CPU, and on CUDA under set_debug_checks.
+            block_table, cu_seqlens_q and tree_mask: on the CPU, and on CUDA under set_debug_checks.
         RuntimeError: the operators found such values out of range (without k and v, and under
             torch.compile), or autograd would have to differentiate this.
 
@@ -163,7 +175,9 @@ def flash_attn_with_kvcache(
     softcap = checks.check_softcap(softcap)
     num_splits = checks.check_num_splits(num_splits)
     checks.check_bool("return_lse", return_lse)
+    num_sink_tokens = checks.check_num_sink_tokens(num_sink_tokens)
     max_seqlen_q = _max_seqlen_q(max_seqlen_q, q)
+    cache_checks.check_tree_mask(tree_mask, q, window_right, max_seqlen_q)
     refuse_gradient("flash_attn_with_kvcache", q, k, v, k_cache, v_cache, s_aux)
 
     page_size = k_cache.shape[1]
@@ -185,8 +199,10 @@ def flash_attn_with_kvcache(
                 seqlens_q = cu_seqlens_q.diff() if is_packed else q.shape[1]
                 first_key = _first_key(lengths, seqused_k, seqlens_q, window_left)
                 cache_checks.check_block_table_values(
-                    block_table, first_key, seqused_k, k_cache.shape[0], page_size
+                    block_table, first_key, seqused_k, num_sink_tokens, k_cache.shape[0], page_size
                 )
+            if tree_mask is not None:
+                cache_checks.check_tree_mask_values(tree_mask, cu_seqlens_q)
         if batch > 0:
             tokens = _new_positions(lengths, cu_seqlens_q, k)
             slots = _slots(*tokens, pages, k_cache.shape[0], page_size)
@@ -211,6 +227,8 @@ def flash_attn_with_kvcache(
         window_right,
         softcap,
         num_splits,
+        num_sink_tokens,
+        tree_mask,
     )
     return (out, lse) if return_lse else out
 
@@ -289,7 +307,8 @@ def _cache_lengths(
 def _first_key(
     lengths: Tensor, seqused_k: Tensor, seqlens_q: Tensor | int, window_left: int
 ) -> Tensor:
-    """(batch,): the first key that is written or seen; pages before it need not exist."""
+    """(batch,): the first key that is written or in a window; pages before it need not exist, but
+    for those of sink tokens."""
     if window_left < 0:
         return torch.zeros_like(lengths)
     return torch.minimum(lengths, seqused_k - seqlens_q - window_left).clamp(min=0)

@@ -3,7 +3,8 @@
 For query row ``i`` of head ``h``, with ``p = i + seqlen_k - seqlen_q`` (bottom-right alignment)::
 
     s[i,j]  = softmax_scale * <q[i], k[j]>,  then softcap * tanh(s / softcap) if softcap > 0
-    visible = p - window_left <= j <= p + window_right   (-1: unbounded; causal: window_right = 0)
+    visible = j <= p + window_right  and  (p - window_left <= j  or  j < num_sink_tokens)
+              (-1: unbounded; causal: window_right = 0)
     Z[i]    = sum over visible j of exp(s[i,j])  +  exp(s_aux[h])
     out[i]  = sum over visible j of exp(s[i,j]) * v[j] / Z[i]
     lse[i]  = log Z[i]                                     (natural log, the sink included)
@@ -29,16 +30,34 @@ def is_visible(
     causal: bool = False,
     window_size: WindowSize = (-1, -1),
     device: torch.device | str | None = None,
+    num_sink_tokens: int = 0,
+    tree_mask: Tensor | None = None,
 ) -> Tensor:
-    """Which keys a row sees: a bool tensor (seqlen_q, seqlen_k)."""
+    """Which keys a row sees: a bool tensor (seqlen_q, seqlen_k).
+
+    tree_mask (seqlen_q,) int64: the rows are tokens of a draft tree, the last seqlen_q keys theirs;
+    bit d of row i says that token d is token i or one of its ancestors. Row i then stands at the
+    position ``p = seqlen_k - seqlen_q + (bits set) - 1``, and sees what it would see if only its
+    path followed the keys before the tree.
+    """
     window_left, window_right = (-1 if size is None else size for size in window_size)
     if causal:
         window_right = 0
     position = torch.arange(seqlen_q, device=device)[:, None] + seqlen_k - seqlen_q
-    key = torch.arange(seqlen_k, device=device)[None, :]
+    key = torch.arange(seqlen_k, device=device)[None, :].expand(seqlen_q, seqlen_k)
     visible = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=device)
+    if tree_mask is not None:
+        context = seqlen_k - seqlen_q
+        token = torch.arange(seqlen_q, device=device)
+        on_path = (tree_mask[:, None] >> token) & 1 == 1
+        depth = on_path.cumsum(1) - 1  # of token d, on the path of row i
+        position = context + on_path.sum(1, keepdim=True) - 1
+        is_draft = key >= context
+        token_of_key = (key - context).clamp(min=0)
+        visible = ~is_draft | on_path.gather(1, token_of_key)
+        key = torch.where(is_draft, context + depth.gather(1, token_of_key), key)
     if window_left >= 0:
-        visible &= key >= position - window_left
+        visible &= (key >= position - window_left) | (key < num_sink_tokens)
     if window_right >= 0:
         visible &= key <= position + window_right
     return visible
@@ -53,6 +72,8 @@ def attention(
     window_size: WindowSize = (-1, -1),
     softcap: float = 0.0,
     s_aux: Tensor | None = None,
+    num_sink_tokens: int = 0,
+    tree_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Dense attention.
 
@@ -62,6 +83,8 @@ def attention(
         v: (batch, seqlen_k, num_heads_kv, head_dim_v).
         s_aux: (num_heads_q,), the logit of each head's sink, neither scaled nor softcapped; None:
             no sink.
+        num_sink_tokens: the first keys, which stay visible beside the window.
+        tree_mask: (batch, seqlen_q) int64; see is_visible.
 
     Returns:
         out (batch, seqlen_q, num_heads_q, head_dim_v) in the dtype of q, and lse (batch,
@@ -77,7 +100,12 @@ def attention(
     scores = torch.einsum("bihd,bjhd->bhij", q * scale, k)
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
-    visible = is_visible(seqlen_q, seqlen_k, causal, window_size, q.device)
+    options = (causal, window_size, q.device, num_sink_tokens)
+    if tree_mask is None:
+        visible = is_visible(seqlen_q, seqlen_k, *options)
+    else:
+        trees = [is_visible(seqlen_q, seqlen_k, *options, words) for words in tree_mask]
+        visible = torch.stack(trees)[:, None] if trees else scores.new_ones(scores.shape).bool()
     scores = scores.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(
         ~visible, -torch.inf
     )
@@ -113,9 +141,11 @@ def varlen_attention(
     softcap: float = 0.0,
     s_aux: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    num_sink_tokens: int = 0,
+    tree_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Packed sequences: sequence b is rows [cu_seqlens_q[b], cu_seqlens_q[b + 1]) of q (total_q,
-    num_heads_q, head_dim).
+    num_heads_q, head_dim), and of tree_mask (total_q,).
 
     Returns:
         out (total_q, num_heads_q, head_dim_v) and lse (num_heads_q, total_q). Rows in no sequence:
@@ -138,6 +168,8 @@ def varlen_attention(
             window_size,
             softcap,
             s_aux,
+            num_sink_tokens,
+            None if tree_mask is None else tree_mask[None, rows],
         )
         out = out.index_copy(0, torch.arange(*rows.indices(len(q)), device=q.device), out_b[0])
         lse = lse.index_copy(1, torch.arange(*rows.indices(len(q)), device=q.device), lse_b[0])
@@ -165,13 +197,15 @@ def paged_attention(
     s_aux: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    num_sink_tokens: int = 0,
+    tree_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over a paged cache (num_pages, page_size, num_heads_kv, head_dim), one sequence
     after the other.
 
     q is (batch, seqlen_q, num_heads_q, head_dim), or (total_q, num_heads_q, head_dim) with
-    cu_seqlens_q. A float8 cache is read as stored * scale, the scale of shape (), (1,) or
-    (num_heads_kv,).
+    cu_seqlens_q; tree_mask is (batch, seqlen_q), or (total_q,). A float8 cache is read as stored *
+    scale, the scale of shape (), (1,) or (num_heads_kv,).
     """
 
     def read(cache: Tensor, scale: Tensor | None, b: int) -> Tensor:
@@ -184,10 +218,25 @@ def paged_attention(
     options = (softmax_scale, causal, window_size, softcap, s_aux)
     if cu_seqlens_q is None:
         parts = [
-            attention(q[b : b + 1], keys[b][None], values[b][None], *options) for b in range(batch)
+            attention(
+                q[b : b + 1],
+                keys[b][None],
+                values[b][None],
+                *options,
+                num_sink_tokens,
+                None if tree_mask is None else tree_mask[b : b + 1],
+            )
+            for b in range(batch)
         ]
         return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
     cu_seqlens_k = torch.cat([seqused_k.new_zeros(1), seqused_k.cumsum(0)])
     return varlen_attention(
-        q, torch.cat(keys), torch.cat(values), cu_seqlens_q, cu_seqlens_k, *options
+        q,
+        torch.cat(keys),
+        torch.cat(values),
+        cu_seqlens_q,
+        cu_seqlens_k,
+        *options,
+        num_sink_tokens=num_sink_tokens,
+        tree_mask=tree_mask,
     )

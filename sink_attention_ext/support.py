@@ -52,6 +52,8 @@ def supports(
     paged: bool = False,
     backward: bool = False,
     deterministic: bool = False,
+    num_sink_tokens: int = 0,
+    tree_mask: bool = False,
 ) -> Support:
     """Whether this build computes attention for such inputs.
 
@@ -62,12 +64,13 @@ def supports(
         num_heads_q: query heads.
         num_heads_kv: key-value heads; None is num_heads_q.
         device: where the tensors lie.
-        causal, window_size, softcap, deterministic: as in flash_attn_func.
+        causal, window_size, softcap, deterministic, num_sink_tokens: as in flash_attn_func.
         s_aux_dtype: dtype of the sinks; None: no sinks.
         kv_dtype: dtype of the paged cache; None is dtype.
         varlen: sequences packed by cu_seqlens.
         paged: over a key-value cache (flash_attn_with_kvcache).
         backward: gradients are wanted.
+        tree_mask: the queries are a tree of draft tokens (flash_attn_with_kvcache).
 
     Returns:
         Support(supported, kernel, reason). A kernel is "cpu/<instruction set>", "cuda/sm80" (tensor
@@ -106,9 +109,15 @@ def supports(
     try:
         checks.check_bool("causal", causal)
         checks.check_bool("deterministic", deterministic)
-        checks.check_window(window_size, causal)
+        _, window_right = checks.check_window(window_size, causal)
         checks.check_softcap(softcap)
+        checks.check_num_sink_tokens(num_sink_tokens)
+        checks.check_bool("tree_mask", tree_mask)
     except (TypeError, ValueError) as error:
         return _no(str(error))
+    if tree_mask and not paged:
+        return _no("tree_mask is for attention over a key-value cache")
+    if tree_mask and window_right != 0:
+        return _no(f"tree_mask needs causal=True (or window_size[1] = 0), not {window_right}")
     # What remains is one computation: varlen only changes where rows lie.
     return Support(True, _kernel(device_type, dtype), None)

@@ -55,6 +55,7 @@ class AttentionCase:
     causal: bool = False
     window_size: tuple[int | None, int | None] = (-1, -1)
     softcap: float = 0.0
+    num_sink_tokens: int = 0
     sink: str = "normal"
     sink_dtype: torch.dtype = torch.float32
     seed: int = 0
@@ -69,6 +70,7 @@ class AttentionCase:
             "causal": self.causal,
             "window_size": self.window_size,
             "softcap": self.softcap,
+            "num_sink_tokens": self.num_sink_tokens,
         }
 
     def __str__(self) -> str:
@@ -358,5 +360,6 @@ def is_visible_literally(case: DenseCase) -> Tensor:
     for i in range(case.seqlen_q):
         p = i + case.seqlen_k - case.seqlen_q
         for j in range(case.seqlen_k):
-            visible[i, j] = (left == -1 or p - left <= j) and (right == -1 or j <= p + right)
+            in_window = left == -1 or p - left <= j or j < case.num_sink_tokens
+            visible[i, j] = in_window and (right == -1 or j <= p + right)
     return visible

@@ -12,7 +12,8 @@ from sink_attention_ext import ops
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
-FWD_OPTIONS = (0.5, True, 3, 0, 0.0, False)  # scale, causal, window, softcap, deterministic
+# scale, causal, window, softcap, deterministic, num_sink_tokens
+FWD_OPTIONS = (0.5, True, 3, 0, 0.0, False, 2)
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, requires_grad: bool = False) -> Tensor:
@@ -94,15 +95,21 @@ BLOCK_TABLE = ([1, 3, 0], [2, -7, 9])  # what lies beyond a sequence's length is
 def paged(dtype: torch.dtype, requires_grad: bool) -> Arguments:
     q = randn(2, 3, 4, 8, dtype=dtype)
     tables = (int32(*BLOCK_TABLE), int32(11, 2))
-    options = (3, 0.5, True, 5, 0, 0.0, 2)  # max_seqlen_q, scale, causal, window, softcap, splits
-    return (q, *caches(dtype), *tables, None, randn(4), None, None, *options), {}
+    # max_seqlen_q, scale, causal, window, softcap, splits, num_sink_tokens
+    options = (3, 0.5, True, 5, 0, 0.0, 2, 1)
+    return (q, *caches(dtype), *tables, None, randn(4), None, None, *options, None), {}
+
+
+def paged_tree(dtype: torch.dtype, requires_grad: bool) -> Arguments:
+    (*args, _), _ = paged(dtype, requires_grad)
+    return (*args, torch.tensor([[0b1, 0b11, 0b101], [0b1, 0b10, 0b111]])), {}
 
 
 def paged_packed_float8(dtype: torch.dtype, requires_grad: bool) -> Arguments:
     q = randn(6, 4, 8, dtype=dtype)
     tables = (int32(*BLOCK_TABLE), int32(11, 2), int32(0, 4, 5))
     scales = (torch.tensor([0.5, 2.0]), torch.tensor([1.5, 0.7]))
-    options = (4, 0.5, True, -1, 0, 0.0, 0)
+    options = (4, 0.5, True, -1, 0, 0.0, 0, 0, torch.tensor([1, 3, 5, 9, 1, 1]))
     return (q, *caches(torch.float8_e4m3fn), *tables, randn(4), *scales, *options), {}
 
 
@@ -140,6 +147,7 @@ SAMPLES: dict[str, tuple[Callable[..., Any], Sample]] = {
     "varlen_fwd": (ops.flash_attn_varlen_fwd, varlen_fwd),
     "varlen_bwd": (ops.flash_attn_varlen_bwd, varlen_bwd),
     "paged": (ops.paged_attn, paged),
+    "paged_tree": (ops.paged_attn, paged_tree),
     "paged_packed_float8": (ops.paged_attn, paged_packed_float8),
     "paged_out": (ops.paged_attn_out, paged_out),
     "reshape_and_cache": (ops.reshape_and_cache, reshape_and_cache),

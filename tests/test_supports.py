@@ -24,6 +24,9 @@ from sink_attention_ext import checks, ops, supports
         ({"s_aux_dtype": torch.int32}, "torch.int32"),
         ({"softcap": -1.0}, "softcap"),
         ({"window_size": (-2, 0)}, "window_size"),
+        ({"num_sink_tokens": -1}, "num_sink_tokens"),
+        ({"tree_mask": True, "causal": True}, "key-value cache"),
+        ({"tree_mask": True, "paged": True}, "tree_mask needs causal"),
     ],
 )
 def test_supports_says_why_not(change: dict[str, Any], reason: str) -> None:
@@ -42,6 +45,10 @@ def test_supports_what_runs() -> None:
     assert answer.kernel == f"cpu/{ops.cpu_instruction_set()}"
     kv_dtype = checks.FLOAT8
     assert supports(dtype=torch.bfloat16, head_dim=64, kv_dtype=kv_dtype, paged=True)
+    assert supports(
+        dtype=torch.bfloat16, head_dim=64, paged=True, window_size=(127, 0), num_sink_tokens=4,
+        tree_mask=True,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

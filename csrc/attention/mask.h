@@ -1,9 +1,10 @@
-// Which keys a query sees: the one definition of causal, window and alignment, and what follows for
-// intervals.
+// Which keys a query sees: the one definition of causal, window, sink tokens, token trees and
+// alignment, and what follows for intervals.
 #pragma once
 
 #include "attention/host_device.h"
 #include "attention/problem.h"
+#include "attention/seqlen_info.h"
 
 namespace sink_attention::attention {
 
@@ -18,45 +19,163 @@ SA_HOST_DEVICE Range intersect(Range a, Range b) {
   return {max_of(a.begin, b.begin), min_of(a.end, b.end)};
 }
 
+// The keys [0, sink_end) and those of `window`. Where both are one range, sink_end is 0.
+struct KeySet {
+  int64_t sink_end;
+  Range window;
+
+  SA_HOST_DEVICE bool is_empty() const { return window.begin >= window.end; }
+  SA_HOST_DEVICE bool holds(int64_t key) const {
+    return key < sink_end || (window.begin <= key && key < window.end);
+  }
+  SA_HOST_DEVICE bool holds_all(Range keys) const {
+    return keys.end <= sink_end || (window.begin <= keys.begin && keys.end <= window.end);
+  }
+  // The keys of a block that are in the set, and those between them.
+  SA_HOST_DEVICE Range within(Range block) const {
+    Range keys = intersect(window, block);
+    if (block.begin < sink_end) {
+      if (keys.begin >= keys.end) keys.end = min_of(sink_end, block.end);
+      keys.begin = block.begin;
+    }
+    return keys;
+  }
+};
+
+SA_HOST_DEVICE int64_t count_bits(uint64_t word) {
+  word -= (word >> 1) & 0x5555555555555555u;
+  word = (word & 0x3333333333333333u) + ((word >> 2) & 0x3333333333333333u);
+  word = (word + (word >> 4)) & 0x0f0f0f0f0f0f0f0fu;
+  return static_cast<int64_t>((word * 0x0101010101010101u) >> 56);
+}
+
+constexpr int64_t kMaxDraftTokens = 64;  // of a sequence with a tree mask: a bit each
+
 // A sequence's mask. Query row i stands at key position p = i + seqlen_k - seqlen_q (aligned
-// bottom-right) and sees the keys j with  0 <= j < seqlen_k  and  p - window_left <= j <= p +
-// window_right;  -1 is no bound.
+// bottom-right) and sees the keys j of the sequence with
+//
+//     j <= p + window_right   and   (p - window_left <= j  or  j < num_sink_tokens)
+//
+// -1 is no bound. The first num_sink_tokens tokens stay visible beside a sliding window
+// (StreamingLLM, arXiv 2309.17453); without a left bound they change nothing.
+//
+// With a tree mask (SpecInfer, arXiv 2305.09781) the queries are draft tokens and their keys the
+// last seqlen_q ones; bit d of tree[i] says that token d is token i itself or an ancestor of it.
+// Token i stands at p = context + depth, the context being the seqlen_k - seqlen_q keys before and
+// the depth the number of ancestors. It sees the context as above, and of its path (itself and its
+// ancestors, which stand at context, context + 1, ..., p) what the rule above leaves of a sequence
+// that goes on by that path alone. window_right is 0.
 struct Mask {
   int64_t seqlen_q;
   int64_t seqlen_k;
   int64_t window_left;
   int64_t window_right;
+  int64_t num_sink_tokens;  // at most seqlen_k
+  const int64_t* tree;      // [seqlen_q], null unless there is a tree mask
+
+  // Keys before the first query's own.
+  SA_HOST_DEVICE int64_t context() const { return seqlen_k - seqlen_q; }
 
   SA_HOST_DEVICE bool is_visible(int64_t q_idx, int64_t k_idx) const {
-    const Range keys = visible_keys(q_idx);
-    return keys.begin <= k_idx && k_idx < keys.end;
+    if (tree != nullptr && k_idx >= context()) {
+      return k_idx <= q_idx + context() &&
+             ((visible_drafts(q_idx) >> (k_idx - context())) & 1) != 0;
+    }
+    return visible_keys(q_idx).holds(k_idx);
   }
 
-  SA_HOST_DEVICE Range visible_keys(int64_t q_idx) const { return visible_keys(q_idx, q_idx + 1); }
+  // The draft tokens that one sees, a bit each. The path's last window_left + 1 are in the window,
+  // its first num_sink_tokens - context() are sink tokens.
+  SA_HOST_DEVICE uint64_t visible_drafts(int64_t q_idx) const {
+    uint64_t visible = static_cast<uint64_t>(tree[q_idx]);
+    if (window_left < 0) return visible;
+    const int64_t before_window = count_bits(visible) - 1 - window_left;
+    uint64_t rest = visible;
+    for (int64_t i = 0; i < before_window; ++i) {
+      const uint64_t first = rest & (~rest + 1);
+      rest ^= first;
+      if (context() + i >= num_sink_tokens) visible ^= first;
+    }
+    return visible;
+  }
 
-  // The keys that some query of [q_begin, q_end) sees.
-  SA_HOST_DEVICE Range visible_keys(int64_t q_begin, int64_t q_end) const {
-    const int64_t shift = seqlen_k - seqlen_q;
+  // The keys between a query's window bounds, all of its sight but for the sink tokens. With a tree
+  // mask these are the keys among which there are all that it sees: a token's place in the order is
+  // not before its depth.
+  SA_HOST_DEVICE Range window_keys(int64_t q_idx) const {
+    const int64_t depth =
+        tree == nullptr ? q_idx : count_bits(static_cast<uint64_t>(tree[q_idx])) - 1;
+    return window_keys_of(depth, q_idx, q_idx + 1);
+  }
+
+  // The keys that one query sees, or some query of [q_begin, q_end). With a tree mask there are
+  // others among them from context() on.
+  SA_HOST_DEVICE KeySet visible_keys(int64_t q_idx) const {
+    return with_sink_tokens(window_keys(q_idx));
+  }
+  SA_HOST_DEVICE KeySet visible_keys(int64_t q_begin, int64_t q_end) const {
+    return with_sink_tokens(window_keys_of(tree == nullptr ? q_begin : 0, q_begin, q_end));
+  }
+
+  // Keys that every query of [q_begin, q_end) sees; sink tokens before its window are left out.
+  SA_HOST_DEVICE Range keys_seen_by_all(int64_t q_begin, int64_t q_end) const {
     Range keys{0, seqlen_k};
-    if (window_left >= 0) keys.begin = max_of(0, q_begin + shift - window_left);
-    if (window_right >= 0) keys.end = min_of(seqlen_k, q_end + shift + window_right);
+    if (window_left >= 0) keys.begin = max_of(0, q_end - 1 + context() - window_left);
+    if (window_right >= 0) keys.end = min_of(seqlen_k, q_begin + 1 + context() + window_right);
+    if (tree != nullptr) keys.end = context();
+    return keys;
+  }
+
+  // The queries that see some key of [k_begin, k_end). Not with a tree mask.
+  SA_HOST_DEVICE Range visible_queries(int64_t k_begin, int64_t k_end) const {
+    Range queries{0, seqlen_q};
+    if (window_right >= 0) queries.begin = max_of(0, k_begin - context() - window_right);
+    if (window_left >= 0 && k_begin >= num_sink_tokens) {
+      queries.end = min_of(seqlen_q, k_end - context() + window_left);
+    }
+    if (k_begin >= k_end) queries.end = queries.begin;
+    return queries;
+  }
+
+ private:
+  // For queries [q_begin, q_end), of which none stands before position context() + first_depth.
+  SA_HOST_DEVICE Range window_keys_of(int64_t first_depth, int64_t q_begin, int64_t q_end) const {
+    Range keys{0, seqlen_k};
+    if (window_left >= 0) keys.begin = max_of(0, first_depth + context() - window_left);
+    if (window_right >= 0) keys.end = min_of(seqlen_k, q_end + context() + window_right);
     if (q_begin >= q_end) keys.end = keys.begin;
     return keys;
   }
 
-  // The queries that see some key of [k_begin, k_end).
-  SA_HOST_DEVICE Range visible_queries(int64_t k_begin, int64_t k_end) const {
-    const int64_t shift = seqlen_k - seqlen_q;
-    Range queries{0, seqlen_q};
-    if (window_right >= 0) queries.begin = max_of(0, k_begin - shift - window_right);
-    if (window_left >= 0) queries.end = min_of(seqlen_q, k_end - shift + window_left);
-    if (k_begin >= k_end) queries.end = queries.begin;
-    return queries;
+  SA_HOST_DEVICE KeySet with_sink_tokens(Range window) const {
+    // Of a tree, tokens that count as sink tokens may lie anywhere.
+    const int64_t sinks =
+        tree != nullptr && num_sink_tokens > context() ? seqlen_k : num_sink_tokens;
+    if (sinks == 0 || window.begin >= window.end) return {0, window};
+    if (sinks >= window.begin) return {0, {0, window.end}};
+    return {sinks, window};
   }
 };
 
-SA_HOST_DEVICE Mask make_mask(const FlashFwdProblem& problem, int64_t seqlen_q, int64_t seqlen_k) {
-  return {seqlen_q, seqlen_k, problem.window_left, problem.window_right};
+SA_HOST_DEVICE Mask make_mask(const FlashFwdProblem& problem, int64_t seqlen_q, int64_t seqlen_k,
+                              const int64_t* tree = nullptr) {
+  return {seqlen_q,
+          seqlen_k,
+          problem.window_left,
+          problem.window_right,
+          min_of(problem.num_sink_tokens, seqlen_k),
+          tree};
+}
+
+// A sequence's part of the tree mask, or null.
+SA_HOST_DEVICE const int64_t* tree_of(const FlashFwdProblem& problem, const SeqlenInfo& info) {
+  return problem.tree_mask == nullptr
+             ? nullptr
+             : problem.tree_mask + info.q_batch * problem.tree_mask_stride + info.q_row;
+}
+
+SA_HOST_DEVICE Mask make_mask(const FlashFwdProblem& problem, const SeqlenInfo& info) {
+  return make_mask(problem, info.seqlen_q, info.seqlen_k, tree_of(problem, info));
 }
 
 }  // namespace sink_attention::attention

@@ -29,17 +29,15 @@ struct KeyRows {
   int64_t row_bytes;
   int64_t page_bytes;
   int64_t page_size;
-  int page_shift;  // log2(page_size), or -1 where that is no integer
-  Range readable;  // keys that may be read; the others, beyond the sequence or out of every query's
-                   // sight, count as zeros: a windowed layer's older pages may be gone, and their
-                   // entries anything
+  int page_shift;   // log2(page_size), or -1 where that is no integer
+  KeySet readable;  // keys that may be read; the others, beyond the sequence or out of every
+                    // query's sight, count as zeros: a windowed layer's older pages may be gone,
+                    // and their entries anything
   int64_t dim;
   DataType dtype;
   float scale;  // what stored numbers are multiplied with; 1 but for float8
 
-  SA_HOST_DEVICE bool is_readable(int64_t key) const {
-    return readable.begin <= key && key < readable.end;
-  }
+  SA_HOST_DEVICE bool is_readable(int64_t key) const { return readable.holds(key); }
 
   SA_HOST_DEVICE const void* row(int64_t key) const {
     if (pages == nullptr) return base + key * row_bytes;
@@ -50,14 +48,14 @@ struct KeyRows {
 
 namespace internal {
 SA_HOST_DEVICE KeyRows rows_of(const FlashFwdProblem& problem, int64_t batch_idx,
-                               const SeqlenInfo& info, int64_t head_idx, Range readable,
+                               const SeqlenInfo& info, int64_t head_idx, KeySet readable,
                                const void* tensor, int64_t stride_batch, int64_t stride_row,
                                int64_t stride_head, int64_t dim, const float* scale) {
   const int64_t bytes = bytes_of(problem.kv_dtype);
   KeyRows rows{};
   rows.base = static_cast<const char*>(tensor) + head_idx * stride_head * bytes;
   rows.row_bytes = stride_row * bytes;
-  rows.readable = intersect(readable, {0, info.seqlen_k});
+  rows.readable = {readable.sink_end, intersect(readable.window, {0, info.seqlen_k})};
   rows.dim = dim;
   rows.dtype = problem.kv_dtype;
   rows.scale = scale == nullptr ? 1.0f : scale[head_idx * problem.kv_scale_stride];
@@ -77,14 +75,14 @@ SA_HOST_DEVICE KeyRows rows_of(const FlashFwdProblem& problem, int64_t batch_idx
 }  // namespace internal
 
 SA_HOST_DEVICE KeyRows key_rows(const FlashFwdProblem& problem, int64_t batch_idx,
-                                const SeqlenInfo& info, int64_t head_idx, Range readable) {
+                                const SeqlenInfo& info, int64_t head_idx, KeySet readable) {
   return internal::rows_of(problem, batch_idx, info, head_idx, readable, problem.k,
                            problem.k_stride_batch, problem.k_stride_row, problem.k_stride_head,
                            problem.head_dim, problem.k_scale);
 }
 
 SA_HOST_DEVICE KeyRows value_rows(const FlashFwdProblem& problem, int64_t batch_idx,
-                                  const SeqlenInfo& info, int64_t head_idx, Range readable) {
+                                  const SeqlenInfo& info, int64_t head_idx, KeySet readable) {
   return internal::rows_of(problem, batch_idx, info, head_idx, readable, problem.v,
                            problem.v_stride_batch, problem.v_stride_row, problem.v_stride_head,
                            problem.head_dim_v, problem.v_scale);

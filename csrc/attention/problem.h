@@ -51,10 +51,14 @@ struct FlashFwdProblem {
   int64_t total_k;   // likewise of k; 0 with a block table
   int64_t num_heads_q, num_heads_kv;
   int64_t head_dim, head_dim_v;
-  int64_t page_size;     // tokens a page; 0 unless block_table is given
-  int64_t window_left;   // visible: p - window_left <= j <= p + window_right, p = i + seqlen_k -
-                         // seqlen_q
-  int64_t window_right;  // -1: unbounded; causal arrives as window_right = 0
+  int64_t page_size;        // tokens a page; 0 unless block_table is given
+  int64_t window_left;      // visible: p - window_left <= j <= p + window_right, p = i + seqlen_k -
+                            // seqlen_q
+  int64_t window_right;     // -1: unbounded; causal arrives as window_right = 0
+  int64_t num_sink_tokens;  // the first keys, which stay visible beside the window (mask.h)
+  const int64_t* tree_mask;  // [batch, seqlen_q] or [total_q], may be null: bit d of a query's word
+                             // says that draft token d is itself or its ancestor (mask.h)
+  int64_t tree_mask_stride;  // of a sequence; 0 and unused with cu_seqlens_q
   int64_t num_splits;  // parts of the key range computed apart and merged; 0: the backend chooses,
                        // 1: never
   double softmax_scale;

@@ -13,17 +13,18 @@
 #include <thread>
 #include <vector>
 
+#include "attention/block_list.h"
 #include "attention/mask.h"
 #include "attention/numeric.h"
 #include "attention/seqlen_info.h"
 #include "cpu/backend.h"
 #include "cpu/instruction_set.h"
-#include "cpu/key_blocks.h"
 #include "cpu/parallel.h"
 
 namespace sink_attention::cpu {
 namespace {
 
+using attention::BlockList;
 using attention::DataType;
 using attention::FlashBwdProblem;
 using attention::FlashFwdProblem;
@@ -42,6 +43,16 @@ struct HeadState {
   std::atomic<char*> dq_accumulator;  // null until the first job has zeroed it
   std::unique_ptr<std::atomic<int64_t>[]>
       done;  // [num_tiles]: the block that a tile's dQ waits for
+
+  Range positions_of_tile(int64_t tile, const BwdPlan& plan) const {
+    const int64_t begin = tile * plan.tile_positions;
+    return {begin, std::min(begin + plan.tile_positions, info.seqlen_q)};
+  }
+  // The blocks of keys that add to a tile's dQ.
+  BlockList<int64_t> blocks_of_tile(int64_t tile, const BwdPlan& plan) const {
+    const Range positions = positions_of_tile(tile, plan);
+    return attention::blocks_of(mask.visible_keys(positions.begin, positions.end), plan.block_keys);
+  }
 };
 
 // Memory for the dQ accumulators of the heads in work: at most one a thread, and one whose next job
@@ -157,18 +168,15 @@ void flash_bwd(const FlashBwdProblem& problem, const Executor& executor) {
       head->batch_idx = batch_idx;
       head->kv_head_idx = kv_head_idx;
       head->info = attention::seqlen_info(fwd, batch_idx);
-      head->mask = attention::make_mask(fwd, head->info.seqlen_q, head->info.seqlen_k);
+      head->mask = attention::make_mask(fwd, head->info);
       head->num_tiles = (head->info.seqlen_q + plan.tile_positions - 1) / plan.tile_positions;
       // A sequence without keys still has a job: the one that writes its dQ of zeros.
       head->num_blocks =
-          std::max<int64_t>(1, blocks_of({0, head->info.seqlen_k}, plan.block_keys).end);
+          std::max<int64_t>(1, attention::tiles_of({0, head->info.seqlen_k}, plan.block_keys).end);
       head->jobs_left = head->num_blocks;
       head->done = std::make_unique<std::atomic<int64_t>[]>(head->num_tiles);
       for (int64_t tile = 0; tile < head->num_tiles; ++tile) {
-        const int64_t q_begin = tile * plan.tile_positions;
-        const int64_t q_end = std::min(q_begin + plan.tile_positions, head->info.seqlen_q);
-        head->done[tile] =
-            blocks_of(head->mask.visible_keys(q_begin, q_end), plan.block_keys).begin;
+        head->done[tile] = head->blocks_of_tile(tile, plan).block(0);
       }
       accumulator_bytes =
           std::max(accumulator_bytes, head->info.seqlen_q * group * plan.dq_row_bytes);
@@ -205,13 +213,14 @@ void flash_bwd(const FlashBwdProblem& problem, const Executor& executor) {
         const Range keys{block_idx * plan.block_keys,
                          std::min((block_idx + 1) * plan.block_keys, head.info.seqlen_k)};
         const Range queries = head.mask.visible_queries(keys.begin, keys.end);
-        const Range tiles = blocks_of(queries, plan.tile_positions);
+        const Range tiles = attention::tiles_of(queries, plan.tile_positions);
         for (int64_t tile = tiles.end - 1; tile >= tiles.begin; --tile) {
-          const int64_t q_begin = tile * plan.tile_positions;
-          const int64_t q_end = std::min(q_begin + plan.tile_positions, head.info.seqlen_q);
+          const Range positions = head.positions_of_tile(tile, plan);
+          const BlockList<int64_t> blocks = head.blocks_of_tile(tile, plan);
           wait_until([&] { return head.done[tile].load(std::memory_order_acquire) >= block_idx; });
-          kernels.bwd_tile(problem, plan, task, q_begin, q_end);
-          head.done[tile].store(block_idx + 1, std::memory_order_release);
+          kernels.bwd_tile(problem, plan, task, positions.begin, positions.end);
+          head.done[tile].store(blocks.block(blocks.index(block_idx) + 1),
+                                std::memory_order_release);
         }
         kernels.bwd_end_block(problem, plan, task);
         if (head.jobs_left.fetch_sub(1) == 1) {

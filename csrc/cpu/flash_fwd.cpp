@@ -9,18 +9,18 @@
 #include <algorithm>
 #include <vector>
 
+#include "attention/block_list.h"
 #include "attention/mask.h"
 #include "attention/seqlen_info.h"
 #include "cpu/backend.h"
 #include "cpu/instruction_set.h"
-#include "cpu/key_blocks.h"
 #include "cpu/parallel.h"
 
 namespace sink_attention::cpu {
 namespace {
 
+using attention::BlockList;
 using attention::FlashFwdProblem;
-using attention::Range;
 using attention::SeqlenInfo;
 
 struct Sequence {
@@ -29,9 +29,9 @@ struct Sequence {
   attention::Mask mask;
   int64_t first_tile;  // tiles of a kv head, counted over the batch
   int64_t num_tiles;
-  Range blocks;  // blocks of keys that some query sees
-  int64_t
-      packed_block;  // of the first kv head's blocks[0] in the packed buffer; -1: not packed ahead
+  BlockList<int64_t> blocks;  // of keys that some query sees
+  int64_t packed_block;  // of the first kv head's first block in the packed buffer; -1: not packed
+                         // ahead
 };
 
 struct Schedule {
@@ -46,16 +46,15 @@ Schedule make_schedule(const FlashFwdProblem& problem, const FwdPlan& plan) {
     Sequence sequence{};
     sequence.batch_idx = batch_idx;
     sequence.info = attention::seqlen_info(problem, batch_idx);
-    sequence.mask = attention::make_mask(problem, sequence.info.seqlen_q, sequence.info.seqlen_k);
+    sequence.mask = attention::make_mask(problem, sequence.info);
     sequence.first_tile = schedule.num_tiles;
     sequence.num_tiles = (sequence.info.seqlen_q + plan.tile_positions - 1) / plan.tile_positions;
-    sequence.blocks =
-        blocks_of(sequence.mask.visible_keys(0, sequence.info.seqlen_q), plan.block_keys);
+    sequence.blocks = attention::blocks_of(sequence.mask.visible_keys(0, sequence.info.seqlen_q),
+                                           plan.block_keys);
     sequence.packed_block = -1;
     if (sequence.num_tiles > 1) {
       sequence.packed_block = schedule.num_packed_blocks;
-      schedule.num_packed_blocks +=
-          (sequence.blocks.end - sequence.blocks.begin) * problem.num_heads_kv;
+      schedule.num_packed_blocks += sequence.blocks.count() * problem.num_heads_kv;
     }
     if (sequence.num_tiles == 0) continue;
     schedule.num_tiles += sequence.num_tiles;
@@ -81,7 +80,7 @@ Division divide(const FlashFwdProblem& problem, const FwdPlan& plan, const Sched
   int64_t longest = 0;
   int64_t jobs = 0;
   for (const Sequence& sequence : schedule.sequences) {
-    longest = std::max(longest, (sequence.blocks.end - sequence.blocks.begin) * plan.block_keys);
+    longest = std::max(longest, sequence.blocks.count() * plan.block_keys);
     jobs += sequence.num_tiles > 1 ? sequence.num_tiles * problem.num_heads_kv : 1;
   }
   Division division{problem.num_splits, problem.num_heads_kv};
@@ -121,8 +120,8 @@ void flash_fwd(const FlashFwdProblem& problem, const Executor& executor) {
   for (const Sequence& sequence : schedule.sequences) {
     if (sequence.packed_block < 0) continue;
     for (int64_t head = 0; head < num_heads; ++head) {
-      for (int64_t block = sequence.blocks.begin; block < sequence.blocks.end; ++block) {
-        pack_jobs.push_back({&sequence, head, block});
+      for (int64_t idx = 0; idx < sequence.blocks.count(); ++idx) {
+        pack_jobs.push_back({&sequence, head, sequence.blocks.block(idx)});
       }
     }
   }
@@ -164,16 +163,16 @@ void flash_fwd(const FlashFwdProblem& problem, const Executor& executor) {
     task.kv_head_end = job.kv_head_end;
     task.q_begin = job.tile_idx * plan.tile_positions;
     task.q_end = std::min(task.q_begin + plan.tile_positions, sequence.info.seqlen_q);
-    const Range blocks =
-        blocks_of(sequence.mask.visible_keys(task.q_begin, task.q_end), plan.block_keys);
-    const int64_t num_blocks = blocks.end - blocks.begin;
-    task.block_begin = blocks.begin + num_blocks * split / num_splits;
-    task.block_end = blocks.begin + num_blocks * (split + 1) / num_splits;
+    task.blocks =
+        attention::blocks_of(sequence.mask.visible_keys(task.q_begin, task.q_end), plan.block_keys);
+    const int64_t num_blocks = task.blocks.count();
+    task.idx_begin = num_blocks * split / num_splits;
+    task.idx_end = num_blocks * (split + 1) / num_splits;
     if (sequence.packed_block >= 0) {
-      const int64_t head_blocks = sequence.blocks.end - sequence.blocks.begin;
-      task.packed = packed.data() + (sequence.packed_block + job.kv_head_begin * head_blocks -
-                                     sequence.blocks.begin) *
-                                        block_bytes;
+      task.packed =
+          packed.data() +
+          (sequence.packed_block + job.kv_head_begin * sequence.blocks.count()) * block_bytes;
+      task.packed_blocks = sequence.blocks;
     }
     if (num_splits > 1) {
       const int64_t tile = (sequence.first_tile + job.tile_idx) * num_heads + job.kv_head_begin;

@@ -45,8 +45,9 @@ int choose_splits(const FlashFwdProblem& problem, const Device& device) {
   if (!is_decode(problem)) return 1;
   int64_t keys = problem.seqlen_k;
   if (problem.window_left >= 0) {
-    keys = std::min(
-        keys, problem.window_left + problem.seqlen_q + std::max<int64_t>(problem.window_right, 0));
+    keys = std::min(keys, problem.window_left + problem.seqlen_q +
+                              std::max<int64_t>(problem.window_right, 0) +
+                              std::min(problem.num_sink_tokens, keys));
   }
   const int64_t blocks = std::max<int64_t>(problem.batch * problem.num_heads_kv, 1);
   const int64_t wanted = 2 * device.num_sms / blocks;

@@ -1,5 +1,6 @@
 #include "torch/check_values.h"
 
+#include "attention/block_list.h"
 #include "attention/mask.h"
 #include "attention/seqlen_info.h"
 #include "torch/checks.h"
@@ -34,16 +35,27 @@ void check_seqused_k(const FlashFwdProblem& problem) {
 }
 
 // Only pages that some query sees are read, so only those need to exist: a windowed layer's older
-// pages may be gone.
+// pages, but for those of sink tokens, may be gone.
 void check_block_table(const FlashFwdProblem& problem, int64_t batch_idx, int64_t num_pages) {
   const attention::SeqlenInfo info = attention::seqlen_info(problem, batch_idx);
-  const attention::Range keys =
-      attention::make_mask(problem, info.seqlen_q, info.seqlen_k).visible_keys(0, info.seqlen_q);
-  if (keys.begin >= keys.end) return;
+  const attention::BlockList<int64_t> read = attention::blocks_of(
+      attention::make_mask(problem, info).visible_keys(0, info.seqlen_q), problem.page_size);
   const int32_t* pages = problem.block_table + batch_idx * problem.block_table_stride;
-  for (int64_t i = keys.begin / problem.page_size; i <= (keys.end - 1) / problem.page_size; ++i) {
+  for (int64_t idx = 0; idx < read.count(); ++idx) {
+    const int64_t i = read.block(idx);
     check(pages[i] >= 0 && pages[i] < num_pages, "block_table[", batch_idx, ", ", i,
           "] must be in [0, ", num_pages, ") (k_cache's pages), got ", pages[i]);
+  }
+}
+
+// A draft token is its own and perhaps others' descendant, never of one that comes after it.
+void check_tree_mask(const FlashFwdProblem& problem, int64_t batch_idx) {
+  const attention::SeqlenInfo info = attention::seqlen_info(problem, batch_idx);
+  const int64_t* tree = attention::tree_of(problem, info);
+  for (int64_t i = 0; i < info.seqlen_q; ++i) {
+    check(static_cast<uint64_t>(tree[i]) >> i == 1, "tree_mask must have bit ", i,
+          " set and none above it in the word of draft token ", i, " of sequence ", batch_idx,
+          ", got ", tree[i]);
   }
 }
 
@@ -66,6 +78,7 @@ void check_values(const FlashFwdProblem& problem, const Extent& extent) {
           "max_seqlen_k must be at least every sequence's length, got ", problem.seqlen_k,
           " but sequence ", b, " has ", info.seqlen_k, " keys");
     if (problem.block_table != nullptr) check_block_table(problem, b, extent.num_pages);
+    if (problem.tree_mask != nullptr) check_tree_mask(problem, b);
   }
 }
 

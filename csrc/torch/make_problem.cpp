@@ -1,5 +1,7 @@
 #include "torch/make_problem.h"
 
+#include "attention/mask.h"
+
 namespace sink_attention::binding {
 namespace {
 
@@ -26,8 +28,10 @@ void set_mask(FlashFwdProblem& problem, const MaskArgs& mask) {
         mask.window_left);
   check(mask.window_right >= -1, "window_right must be >= -1 (-1: unbounded), got ",
         mask.window_right);
+  check(mask.num_sink_tokens >= 0, "num_sink_tokens must be >= 0, got ", mask.num_sink_tokens);
   problem.softmax_scale = mask.softmax_scale;
   problem.softcap = mask.softcap;
+  problem.num_sink_tokens = mask.num_sink_tokens;
   problem.window_left = mask.window_left;
   problem.window_right = mask.causal ? 0 : mask.window_right;
 }
@@ -109,6 +113,29 @@ int64_t scale_stride(const std::optional<Tensor>& k_scale, const std::optional<T
   check(k_scale->numel() == v_scale->numel(), "k_scale and v_scale must have one shape, got ",
         shape_of(*k_scale), " and ", shape_of(*v_scale));
   return k_scale->numel() > 1 ? 1 : 0;
+}
+
+// int64, a word for each row of q; set_mask and the lengths come first.
+void set_tree_mask(FlashFwdProblem& problem, const std::optional<Tensor>& tree_mask,
+                   const Tensor& q) {
+  if (!tree_mask) return;
+  const bool packed = q.dim() == 3;
+  check_dtype(*tree_mask, "tree_mask", ScalarType::Long);
+  check_same_device(*tree_mask, "tree_mask", q);
+  if (packed) {
+    check_shape(*tree_mask, "tree_mask", {q.size(0)});
+  } else {
+    check_shape(*tree_mask, "tree_mask", {q.size(0), q.size(1)});
+  }
+  check_unit_last_stride(*tree_mask, "tree_mask");
+  check(problem.window_right == 0,
+        "tree_mask needs causal (or window_right = 0), got window_right ", problem.window_right);
+  check(problem.seqlen_q <= attention::kMaxDraftTokens, "max_seqlen_q must be at most ",
+        attention::kMaxDraftTokens, " with tree_mask (a bit for each draft token), got ",
+        problem.seqlen_q);
+  static const int64_t no_words = 0;  // an empty mask is still one
+  problem.tree_mask = tree_mask->numel() > 0 ? tree_mask->const_data_ptr<int64_t>() : &no_words;
+  problem.tree_mask_stride = packed ? 0 : tree_mask->stride(0);
 }
 
 }  // namespace
@@ -205,6 +232,7 @@ FlashFwdProblem make_paged_problem(const Tensor& q, const Tensor& k_cache, const
   check(paged.num_splits >= 0, "num_splits must be >= 0 (0: chosen), got ", paged.num_splits);
   problem.num_splits = paged.num_splits;
   set_mask(problem, mask);
+  set_tree_mask(problem, paged.tree_mask, q);
   return problem;
 }
 

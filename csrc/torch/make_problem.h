@@ -16,6 +16,7 @@ struct MaskArgs {  // what q, k scores go through, as the schemas order it
   int64_t window_left;
   int64_t window_right;
   double softcap;
+  int64_t num_sink_tokens;
 };
 
 struct VarlenArgs {
@@ -34,6 +35,7 @@ struct PagedArgs {
   const std::optional<Tensor>& v_scale;
   int64_t max_seqlen_q;
   int64_t num_splits;
+  const std::optional<Tensor>& tree_mask;
 };
 
 // Problems without their results, which set_results adds.

@@ -116,15 +116,14 @@ struct Ops {
     return {gradients.dq, gradients.dk, gradients.dv, gradients.ds_aux};
   }
 
-  static std::tuple<Tensor, Tensor> flash_attn_fwd(const Tensor& q, const Tensor& k,
-                                                   const Tensor& v, const OptionalTensor& s_aux,
-                                                   double softmax_scale, bool causal,
-                                                   int64_t window_left, int64_t window_right,
-                                                   double softcap,
-                                                   bool /*deterministic: of the backward*/) {
+  static std::tuple<Tensor, Tensor> flash_attn_fwd(
+      const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& s_aux,
+      double softmax_scale, bool causal, int64_t window_left, int64_t window_right, double softcap,
+      bool /*deterministic: of the backward*/, int64_t num_sink_tokens) {
     return forward(q,
                    make_dense_problem(q, k, v, s_aux,
-                                      {softmax_scale, causal, window_left, window_right, softcap}),
+                                      {softmax_scale, causal, window_left, window_right, softcap,
+                                       num_sink_tokens}),
                    {{q, k, v}, {&s_aux}, {}});
   }
 
@@ -132,9 +131,10 @@ struct Ops {
       const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
       const Tensor& v, const Tensor& out, const Tensor& lse, const OptionalTensor& s_aux,
       double softmax_scale, bool causal, int64_t window_left, int64_t window_right, double softcap,
-      bool deterministic) {
+      bool deterministic, int64_t num_sink_tokens) {
     const FlashFwdProblem fwd = make_dense_problem(
-        q, k, v, s_aux, {softmax_scale, causal, window_left, window_right, softcap});
+        q, k, v, s_aux,
+        {softmax_scale, causal, window_left, window_right, softcap, num_sink_tokens});
     return backward(fwd, {{q, k, v}, {&s_aux}, {}}, dout, dlse, q, k, v, out, lse, s_aux,
                     deterministic);
   }
@@ -166,12 +166,12 @@ struct Ops {
       const Tensor& cu_seqlens_k, const OptionalTensor& seqused_k, const OptionalTensor& s_aux,
       int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale, bool causal,
       int64_t window_left, int64_t window_right, double softcap,
-      bool /*deterministic: of the backward*/) {
+      bool /*deterministic: of the backward*/, int64_t num_sink_tokens) {
     return forward(
         q,
-        checked_varlen_problem(q, k, v, s_aux,
-                               {cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k},
-                               {softmax_scale, causal, window_left, window_right, softcap}),
+        checked_varlen_problem(
+            q, k, v, s_aux, {cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k},
+            {softmax_scale, causal, window_left, window_right, softcap, num_sink_tokens}),
         {{q, k, v, cu_seqlens_q, cu_seqlens_k}, {&seqused_k, &s_aux}, {}});
   }
 
@@ -180,10 +180,11 @@ struct Ops {
       const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q,
       const Tensor& cu_seqlens_k, const OptionalTensor& seqused_k, const OptionalTensor& s_aux,
       int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale, bool causal,
-      int64_t window_left, int64_t window_right, double softcap, bool deterministic) {
+      int64_t window_left, int64_t window_right, double softcap, bool deterministic,
+      int64_t num_sink_tokens) {
     const FlashFwdProblem fwd = checked_varlen_problem(
         q, k, v, s_aux, {cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k},
-        {softmax_scale, causal, window_left, window_right, softcap});
+        {softmax_scale, causal, window_left, window_right, softcap, num_sink_tokens});
     return backward(fwd, {{q, k, v, cu_seqlens_q, cu_seqlens_k}, {&seqused_k, &s_aux}, {}}, dout,
                     dlse, q, k, v, out, lse, s_aux, deterministic);
   }
@@ -201,16 +202,16 @@ struct Ops {
       const Tensor& seqused_k, const OptionalTensor& cu_seqlens_q, const OptionalTensor& s_aux,
       const OptionalTensor& k_scale, const OptionalTensor& v_scale, int64_t max_seqlen_q,
       double softmax_scale, bool causal, int64_t window_left, int64_t window_right, double softcap,
-      int64_t num_splits) {
-    return forward(
-        q,
-        checked_paged_problem(
-            q, k_cache, v_cache, s_aux,
-            {block_table, seqused_k, cu_seqlens_q, k_scale, v_scale, max_seqlen_q, num_splits},
-            {softmax_scale, causal, window_left, window_right, softcap}),
-        {{q, k_cache, v_cache, block_table, seqused_k},
-         {&cu_seqlens_q, &s_aux, &k_scale, &v_scale},
-         {}});
+      int64_t num_splits, int64_t num_sink_tokens, const OptionalTensor& tree_mask) {
+    return forward(q,
+                   checked_paged_problem(q, k_cache, v_cache, s_aux,
+                                         {block_table, seqused_k, cu_seqlens_q, k_scale, v_scale,
+                                          max_seqlen_q, num_splits, tree_mask},
+                                         {softmax_scale, causal, window_left, window_right, softcap,
+                                          num_sink_tokens}),
+                   {{q, k_cache, v_cache, block_table, seqused_k},
+                    {&cu_seqlens_q, &s_aux, &k_scale, &v_scale, &tree_mask},
+                    {}});
   }
 
   static void paged_attn_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
@@ -219,15 +220,18 @@ struct Ops {
                              const OptionalTensor& k_scale, const OptionalTensor& v_scale,
                              int64_t max_seqlen_q, double softmax_scale, bool causal,
                              int64_t window_left, int64_t window_right, double softcap,
-                             int64_t num_splits, const Tensor& out, const Tensor& lse) {
+                             int64_t num_splits, int64_t num_sink_tokens,
+                             const OptionalTensor& tree_mask, const Tensor& out,
+                             const Tensor& lse) {
     Forward results{out, lse};
     forward_into(q,
-                 checked_paged_problem(q, k_cache, v_cache, s_aux,
-                                       {block_table, seqused_k, cu_seqlens_q, k_scale, v_scale,
-                                        max_seqlen_q, num_splits},
-                                       {softmax_scale, causal, window_left, window_right, softcap}),
+                 checked_paged_problem(
+                     q, k_cache, v_cache, s_aux,
+                     {block_table, seqused_k, cu_seqlens_q, k_scale, v_scale, max_seqlen_q,
+                      num_splits, tree_mask},
+                     {softmax_scale, causal, window_left, window_right, softcap, num_sink_tokens}),
                  {{q, k_cache, v_cache, block_table, seqused_k},
-                  {&cu_seqlens_q, &s_aux, &k_scale, &v_scale},
+                  {&cu_seqlens_q, &s_aux, &k_scale, &v_scale, &tree_mask},
                   {}},
                  results);
   }

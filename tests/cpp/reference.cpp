@@ -26,7 +26,7 @@ Sequence sequence_of(const FlashFwdProblem& p, int64_t b) {
 
 bool is_visible(const FlashFwdProblem& p, const Sequence& s, int64_t i, int64_t j) {
   const int64_t position = i + s.seqlen_k - s.seqlen_q;
-  return (p.window_left < 0 || j >= position - p.window_left) &&
+  return (p.window_left < 0 || j >= position - p.window_left || j < p.num_sink_tokens) &&
          (p.window_right < 0 || j <= position + p.window_right);
 }
 

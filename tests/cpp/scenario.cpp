@@ -14,9 +14,10 @@ std::string describe(const Spec& spec) {
   std::ostringstream text;
   text << kLayouts[static_cast<int>(spec.layout)] << ' ' << name_of(spec.dtype) << " seqlen "
        << spec.seqlen_q << 'x' << spec.seqlen_k << " window (" << spec.window_left << ','
-       << spec.window_right << ") softcap " << spec.softcap << " sink " << spec.sink << ' '
-       << name_of(spec.s_aux_dtype) << " heads " << spec.num_heads_q << '/' << spec.num_heads_kv
-       << " dims " << spec.head_dim << '/' << spec.head_dim_v;
+       << spec.window_right << ") sink tokens " << spec.num_sink_tokens << " softcap "
+       << spec.softcap << " sink " << spec.sink << ' ' << name_of(spec.s_aux_dtype) << " heads "
+       << spec.num_heads_q << '/' << spec.num_heads_kv << " dims " << spec.head_dim << '/'
+       << spec.head_dim_v;
   if (spec.seqused_k) text << " seqused_k";
   if (spec.layout == Layout::kPaged) text << " page_size " << spec.page_size;
   if (spec.head_major) text << " HND";
@@ -176,6 +177,7 @@ Scenario make_scenario(const Spec& spec, unsigned seed) {
   p.head_dim_v = spec.head_dim_v;
   p.window_left = spec.window_left;
   p.window_right = spec.window_right;
+  p.num_sink_tokens = spec.num_sink_tokens;
   p.softcap = spec.softcap;
   p.softmax_scale = 1 / std::sqrt(static_cast<double>(spec.head_dim));
   p.num_splits = spec.num_splits;
@@ -206,6 +208,7 @@ std::vector<Spec> make_specs(Layout layout, DataType dtype) {
   constexpr DataType kSinkTypes[] = {DataType::kFloat32, DataType::kBFloat16, DataType::kFloat16,
                                      DataType::kFloat64};
   constexpr int64_t kPageSizes[] = {16, 1, 5, 64};
+  constexpr int64_t kSinkTokens[] = {0, 3, 0, 70, 0, 1000};
   std::vector<Spec> specs;
   size_t i =
       static_cast<size_t>(layout) + 3 * static_cast<size_t>(dtype);  // other pairings for each
@@ -219,6 +222,7 @@ std::vector<Spec> make_specs(Layout layout, DataType dtype) {
       spec.seqlen_k = lengths[1];
       spec.window_left = window[0];
       spec.window_right = window[1];
+      spec.num_sink_tokens = kSinkTokens[i % std::size(kSinkTokens)];
       spec.softcap = i % 3 == 0 ? 2.0 : 0.0;
       spec.sink = kSinks[i * 5 % std::size(kSinks)];
       spec.s_aux_dtype = kSinkTypes[i / 2 % std::size(kSinkTypes)];

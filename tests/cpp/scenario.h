@@ -17,6 +17,7 @@ struct Spec {
   DataType dtype = DataType::kFloat32;
   int64_t seqlen_q = 1, seqlen_k = 1;
   int64_t window_left = -1, window_right = -1;
+  int64_t num_sink_tokens = 0;
   double softcap = 0;
   double sink = NAN;  // NaN: no s_aux; else its first head, the others being near it
   DataType s_aux_dtype = DataType::kFloat32;

@@ -111,7 +111,7 @@ struct BackwardBlock {
         task(task),
         group(problem.num_heads_q / problem.num_heads_kv),
         info(attention::seqlen_info(problem, task.batch_idx)),
-        mask(attention::make_mask(problem, info.seqlen_q, info.seqlen_k)),
+        mask(attention::make_mask(problem, info)),
         scale(score_scale<Real>(problem)) {
     block = intersect({task.block_idx * plan.block_keys, (task.block_idx + 1) * plan.block_keys},
                       {0, info.seqlen_k});
@@ -121,9 +121,9 @@ struct BackwardBlock {
 
   void begin() {
     const KeyRows keys =
-        attention::key_rows(problem, task.batch_idx, info, task.kv_head_idx, block);
+        attention::key_rows(problem, task.batch_idx, info, task.kv_head_idx, {0, block});
     const KeyRows values =
-        attention::value_rows(problem, task.batch_idx, info, task.kv_head_idx, block);
+        attention::value_rows(problem, task.batch_idx, info, task.kv_head_idx, {0, block});
     pack_transposed<Arithmetic>(keys, block.begin, block.end, scratch.k_transposed);
     pack_transposed<Arithmetic>(values, block.begin, block.end, scratch.v_transposed);
     pack_rowwise<Arithmetic>(keys, block.begin, block.end, plan.block_keys, scratch.k_rowwise);
@@ -132,7 +132,7 @@ struct BackwardBlock {
   }
 
   void add_tile(int64_t q_begin, int64_t q_end) {
-    const Range seen = intersect(mask.visible_keys(q_begin, q_end), block);
+    const Range seen = mask.visible_keys(q_begin, q_end).within(block);
     if (seen.begin >= seen.end) return;
     const int64_t begin =
         (seen.begin - block.begin) / Geo::kPanel * Geo::kPanel;  // whole panels of the block
@@ -240,9 +240,26 @@ struct BackwardBlock {
     Vec<Real> ds;
   };
 
-  // P and dS of the keys j ... of one row; zero outside `visible`.
-  SA_INLINE WeightAndGradient differentiate(Vec<Real> score, Vec<Real> dp, int64_t j, Range visible,
-                                            Real lse_log2, Real delta, bool is_edge) const {
+  // What a row sees of the block: the keys of `visible` but for those of `hole`, which lie between
+  // the sink tokens and the window.
+  struct Sight {
+    Range visible;
+    Range hole;
+  };
+  Sight sight(int64_t position) const {
+    const attention::KeySet keys = mask.visible_keys(position);
+    const Range visible = keys.within(block);
+    Sight result{{visible.begin - block.begin, visible.end - block.begin}, {0, 0}};
+    if (keys.sink_end > 0) {
+      result.hole = {keys.sink_end - block.begin, keys.window.begin - block.begin};
+    }
+    return result;
+  }
+
+  // P and dS of the keys j ... of one row; zero where it does not see them.
+  SA_INLINE WeightAndGradient differentiate(Vec<Real> score, Vec<Real> dp, int64_t j,
+                                            const Sight& sight, Real lse_log2, Real delta,
+                                            bool is_edge, bool has_hole) const {
     Vec<Real> slope = broadcast(Real(1));
     if (scale.has_softcap) {
       score = tanh<Real>(score * scale.to_tanh);
@@ -255,8 +272,12 @@ struct BackwardBlock {
     result.p = Arithmetic::weight_exp2(exponent);
     result.ds = result.p * (dp - delta) * slope;
     if (is_edge) {
-      result.p = keep_range<Real>(result.p, j, visible, Vec<Real>{});
-      result.ds = keep_range<Real>(result.ds, j, visible, Vec<Real>{});
+      result.p = keep_range<Real>(result.p, j, sight.visible, Vec<Real>{});
+      result.ds = keep_range<Real>(result.ds, j, sight.visible, Vec<Real>{});
+    }
+    if (has_hole) {
+      result.p = keep_range<Real>(Vec<Real>{}, j, sight.hole, result.p);
+      result.ds = keep_range<Real>(Vec<Real>{}, j, sight.hole, result.ds);
     }
     return result;
   }
@@ -265,15 +286,13 @@ struct BackwardBlock {
     constexpr int kStep = kLanes<Real>;
     const int64_t stride = score_stride(plan);
     for (int i = 0; i < count; i += Geo::kPair) {
-      Range visible[Geo::kPair];
+      Sight sights[Geo::kPair];
       Real lse_log2[Geo::kPair];
       Real delta[Geo::kPair];
       for (int half = 0; half < Geo::kPair; ++half) {
         const int64_t r = row + i + half;
         const bool exists = i + half < count;  // the odd row out has a partner of zeros
-        const Range keys = intersect(mask.visible_keys(q_begin + r / group), block);
-        visible[half] =
-            exists ? Range{keys.begin - block.begin, keys.end - block.begin} : Range{0, 0};
+        sights[half] = exists ? sight(q_begin + r / group) : Sight{{0, 0}, {0, 0}};
         lse_log2[half] = exists ? scratch.lse_log2[r] : Real(0);
         delta[half] = exists ? scratch.delta[r] : Real(0);
         if (!exists) {
@@ -287,9 +306,12 @@ struct BackwardBlock {
         WeightAndGradient result[Geo::kPair];
         SA_UNROLL
         for (int half = 0; half < Geo::kPair; ++half) {
-          const bool is_edge = j < visible[half].begin || j + kStep > visible[half].end;
-          result[half] = differentiate(load(p + half * stride + j), load(ds + half * stride + j), j,
-                                       visible[half], lse_log2[half], delta[half], is_edge);
+          const auto& [visible, hole] = sights[half];
+          const bool is_edge = j < visible.begin || j + kStep > visible.end;
+          const bool has_hole = j < hole.end && j + kStep > hole.begin;
+          result[half] =
+              differentiate(load(p + half * stride + j), load(ds + half * stride + j), j,
+                            sights[half], lse_log2[half], delta[half], is_edge, has_hole);
           store_row_units<Arithmetic>(reinterpret_cast<Unit*>(ds + half * stride), j,
                                       result[half].ds);
         }

@@ -24,19 +24,20 @@ FwdPlan plan_fwd(const FlashFwdProblem& problem) {
 // `packed`.
 template <class Arithmetic>
 void pack_blocks(const FlashFwdProblem& problem, const FwdPlan& plan, int64_t batch_idx,
-                 int64_t head_begin, int64_t head_end, int64_t block_idx, Range readable,
-                 char* packed) {
+                 int64_t head_begin, int64_t head_end, int64_t block_idx,
+                 attention::KeySet readable, char* packed) {
   using Unit = typename Arithmetic::Unit;
   using Geo = Geometry<Arithmetic>;
   const SeqlenInfo info = attention::seqlen_info(problem, batch_idx);
   const int64_t first = block_idx * plan.block_keys;
   const int64_t last = min_of(first + plan.block_keys, info.seqlen_k);
+  const Range some_readable = readable.within({first, last});
   const int64_t heads = head_end - head_begin;
   const int64_t head_stride = plan.packed_k_bytes + plan.packed_v_bytes;
   const KeyRows keys = attention::key_rows(problem, batch_idx, info, head_begin, readable);
   const KeyRows values = attention::value_rows(problem, batch_idx, info, head_begin, readable);
   for (int64_t key = first; key < last; key += Geo::kPanel) {
-    if (key + Geo::kPanel <= readable.begin || key >= readable.end) continue;
+    if (key + Geo::kPanel <= some_readable.begin || key >= some_readable.end) continue;
     const int64_t end = min_of(key + Geo::kPanel, last);
     for (int64_t head = 0; head < heads; ++head) {
       prefetch_panel<Arithmetic>(keys, problem.k_stride_head, key + Geo::kPanel, head, heads);
@@ -88,8 +89,9 @@ class StripsInPlace {
     }
   }
 
-  void attend_block(int64_t block_idx) {
-    const int64_t first = block_idx * plan_.block_keys;
+  // Number idx of the task's blocks.
+  void attend_block(int64_t idx) {
+    const int64_t first = task_.blocks.block(idx) * plan_.block_keys;
     const auto [seen_begin, seen_end] = first_.seen_panels(first, 0, rows_);
     if (seen_begin >= seen_end) return;
     const int64_t begin = first + seen_begin;
@@ -105,9 +107,8 @@ class StripsInPlace {
           .soften(first, 0, rows_, seen_begin, seen_end, rescale[head]);
     }
     for (int64_t key = begin; key < end; key += kChunkKeys) {
-      RowPrefetcher ahead = key + kChunkKeys < end
-                                ? fetch_values(key + kChunkKeys, end)
-                                : fetch_keys(end, task_.block_end * plan_.block_keys);
+      RowPrefetcher ahead =
+          key + kChunkKeys < end ? fetch_values(key + kChunkKeys, end) : fetch_next_block(idx, end);
       accumulate_chunk(key, min_of(kChunkKeys, end - key), key - begin, rescale, ahead);
       for (int64_t head = 0; head < heads_; ++head) {
         for (Real& factor : rescale[head]) factor = 1;
@@ -136,7 +137,7 @@ class StripsInPlace {
   };
 
   static void find_chunk(const KeyRows& source, int64_t key, int64_t count, Chunk& chunk) {
-    chunk.is_whole = source.is_readable(key) && source.is_readable(key + count - 1);
+    chunk.is_whole = source.readable.holds_all({key, key + count});
     for (int64_t i = 0; i < count; ++i) {
       chunk.rows[i] = chunk.is_whole || source.is_readable(key + i)
                           ? static_cast<const char*>(source.row(key + i))
@@ -149,6 +150,13 @@ class StripsInPlace {
             problem_.k_stride_head * kv_bytes_,
             heads_,
             {begin, min_of(begin + kChunkKeys, end)}};
+  }
+  // The first keys of the block after number idx of the task's, whose keys end at `end`.
+  RowPrefetcher fetch_next_block(int64_t idx, int64_t end) const {
+    if (idx + 1 == task_.idx_end) return fetch_keys(end, end);
+    const int64_t first = task_.blocks.block(idx + 1) * plan_.block_keys;
+    const Range next = readable_.within({first, first + plan_.block_keys});
+    return fetch_keys(next.begin, next.end);
   }
   RowPrefetcher fetch_values(int64_t begin, int64_t end) const {
     return {values_,
@@ -208,7 +216,7 @@ class StripsInPlace {
   const int rows_;
   const int64_t stride_;
   const int64_t kv_bytes_;  // of one number
-  const Range readable_;
+  const attention::KeySet readable_;
   const KeyRows keys_, values_;  // of the first head
 };
 
@@ -221,19 +229,20 @@ void fwd_tile(const FlashFwdProblem& problem, const FwdPlan& plan, const FwdTask
     ForwardTile<Arithmetic>(problem, plan, task, head).load_q();
   }
   const int64_t rows = (task.q_end - task.q_begin) * (problem.num_heads_q / problem.num_heads_kv);
-  const Range readable = ForwardTile<Arithmetic>(problem, plan, task, task.kv_head_begin)
-                             .mask.visible_keys(task.q_begin, task.q_end);
+  const attention::KeySet readable =
+      ForwardTile<Arithmetic>(problem, plan, task, task.kv_head_begin)
+          .mask.visible_keys(task.q_begin, task.q_end);
   const bool in_place = task.packed == nullptr && rows <= kTileRows &&
                         can_read_in_place<Arithmetic>(problem) && heads <= kMaxHeadsInPlace;
   if constexpr (kHasStripVec<typename Arithmetic::Real>) {
     if (in_place) {
       StripsInPlace<Arithmetic> strips(problem, plan, task);
-      for (int64_t block = task.block_begin; block < task.block_end; ++block)
-        strips.attend_block(block);
+      for (int64_t idx = task.idx_begin; idx < task.idx_end; ++idx) strips.attend_block(idx);
     }
   }
-  for (int64_t block_idx = task.block_begin; block_idx < task.block_end && !in_place; ++block_idx) {
-    const char* packed = task.packed + block_idx * block_bytes;
+  for (int64_t idx = task.idx_begin; idx < task.idx_end && !in_place; ++idx) {
+    const int64_t block_idx = task.blocks.block(idx);
+    const char* packed = task.packed + task.packed_blocks.index(block_idx) * block_bytes;
     if (task.packed == nullptr) {
       pack_blocks<Arithmetic>(problem, plan, task.batch_idx, task.kv_head_begin, task.kv_head_end,
                               block_idx, readable, packed_here);

@@ -110,7 +110,7 @@ struct ForwardTile {
         group(problem.num_heads_q / problem.num_heads_kv),
         rows((task.q_end - task.q_begin) * group),
         info(attention::seqlen_info(problem, task.batch_idx)),
-        mask(attention::make_mask(problem, info.seqlen_q, info.seqlen_k)),
+        mask(attention::make_mask(problem, info)),
         scale(score_scale<Real>(problem)) {
     ScratchCarver tile(task.scratch + (kv_head_idx - task.kv_head_begin) * plan.tile_scratch_bytes);
     carve_tile(problem, plan, tile, scratch);
@@ -145,8 +145,8 @@ struct ForwardTile {
   // The keys of a block that some row of [row, row + count) sees, in whole panels counted from the
   // block's first key.
   Range seen_panels(int64_t first, int64_t row, int count) const {
-    const Range seen = intersect(mask.visible_keys(position(row), position(row + count - 1) + 1),
-                                 {first, first + plan.block_keys});
+    const Range seen = mask.visible_keys(position(row), position(row + count - 1) + 1)
+                           .within({first, first + plan.block_keys});
     if (seen.begin >= seen.end) return {0, 0};
     return {(seen.begin - first) / Geo::kPanel * Geo::kPanel,
             round_up(seen.end - first, Geo::kPanel)};
@@ -166,13 +166,27 @@ struct ForwardTile {
   // Not inlined: one copy serves every path, so that none rounds differently.
   __attribute__((noinline)) void soften(int64_t first, int64_t row, int count, int64_t begin,
                                         int64_t end, Real* rescale) {
+    const int64_t origin = first + begin;
     for (int i = 0; i < count; ++i) {
-      const Range keys =
-          intersect(mask.visible_keys(position(row + i)), {first + begin, first + end});
+      const attention::KeySet seen = mask.visible_keys(position(row + i));
+      const Range keys = seen.within({origin, first + end});
       rescale[i] = soften_row<Arithmetic>(scratch.scores + i * score_stride(plan), end - begin,
-                                          {keys.begin - first - begin, keys.end - first - begin},
-                                          scale, scratch.state[row + i]);
+                                          {keys.begin - origin, keys.end - origin},
+                                          hidden_keys(seen, position(row + i), origin), scale,
+                                          scratch.state[row + i]);
     }
+  }
+
+  // What a position does not see between its first and its last key, counted from key `origin`.
+  HiddenKeys hidden_keys(const attention::KeySet& seen, int64_t position, int64_t origin) const {
+    HiddenKeys hidden{};
+    if (seen.sink_end > 0) hidden.gap = {seen.sink_end - origin, seen.window.begin - origin};
+    if (mask.tree != nullptr) {
+      hidden.has_drafts = true;
+      hidden.first_draft = mask.context() - origin;
+      hidden.visible_drafts = mask.visible_drafts(position);
+    }
+    return hidden;
   }
 
   void score(const Unit* k, int64_t row, int count, int64_t begin, int64_t end) {

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "attention/block_list.h"
 #include "attention/mask.h"
 #include "attention/problem.h"
 
@@ -27,16 +28,18 @@ struct FwdPlan {
   int64_t partial_bytes;       // of one tile's partial result in one split, for each kv head
 };
 
-// A tile of each of the kv heads [kv_head_begin, kv_head_end) against the key blocks [block_begin,
-// block_end).
+// A tile of each of the kv heads [kv_head_begin, kv_head_end) against a part of the key blocks that
+// it sees: number idx_begin to idx_end - 1 of the list.
 struct FwdTask {
   int64_t batch_idx;
   int64_t kv_head_begin, kv_head_end;
   int64_t q_begin, q_end;
-  int64_t block_begin, block_end;
+  attention::BlockList<int64_t> blocks;
+  int64_t idx_begin, idx_end;
   const char* packed;  // the packed blocks of the one kv head, K and V of a block side by side;
                        // null: pack as you go
-  char* scratch;       // aligned to 64
+  attention::BlockList<int64_t> packed_blocks;  // which blocks those are
+  char* scratch;                                // aligned to 64
   char* partial;  // null: finish the rows; else leave the first tile's state here, without the sink
   int64_t partial_stride;  // bytes from one kv head's partial result to the next
 };
@@ -62,7 +65,7 @@ struct Kernels {
   FwdPlan (*plan_fwd)(const attention::FlashFwdProblem&);
   void (*pack_blocks)(const attention::FlashFwdProblem&, const FwdPlan&, int64_t batch_idx,
                       int64_t kv_head_begin, int64_t kv_head_end, int64_t block_idx,
-                      attention::Range readable, char* packed);
+                      attention::KeySet readable, char* packed);
   void (*fwd_tile)(const attention::FlashFwdProblem&, const FwdPlan&, const FwdTask&);
   // Merges the partial results of one kv head's tile, which lie split_stride bytes apart from
   // task.partial on.

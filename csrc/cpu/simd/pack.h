@@ -54,9 +54,10 @@ SA_INLINE void prefetch_panel(const KeyRows& rows, int64_t head_stride, int64_t 
   constexpr int64_t kKeys = Geometry<Arithmetic>::kPanel;
   const int64_t head_bytes = head_stride * attention::bytes_of(rows.dtype);
   const int64_t row_bytes = rows.dim * attention::bytes_of(rows.dtype);
-  const auto [begin, end] = attention::intersect(
-      {first + kKeys * part / parts, first + kKeys * (part + 1) / parts}, rows.readable);
+  const auto [begin, end] =
+      rows.readable.within({first + kKeys * part / parts, first + kKeys * (part + 1) / parts});
   for (int64_t key = begin; key < end; ++key) {
+    if (!rows.is_readable(key)) continue;
     const char* row = static_cast<const char*>(rows.row(key));
     for (int64_t head = 0; head < parts; ++head, row += head_bytes) {
       for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(row + i, 0, 2);

@@ -16,7 +16,7 @@ class RowPrefetcher {
   RowPrefetcher(const attention::KeyRows& rows, int64_t head_bytes, int64_t heads,
                 attention::Range keys)
       : rows_(rows),
-        keys_(attention::intersect(keys, rows.readable)),
+        keys_(rows.readable.within(keys)),
         head_bytes_(head_bytes),
         heads_(heads),
         run_bytes_(rows.dim * attention::bytes_of(rows.dtype)) {
@@ -36,6 +36,7 @@ class RowPrefetcher {
  private:
   // After the last run the last one is fetched again, which costs no memory access.
   __attribute__((noinline)) void next_run() {
+    while (keys_.begin < keys_.end && !rows_.is_readable(keys_.begin)) ++keys_.begin;
     if (keys_.begin < keys_.end) {
       run_ = static_cast<const char*>(rows_.row(keys_.begin)) + head_ * head_bytes_;
       if (++head_ == heads_) {

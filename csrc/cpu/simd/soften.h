@@ -71,11 +71,32 @@ SA_INLINE void mask_row(Real* scores, int64_t count, Range visible, Real hidden_
   }
 }
 
+// Keys between the first and the last that a row sees which it does not see, counted like them.
+struct HiddenKeys {
+  Range gap;            // between the sink tokens and the window
+  int64_t first_draft;  // with a tree mask, the key that bit 0 of visible_drafts stands for
+  uint64_t visible_drafts;
+  bool has_drafts;
+
+  SA_INLINE bool is_empty() const { return gap.begin >= gap.end && !has_drafts; }
+};
+
+template <class Real>
+void hide_keys(Real* scores, const HiddenKeys& hidden, Range visible, Real hidden_score) {
+  const Range gap = intersect(hidden.gap, visible);
+  for (int64_t j = gap.begin; j < gap.end; ++j) scores[j] = hidden_score;
+  if (!hidden.has_drafts) return;
+  for (int64_t j = max_of(hidden.first_draft, visible.begin); j < visible.end; ++j) {
+    if (((hidden.visible_drafts >> (j - hidden.first_draft)) & 1) == 0) scores[j] = hidden_score;
+  }
+}
+
 // One row of `count` scores (a multiple of 2 kLanes) in place: weights as units; returns what the
-// row's earlier output is to be multiplied with.
+// row's earlier output is to be multiplied with. The row sees the keys of `visible` but for those
+// `hidden`.
 template <class Arithmetic>
 SA_INLINE typename Arithmetic::Real soften_row(typename Arithmetic::Real* scores, int64_t count,
-                                               Range visible,
+                                               Range visible, const HiddenKeys& hidden,
                                                const ScoreScale<typename Arithmetic::Real>& scale,
                                                RowState<typename Arithmetic::Real>& state) {
   using Real = typename Arithmetic::Real;
@@ -91,6 +112,7 @@ SA_INLINE typename Arithmetic::Real soften_row(typename Arithmetic::Real* scores
       store(scores + j, tanh<Real>(load(scores + j) * scale.to_tanh));
   }
   if (visible.begin > 0 || visible.end < count) mask_row(scores, count, visible, scale.hidden);
+  if (!hidden.is_empty()) hide_keys(scores, hidden, visible, scale.hidden);
 
   // Logits first, rounded once: the largest minus the maximum is then exactly 0, however large it
   // is. (A negative scale turns the order round, so the maximum is that of the logits, not of the

@@ -10,6 +10,7 @@
 // is free for chunk c + 1.
 #pragma once
 
+#include "attention/block_list.h"
 #include "attention/paged_kv.h"
 #include "cuda/simt/tile.cuh"
 #include "cuda/tile/number.cuh"
@@ -62,7 +63,7 @@ SA_DEVICE KeySource<Real> key_source(const attention::KeyRows& rows, const void*
 template <class Real>
 SA_DEVICE KeySource<Real> k_source(const attention::FlashFwdProblem& problem, int batch_idx,
                                    const attention::SeqlenInfo& info, int kv_head,
-                                   attention::Range readable) {
+                                   attention::KeySet readable) {
   return key_source<Real>(attention::key_rows(problem, batch_idx, info, kv_head, readable),
                           problem.k, problem.k_stride_batch, problem.k_stride_row,
                           problem.k_stride_head);
@@ -70,7 +71,7 @@ SA_DEVICE KeySource<Real> k_source(const attention::FlashFwdProblem& problem, in
 template <class Real>
 SA_DEVICE KeySource<Real> v_source(const attention::FlashFwdProblem& problem, int batch_idx,
                                    const attention::SeqlenInfo& info, int kv_head,
-                                   attention::Range readable) {
+                                   attention::KeySet readable) {
   return key_source<Real>(attention::value_rows(problem, batch_idx, info, kv_head, readable),
                           problem.v, problem.v_stride_batch, problem.v_stride_row,
                           problem.v_stride_head);
@@ -151,9 +152,9 @@ class ChunkStream {
   }
 
   // Starts to load the first chunk. What the caller has begun to copy before is waited for with it.
-  SA_DEVICE void start(int block_begin, int block_end) {
-    block_ = block_begin;
-    block_end_ = block_end;
+  SA_DEVICE void start(const attention::BlockList<int>& blocks) {
+    blocks_ = blocks;
+    idx_ = 0;
     pass_ = chunk_ = parity_ = 0;
     load_next();
   }
@@ -169,9 +170,9 @@ class ChunkStream {
 
  private:
   SA_DEVICE void load_next() {
-    if (block_ < block_end_) {
+    if (idx_ < blocks_.count()) {
       Chunk& chunk = buffers_.chunk[parity_];
-      const int64_t row = int64_t{block_} * kRows;
+      const int64_t row = int64_t{blocks_.block(idx_)} * kRows;
       const int col = chunk_ * kChunkCols<Real>;
       const bool is_first = pass_ != 1;
       if (is_first) {
@@ -183,7 +184,7 @@ class ChunkStream {
         chunk_ = 0;
         if (++pass_ == kPasses) {
           pass_ = 0;
-          ++block_;
+          ++idx_;
         }
       }
     }
@@ -194,8 +195,8 @@ class ChunkStream {
   Buffers& buffers_;
   const Source& first_;
   const Source& second_;
-  int block_ = 0;
-  int block_end_ = 0;
+  attention::BlockList<int> blocks_{};
+  int idx_ = 0;
   int pass_ = 0;
   int chunk_ = 0;
   int parity_ = 0;  // the buffer that the next load fills

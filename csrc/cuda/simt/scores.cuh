@@ -41,17 +41,20 @@ SA_DEVICE ScoreScale<Real> score_scale(const attention::FlashFwdProblem& problem
   return scale;
 }
 
-// The keys [begin, end) that a packed row sees; none if it is beyond the last row.
+// The keys [begin, end) in a packed row's window; none if it is beyond the last row. Sink tokens
+// before `end` are visible too.
 struct alignas(8) KeyRange {
   int begin;
   int end;
 
-  SA_DEVICE bool holds(int key) const { return begin <= key && key < end; }
+  SA_DEVICE bool sees(int key, int num_sink_tokens) const {
+    return (begin <= key || key < num_sink_tokens) && key < end;
+  }
 };
 
-SA_DEVICE KeyRange visible_keys(const attention::Mask& mask, const PackedRows& rows, int row) {
+SA_DEVICE KeyRange window_keys(const attention::Mask& mask, const PackedRows& rows, int row) {
   if (row >= rows.num_rows) return {0, 0};
-  const attention::Range keys = mask.visible_keys(rows.position(row));
+  const attention::Range keys = mask.window_keys(rows.position(row));
   return {static_cast<int>(keys.begin), static_cast<int>(keys.end)};
 }
 

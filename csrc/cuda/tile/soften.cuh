@@ -31,7 +31,7 @@ SA_DEVICE void transform_scores(Accumulators<kTilesM, kTilesN>& s, int form, flo
 
 // Hides the scores of keys that a row does not see. The accumulators' first row is packed row
 // `first_row` of groups of `group` query heads (packed_rows.cuh), their first column key
-// `first_key`.
+// `first_key`. Not with a tree mask.
 template <int kTilesM, int kTilesN>
 SA_DEVICE void mask_scores(Accumulators<kTilesM, kTilesN>& s, const attention::Mask& mask,
                            int first_row, int group, int first_key) {
@@ -41,7 +41,7 @@ SA_DEVICE void mask_scores(Accumulators<kTilesM, kTilesN>& s, const attention::M
     SA_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + 16 * m + accumulator_row(primitives::lane_idx(), 2 * half);
-      const attention::Range keys = mask.visible_keys(row / group);
+      const attention::Range keys = mask.window_keys(row / group);
       const int begin = static_cast<int>(keys.begin);
       const int end = static_cast<int>(keys.end);
       SA_UNROLL
@@ -49,9 +49,38 @@ SA_DEVICE void mask_scores(Accumulators<kTilesM, kTilesN>& s, const attention::M
         SA_UNROLL
         for (int col = 0; col < 2; ++col) {
           const int key = first_col + 8 * n + col;
-          if (key < begin || key >= end) {
+          if ((key < begin && key >= mask.num_sink_tokens) || key >= end) {
             s.c[m][n][2 * half + col] = attention::negative_infinity<float>();
           }
+        }
+      }
+    }
+  }
+}
+
+// The same with a tree mask. Rows beyond the last, which nobody stores, see what the last one does.
+template <int kTilesM, int kTilesN>
+SA_DEVICE void mask_tree_scores(Accumulators<kTilesM, kTilesN>& s, const attention::Mask& mask,
+                                int first_row, int group, int first_key) {
+  const int first_col = first_key + accumulator_col(primitives::lane_idx(), 0);
+  SA_UNROLL
+  for (int m = 0; m < kTilesM; ++m) {
+    SA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_row + 16 * m + accumulator_row(primitives::lane_idx(), 2 * half);
+      const int64_t position = attention::min_of(row / group, mask.seqlen_q - 1);
+      const attention::Range keys = mask.window_keys(position);
+      const uint64_t drafts = mask.visible_drafts(position);
+      SA_UNROLL
+      for (int n = 0; n < kTilesN; ++n) {
+        SA_UNROLL
+        for (int col = 0; col < 2; ++col) {
+          const int key = first_col + 8 * n + col;
+          const int draft = key - static_cast<int>(mask.context());
+          const bool visible =
+              key < keys.end && (draft < 0 ? key >= keys.begin || key < mask.num_sink_tokens
+                                           : ((drafts >> draft) & 1) != 0);
+          if (!visible) s.c[m][n][2 * half + col] = attention::negative_infinity<float>();
         }
       }
     }

@@ -20,7 +20,7 @@ struct FlashBwdKernelProblem {
 // What the backward knows of a query row.
 template <class Real>
 struct RowFacts {
-  KeyRange visible;
+  KeyRange window;
   Real lse_log2;
   Real delta;
 };
@@ -28,12 +28,12 @@ struct RowFacts {
 // In shared memory, as arrays, so that neighbouring rows lie in neighbouring banks.
 template <class Real, int kRows>
 struct RowFactsTable {
-  KeyRange visible[kRows];
+  KeyRange window[kRows];
   Real lse_log2[kRows];
   Real delta[kRows];
 
   SA_DEVICE RowFacts<Real> load(int row) const {
-    return {primitives::load_shared(&visible[row]), primitives::load_shared(&lse_log2[row]),
+    return {primitives::load_shared(&window[row]), primitives::load_shared(&lse_log2[row]),
             primitives::load_shared(&delta[row])};
   }
 
@@ -57,7 +57,7 @@ struct RowFactsTable {
       row_delta = primitives::load_global(kernel_problem.delta +
                                           rows.lse_offset(row, problem.seqlen_q, problem.total_q));
     }
-    primitives::store_shared(&visible[i], visible_keys(mask, rows, row));
+    primitives::store_shared(&window[i], window_keys(mask, rows, row));
     primitives::store_shared(&lse_log2[i], row_lse_log2);
     primitives::store_shared(&delta[i], row_delta);
   }
@@ -66,13 +66,13 @@ struct RowFactsTable {
 // A score becomes the weight P, and dP becomes dS, but for the softmax scale.
 template <class Real>
 SA_DEVICE void differentiate(Real& score, Real& dp, const ScoreScale<Real>& scale,
-                             const RowFacts<Real>& row, int key) {
+                             const RowFacts<Real>& row, int key, int num_sink_tokens) {
   const Real transformed = scale.transform(score);
   // No weight exceeds 1. Where logits are so large that lse's rounding is a power of two or more,
   // this keeps the gradients finite; a NaN passes.
   const Real exponent = transformed * scale.to_log2 - row.lse_log2;
   const Real weight = std::exp2(exponent > Real(0) ? Real(0) : exponent);
-  const bool visible = row.visible.holds(key);
+  const bool visible = row.window.sees(key, num_sink_tokens);
   score = visible ? weight : Real(0);
   dp = visible ? weight * (dp - row.delta) * scale.slope(transformed) : Real(0);
 }

@@ -56,8 +56,8 @@ struct FlashBwdDkDvKernel {
         static_cast<int>(attention::min_of(key_begin + kBlockM, rows.info.seqlen_k));
     if (key_begin >= key_end) return;
 
-    const attention::Mask mask =
-        attention::make_mask(problem, rows.info.seqlen_q, rows.info.seqlen_k);
+    const attention::Mask mask = attention::make_mask(problem, rows.info);
+    const int num_sink_tokens = static_cast<int>(mask.num_sink_tokens);
     const attention::Range queries = mask.visible_queries(key_begin, key_end);
     const int first_row = static_cast<int>(queries.begin) * rows.group;
     const int last_row = static_cast<int>(queries.end) * rows.group;
@@ -70,7 +70,7 @@ struct FlashBwdDkDvKernel {
         query_source<Real>(rows, bwd.dout, bwd.dout_stride_batch, bwd.dout_stride_row,
                            bwd.dout_stride_head, problem.head_dim_v);
 
-    const attention::Range readable{key_begin, key_end};
+    const attention::KeySet readable{0, {key_begin, key_end}};
     load_tile(storage.k,
               k_source<Real>(problem, place.batch_idx, rows.info, place.kv_head, readable),
               key_begin, 0);
@@ -78,7 +78,7 @@ struct FlashBwdDkDvKernel {
               v_source<Real>(problem, place.batch_idx, rows.info, place.kv_head, readable),
               key_begin, 0);
     Stream stream(storage.queries, q, dout);
-    stream.start(block_begin, block_end);
+    stream.start({0, block_begin, block_end});
 
     const ScoreScale<Real> scale = score_scale<Real>(problem);
     Output dk = {};
@@ -95,7 +95,7 @@ struct FlashBwdDkDvKernel {
         add_dots(s, storage.k, c * kChunkCols<Real>, chunk, chunk_depth<Real>(q.dim, c));
       }
       const int first_key = key_begin + thread_y();
-      store_weights(s, storage, first_key, scale);
+      store_weights(s, storage, first_key, num_sink_tokens, scale);
       const int depth =
           static_cast<int>(attention::min_of(rows.num_rows - block * kBlockN, kBlockN));
       SA_UNROLL
@@ -112,7 +112,8 @@ struct FlashBwdDkDvKernel {
         const RowFacts<Real> row = storage.facts.load(thread_x() + kThreadCols * j);
         SA_UNROLL
         for (int i = 0; i < kKeys; ++i) {
-          differentiate(s[i][j], dp[i][j], scale, row, first_key + kThreadRows * i);
+          differentiate(s[i][j], dp[i][j], scale, row, first_key + kThreadRows * i,
+                        num_sink_tokens);
         }
       }
       store_scores(dp, storage.weights);
@@ -136,7 +137,7 @@ struct FlashBwdDkDvKernel {
   // P^T into shared memory. The scores stay as they are: dS is computed from them again, which
   // costs an exponential and saves the registers of a second matrix.
   static SA_DEVICE void store_weights(const Scores& s, SharedStorage& storage, int first_key,
-                                      const ScoreScale<Real>& scale) {
+                                      int num_sink_tokens, const ScoreScale<Real>& scale) {
     Scores weights;
     SA_UNROLL
     for (int j = 0; j < kRows; ++j) {
@@ -145,7 +146,8 @@ struct FlashBwdDkDvKernel {
       for (int i = 0; i < kKeys; ++i) {
         Real unused = Real(0);
         weights[i][j] = s[i][j];
-        differentiate(weights[i][j], unused, scale, row, first_key + kThreadRows * i);
+        differentiate(weights[i][j], unused, scale, row, first_key + kThreadRows * i,
+                      num_sink_tokens);
       }
     }
     store_scores(weights, storage.weights);

@@ -50,19 +50,16 @@ struct FlashBwdDqKernel {
     const int row_begin = place.tile * kBlockM;
     if (row_begin >= rows.num_rows) return;
 
-    const attention::Mask mask =
-        attention::make_mask(problem, rows.info.seqlen_q, rows.info.seqlen_k);
+    const attention::Mask mask = attention::make_mask(problem, rows.info);
+    const int num_sink_tokens = static_cast<int>(mask.num_sink_tokens);
     const int row_end = static_cast<int>(attention::min_of(row_begin + kBlockM, rows.num_rows));
-    const attention::Range visible =
+    const attention::KeySet visible =
         mask.visible_keys(rows.position(row_begin), rows.position(row_end - 1) + 1);
     const KeySource<Real> k =
         k_source<Real>(problem, place.batch_idx, rows.info, place.kv_head, visible);
     const KeySource<Real> v =
         v_source<Real>(problem, place.batch_idx, rows.info, place.kv_head, visible);
-    const int block_begin = static_cast<int>(visible.begin) / kBlockN;
-    const int block_end = visible.begin < visible.end
-                              ? (static_cast<int>(visible.end) + kBlockN - 1) / kBlockN
-                              : block_begin;
+    const auto blocks = attention::blocks_of(visible, kBlockN);
 
     load_tile(storage.q,
               query_source<Real>(rows, problem.q, problem.q_stride_batch, problem.q_stride_row,
@@ -74,11 +71,12 @@ struct FlashBwdDqKernel {
               row_begin, 0);
     storage.facts.fill(kernel_problem, mask, rows, row_begin);
     Stream stream(storage.keys, k, v);
-    stream.start(block_begin, block_end);
+    stream.start(blocks);
 
     const ScoreScale<Real> scale = score_scale<Real>(problem);
     Output dq = {};
-    for (int block = block_begin; block < block_end; ++block) {
+    for (int idx = 0; idx < blocks.count(); ++idx) {
+      const int first_key = blocks.block(idx) * kBlockN;
       Scores s = {};
       Scores dp = {};
       // The first call's barrier also lets all threads read q, dout and the rows' facts, and write
@@ -96,12 +94,13 @@ struct FlashBwdDqKernel {
         const RowFacts<Real> row = storage.facts.load(thread_y() + kThreadRows * i);
         SA_UNROLL
         for (int j = 0; j < kKeys; ++j) {
-          const int key = block * kBlockN + thread_x() + kThreadCols * j;
-          differentiate(s[i][j], dp[i][j], scale, row, key);
+          const int key = first_key + thread_x() + kThreadCols * j;
+          differentiate(s[i][j], dp[i][j], scale, row, key, num_sink_tokens);
         }
       }
       store_scores(dp, storage.ds);
-      const int depth = static_cast<int>(attention::min_of(visible.end - block * kBlockN, kBlockN));
+      const int depth =
+          static_cast<int>(attention::min_of(visible.window.end - first_key, kBlockN));
       SA_UNROLL
       for (int c = 0; c < kChunks; ++c) {
         if (c >= Stream::num_chunks(k)) break;

@@ -43,7 +43,7 @@ struct FlashFwdKernel {
     Tile<Real, kBlockM, Tiles::kHeadDim> q;
     typename Stream::Buffers keys;
     Tile<Real, kBlockM, kBlockN> weights;
-    KeyRange visible[kBlockM];
+    KeyRange window[kBlockM];
   };
   struct Config {
     static constexpr int kThreads = simt::kThreads;
@@ -67,19 +67,15 @@ struct FlashFwdKernel {
     const int row_begin = place.tile * kBlockM;
     if (row_begin >= rows.num_rows) return;
 
-    const attention::Mask mask =
-        attention::make_mask(problem, rows.info.seqlen_q, rows.info.seqlen_k);
+    const attention::Mask mask = attention::make_mask(problem, rows.info);
     const int row_end = static_cast<int>(attention::min_of(row_begin + kBlockM, rows.num_rows));
-    const attention::Range visible =
+    const attention::KeySet visible =
         mask.visible_keys(rows.position(row_begin), rows.position(row_end - 1) + 1);
     const KeySource<Real> k =
         k_source<Real>(problem, place.batch_idx, rows.info, place.kv_head, visible);
     const KeySource<Real> v =
         v_source<Real>(problem, place.batch_idx, rows.info, place.kv_head, visible);
-    const int block_begin = static_cast<int>(visible.begin) / kBlockN;
-    const int block_end = visible.begin < visible.end
-                              ? (static_cast<int>(visible.end) + kBlockN - 1) / kBlockN
-                              : block_begin;
+    const auto blocks = attention::blocks_of(visible, kBlockN);
 
     load_tile(storage.q,
               query_source<Real>(rows, problem.q, problem.q_stride_batch, problem.q_stride_row,
@@ -87,10 +83,10 @@ struct FlashFwdKernel {
               row_begin, 0);
     if (primitives::thread_idx() < kBlockM) {
       const int row = primitives::thread_idx();
-      primitives::store_shared(&storage.visible[row], visible_keys(mask, rows, row_begin + row));
+      primitives::store_shared(&storage.window[row], window_keys(mask, rows, row_begin + row));
     }
     Stream stream(storage.keys, k, v);
-    stream.start(block_begin, block_end);
+    stream.start(blocks);
 
     const ScoreScale<Real> scale = score_scale<Real>(problem);
     RowStates states;
@@ -100,17 +96,19 @@ struct FlashFwdKernel {
       states.max[i] = attention::negative_infinity<Real>();
       states.sum[i] = Real(0);
     }
-    for (int block = block_begin; block < block_end; ++block) {
+    for (int idx = 0; idx < blocks.count(); ++idx) {
+      const int first_key = blocks.block(idx) * kBlockN;
       Scores s = {};
-      // The first call's barrier also lets all threads read q and visible, and write weights, which
+      // The first call's barrier also lets all threads read q and window, and write weights, which
       // the block of keys before was multiplied with.
       for (int c = 0; c < Stream::num_chunks(k); ++c) {
         const auto& chunk = stream.next();
         add_dots(s, storage.q, c * kChunkCols<Real>, chunk, chunk_depth<Real>(k.dim, c));
       }
-      soften(s, storage, block * kBlockN, scale, states, out);
+      soften(s, storage, mask, rows, row_begin, first_key, scale, states, out);
       store_scores(s, storage.weights);
-      const int depth = static_cast<int>(attention::min_of(visible.end - block * kBlockN, kBlockN));
+      const int depth =
+          static_cast<int>(attention::min_of(visible.window.end - first_key, kBlockN));
       SA_UNROLL
       for (int c = 0; c < kChunks; ++c) {
         if (c >= Stream::num_chunks(v)) break;
@@ -124,19 +122,25 @@ struct FlashFwdKernel {
   }
 
   // Scores of the keys first_key ... to weights; out is re-based on the new maxima.
-  static SA_DEVICE void soften(Scores& s, const SharedStorage& storage, int first_key,
+  static SA_DEVICE void soften(Scores& s, const SharedStorage& storage, const attention::Mask& mask,
+                               const PackedRows& rows, int row_begin, int first_key,
                                const ScoreScale<Real>& scale, RowStates& states, Output& out) {
     constexpr Real kHidden = attention::negative_infinity<Real>();
+    const int num_sink_tokens = static_cast<int>(mask.num_sink_tokens);
     SA_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      const KeyRange visible =
-          primitives::load_shared(&storage.visible[thread_y() + kThreadRows * i]);
+      const int tile_row = thread_y() + kThreadRows * i;
+      const KeyRange window = primitives::load_shared(&storage.window[tile_row]);
+      SA_UNROLL
+      for (int j = 0; j < kKeys; ++j) {
+        const int key = first_key + thread_x() + kThreadCols * j;
+        s[i][j] = window.sees(key, num_sink_tokens) ? scale.transform(s[i][j]) : kHidden;
+      }
+      if (mask.tree != nullptr) hide_drafts(s[i], mask, rows, row_begin + tile_row, first_key);
       const Real old_max = states.max[i];
       Real max = old_max;
       SA_UNROLL
       for (int j = 0; j < kKeys; ++j) {
-        const int key = first_key + thread_x() + kThreadCols * j;
-        s[i][j] = visible.holds(key) ? scale.transform(s[i][j]) : kHidden;
         max = s[i][j] > max ? s[i][j] : max;
       }
       max = max_over_row(max);
@@ -156,6 +160,22 @@ struct FlashFwdKernel {
       for (int c = 0; c < kChunks; ++c) {
         SA_UNROLL
         for (int e = 0; e < kVector<Real>; ++e) out[c][i][e] *= rescale;
+      }
+    }
+  }
+
+  // Hides the draft tokens that are not on a row's path, or too far back on it.
+  static SA_DEVICE void hide_drafts(Real (&scores)[kKeys], const attention::Mask& mask,
+                                    const PackedRows& rows, int row, int first_key) {
+    if (row >= rows.num_rows) return;  // it sees no key
+    const uint64_t drafts = mask.visible_drafts(rows.position(row));
+    SA_UNROLL
+    for (int j = 0; j < kKeys; ++j) {
+      const int key = first_key + thread_x() + kThreadCols * j;
+      const int draft = key - static_cast<int>(mask.context());
+      const bool is_draft = draft >= 0 && draft < rows.info.seqlen_q;
+      if (is_draft && ((drafts >> draft) & 1) == 0) {
+        scores[j] = attention::negative_infinity<Real>();
       }
     }
   }

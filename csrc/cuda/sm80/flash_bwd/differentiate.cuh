@@ -24,6 +24,7 @@ SA_DEVICE void differentiate(const FlashBwdKernelProblem& problem, const Storage
                              OperandsA<kTilesM, kTilesN / 2>& ds) {
   using primitives::Float2;
   using primitives::load_shared;
+  const int sink_end = kMasked ? load_shared(&storage.sink_end) : 0;
   SA_UNROLL
   for (int n = 0; n < kTilesN; ++n) {
     const int row = warp_row + 8 * n + accumulator_col(lane, 0);
@@ -52,7 +53,7 @@ SA_DEVICE void differentiate(const FlashBwdKernelProblem& problem, const Storage
           gradient[i] = weight[i] * (dp.c[m][n][2 * half + i] - (i == 0 ? delta.x : delta.y));
           if constexpr (kCapped) gradient[i] *= 1.0f - score * score;
           if constexpr (kMasked) {
-            const bool visible = seen[i].begin <= key && key < seen[i].end;
+            const bool visible = (seen[i].begin <= key || key < sink_end) && key < seen[i].end;
             weight[i] = visible ? weight[i] : 0.0f;
             gradient[i] = visible ? gradient[i] : 0.0f;
           }

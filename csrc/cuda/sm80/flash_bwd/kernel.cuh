@@ -20,6 +20,7 @@
 // With one stage tile j + 1 is copied while dQ of tile j is computed, and a second barrier follows.
 #pragma once
 
+#include "attention/block_list.h"
 #include "attention/mask.h"
 #include "cuda/sm80/flash_bwd/config.h"
 #include "cuda/sm80/flash_bwd/differentiate.cuh"
@@ -110,6 +111,8 @@ struct FlashBwdBlock {
     store_shared(&storage.q_in_chunks, problem.q_in_chunks);
     store_shared(&storage.dout_in_chunks, problem.dout_in_chunks);
     store_shared(&storage.first_key, first_key);
+    store_shared(&storage.sink_end,
+                 static_cast<int>(attention::min_of(fwd.num_sink_tokens, seqlen_k)) - first_key);
     store_shared(&storage.seqlen_q, seqlen_q);
     store_shared(&storage.seqlen_k, seqlen_k);
     store_shared(&storage.tiles_begin,
@@ -250,7 +253,7 @@ struct FlashBwdBlock {
         KeyRange seen{0, 0};
         if (row_begin + thread < num_rows()) {
           const attention::Range keys =
-              attention::intersect(mask().visible_keys((row_begin + thread) / group()),
+              attention::intersect(mask().window_keys((row_begin + thread) / group()),
                                    {first_key(), first_key() + num_keys()});
           seen = {static_cast<int>(keys.begin - first_key()),
                   static_cast<int>(keys.end - first_key())};
@@ -276,8 +279,8 @@ struct FlashBwdBlock {
   SA_DEVICE bool needs_mask(int tile) const {
     const int first = tile * kBlockM / group();
     const int last = last_position(tile);
-    return mask().visible_keys(last).begin > first_key() ||
-           mask().visible_keys(first).end < first_key() + kBlockN;
+    const attention::Range full = mask().keys_seen_by_all(first, last + 1);
+    return full.begin > first_key() || full.end < first_key() + kBlockN;
   }
 
   // dQ of the tile, added to the accumulator; in the order of the blocks of keys if turns are kept.
@@ -318,13 +321,12 @@ struct FlashBwdBlock {
     }
   }
 
-  // How many blocks of keys add to the tile's dQ before this one: all those from the first that a
-  // row of it sees.
+  // How many blocks of keys add to the tile's dQ before this one: those that a row of it sees.
   SA_DEVICE int turn_at(int tile) const {
     const int first = tile * kBlockM / group();
     const int last = last_position(tile);
-    return first_key() / kBlockN -
-           static_cast<int>(mask().visible_keys(first, last + 1).begin) / kBlockN;
+    return attention::blocks_of(mask().visible_keys(first, last + 1), kBlockN)
+        .index(first_key() / kBlockN);
   }
 
   SA_DEVICE void store_gradients() {

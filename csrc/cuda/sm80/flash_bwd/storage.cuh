@@ -8,7 +8,7 @@
 
 namespace sink_attention::cuda::sm80 {
 
-struct alignas(8) KeyRange {  // of a block's keys, those that a row sees
+struct alignas(8) KeyRange {  // of a block's keys, those in a row's window
   int begin;
   int end;
 };
@@ -39,6 +39,7 @@ struct FlashBwdStorage {
   bool q_in_chunks;  // may be copied 16 bytes at a time
   bool dout_in_chunks;
   int first_key;
+  int sink_end;  // of the block's keys, those before it are sink tokens
   int seqlen_q;
   int seqlen_k;
   int tiles_begin;  // tiles to visit

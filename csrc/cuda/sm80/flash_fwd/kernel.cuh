@@ -14,6 +14,7 @@
 // at head_dim 64 in decode (S = 4, 64 keys) 56 KB a thread block.
 #pragma once
 
+#include "attention/block_list.h"
 #include "attention/mask.h"
 #include "attention/paged_kv.h"
 #include "cuda/sm80/flash_fwd/config.h"
@@ -52,8 +53,11 @@ struct FlashFwdKernel {
     const char* k_base;
     const char* v_base;
     const int32_t* pages;
+    const int64_t* tree;  // this sequence's part of the tree mask, or null
+    int sink_end;         // keys that may be read: [0, sink_end) and [key_begin, key_end)
     int key_begin;
     int key_end;
+    attention::BlockList<int> blocks;
     int seqlen_q;
     int seqlen_k;
     int row_begin;
@@ -89,17 +93,15 @@ struct FlashFwdKernel {
             y % kernel_problem.num_splits, tile * Tiles::kBlockM};
   }
 
-  // The blocks of keys that it walks over.
-  struct KeyBlocks {
+  // Which blocks of its tile's list it walks over: numbers begin to end - 1.
+  struct Walk {
     int begin;
     int end;
   };
-  static SA_DEVICE KeyBlocks find_key_blocks(attention::Range keys, int split, int num_splits) {
-    constexpr int kBlockN = Tiles::kBlockN;
-    const int first = static_cast<int>(keys.begin) / kBlockN;
-    const int last = (static_cast<int>(keys.end) + kBlockN - 1) / kBlockN;
-    const int count = keys.begin < keys.end ? last - first : 0;
-    return {first + count * split / num_splits, first + count * (split + 1) / num_splits};
+  static SA_DEVICE Walk find_walk(const attention::BlockList<int>& blocks, int split,
+                                  int num_splits) {
+    const int count = blocks.count();
+    return {count * split / num_splits, count * (split + 1) / num_splits};
   }
 
   static SA_DEVICE void store_work(Work& stored, const Work& work) {
@@ -107,8 +109,13 @@ struct FlashFwdKernel {
     store_shared(&stored.k_base, work.k_base);
     store_shared(&stored.v_base, work.v_base);
     store_shared(&stored.pages, work.pages);
+    store_shared(&stored.tree, work.tree);
+    store_shared(&stored.sink_end, work.sink_end);
     store_shared(&stored.key_begin, work.key_begin);
     store_shared(&stored.key_end, work.key_end);
+    store_shared(&stored.blocks.sink_end, work.blocks.sink_end);
+    store_shared(&stored.blocks.begin, work.blocks.begin);
+    store_shared(&stored.blocks.end, work.blocks.end);
     store_shared(&stored.seqlen_q, work.seqlen_q);
     store_shared(&stored.seqlen_k, work.seqlen_k);
     store_shared(&stored.row_begin, work.row_begin);
@@ -123,17 +130,27 @@ struct FlashFwdKernel {
   static SA_DEVICE KeySource<kValues> stored_source(const attention::FlashFwdProblem& problem,
                                                     const Work& work) {
     using primitives::load_shared;
-    return {problem, load_shared(kValues ? &work.v_base : &work.k_base), load_shared(&work.pages),
-            load_shared(&work.key_begin), load_shared(&work.key_end)};
+    return {problem,
+            load_shared(kValues ? &work.v_base : &work.k_base),
+            load_shared(&work.pages),
+            load_shared(&work.sink_end),
+            load_shared(&work.key_begin),
+            load_shared(&work.key_end)};
+  }
+  static SA_DEVICE attention::BlockList<int> stored_blocks(const Work& work) {
+    using primitives::load_shared;
+    return {load_shared(&work.blocks.sink_end), load_shared(&work.blocks.begin),
+            load_shared(&work.blocks.end)};
   }
 
-  // Starts the copy of a block of keys or values, if there is one, and closes its group.
+  // Starts the copy of block number idx of keys or values, if there is one, and closes its group.
   template <bool kValues, class Tile>
-  static SA_DEVICE void load_block(Tile* stages, const KeySource<kValues>& source, int block,
-                                   const KeyBlocks& blocks, bool in_chunks) {
-    if (block < blocks.end) {
-      load_keys<kThreads>(stages[(block - blocks.begin) % Tiles::kStages], source,
-                          block * Tiles::kBlockN, in_chunks);
+  static SA_DEVICE void load_block(Tile* stages, const KeySource<kValues>& source,
+                                   const attention::BlockList<int>& blocks, int idx,
+                                   const Walk& walk, bool in_chunks) {
+    if (idx < walk.end) {
+      load_keys<kThreads>(stages[(idx - walk.begin) % Tiles::kStages], source,
+                          blocks.block(idx) * Tiles::kBlockN, in_chunks);
     }
     primitives::cp_async_commit();
   }
@@ -156,10 +173,10 @@ struct FlashFwdKernel {
     const int q_begin = rows.position(row_begin);
     const int last_row = attention::min_of(row_begin + Tiles::kBlockM, rows.num_rows) - 1;
     const int q_end = rows.position(last_row) + 1;
-    const attention::Mask mask =
-        attention::make_mask(problem, rows.info.seqlen_q, rows.info.seqlen_k);
-    const attention::Range visible = mask.visible_keys(q_begin, q_end);
-    const KeyBlocks blocks = find_key_blocks(visible, place.split, kernel_problem.num_splits);
+    const attention::Mask mask = attention::make_mask(problem, rows.info);
+    const attention::KeySet visible = mask.visible_keys(q_begin, q_end);
+    const auto blocks = attention::blocks_of(visible, Tiles::kBlockN);
+    const Walk walk = find_walk(blocks, place.split, kernel_problem.num_splits);
     const auto keys = key_source<false>(problem, batch_idx, kv_head, rows.info, visible);
     const auto values = key_source<true>(problem, batch_idx, kv_head, rows.info, visible);
 
@@ -169,18 +186,18 @@ struct FlashFwdKernel {
       work.k_base = keys.base;
       work.v_base = values.base;
       work.pages = keys.pages;
+      work.tree = mask.tree;
+      work.sink_end = keys.sink_end;
       work.key_begin = keys.begin;
       work.key_end = keys.end;
+      work.blocks = blocks;
       work.seqlen_q = static_cast<int>(rows.info.seqlen_q);
       work.seqlen_k = static_cast<int>(rows.info.seqlen_k);
       work.row_begin = row_begin;
       work.group = rows.group;
-      // Blocks whose keys every row sees: the last row sees fewest at the front, the first at the
-      // end.
-      work.full_begin =
-          (static_cast<int>(mask.visible_keys(q_end - 1).begin) + kBlockN - 1) / kBlockN;
-      work.full_end =
-          static_cast<int>(attention::max_of(mask.visible_keys(q_begin).end, 0)) / kBlockN;
+      const attention::Range full = mask.keys_seen_by_all(q_begin, q_end);
+      work.full_begin = (static_cast<int>(full.begin) + kBlockN - 1) / kBlockN;
+      work.full_end = static_cast<int>(attention::max_of(full.end, 0)) / kBlockN;
       work.scale = kernel_problem.scale.times(cache_scale(problem.k_scale, problem, kv_head));
       store_work(storage.work, work);
     }
@@ -197,9 +214,9 @@ struct FlashFwdKernel {
                         });
     SA_UNROLL
     for (int stage = 0; stage < Tiles::kStages; ++stage) {
-      load_block(pipeline.k, keys, blocks.begin + stage, blocks, kernel_problem.k_in_chunks);
+      load_block(pipeline.k, keys, blocks, walk.begin + stage, walk, kernel_problem.k_in_chunks);
       if (stage == Tiles::kStages - 1) break;
-      load_block(pipeline.v, values, blocks.begin + stage, blocks, kernel_problem.v_in_chunks);
+      load_block(pipeline.v, values, blocks, walk.begin + stage, walk, kernel_problem.v_in_chunks);
     }
 
     RowStates<kTilesM> states;
@@ -207,12 +224,13 @@ struct FlashFwdKernel {
     Out out;
     out.clear();
 
-    for (int block = blocks.begin; block < blocks.end; ++block) {
-      const int stage = (block - blocks.begin) % Tiles::kStages;
+    for (int idx = walk.begin; idx < walk.end; ++idx) {
+      const int stage = (idx - walk.begin) % Tiles::kStages;
       primitives::cp_async_wait<2 * (Tiles::kStages - 1)>();
       primitives::sync_threads();  // K of this block is there; V of the last one is no longer read
-      load_block(pipeline.v, stored_source<true>(problem, storage.work), block + Tiles::kStages - 1,
-                 blocks, kernel_problem.v_in_chunks);
+      load_block(pipeline.v, stored_source<true>(problem, storage.work),
+                 stored_blocks(storage.work), idx + Tiles::kStages - 1, walk,
+                 kernel_problem.v_in_chunks);
 
       Scores s;
       s.clear();
@@ -221,18 +239,27 @@ struct FlashFwdKernel {
 
       primitives::cp_async_wait<2 * (Tiles::kStages - 1)>();
       primitives::sync_threads();  // V of this block is there; its K is no longer read
-      load_block(pipeline.k, stored_source<false>(problem, storage.work), block + Tiles::kStages,
-                 blocks, kernel_problem.k_in_chunks);
+      load_block(pipeline.k, stored_source<false>(problem, storage.work),
+                 stored_blocks(storage.work), idx + Tiles::kStages, walk,
+                 kernel_problem.k_in_chunks);
 
       const Work& work = storage.work;
       using primitives::load_shared;
       transform_scores(s, load_shared(&work.scale.form), load_shared(&work.scale.to_tanh));
+      const int block = stored_blocks(work).block(idx);
       if (block < load_shared(&work.full_begin) || block >= load_shared(&work.full_end)) {
-        mask_scores(
-            s,
-            attention::make_mask(problem, load_shared(&work.seqlen_q), load_shared(&work.seqlen_k)),
-            load_shared(&work.row_begin) + warp_row, load_shared(&work.group),
-            block * Tiles::kBlockN + warp_n * Tiles::kWarpKeys);
+        const int first_row = load_shared(&work.row_begin) + warp_row;
+        const int first_key = block * Tiles::kBlockN + warp_n * Tiles::kWarpKeys;
+        const int seqlen_q = load_shared(&work.seqlen_q);
+        const int seqlen_k = load_shared(&work.seqlen_k);
+        if (problem.tree_mask == nullptr) {
+          mask_scores(s, attention::make_mask(problem, seqlen_q, seqlen_k), first_row,
+                      load_shared(&work.group), first_key);
+        } else {
+          mask_tree_scores(
+              s, attention::make_mask(problem, seqlen_q, seqlen_k, load_shared(&work.tree)),
+              first_row, load_shared(&work.group), first_key);
+        }
       }
       soften(s, states, out, load_shared(&work.scale.to_log2));
       gemm_weights(out, s, pipeline.v[stage], warp_n * Tiles::kWarpKeys,

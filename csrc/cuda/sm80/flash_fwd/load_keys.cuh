@@ -35,7 +35,8 @@ struct KeySource {
   const attention::FlashFwdProblem& problem;
   const char* base;      // of key 0, or of page 0 slot 0 with a block table
   const int32_t* pages;  // the sequence's row of the block table, or null
-  int begin;             // keys that may be read: [begin, end); the others count as zeros
+  int sink_end;          // keys that may be read: [0, sink_end) and [begin, end); the others count
+  int begin;             // as zeros
   int end;
 
   SA_DEVICE int dim() const {
@@ -47,7 +48,9 @@ struct KeySource {
   SA_DEVICE int64_t page_stride() const {
     return kValues ? problem.v_stride_batch : problem.k_stride_batch;
   }
-  SA_DEVICE bool is_readable(int key) const { return begin <= key && key < end; }
+  SA_DEVICE bool is_readable(int key) const {
+    return key < sink_end || (begin <= key && key < end);
+  }
 
   template <class Stored>
   SA_DEVICE const Stored* origin() const {
@@ -77,12 +80,16 @@ SA_DEVICE float cache_scale(const float* scales, const attention::FlashFwdProble
 template <bool kValues>
 SA_DEVICE KeySource<kValues> key_source(const attention::FlashFwdProblem& problem, int batch_idx,
                                         int kv_head, const attention::SeqlenInfo& info,
-                                        attention::Range visible) {
+                                        attention::KeySet visible) {
   const attention::KeyRows rows =
       kValues ? attention::value_rows(problem, batch_idx, info, kv_head, visible)
               : attention::key_rows(problem, batch_idx, info, kv_head, visible);
-  return {problem, rows.base, rows.pages, static_cast<int>(rows.readable.begin),
-          static_cast<int>(rows.readable.end)};
+  return {problem,
+          rows.base,
+          rows.pages,
+          static_cast<int>(rows.readable.sink_end),
+          static_cast<int>(rows.readable.window.begin),
+          static_cast<int>(rows.readable.window.end)};
 }
 
 // Keys [first_key, first_key + kRows); those that may not be read become zeros. 16-bit rows in

@@ -31,6 +31,8 @@ def cascade_attn_with_kvcache(
     num_splits: int = 0,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    num_sink_tokens: int = 0,
+    tree_mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """flash_attn_with_kvcache for sequences that begin with the same keys, lying in the same pages.
 
@@ -55,7 +57,8 @@ def cascade_attn_with_kvcache(
             entries are the same in every row; those of row 0 are used.
         common_prefix_len: keys that all sequences share, a multiple of page_size; 0: none.
         cu_seqlens_q, max_seqlen_q, softmax_scale, causal, window_size, softcap, s_aux, return_lse,
-            num_splits, k_scale, v_scale: as in flash_attn_with_kvcache.
+            num_splits, k_scale, v_scale, num_sink_tokens, tree_mask: as in
+            flash_attn_with_kvcache.
 
     Returns:
         As flash_attn_with_kvcache.
@@ -97,11 +100,18 @@ def cascade_attn_with_kvcache(
         "k_scale": k_scale,
         "v_scale": v_scale,
     }
-    own = {"causal": causal, "cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": max_seqlen_q}
+    own = {
+        "causal": causal,
+        "window_size": window_size,
+        "cu_seqlens_q": cu_seqlens_q,
+        "max_seqlen_q": max_seqlen_q,
+        "num_sink_tokens": num_sink_tokens,  # without a left bound it means nothing
+        "tree_mask": tree_mask,  # every draft token sees the whole prefix
+    }
     if prefix_pages == 0 or window_left >= 0 or block_table.shape[0] == 0 or q.shape[0] == 0:
         return flash_attn_with_kvcache(
             q, k_cache, v_cache, None, None, cache_seqlens, block_table,
-            window_size=window_size, s_aux=s_aux, return_lse=return_lse, **own, **options,
+            s_aux=s_aux, return_lse=return_lse, **own, **options,
         )  # fmt: skip
 
     if cache_checks.can_read_values(cache_seqlens):
@@ -109,7 +119,7 @@ def cascade_attn_with_kvcache(
         _check_shared_pages(block_table, prefix_pages)
     own_out, own_lse = flash_attn_with_kvcache(
         q, k_cache, v_cache, None, None, (cache_seqlens - common_prefix_len).clamp(min=0),
-        block_table[:, prefix_pages:], window_size=window_size, return_lse=True, **own, **options,
+        block_table[:, prefix_pages:], return_lse=True, **own, **options,
     )  # fmt: skip
     prefix = {
         "cache_seqlens": torch.full_like(cache_seqlens[:1], common_prefix_len),

@@ -132,7 +132,7 @@ def flash_attn_with_kvcache(
             token itself or an ancestor. At most 64 draft tokens a sequence (bit 63 is the sign);
             causal=True. A token with n ancestors stands at position seqlen_k - seqlen_q + n, from
             which window_size counts: it sees what it would see if its path alone followed the
-            other keys. On CUDA the bits are not checked.
+            other keys. On CUDA the bits are checked under set_debug_checks only.
 
     Returns:
         out (batch, seqlen_q, num_heads_q, head_dim_v), or (total_q, num_heads_q, head_dim_v); with

@@ -82,7 +82,12 @@ FIELDS = {
     "softcap": (0.0, 0.0, 15.0),
     "num_splits": (0, 1, 3),
     "float8": (None, None, "per head", "scalar"),
-    "mask": ({"causal": True}, {}, {"causal": True, "window_size": (9, 0)}),
+    "mask": (
+        {"causal": True},
+        {},
+        {"causal": True, "window_size": (9, 0)},
+        {"causal": True, "window_size": (9, 0), "num_sink_tokens": 3},
+    ),
     "lengths": (
         {"seqlens_q": (1, 1, 1, 1), "seqlens_k": (25, 40, 60, 26)},
         {"seqlens_q": (3, 3, 3), "seqlens_k": (27, 51, 64)},
@@ -125,6 +130,27 @@ def test_without_a_prefix_it_is_the_plain_call(backend: Backend) -> None:
     result = attend(CASE, inputs, 0)
     assert torch.equal(result.out, out)
     assert torch.equal(result.lse, lse)
+
+
+def test_a_tree_of_drafts_on_a_shared_prefix(backend: Backend) -> None:
+    case = replace(CASE, seqlens_q=(4, 4, 4), seqlens_k=(32, 28, 64))
+    inputs = make(case, PREFIX, backend.device)
+    words = torch.tensor([0b1, 0b11, 0b101, 0b1011], device=backend.device)
+    tree_mask = words.expand(3, -1).contiguous()
+    out, lse = backend.flash_attn_with_kvcache(
+        inputs.q,
+        inputs.k_cache,
+        inputs.v_cache,
+        cache_seqlens=inputs.seqlens_k,
+        block_table=inputs.block_table,
+        s_aux=inputs.s_aux,
+        causal=True,
+        tree_mask=tree_mask,
+    )
+    result = attend(case, inputs, PREFIX, tree_mask=tree_mask)
+    torch.testing.assert_close(result.out, out, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result.lse, lse, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(attend(case, inputs, PREFIX).out, result.out)
 
 
 def test_rows_in_no_sequence(backend: Backend) -> None:

@@ -84,6 +84,16 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("paged", {"block_table": BAD_TABLE}, "block_table[1, 1] must be in [0, 6) (k_cache's pages)"),
     ("packed", {"cu_seqlens_q": int32([0, 2, 1])}, "cu_seqlens_q must not fall"),
     ("packed", {"cu_seqlens_q": int32([0, 1, 5])}, "cu_seqlens_q[2] must be at most total_q = 4"),
+    (
+        "paged",
+        {"tree_mask": torch.tensor([[1, 3], [1, 5]]), "causal": True},
+        "tree_mask must have bit 1 set and none above it in the word of draft token 1 of",
+    ),
+    (
+        "packed",
+        {"tree_mask": torch.tensor([1, 1, 2, 2]), "causal": True},
+        "tree_mask must have bit 2 set and none above it in the word of draft token 2 of",
+    ),
     ("packed", {"max_seqlen_q": 2}, "max_seqlen_q must be at least every sequence's length, got 2"),
     (
         "write",

@@ -49,6 +49,11 @@ OnHost<FlashFwdProblem> on_host(const FlashFwdProblem& problem, const PagedArgs&
   if (paged.cu_seqlens_q) {
     host.problem.cu_seqlens_q = copy<int32_t>(*paged.cu_seqlens_q, host.copies);
   }
+  if (paged.tree_mask && paged.tree_mask->numel() > 0) {
+    const Tensor& tree_mask = *paged.tree_mask;
+    host.problem.tree_mask = copy<int64_t>(tree_mask, host.copies);
+    host.problem.tree_mask_stride = tree_mask.dim() == 2 ? tree_mask.size(1) : 0;
+  }
   return host;
 }
 

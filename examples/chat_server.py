@@ -10,6 +10,7 @@ hub's attention kernel lies in this package's folder:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -85,6 +86,7 @@ class ChatServer:
             *("--host", "127.0.0.1", "--port", str(self.port), "--device", "cpu"),
             *("--attn-implementation", KERNEL_REPO, *options),
         ]
+        self.is_stopped = False
         self.watchdog = threading.Timer(time_limit, self.stop)
 
     def environment(self) -> dict[str, str]:
@@ -138,14 +140,15 @@ class ChatServer:
         return self.log.read().decode(errors="replace")
 
     def stop(self) -> None:
+        """Ends the whole process group; the second time does nothing."""
+        if self.is_stopped:
+            return
+        self.is_stopped = True
         for kind, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 30)):
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, kind)
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(patience)
-            except ProcessLookupError:
-                return
-            except subprocess.TimeoutExpired:
-                continue
 
 
 # ---- requests ----

@@ -1,4 +1,4 @@
-"""The folder that LOCAL_KERNELS takes: FlashAttention-3's signatures, and models that run on them."""
+"""The folder for LOCAL_KERNELS: its files, FlashAttention-3's signatures, and what is refused."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_dense(backend: Backend) -> None:
 
 
 def test_packed(backend: Backend) -> None:
-    """All that transformers' continuous batching passes by position; 0-d maximum; empty sequence."""
+    """Seven by position, as continuous batching does; 0-d maxima; an empty sequence."""
     q, (k, v) = qkv(12)[0], qkv(20)[1:]
     cu_q, cu_k = lengths(0, 5, 5, 12), lengths(0, 9, 9, 20)
     given = {"softmax_scale": 0.3, "causal": True, "window_size": (3, 3), "s_aux": SINKS.double()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,13 +19,14 @@ from tiny_models import VOCAB, gpt_oss, tokens  # noqa: E402
 from tokenizers import Tokenizer, decoders, models  # noqa: E402
 from transformers import GenerationConfig, PreTrainedTokenizerFast  # noqa: E402
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "examples"))
 from chat_server import CACHE, Answer, ChatServer, ask, ask_all, save  # noqa: E402
 
 NEW_TOKENS = 24
 # Longer than the window of 16, longer than a pass of the scheduler (64 tokens), a single token, ...
 LENGTHS = (37, 9, 23, 1, 70, 16, 17, 5)
-TIME_LIMIT = 90  # seconds, after which the server is killed
+TIME_LIMIT = 180  # seconds, after which the server is killed
 
 
 @dataclass
@@ -48,7 +51,9 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
         pytest.param([], id="one at a time", marks=pytest.mark.slow),
     ],
 )
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
     model, tokenizer = gpt_oss(), character_tokenizer()
     model.set_attn_implementation("eager")
     greedy = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
@@ -92,6 +97,23 @@ def test_a_second_turn(served: Served) -> None:
     """The same server afterwards, with one request alone."""
     answer = ask(served.server, served.prompts[0], 5)
     assert answer == Answer(served.expected[0].text[:5], 5, "length")
+
+
+def test_serve_demo(tmp_path: Path) -> None:
+    """`make serve-demo`, with a few steps of everything."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "serve_demo.py", "--quick"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        cwd=tmp_path,  # it depends on no working directory
+        capture_output=True,
+        text=True,
+        timeout=2 * TIME_LIMIT,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "  ok: all 8 answers are those of generate()"
+    assert all(f" s  [{index}] " in done.stdout for index in range(1, 9))
+    assert "tokens/s" in done.stdout and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ hub's attention kernel lies in this package's folder:
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import signal
 import socket
@@ -19,8 +20,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -102,7 +101,8 @@ class ChatServer:
         }
 
     def __enter__(self) -> ChatServer:
-        self.log = tempfile.TemporaryFile()
+        # Appending, since the server shares the position at which printed() reads.
+        self.log = tempfile.TemporaryFile("a+b")
         self.process = subprocess.Popen(
             self.command,
             env=self.environment(),
@@ -129,11 +129,14 @@ class ChatServer:
         self.log.close()
 
     def answers(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as response:
-                return response.status == 200
-        except (urllib.error.URLError, OSError):
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
             return False
+        finally:
+            connection.close()
 
     def printed(self) -> str:
         self.log.seek(0)
@@ -170,7 +173,11 @@ def ask(
 ) -> Answer:
     """One greedy streaming chat request; on_text is called with each piece as it comes."""
     with openai.OpenAI(
-        base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=timeout
+        base_url=f"{server.url}/v1",
+        api_key="none",
+        max_retries=0,
+        timeout=timeout,
+        http_client=openai.DefaultHttpxClient(trust_env=False),  # no proxy stands before loopback
     ) as client:
         stream = client.chat.completions.create(
             model=server.model,

@@ -64,9 +64,8 @@ def served(
         answer = model.generate(ids, greedy, attention_mask=torch.ones_like(ids))[0, length:]
         text = tokenizer.decode(answer, skip_special_tokens=True)
         expected.append(Answer(text, len(answer), "length"))
-    assert (
-        len(set("".join(answer.text for answer in expected))) > 15
-    )  # no model that says one thing
+    said = set("".join(answer.text for answer in expected))
+    assert len(said) > 15  # no model that says one thing all the time
     folder = tmp_path_factory.mktemp("model")
     save(model, tokenizer, folder)
     with ChatServer(folder, request.param, TIME_LIMIT) as server:

@@ -35,7 +35,7 @@ SANITIZED = $(shell grep -l 'mark\.sanitize' tests/test_*.py)
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */\1|/' | \
-	  awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+	  awk -F'|' '{ printf "  make %-18s %s\n", $$1, $$2 }'
 	@echo "  PYTHON=...        the interpreter to use (now: $(PY))"
 
 build: $(LIBRARY)  ## the extension, in place

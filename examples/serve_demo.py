@@ -71,7 +71,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=200, help="training steps (200)")
+    parser.add_argument("--steps", type=int, default=350, help="training steps (350)")
     parser.add_argument("--quick", action="store_true", help="a few steps: does it run?")
     args = parser.parse_args()
     steps, new_tokens = (8, 16) if args.quick else (args.steps, 96)

@@ -140,6 +140,17 @@ def test_gradients_reach_the_sinks() -> None:
     assert (sinks.grad != 0).all()
 
 
+@pytest.mark.parametrize("name", hub_kernel.__all__)
+def test_compiles_in_one_graph(name: str) -> None:
+    function = getattr(hub_kernel, name)
+    q, k, v = qkv(9) if "varlen" in name else qkv(1, 9)
+    lengths_given = (lengths(0, 4, 9), lengths(0, 4, 9), 5, 5) if "varlen" in name else ()
+    given = {"causal": True, "window_size": (3, 3), "s_aux": SINKS}
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    results = [f(q, k, v, *lengths_given, **given) for f in (function, compiled)]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 def test_last_stride_may_be_any() -> None:
     q, k, v = qkv(1, 9)
     strided = [t.transpose(1, 3).contiguous().transpose(1, 3) for t in (q, k, v)]

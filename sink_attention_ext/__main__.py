@@ -1,14 +1,21 @@
-"""``python -m sink_attention_ext``: what was built, what runs here, and whether it is right."""
+"""``python -m sink_attention_ext``: what was built, what runs here, and whether it is right.
+
+``python -m sink_attention_ext kernel-path``: the folder for LOCAL_KERNELS, by which transformers
+takes our operators for those of kernels-community/vllm-flash-attn3.
+"""
 
 from __future__ import annotations
 
+import argparse
 import platform
 import sys
+from collections.abc import Sequence
 
 import torch
 
 import sink_attention_ext
 from sink_attention_ext import ops
+from sink_attention_ext.integrations.flash_attention_3 import KERNEL_FOLDER
 from sink_attention_ext.selfcheck import run_self_check
 
 
@@ -43,7 +50,22 @@ def self_check(device: str) -> bool:
     return all_ok
 
 
-def main() -> int:
+def main(arguments: Sequence[str] = ()) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m sink_attention_ext",
+        description="Without a command: prints what was built, and checks its results here.",
+    )
+    parser.add_argument(
+        "command",
+        nargs="?",
+        choices=["kernel-path"],
+        help="kernel-path: print the folder that transformers takes as hub kernel, "
+        'LOCAL_KERNELS="kernels-community/vllm-flash-attn3=<path>"',
+    )
+    if parser.parse_args(arguments).command == "kernel-path":
+        print(KERNEL_FOLDER)
+        return 0
+
     print_environment()
     if ops.LIBRARY_PATH is None:
         return 1
@@ -54,4 +76,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

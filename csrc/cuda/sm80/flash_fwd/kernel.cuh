@@ -52,6 +52,8 @@ struct FlashFwdKernel {
     const char* k_base;
     const char* v_base;
     const int32_t* pages;
+    const float* k_scales;
+    const float* v_scales;
     int key_begin;
     int key_end;
     int seqlen_q;
@@ -107,6 +109,8 @@ struct FlashFwdKernel {
     store_shared(&stored.k_base, work.k_base);
     store_shared(&stored.v_base, work.v_base);
     store_shared(&stored.pages, work.pages);
+    store_shared(&stored.k_scales, work.k_scales);
+    store_shared(&stored.v_scales, work.v_scales);
     store_shared(&stored.key_begin, work.key_begin);
     store_shared(&stored.key_end, work.key_end);
     store_shared(&stored.seqlen_q, work.seqlen_q);
@@ -123,8 +127,12 @@ struct FlashFwdKernel {
   static SA_DEVICE KeySource<kValues> stored_source(const attention::FlashFwdProblem& problem,
                                                     const Work& work) {
     using primitives::load_shared;
-    return {problem, load_shared(kValues ? &work.v_base : &work.k_base), load_shared(&work.pages),
-            load_shared(&work.key_begin), load_shared(&work.key_end)};
+    return {problem,
+            load_shared(kValues ? &work.v_base : &work.k_base),
+            load_shared(&work.pages),
+            load_shared(kValues ? &work.v_scales : &work.k_scales),
+            load_shared(&work.key_begin),
+            load_shared(&work.key_end)};
   }
 
   // Starts the copy of a block of keys or values, if there is one, and closes its group.
@@ -169,6 +177,8 @@ struct FlashFwdKernel {
       work.k_base = keys.base;
       work.v_base = values.base;
       work.pages = keys.pages;
+      work.k_scales = keys.scales;
+      work.v_scales = values.scales;
       work.key_begin = keys.begin;
       work.key_end = keys.end;
       work.seqlen_q = static_cast<int>(rows.info.seqlen_q);

@@ -215,6 +215,31 @@ def test_reference_reads_token_scales(backend: Backend, stored: torch.dtype) -> 
     torch.testing.assert_close(actual.lse, lse, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("stored", STORED, ids=str)
+def test_every_bit_pattern_is_read(
+    backend: Backend, stored: torch.dtype, dtype: torch.dtype
+) -> None:
+    """One key a sequence, so out is the stored value, which q's dtype holds exactly; NaN too."""
+    patterns = torch.arange(256, dtype=torch.uint8).view(stored)
+    if stored == INT8:
+        patterns = patterns[patterns.ne(-128)]  # which no write leaves
+    device, count = backend.device, len(patterns)
+    v_cache = patterns.reshape(1, 1, 1, count).to(device)
+    k_cache = torch.zeros(1, 1, 1, 8).to(stored).to(device)
+    q = torch.zeros(1, 1, 1, 8, dtype=dtype, device=device)
+    for scales in (torch.ones(()), torch.ones(1, 1, 1)):
+        scales = scales.to(device)
+        out, _ = backend.flash_attn_with_kvcache(
+            q, k_cache, v_cache, cache_seqlens=1, k_scale=scales, v_scale=scales
+        )
+        assert out.dtype == dtype
+        wanted = patterns.to(torch.float32)
+        torch.testing.assert_close(
+            out.flatten().cpu().float(), wanted, rtol=1e-6, atol=0, equal_nan=True
+        )
+
+
 # ---- writing ----
 
 

@@ -26,6 +26,16 @@ SA_DEVICE uint64_t load_8_bit_chunk(const uint8_t* row, int first, int cols, boo
   return chunk;
 }
 
+SA_DEVICE float widen(attention::Int8 number) { return attention::to_float(number); }
+
+// float8 bits at a float's place stand for 2^-120 of the number; so do subnormals, with which a GPU
+// computes as it does with others.
+SA_DEVICE float widen(attention::Float8E4M3 number) {
+  const uint32_t extended = static_cast<uint32_t>(static_cast<int8_t>(number.bits));
+  const float value = attention::float_of((extended << 20) & 0x87f00000u) * 0x1p120f;
+  return (number.bits & 0x7fu) == 0x7fu ? attention::float_of(0x7fc00000u) : value;
+}
+
 // Eight stored numbers times their scale, rounded to Element; where the scale is 1 nothing is lost.
 template <class Element, class Stored>
 SA_DEVICE primitives::Bytes16 widen_chunk(uint64_t stored, float scale) {
@@ -34,8 +44,8 @@ SA_DEVICE primitives::Bytes16 widen_chunk(uint64_t stored, float scale) {
   memcpy(numbers, &stored, sizeof(numbers));
   SA_UNROLL
   for (int i = 0; i < kChunkElems; i += 2) {
-    chunk.word[i / 2] = primitives::pack<Element>(attention::to_float(numbers[i]) * scale,
-                                                  attention::to_float(numbers[i + 1]) * scale);
+    chunk.word[i / 2] =
+        primitives::pack<Element>(widen(numbers[i]) * scale, widen(numbers[i + 1]) * scale);
   }
   return chunk;
 }

@@ -186,9 +186,12 @@ def _cast_qkv(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Any, ...]:
     return _cast(q), _cast(k), _cast(v), *args
 
 
+def _is_quantised(cache: Tensor) -> bool:
+    return cache.dtype in (torch.float8_e4m3fn, torch.int8)
+
+
 def _cast_q_like_cache(q: Tensor, k_cache: Tensor, *args: Any) -> tuple[Any, ...]:
-    is_float8 = k_cache.dtype == torch.float8_e4m3fn
-    if is_float8:
+    if _is_quantised(k_cache):
         return _cast(q), k_cache, *args
     return q if autocast_dtype(q) is None else q.to(k_cache.dtype), k_cache, *args
 
@@ -196,8 +199,7 @@ def _cast_q_like_cache(q: Tensor, k_cache: Tensor, *args: Any) -> tuple[Any, ...
 def _cast_kv_like_cache(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any
 ) -> tuple[Any, ...]:
-    is_float8 = k_cache.dtype == torch.float8_e4m3fn
-    if is_float8:
+    if _is_quantised(k_cache):
         return _cast(k), _cast(v), k_cache, v_cache, *args
     k = k if autocast_dtype(k) is None else k.to(k_cache.dtype)
     v = v if autocast_dtype(v) is None else v.to(v_cache.dtype)
@@ -209,6 +211,7 @@ _AUTOCAST_RULES = {
     "flash_attn_varlen_fwd": _cast_qkv,
     "paged_attn": _cast_q_like_cache,
     "reshape_and_cache": _cast_kv_like_cache,
+    "reshape_and_cache.token_scales": _cast_kv_like_cache,
 }
 
 
@@ -255,12 +258,13 @@ def _register() -> torch.library.Library:
         torch.library.register_autograd(
             f"{ops.NAMESPACE}::{name}", backward, setup_context=setup_context, lib=library
         )
-    for name in ("paged_attn", "paged_attn.out", "reshape_and_cache"):
+    writers = ("reshape_and_cache", "reshape_and_cache.token_scales")
+    for name in ("paged_attn", "paged_attn.out", *writers):
         library.impl(name, _without_gradient(name), "Autograd")
     for name, cast in _AUTOCAST_RULES.items():
         for key in ("AutocastCPU", "AutocastCUDA"):
             library.impl(name, _autocast_kernel(name, cast, key), key)
-    for name in (*formulas, "paged_attn", "reshape_and_cache"):
+    for name in (*formulas, "paged_attn", *writers):
         torch.library.register_vmap(f"{ops.NAMESPACE}::{name}", _refuse_vmap(name), lib=library)
     return library
 

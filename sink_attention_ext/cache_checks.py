@@ -25,10 +25,10 @@ def check_caches(k_cache: Any, v_cache: Any) -> None:
     """Two caches that belong together, (num_pages, page_size, num_heads_kv, head_dim[_v])."""
     for name, cache, layout in (("k_cache", k_cache, K_CACHE), ("v_cache", v_cache, V_CACHE)):
         checks.check_tensor(name, cache, layout)
-        if cache.dtype not in checks.FLOAT_DTYPES and cache.dtype != checks.FLOAT8:
+        if cache.dtype not in (*checks.FLOAT_DTYPES, *checks.QUANTISED_DTYPES):
             raise TypeError(
-                f"{name} must have dtype float64, float32, float16, bfloat16 or float8_e4m3fn; "
-                f"got {cache.dtype}"
+                f"{name} must have dtype float64, float32, float16, bfloat16, float8_e4m3fn or "
+                f"int8; got {cache.dtype}"
             )
         checks.check_last_stride(name, cache)
     if v_cache.dtype != k_cache.dtype:
@@ -46,26 +46,42 @@ def check_caches(k_cache: Any, v_cache: Any) -> None:
 
 
 def check_dtype_against_cache(name: str, tensor: Tensor, k_cache: Tensor) -> None:
-    """q, k and v have the dtype of the cache, unless it is float8 or autocast will make them so."""
+    """q, k and v have the cache's dtype, unless it is quantised or autocast will make them so."""
     checks.check_float_dtype(name, tensor)
-    if k_cache.dtype != checks.FLOAT8:
+    if k_cache.dtype not in checks.QUANTISED_DTYPES:
         checks.check_same_dtype(name, tensor, "k_cache", k_cache)
+
+
+def are_token_scales(k_scale: Tensor | None) -> bool:
+    """Whether checked scales are one for each token and head, which a write computes."""
+    return k_scale is not None and k_scale.dim() == 3
 
 
 def check_cache_scales(
     k_scale: Any, v_scale: Any, k_cache: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Scales are there exactly for float8 caches; returned with one shape, for the operators."""
-    if k_cache.dtype != checks.FLOAT8:
+    """Scales are there exactly for quantised caches, both of one kind.
+
+    Returned for the operators: scales of tokens as they are, since they are written to; others with
+    one shape.
+    """
+    if k_cache.dtype not in checks.QUANTISED_DTYPES:
         for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
             if scale is not None:
                 raise ValueError(
-                    f"{name} must be None for caches of {k_cache.dtype}: only float8_e4m3fn caches "
-                    f"are scaled; got {scale!r}"
+                    f"{name} must be None for caches of {k_cache.dtype}: only float8_e4m3fn and "
+                    f"int8 caches are scaled; got {scale!r}"
                 )
         return None, None
     k_scale = _check_scale("k_scale", k_scale, k_cache)
     v_scale = _check_scale("v_scale", v_scale, k_cache)
+    if are_token_scales(k_scale) != are_token_scales(v_scale):
+        raise ValueError(
+            "k_scale and v_scale must be of one kind, both for each token and head or neither; "
+            f"got shapes {checks.shape_text(k_scale)} and {checks.shape_text(v_scale)}"
+        )
+    if are_token_scales(k_scale):
+        return k_scale, v_scale
     if k_scale.shape != v_scale.shape:
         num_heads_kv = k_cache.shape[2]
         k_scale, v_scale = k_scale.expand(num_heads_kv), v_scale.expand(num_heads_kv)
@@ -73,22 +89,38 @@ def check_cache_scales(
 
 
 def _check_scale(name: str, scale: Any, k_cache: Tensor) -> Tensor:
-    """float32, one for all kv heads or one each."""
+    """float32, one for all kv heads, one for each, or one for each token and head."""
     num_heads_kv = k_cache.shape[2]
+    token_shape = tuple(k_cache.shape[:3])
+    shapes = "(), (1,), (num_heads_kv,) or (num_pages, page_size, num_heads_kv)"
     if not isinstance(scale, Tensor):
         raise TypeError(
-            f"{name} must be a float32 tensor of shape (), (1,) or (num_heads_kv,) for "
-            f"float8_e4m3fn caches; got {type(scale).__name__}"
+            f"{name} must be a float32 tensor of shape {shapes} for {k_cache.dtype} caches; got "
+            f"{type(scale).__name__}"
         )
     if scale.dtype != torch.float32:
         raise TypeError(f"{name} must have dtype torch.float32; got {scale.dtype}")
-    if scale.dim() > 1 or (scale.dim() == 1 and scale.shape[0] not in (1, num_heads_kv)):
+    is_static = scale.dim() == 0 or (scale.dim() == 1 and scale.shape[0] in (1, num_heads_kv))
+    if not is_static and tuple(scale.shape) != token_shape:
         raise ValueError(
-            f"{name} must have shape (), (1,) or (num_heads_kv,) = ({num_heads_kv},); got "
-            f"{checks.shape_text(scale)}"
+            f"{name} must have shape {shapes}, here (), (1,), ({num_heads_kv},) or {token_shape}; "
+            f"got {checks.shape_text(scale)}"
         )
     checks.check_device(name, scale, k_cache.device)
     return scale
+
+
+def check_scales_can_be_written(k_scale: Tensor | None, v_scale: Tensor | None) -> None:
+    """Scales of tokens are written where those are: each has memory of its own."""
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if not are_token_scales(scale):
+            continue
+        strides = zip(scale.shape, scale.stride(), strict=True)
+        if any(size > 1 and stride == 0 for size, stride in strides):
+            raise ValueError(
+                f"{name} must have memory of its own for each token and head, since their scales "
+                f"are written to it; got strides {tuple(scale.stride())}, as of expand()"
+            )
 
 
 def check_new_kv(

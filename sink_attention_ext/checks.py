@@ -19,6 +19,7 @@ from sink_attention_ext.autograd import autocast_dtype
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 FLOAT8 = torch.float8_e4m3fn
+QUANTISED_DTYPES = (FLOAT8, torch.int8)  # of caches, with scales
 MAX_HEAD_DIM = 256
 
 Q_DENSE = ("batch", "seqlen_q", "num_heads_q", "head_dim")

@@ -31,15 +31,20 @@ def reshape_and_cache(
     Args:
         k: (num_tokens, num_heads_kv, head_dim).
         v: (num_tokens, num_heads_kv, head_dim_v).
-        k_cache: (num_pages, page_size, num_heads_kv, head_dim), the dtype of k or float8_e4m3fn.
-            Any strides but for the last, which is 1: a (num_pages, num_heads_kv, page_size,
+        k_cache: (num_pages, page_size, num_heads_kv, head_dim), the dtype of k, float8_e4m3fn or
+            int8. Any strides but for the last, which is 1: a (num_pages, num_heads_kv, page_size,
             head_dim) cache is passed as ``cache.transpose(1, 2)``.
         v_cache: (num_pages, page_size, num_heads_kv, head_dim_v), the dtype of k_cache.
         slot_mapping: (num_tokens,) int64 from 0 to num_pages * page_size - 1; -1 leaves the token
             out.
-        k_scale: for float8 caches, and only for them: float32 of shape (), (1,) or (num_heads_kv,);
-            what is stored is k / k_scale, saturated to +-448.
-        v_scale: the same for v.
+        k_scale: for float8 and int8 caches, and only for them: float32; what is stored is
+            k / k_scale, rounded to nearest even and saturated to +-448 (float8) or +-127 (int8).
+            NaN stays NaN in float8 and becomes 0 in int8.
+            Of shape (), (1,) or (num_heads_kv,) it is read. Of shape (num_pages, page_size,
+            num_heads_kv), any strides, it is **written**, with a scale for each token and head
+            beside the token: the largest finite magnitude of the head's row, divided by 448 or 127
+            (1.0 for a row of zeros; infinities are saturated).
+        v_scale: the same for v, of the same kind as k_scale.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -64,8 +69,9 @@ def reshape_and_cache(
     checks.check_device("slot_mapping", slot_mapping, k_cache.device)
     checks.check_last_stride("slot_mapping", slot_mapping)
     checks.check_size("slot_mapping", slot_mapping, 0, "num_tokens", k.shape[0], "as k has")
-    refuse_gradient("reshape_and_cache", k, v, k_cache, v_cache)
-    ops.reshape_and_cache(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+    cache_checks.check_scales_can_be_written(k_scale, v_scale)
+    refuse_gradient("reshape_and_cache", k, v, k_cache, v_cache, k_scale, v_scale)
+    _write(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
 
 
 def flash_attn_with_kvcache(
@@ -99,7 +105,7 @@ def flash_attn_with_kvcache(
 
     Args:
         q: (batch, seqlen_q, num_heads_q, head_dim), or (total_q, num_heads_q, head_dim) with
-            cu_seqlens_q. The caches' dtype; with float8 caches any float dtype.
+            cu_seqlens_q. The caches' dtype; with float8 and int8 caches any float dtype.
         k_cache: with block_table (num_pages, page_size, num_heads_kv, head_dim), without it
             (batch, seqlen_cache, num_heads_kv, head_dim): one row per sequence. Any strides but for
             the last, which is 1: a (num_pages, num_heads_kv, page_size, head_dim) cache is passed
@@ -123,8 +129,12 @@ def flash_attn_with_kvcache(
             same bits alone and in any batch, prefilled whole, in chunks of any size or decoded,
             wherever its pages lie. On CUDA that costs decode some speed: its tiles for few rows,
             whose warps share the keys, are then not used.
-        k_scale: for float8 caches, and only for them: float32 of shape (), (1,) or (num_heads_kv,).
-        v_scale: the same for v.
+        k_scale: for float8 and int8 caches, and only for them: float32, keys are stored * k_scale.
+            Of shape (), (1,) or (num_heads_kv,); or k_cache.shape[:3], one for each token and head:
+            then the append writes those of the new tokens (see reshape_and_cache), and those of
+            slots that are not read may hold anything. On CUDA the product of such a scale is
+            rounded to the dtype of q before it is used.
+        v_scale: the same for v, of the same kind as k_scale.
         tree_mask: the queries are the tokens of a draft tree (SpecInfer, arXiv 2305.09781; Medusa,
             arXiv 2401.10774), ancestors before descendants, and their keys the last ones that the
             cache holds. int64 (batch, seqlen_q), or (total_q,) with cu_seqlens_q: bit d of a
@@ -178,7 +188,7 @@ def flash_attn_with_kvcache(
     num_sink_tokens = checks.check_num_sink_tokens(num_sink_tokens)
     max_seqlen_q = _max_seqlen_q(max_seqlen_q, q)
     cache_checks.check_tree_mask(tree_mask, q, window_right, max_seqlen_q)
-    refuse_gradient("flash_attn_with_kvcache", q, k, v, k_cache, v_cache, s_aux)
+    refuse_gradient("flash_attn_with_kvcache", q, k, v, k_cache, v_cache, s_aux, k_scale, v_scale)
 
     page_size = k_cache.shape[1]
     pages = block_table
@@ -190,6 +200,7 @@ def flash_attn_with_kvcache(
     seqused_k = lengths
     if k is not None or v is not None:
         _check_new_kv(q, k, v, k_cache, v_cache, is_packed)
+        cache_checks.check_scales_can_be_written(k_scale, v_scale)
         seqused_k = lengths + (cu_seqlens_q.diff() if is_packed else k.shape[1])
         if cache_checks.can_read_values(lengths):
             if is_packed:
@@ -208,7 +219,7 @@ def flash_attn_with_kvcache(
             slots = _slots(*tokens, pages, k_cache.shape[0], page_size)
             if not is_packed:
                 k, v = k.flatten(0, 1), v.flatten(0, 1)
-            ops.reshape_and_cache(k, v, k_cache, v_cache, slots, k_scale, v_scale)
+            _write(k, v, k_cache, v_cache, slots, k_scale, v_scale)
 
     out, lse = ops.paged_attn(
         q,
@@ -231,6 +242,22 @@ def flash_attn_with_kvcache(
         tree_mask,
     )
     return (out, lse) if return_lse else out
+
+
+def _write(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
+    """By the operator that reads the scales, or by the one that writes them."""
+    op = ops.reshape_and_cache
+    if cache_checks.are_token_scales(k_scale):
+        op = ops.reshape_and_cache_token_scales
+    op(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
 
 
 def _check_batch(q: Tensor, k_cache: Tensor, block_table: Any, cu_seqlens_q: Any) -> int:

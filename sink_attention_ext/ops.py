@@ -51,6 +51,7 @@ flash_attn_varlen_bwd = lookup("flash_attn_varlen_bwd")
 paged_attn = lookup("paged_attn")
 paged_attn_out = lookup("paged_attn.out")
 reshape_and_cache = lookup("reshape_and_cache")
+reshape_and_cache_token_scales = lookup("reshape_and_cache.token_scales")
 merge_attn_states = lookup("merge_attn_states")
 cpu_instruction_set = lookup("cpu_instruction_set")
 cpu_instruction_sets = lookup("cpu_instruction_sets")
@@ -140,6 +141,7 @@ FAKE_KERNELS: dict[str, Callable[..., Any]] = {
     "paged_attn": _fake_paged_attn,
     "paged_attn.out": _fake_mutation,
     "reshape_and_cache": _fake_mutation,
+    "reshape_and_cache.token_scales": _fake_mutation,
     "merge_attn_states": _fake_merge_attn_states,
 }
 

@@ -183,6 +183,36 @@ def gather_pages(cache: Tensor, pages: Tensor, seqlen: int) -> Tensor:
     return cache[used].flatten(0, 1)[:seqlen]
 
 
+def quantise(
+    tokens: Tensor, dtype: torch.dtype, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Keys or values as a cache of 8-bit numbers holds them, to be read as stored * scale.
+
+    Args:
+        tokens: (..., num_heads_kv, head_dim), read as float32.
+        dtype: float8_e4m3fn or int8.
+        scale: float32 of shape (), (1,) or (num_heads_kv,); None: one for each token and head, its
+            largest finite magnitude over the largest number of dtype, 1 where that is 0.
+
+    Returns:
+        stored, like tokens in `dtype`: tokens / scale, saturated to +-448 or +-127, ties to even;
+        NaN is NaN in float8 and 0 in int8. And the scale, computed ones (..., num_heads_kv).
+    """
+    largest = 127.0 if dtype == torch.int8 else 448.0
+    tokens = tokens.float()
+    if scale is None:
+        finite = torch.where(tokens.isfinite(), tokens, 0.0)
+        scale = finite.abs().amax(dim=-1) / largest
+        scale = torch.where(scale > 0, scale, 1.0)
+        factor = scale[..., None]
+    else:
+        factor = scale.reshape(-1, 1)
+    stored = (tokens / factor).clamp(-largest, largest)
+    if dtype == torch.int8:
+        stored = stored.nan_to_num(0.0).round()
+    return stored.to(dtype), scale
+
+
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -204,13 +234,18 @@ def paged_attention(
     after the other.
 
     q is (batch, seqlen_q, num_heads_q, head_dim), or (total_q, num_heads_q, head_dim) with
-    cu_seqlens_q; tree_mask is (batch, seqlen_q), or (total_q,). A float8 cache is read as stored *
-    scale, the scale of shape (), (1,) or (num_heads_kv,).
+    cu_seqlens_q; tree_mask is (batch, seqlen_q), or (total_q,). A float8 or int8 cache is read as
+    stored * scale, the scale of shape (), (1,) or (num_heads_kv,), or cache.shape[:3], one for each
+    token and head.
     """
 
     def read(cache: Tensor, scale: Tensor | None, b: int) -> Tensor:
         tokens = gather_pages(cache, block_table[b], int(seqused_k[b])).to(q.dtype)
-        return tokens if scale is None else tokens * scale.to(q.dtype).reshape(-1, 1)
+        if scale is not None and scale.dim() == 3:
+            scale = gather_pages(scale, block_table[b], int(seqused_k[b]))[..., None]
+        elif scale is not None:
+            scale = scale.reshape(-1, 1)
+        return tokens if scale is None else tokens * scale.to(q.dtype)
 
     batch = block_table.shape[0]
     keys = [read(k_cache, k_scale, b) for b in range(batch)]

@@ -102,8 +102,10 @@ def supports(
             return _no(f"{name} is 1 to {checks.MAX_HEAD_DIM}, not {size}")
     if num_heads_q < 1 or num_heads_kv < 1 or num_heads_q % num_heads_kv != 0:
         return _no(f"num_heads_kv = {num_heads_kv} does not divide num_heads_q = {num_heads_q}")
-    if kv_dtype != dtype and not (paged and kv_dtype == checks.FLOAT8):
-        return _no(f"kv_dtype is {dtype}, or float8_e4m3fn in a paged cache, not {kv_dtype}")
+    if kv_dtype != dtype and not (paged and kv_dtype in checks.QUANTISED_DTYPES):
+        return _no(
+            f"kv_dtype is {dtype}, or float8_e4m3fn or int8 in a paged cache, not {kv_dtype}"
+        )
     if paged and backward:
         return _no("attention over a key-value cache has no backward")
     try:

@@ -130,6 +130,34 @@ def reshape_and_cache_float8(dtype: torch.dtype, requires_grad: bool) -> Argumen
     return (k, v, *caches(torch.float8_e4m3fn), torch.tensor([13, -1, 2]), *scales), {}
 
 
+def paged_int8_token_scales(dtype: torch.dtype, requires_grad: bool) -> Arguments:
+    (q, _, _, *rest), _ = paged(dtype, requires_grad)
+    rest[4], rest[5] = token_scales(), token_scales()
+    return (q, *caches(torch.int8), *rest), {}
+
+
+def token_scales() -> Tensor:
+    """For the pages of caches(), kept heads first too."""
+    return torch.rand(4, 2, 4).transpose(1, 2) + 0.5
+
+
+def reshape_and_cache_int8(dtype: torch.dtype, requires_grad: bool) -> Arguments:
+    (k, v, *_), _ = reshape_and_cache(dtype, requires_grad)
+    scales = (torch.tensor(0.5), torch.tensor(1.5))
+    return (k, v, *caches(torch.int8), torch.tensor([13, -1, 2]), *scales), {}
+
+
+def reshape_and_cache_token_scales(dtype: torch.dtype, requires_grad: bool) -> Arguments:
+    (k, v, *_), _ = reshape_and_cache(dtype, requires_grad)
+    slots = torch.tensor([13, -1, 2])
+    return (k, v, *caches(torch.int8), slots, token_scales(), token_scales()), {}
+
+
+def reshape_and_cache_token_scales_float8(dtype: torch.dtype, requires_grad: bool) -> Arguments:
+    (k, v, _, _, slots, *scales), _ = reshape_and_cache_token_scales(dtype, requires_grad)
+    return (k, v, *caches(torch.float8_e4m3fn), slots, *scales), {}
+
+
 def merge(dtype: torch.dtype, requires_grad: bool) -> Arguments:
     outs = [randn(2, 3, 4, 5, dtype=dtype, requires_grad=requires_grad) for _ in range(3)]
     lses = [torch.randn(2, 4, 3, dtype=ops.lse_dtype(dtype)) for _ in range(3)]
@@ -149,9 +177,19 @@ SAMPLES: dict[str, tuple[Callable[..., Any], Sample]] = {
     "paged": (ops.paged_attn, paged),
     "paged_tree": (ops.paged_attn, paged_tree),
     "paged_packed_float8": (ops.paged_attn, paged_packed_float8),
+    "paged_int8_token_scales": (ops.paged_attn, paged_int8_token_scales),
     "paged_out": (ops.paged_attn_out, paged_out),
     "reshape_and_cache": (ops.reshape_and_cache, reshape_and_cache),
     "reshape_and_cache_float8": (ops.reshape_and_cache, reshape_and_cache_float8),
+    "reshape_and_cache_int8": (ops.reshape_and_cache, reshape_and_cache_int8),
+    "reshape_and_cache_token_scales": (
+        ops.reshape_and_cache_token_scales,
+        reshape_and_cache_token_scales,
+    ),
+    "reshape_and_cache_token_scales_float8": (
+        ops.reshape_and_cache_token_scales,
+        reshape_and_cache_token_scales_float8,
+    ),
     "merge": (ops.merge_attn_states, merge),
 }
 DIFFERENTIABLE = ("fwd", "fwd_without_sink", "varlen_fwd", "merge")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 def raw(tensor: Tensor) -> Tensor:
     """The bytes, so that NaN equals NaN."""
-    return tensor.contiguous().view(torch.uint8)
+    return tensor.contiguous().reshape(tensor.shape or (1,)).view(torch.uint8)
 
 
 def assert_same_bytes(actual: Tensor, expected: Tensor) -> None:

@@ -56,11 +56,18 @@ def write() -> dict[str, Any]:
     return arguments | {"k_cache": randn(6, 4, 2, 8), "v_cache": randn(6, 4, 2, 8)}
 
 
+def quantised_write() -> dict[str, Any]:
+    caches = {name: torch.zeros(6, 4, 2, 8, dtype=torch.int8) for name in ("k_cache", "v_cache")}
+    scales = {name: torch.ones(6, 4, 2) for name in ("k_scale", "v_scale")}
+    return write() | caches | scales
+
+
 ARGUMENTS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "varlen": ("flash_attn_varlen", varlen),
     "paged": ("flash_attn_with_kvcache", paged),
     "packed": ("flash_attn_with_kvcache", packed),
     "write": ("reshape_and_cache", write),
+    "quantised write": ("reshape_and_cache", quantised_write),
 }
 BAD_TABLE = int32([[0, 1, 99], [3, 6, 99]])[:, :2]
 CASES: list[tuple[str, dict[str, Any], str]] = [
@@ -101,6 +108,11 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         "slot_mapping[1] must be -1 (skip) or in",
     ),
     (
+        "quantised write",
+        {"slot_mapping": torch.tensor([1, 24, 2])},
+        "slot_mapping[1] must be -1 (skip) or in",
+    ),
+    (
         "write",
         {"slot_mapping": torch.tensor([1, 2, -2])},
         "slot_mapping[2] must be -1 (skip) or in",
@@ -114,7 +126,7 @@ def call(backend: Backend, arguments: dict[str, Any], name: str) -> Any:
         for key, value in arguments.items()
     }
     result = getattr(backend, ARGUMENTS[name][0])(**on_device)
-    for key in ("k_cache", "v_cache"):  # what reshape_and_cache wrote
+    for key in ("k_cache", "v_cache", "k_scale", "v_scale"):  # what reshape_and_cache wrote
         if key in arguments:
             arguments[key].copy_(on_device[key])
     return result
@@ -165,13 +177,13 @@ def test_a_backward_checks_too(backend: Backend) -> None:
     q, k, v = (arguments[name].to(backend.device) for name in "qkv")
     out, lse = ops.flash_attn_varlen_fwd(
         q, k, v, lengths, int32([0, 5, 9]).to(q.device), None, None, 4, 5, 1.0, True, -1, 0, 0.0,
-        False,
+        False, 0,
     )  # fmt: skip
     lengths[1] = 7
     with pytest.raises(RuntimeError, match="cu_seqlens_q must not fall"):
         ops.flash_attn_varlen_bwd(
             out, None, q, k, v, out, lse, lengths, int32([0, 5, 9]).to(q.device), None, None, 4, 5,
-            1.0, True, -1, 0, 0.0, False,
+            1.0, True, -1, 0, 0.0, False, 0,
         )  # fmt: skip
 
 

@@ -1,5 +1,5 @@
-// Number formats as bits: bfloat16, float16 and float8 e4m3 to and from float, round to nearest
-// even.
+// Number formats as bits: bfloat16, float16, float8 e4m3 and int8 to and from float, round to
+// nearest even; and the scale that a row of a cache of 8-bit numbers is stored with.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +18,9 @@ struct Float16 {
 struct Float8E4M3 {  // 1 sign, 4 exponent (bias 7), 3 mantissa bits; no infinity, 0x7f and 0xff are
                      // NaN, largest 448
   uint8_t bits;
+};
+struct Int8 {  // -127 .. 127: the same range on both sides, as a scale wants it
+  int8_t bits;
 };
 
 SA_HOST_DEVICE uint32_t bits_of(float value) {
@@ -43,15 +46,20 @@ SA_HOST_DEVICE float to_float(Float16 value) {
   return float_of(sign | bits_of(float_of(magnitude << 13) * 0x1p112f));
 }
 
+// By masks: of a loop with branches GCC makes no vectors on AVX2.
 SA_HOST_DEVICE float to_float(Float8E4M3 value) {
   const uint32_t sign = uint32_t{value.bits & 0x80u} << 24;
   const uint32_t magnitude = value.bits & 0x7fu;
-  if (magnitude == 0x7fu) return float_of(sign | 0x7fc00000u);
-  const uint32_t exponent = magnitude >> 3;
-  const uint32_t mantissa = magnitude & 7u;
-  if (exponent == 0) return float_of(sign | bits_of(static_cast<float>(mantissa) * 0x1p-9f));
-  return float_of(sign | ((exponent + 120) << 23) | (mantissa << 20));
+  const uint32_t is_subnormal = 0u - static_cast<uint32_t>(magnitude < 8u);
+  const uint32_t is_nan = 0u - static_cast<uint32_t>(magnitude == 0x7fu);
+  const uint32_t normal = (magnitude << 20) + (120u << 23);  // the exponent's bias: 7 -> 127
+  // A subnormal m / 8 * 2^-6 is what 1 + m / 8 has above 1.
+  const uint32_t subnormal = bits_of(float_of(normal + (1u << 23)) - 0x1p-6f);
+  const uint32_t number = (subnormal & is_subnormal) | (normal & ~is_subnormal);
+  return float_of(sign | number | (is_nan & 0x7fc00000u));
 }
+
+SA_HOST_DEVICE float to_float(Int8 value) { return static_cast<float>(value.bits); }
 
 SA_HOST_DEVICE BFloat16 to_bfloat16(float value) {
   const uint32_t bits = bits_of(value);
@@ -90,6 +98,42 @@ to_float8_e4m3(float value) {  // saturates to +-448, as KV caches want; NaN sta
   }
   const uint32_t rounded = magnitude + 0x7ffffu + ((magnitude >> 20) & 1u);
   return {static_cast<uint8_t>(sign | ((rounded - 0x3c000000u) >> 20))};
+}
+
+SA_HOST_DEVICE Int8 to_int8(float value) {  // saturates to +-127; NaN, which int8 lacks, becomes 0
+  const float below = value < 127.0f ? value : (value >= 127.0f ? 127.0f : 0.0f);
+  const float inside = below > -127.0f ? below : -127.0f;
+  // Adding 1.5 * 2^23 lines the number up with units of 1.
+  return {static_cast<int8_t>(bits_of(inside + 0x1.8p23f) - 0x4b400000u)};
+}
+
+// Numbers of a cache of 8-bit numbers, and the largest there is.
+template <class Stored>
+constexpr float kLargest = 448.0f;
+template <>
+constexpr float kLargest<Int8> = 127.0f;
+template <class Stored>
+SA_HOST_DEVICE Stored to_stored(float value);
+template <>
+SA_HOST_DEVICE Float8E4M3 to_stored<Float8E4M3>(float value) {
+  return to_float8_e4m3(value);
+}
+template <>
+SA_HOST_DEVICE Int8 to_stored<Int8>(float value) {
+  return to_int8(value);
+}
+
+// A row that is stored with a scale of its own: its largest finite magnitude becomes the format's.
+// Magnitudes are compared as bits, whose order is theirs; infinities and NaN count as 0.
+SA_HOST_DEVICE uint32_t finite_magnitude(float value) {
+  const uint32_t magnitude = bits_of(value) & 0x7fffffffu;
+  return magnitude < 0x7f800000u ? magnitude : 0u;
+}
+// 1 for a row of zeros, or of numbers so small that the quotient is 0.
+template <class Stored>
+SA_HOST_DEVICE float row_scale(uint32_t largest_magnitude) {
+  const float scale = float_of(largest_magnitude) / kLargest<Stored>;
+  return scale > 0.0f ? scale : 1.0f;
 }
 
 }  // namespace sink_attention::attention

@@ -16,11 +16,15 @@ SA_HOST_DEVICE int64_t bytes_of(DataType dtype) {
     case DataType::kFloat32:
       return 4;
     case DataType::kFloat8E4M3:
+    case DataType::kInt8:
       return 1;
     default:
       return 2;
   }
 }
+
+// Numbers that only a cache has, with scales.
+SA_HOST_DEVICE bool is_8_bit(DataType dtype) { return bytes_of(dtype) == 1; }
 
 struct KeyRows {
   const char* base;  // of key 0, or of page 0 slot 0 with a block table
@@ -35,7 +39,10 @@ struct KeyRows {
                     // and their entries anything
   int64_t dim;
   DataType dtype;
-  float scale;  // what stored numbers are multiplied with; 1 but for float8
+  float scale;                // what stored numbers are multiplied with; 1 but for 8 bits
+  const float* token_scales;  // of page 0 slot 0, to be multiplied with instead; may be null
+  int64_t scale_stride_page;
+  int64_t scale_stride_slot;
 
   SA_HOST_DEVICE bool is_readable(int64_t key) const { return readable.holds(key); }
 
@@ -43,6 +50,13 @@ struct KeyRows {
     if (pages == nullptr) return base + key * row_bytes;
     const int64_t page = page_shift >= 0 ? key >> page_shift : key / page_size;
     return base + pages[page] * page_bytes + (key - page * page_size) * row_bytes;
+  }
+
+  // Where the key's own scale lies; only where there are token_scales, and so pages.
+  SA_HOST_DEVICE const float* token_scale(int64_t key) const {
+    const int64_t page = page_shift >= 0 ? key >> page_shift : key / page_size;
+    return token_scales + pages[page] * scale_stride_page +
+           (key - page * page_size) * scale_stride_slot;
   }
 };
 
@@ -76,16 +90,28 @@ SA_HOST_DEVICE KeyRows rows_of(const FlashFwdProblem& problem, int64_t batch_idx
 
 SA_HOST_DEVICE KeyRows key_rows(const FlashFwdProblem& problem, int64_t batch_idx,
                                 const SeqlenInfo& info, int64_t head_idx, KeySet readable) {
-  return internal::rows_of(problem, batch_idx, info, head_idx, readable, problem.k,
-                           problem.k_stride_batch, problem.k_stride_row, problem.k_stride_head,
-                           problem.head_dim, problem.k_scale);
+  KeyRows rows = internal::rows_of(problem, batch_idx, info, head_idx, readable, problem.k,
+                                   problem.k_stride_batch, problem.k_stride_row,
+                                   problem.k_stride_head, problem.head_dim, problem.k_scale);
+  if (problem.k_token_scales != nullptr) {
+    rows.token_scales = problem.k_token_scales + head_idx * problem.k_scale_stride_head;
+    rows.scale_stride_page = problem.k_scale_stride_page;
+    rows.scale_stride_slot = problem.k_scale_stride_slot;
+  }
+  return rows;
 }
 
 SA_HOST_DEVICE KeyRows value_rows(const FlashFwdProblem& problem, int64_t batch_idx,
                                   const SeqlenInfo& info, int64_t head_idx, KeySet readable) {
-  return internal::rows_of(problem, batch_idx, info, head_idx, readable, problem.v,
-                           problem.v_stride_batch, problem.v_stride_row, problem.v_stride_head,
-                           problem.head_dim_v, problem.v_scale);
+  KeyRows rows = internal::rows_of(problem, batch_idx, info, head_idx, readable, problem.v,
+                                   problem.v_stride_batch, problem.v_stride_row,
+                                   problem.v_stride_head, problem.head_dim_v, problem.v_scale);
+  if (problem.v_token_scales != nullptr) {
+    rows.token_scales = problem.v_token_scales + head_idx * problem.v_scale_stride_head;
+    rows.scale_stride_page = problem.v_scale_stride_page;
+    rows.scale_stride_slot = problem.v_scale_stride_slot;
+  }
+  return rows;
 }
 
 }  // namespace sink_attention::attention

@@ -8,7 +8,7 @@
 
 namespace sink_attention::attention {
 
-enum class DataType : int32_t { kFloat64, kFloat32, kFloat16, kBFloat16, kFloat8E4M3 };
+enum class DataType : int32_t { kFloat64, kFloat32, kFloat16, kBFloat16, kFloat8E4M3, kInt8 };
 
 // Forward attention: dense, varlen and paged are one computation that differs in where a row lies.
 //   dense    cu_seqlens_q and cu_seqlens_k null: sequence b is row b of the batch dimension
@@ -17,9 +17,9 @@ enum class DataType : int32_t { kFloat64, kFloat32, kFloat16, kBFloat16, kFloat8
 //   slot j % page_size;
 //            its queries are dense or by cu_seqlens_q, its key count is seqused_k[b]
 struct FlashFwdProblem {
-  DataType dtype;        // of q and out; of k and v too unless kv_dtype is kFloat8E4M3
+  DataType dtype;        // of q and out; of k and v too unless kv_dtype has 8 bits
   DataType kv_dtype;     // of k and v
-  DataType s_aux_dtype;  // any but kFloat8E4M3; meaningless where s_aux is null
+  DataType s_aux_dtype;  // none of 8 bits; meaningless where s_aux is null
   const void* q;  // [batch, seqlen_q, num_heads_q, head_dim] or [total_q, num_heads_q, head_dim]
   const void* k;  // [batch, seqlen_k, num_heads_kv, head_dim], [total_k, ...] or [num_pages,
                   // page_size, ...]
@@ -33,9 +33,11 @@ struct FlashFwdProblem {
   const int32_t*
       seqused_k;  // [batch], may be null: only the first seqused_k[b] keys of sequence b count
   const int32_t* block_table;  // [batch, max_pages_per_seq], may be null
-  const float*
-      k_scale;  // [1] or [num_heads_kv], null unless kv_dtype is kFloat8E4M3: k = stored * k_scale
-  const float* v_scale;                                 // like k_scale
+  // 8-bit k: k = stored * scale, with either of these, the other null; other dtypes: both null.
+  const float* k_scale;         // [1] or [num_heads_kv]
+  const float* k_token_scales;  // [num_pages, page_size, num_heads_kv]; only with a block table
+  const float* v_scale;         // likewise
+  const float* v_token_scales;
   int64_t q_stride_batch, q_stride_row, q_stride_head;  // batch strides are 0 and unused in varlen
   int64_t k_stride_batch, k_stride_row,
       k_stride_head;  // paged: k_stride_batch is the stride of a page
@@ -44,6 +46,8 @@ struct FlashFwdProblem {
   int64_t lse_stride_batch, lse_stride_head;
   int64_t block_table_stride;
   int64_t kv_scale_stride;  // 0: one scale for all heads, 1: one per kv head
+  int64_t k_scale_stride_page, k_scale_stride_slot, k_scale_stride_head;  // of the token scales
+  int64_t v_scale_stride_page, v_scale_stride_slot, v_scale_stride_head;
   int64_t batch;
   int64_t seqlen_q;  // dense: the length; varlen: the largest (max_seqlen_q)
   int64_t seqlen_k;  // dense: the length; varlen: the largest; paged: max_pages_per_seq * page_size
@@ -87,18 +91,24 @@ struct FlashBwdProblem {
 // token.
 struct ReshapeAndCacheProblem {
   DataType dtype;               // of k and v
-  DataType cache_dtype;         // dtype, or kFloat8E4M3: stored = k / k_scale, saturated to +-448
+  DataType cache_dtype;         // dtype, or of 8 bits: stored = k / scale, saturated
   const void* k;                // [num_tokens, num_heads_kv, head_dim]
   const void* v;                // [num_tokens, num_heads_kv, head_dim_v]
   void* k_cache;                // [num_pages, page_size, num_heads_kv, head_dim]
   void* v_cache;                // [num_pages, page_size, num_heads_kv, head_dim_v]
   const int64_t* slot_mapping;  // [num_tokens]
-  const float* k_scale;         // [1] or [num_heads_kv]; null unless cache_dtype is kFloat8E4M3
+  const float* k_scale;         // [1] or [num_heads_kv]; 8 bits only
   const float* v_scale;
+  // [num_pages, page_size, num_heads_kv]: written, with the largest finite magnitude of a token's
+  // head over the largest number of cache_dtype, in the place of k_scale and v_scale; 8 bits only
+  float* k_token_scales;
+  float* v_token_scales;
   int64_t k_stride_token, k_stride_head, v_stride_token, v_stride_head;
   int64_t k_cache_stride_page, k_cache_stride_slot, k_cache_stride_head;
   int64_t v_cache_stride_page, v_cache_stride_slot, v_cache_stride_head;
   int64_t kv_scale_stride;  // 0: one scale for all heads, 1: one per kv head
+  int64_t k_scale_stride_page, k_scale_stride_slot, k_scale_stride_head;  // of the token scales
+  int64_t v_scale_stride_page, v_scale_stride_slot, v_scale_stride_head;
   int64_t num_tokens, num_heads_kv, head_dim, head_dim_v, num_pages, page_size;
 };
 

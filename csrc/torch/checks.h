@@ -58,6 +58,8 @@ inline const char* dtype_name(ScalarType dtype) {
       return "bfloat16";
     case ScalarType::Float8_e4m3fn:
       return "float8_e4m3fn";
+    case ScalarType::Char:
+      return "int8";
     case ScalarType::Int:
       return "int32";
     case ScalarType::Long:

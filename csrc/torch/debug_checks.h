@@ -12,8 +12,8 @@ namespace sink_attention::binding {
 
 bool debug_checks();  // whether the switch is on, for all threads
 
-// A problem whose lengths, block table, tree mask and slots lie in host memory, for check_values; its other
-// pointers are the device's still.
+// A problem whose lengths, block table, tree mask and slots lie in host memory, for check_values;
+// its other pointers are the device's still.
 template <class Problem>
 struct OnHost {
   Problem problem;

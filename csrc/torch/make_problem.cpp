@@ -1,6 +1,7 @@
 #include "torch/make_problem.h"
 
 #include "attention/mask.h"
+#include "attention/paged_kv.h"
 
 namespace sink_attention::binding {
 namespace {
@@ -89,30 +90,77 @@ void set_qkv(FlashFwdProblem& problem, const Tensor& q, const Tensor& k, const T
   problem.v_stride_head = v.stride(k_rank - 2);
 }
 
-// float8 caches come with both scales, float32 of shape (), (1,) or (num_heads_kv,); others with
-// none.
-const float* cache_scale(const std::optional<Tensor>& scale, const char* name, bool float8,
-                         int64_t num_heads_kv, const Tensor& q) {
-  if (!float8) {
-    check(!scale, name, " is only for float8_e4m3fn caches");
-    return nullptr;
-  }
-  check(scale.has_value(), name, " is needed for a float8_e4m3fn cache");
-  check_same_device(*scale, name, q);
-  check_dtype(*scale, name, ScalarType::Float);
-  const bool one = scale->dim() == 0 || (scale->dim() == 1 && scale->size(0) == 1);
-  check(one || (scale->dim() == 1 && scale->size(0) == num_heads_kv), name,
-        " must have shape (), (1,) or (num_heads_kv,) = (", num_heads_kv, ",), got ",
-        shape_of(*scale));
-  if (!one) check_unit_last_stride(*scale, name);
-  return scale->const_data_ptr<float>();
+// What a cache holds: float8, int8, or numbers of q's dtype.
+DataType cache_type(const Tensor& cache, const char* name, const Tensor& q, DataType q_type) {
+  if (cache.scalar_type() == ScalarType::Float8_e4m3fn) return DataType::kFloat8E4M3;
+  if (cache.scalar_type() == ScalarType::Char) return DataType::kInt8;
+  check_dtype(cache, name, q.scalar_type());
+  return q_type;
 }
 
-int64_t scale_stride(const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
-  if (!k_scale) return 0;
-  check(k_scale->numel() == v_scale->numel(), "k_scale and v_scale must have one shape, got ",
+bool are_token_scales(const std::optional<Tensor>& scale) { return scale && scale->dim() == 3; }
+
+// Scales of k or v per tensor or kv head, float32 of shape (), (1,) or (num_heads_kv,).
+const float* cache_scale(const Tensor& scale, const char* name, const Tensor& cache) {
+  const int64_t num_heads_kv = cache.size(2);
+  const bool one = scale.dim() == 0 || (scale.dim() == 1 && scale.size(0) == 1);
+  check(one || (scale.dim() == 1 && scale.size(0) == num_heads_kv), name,
+        " must have shape (), (1,), (num_heads_kv,) = (", num_heads_kv,
+        ",) or, one for each token and head, (num_pages, page_size, num_heads_kv), got ",
+        shape_of(scale));
+  if (!one) check_unit_last_stride(scale, name);
+  return scale.const_data_ptr<float>();
+}
+
+template <class T>
+T* float_data(const Tensor& tensor) {
+  if constexpr (std::is_const_v<T>) {
+    return tensor.const_data_ptr<float>();
+  } else {
+    return static_cast<float*>(tensor.mutable_data_ptr());
+  }
+}
+
+// 8-bit caches come with both scales, of one kind; others with none. Token scales, as large as the
+// cache but for head_dim, are left in token_scales as T* (const where they are only read).
+template <class T, class Problem>
+void set_cache_scales(Problem& problem, DataType cache_dtype, const Tensor& k_cache,
+                      const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
+  const std::pair<const char*, const std::optional<Tensor>*> scales[] = {{"k_scale", &k_scale},
+                                                                         {"v_scale", &v_scale}};
+  for (const auto& [name, scale] : scales) {
+    if (!attention::is_8_bit(cache_dtype)) {
+      check(!*scale, name, " is only for float8_e4m3fn and int8 caches");
+      continue;
+    }
+    check(scale->has_value(), name, " is needed for a ", dtype_name(k_cache.scalar_type()),
+          " cache");
+    check_same_device(**scale, name, k_cache);
+    check_dtype(**scale, name, ScalarType::Float);
+  }
+  if (!attention::is_8_bit(cache_dtype)) return;
+  check(are_token_scales(k_scale) == are_token_scales(v_scale),
+        "k_scale and v_scale must be of one kind, both for each token or neither, got shapes ",
         shape_of(*k_scale), " and ", shape_of(*v_scale));
-  return k_scale->numel() > 1 ? 1 : 0;
+  if (!are_token_scales(k_scale)) {
+    problem.k_scale = cache_scale(*k_scale, "k_scale", k_cache);
+    problem.v_scale = cache_scale(*v_scale, "v_scale", k_cache);
+    check(k_scale->numel() == v_scale->numel(), "k_scale and v_scale must have one shape, got ",
+          shape_of(*k_scale), " and ", shape_of(*v_scale));
+    problem.kv_scale_stride = k_scale->numel() > 1 ? 1 : 0;
+    return;
+  }
+  for (const auto& [name, scale] : scales) {
+    check_shape(**scale, name, {k_cache.size(0), k_cache.size(1), k_cache.size(2)});
+  }
+  problem.k_token_scales = float_data<T>(*k_scale);
+  problem.k_scale_stride_page = k_scale->stride(0);
+  problem.k_scale_stride_slot = k_scale->stride(1);
+  problem.k_scale_stride_head = k_scale->stride(2);
+  problem.v_token_scales = float_data<T>(*v_scale);
+  problem.v_scale_stride_page = v_scale->stride(0);
+  problem.v_scale_stride_slot = v_scale->stride(1);
+  problem.v_scale_stride_head = v_scale->stride(2);
 }
 
 // int64, a word for each row of q; set_mask and the lengths come first.
@@ -197,14 +245,11 @@ FlashFwdProblem make_paged_problem(const Tensor& q, const Tensor& k_cache, const
   }
   check_rank(k_cache, "k_cache", 4, kPaged);
   check_rank(v_cache, "v_cache", 4, kPaged);
-  const bool float8 = k_cache.scalar_type() == ScalarType::Float8_e4m3fn;
-  if (!float8) check_dtype(k_cache, "k_cache", q.scalar_type());
+  const DataType kv_dtype = cache_type(k_cache, "k_cache", q, float_type(q, "q"));
   check_dtype(v_cache, "v_cache", k_cache.scalar_type());
   set_qkv(problem, q, k_cache, v_cache, "k_cache", "v_cache");
-  if (float8) problem.kv_dtype = DataType::kFloat8E4M3;
-  problem.k_scale = cache_scale(paged.k_scale, "k_scale", float8, problem.num_heads_kv, q);
-  problem.v_scale = cache_scale(paged.v_scale, "v_scale", float8, problem.num_heads_kv, q);
-  problem.kv_scale_stride = scale_stride(paged.k_scale, paged.v_scale);
+  problem.kv_dtype = kv_dtype;
+  set_cache_scales<const float>(problem, kv_dtype, k_cache, paged.k_scale, paged.v_scale);
   problem.s_aux = sink_data(s_aux, problem.num_heads_q, q, problem.s_aux_dtype);
 
   const Tensor& table = paged.block_table;
@@ -316,10 +361,8 @@ ReshapeAndCacheProblem make_reshape_and_cache_problem(const Tensor& k, const Ten
   check_rank(v_cache, "v_cache", 4, kPaged);
   problem.dtype = float_type(k, "k");
   check_dtype(v, "v", k.scalar_type());
-  const bool float8 = k_cache.scalar_type() == ScalarType::Float8_e4m3fn;
-  if (!float8) check_dtype(k_cache, "k_cache", k.scalar_type());
+  problem.cache_dtype = cache_type(k_cache, "k_cache", k, problem.dtype);
   check_dtype(v_cache, "v_cache", k_cache.scalar_type());
-  problem.cache_dtype = float8 ? DataType::kFloat8E4M3 : problem.dtype;
   problem.num_tokens = k.size(0);
   problem.num_heads_kv = k.size(1);
   problem.head_dim = k.size(2);
@@ -344,9 +387,7 @@ ReshapeAndCacheProblem make_reshape_and_cache_problem(const Tensor& k, const Ten
     check_unit_last_stride(*tensor, name);
     check_same_device(*tensor, name, k);
   }
-  problem.k_scale = cache_scale(k_scale, "k_scale", float8, problem.num_heads_kv, k);
-  problem.v_scale = cache_scale(v_scale, "v_scale", float8, problem.num_heads_kv, k);
-  problem.kv_scale_stride = scale_stride(k_scale, v_scale);
+  set_cache_scales<float>(problem, problem.cache_dtype, k_cache, k_scale, v_scale);
   problem.k = k.const_data_ptr();
   problem.v = v.const_data_ptr();
   problem.k_cache = k_cache.mutable_data_ptr();

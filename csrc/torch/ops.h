@@ -241,9 +241,28 @@ struct Ops {
                                 const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
     const attention::ReshapeAndCacheProblem problem =
         make_reshape_and_cache_problem(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale);
+    check(!k_scale || k_scale->dim() < 3,
+          "k_scale and v_scale of each token and head are results: reshape_and_cache.token_scales "
+          "writes them, reshape_and_cache takes shapes (), (1,) and (num_heads_kv,), got ",
+          k_scale ? shape_of(*k_scale) : Shape{nullptr, 0});
     check_values_in(problem, k_cache.size(0), slot_mapping, k);
     Backend::reshape_and_cache(problem,
                                {{k, v, slot_mapping}, {&k_scale, &v_scale}, {k_cache, v_cache}});
+  }
+
+  static void reshape_and_cache_token_scales(const Tensor& k, const Tensor& v,
+                                             const Tensor& k_cache, const Tensor& v_cache,
+                                             const Tensor& slot_mapping, const Tensor& k_scale,
+                                             const Tensor& v_scale) {
+    const attention::ReshapeAndCacheProblem problem =
+        make_reshape_and_cache_problem(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale);
+    check(k_scale.dim() == 3,
+          "k_scale must have shape (num_pages, page_size, num_heads_kv) for "
+          "reshape_and_cache.token_scales, got ",
+          shape_of(k_scale));
+    check_values_in(problem, k_cache.size(0), slot_mapping, k);
+    Backend::reshape_and_cache(problem,
+                               {{k, v, slot_mapping}, {}, {k_cache, v_cache, k_scale, v_scale}});
   }
 
   static std::tuple<Tensor, Tensor> merge_attn_states(std::vector<Tensor> outs,
@@ -274,6 +293,7 @@ struct Ops {
     m.impl("paged_attn", TORCH_BOX(&paged_attn));
     m.impl("paged_attn.out", TORCH_BOX(&paged_attn_out));
     m.impl("reshape_and_cache", TORCH_BOX(&reshape_and_cache));
+    m.impl("reshape_and_cache.token_scales", TORCH_BOX(&reshape_and_cache_token_scales));
     m.impl("merge_attn_states", TORCH_BOX(&merge_attn_states));
   }
 };

@@ -28,6 +28,8 @@ inline double load(const void* data, DataType dtype, int64_t index) {
       return attention::to_float(static_cast<const attention::BFloat16*>(data)[index]);
     case DataType::kFloat8E4M3:
       return attention::to_float(static_cast<const attention::Float8E4M3*>(data)[index]);
+    case DataType::kInt8:
+      return attention::to_float(static_cast<const attention::Int8*>(data)[index]);
   }
   return NAN;
 }
@@ -49,6 +51,9 @@ inline void store(void* data, DataType dtype, int64_t index, double value) {
       break;
     case DataType::kFloat8E4M3:
       static_cast<attention::Float8E4M3*>(data)[index] = attention::to_float8_e4m3(number);
+      break;
+    case DataType::kInt8:
+      static_cast<attention::Int8*>(data)[index] = attention::to_int8(number);
       break;
   }
 }
@@ -98,7 +103,8 @@ inline DataType lse_type(DataType dtype) {
 }
 
 inline const char* name_of(DataType dtype) {
-  constexpr const char* kNames[] = {"float64", "float32", "float16", "bfloat16", "float8_e4m3"};
+  constexpr const char* kNames[] = {"float64",  "float32",     "float16",
+                                    "bfloat16", "float8_e4m3", "int8"};
   return kNames[static_cast<int>(dtype)];
 }
 

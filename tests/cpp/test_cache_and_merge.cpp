@@ -16,13 +16,13 @@ constexpr DataType kDtypes[] = {DataType::kFloat64, DataType::kFloat32, DataType
 
 // Tokens skipped, and one slot written twice: the last one stays. What no token wrote stays as it
 // was.
-void check_cache(DataType dtype, bool float8, bool head_major, const std::string& isa) {
+void check_cache(DataType dtype, DataType cache_dtype, bool head_major, const std::string& isa) {
   constexpr int64_t kTokens = 7, kHeads = 3, kDim = 20, kDimV = 9, kPages = 4, kPageSize = 5;
   const std::vector<int64_t> slots{3, -1, 19, 0, 3, -1, 11};
   Random random(1);
   const Array k = Array::normal(dtype, kTokens * kHeads * kDim, random);
   const Array v = Array::normal(dtype, kTokens * kHeads * kDimV, random);
-  const DataType cache_dtype = float8 ? DataType::kFloat8E4M3 : dtype;
+  const bool scaled = attention::is_8_bit(cache_dtype);
   Array k_cache(cache_dtype, kPages * kPageSize * kHeads * kDim);
   Array v_cache(cache_dtype, kPages * kPageSize * kHeads * kDimV);
   const std::vector<float> k_scale{0.5f, 0.01f, 3.0f}, v_scale{1.0f, 0.003f, 0.25f};
@@ -44,7 +44,7 @@ void check_cache(DataType dtype, bool float8, bool head_major, const std::string
   p.v_cache_stride_page = kPageSize * kHeads * kDimV;
   p.v_cache_stride_slot = head_major ? kDimV : kHeads * kDimV;
   p.v_cache_stride_head = head_major ? kPageSize * kDimV : kDimV;
-  if (float8) {
+  if (scaled) {
     p.k_scale = k_scale.data();
     p.v_scale = v_scale.data();
     p.kv_scale_stride = 1;
@@ -69,12 +69,13 @@ void check_cache(DataType dtype, bool float8, bool head_major, const std::string
               head_major ? head * kPageSize + slot % kPageSize : slot % kPageSize * kHeads + head;
           got.push_back(cache[(slot / kPageSize * kPageSize * kHeads + in_page) * dim + d]);
           if (token < 0) {
-            expected.push_back(NAN);
+            Array untouched(cache_dtype, 1);
+            expected.push_back(untouched[0]);
             continue;
           }
           const double number = tokens[(token * kHeads + head) * dim + d];
           Array rounded(cache_dtype, 1);
-          rounded.set(0, float8 ? static_cast<float>(number) / scale[head] : number);
+          rounded.set(0, scaled ? static_cast<float>(number) / scale[head] : number);
           expected.push_back(rounded[0]);
         }
       }
@@ -158,8 +159,9 @@ SA_SUITE(reshape_and_cache) {
   with_each_instruction_set([](const std::string& isa) {
     for (const DataType dtype : kDtypes) {
       for (const bool head_major : {false, true}) {
-        check_cache(dtype, false, head_major, isa);
-        check_cache(dtype, true, head_major, isa);
+        for (const DataType cache : {dtype, DataType::kFloat8E4M3, DataType::kInt8}) {
+          check_cache(dtype, cache, head_major, isa);
+        }
       }
     }
   });

@@ -11,6 +11,7 @@ namespace {
 using attention::BFloat16;
 using attention::Float16;
 using attention::Float8E4M3;
+using attention::Int8;
 
 // Of the bit patterns [0, num_positive), ascending numbers: checks each, the middle to the next
 // one, and beside it.
@@ -46,6 +47,29 @@ SA_SUITE(numeric) {
                                     [](float x) { return attention::to_float16(x); });
   check_rounding<Float8E4M3, uint8_t>("float8_e4m3", 0x7f,
                                       [](float x) { return attention::to_float8_e4m3(x); });
+  for (int number = -127; number <= 127; ++number) {
+    const float value = static_cast<float>(number);
+    const float middle = value + 0.5f;
+    check(attention::to_float(Int8{static_cast<int8_t>(number)}) == value, "int8 ", number);
+    check(attention::to_int8(value).bits == number, "int8 ", number, " does not come back");
+    if (number == 127) break;
+    check(attention::to_int8(middle).bits == (number % 2 == 0 ? number : number + 1),
+          "int8 tie after ", number);
+    check(attention::to_int8(std::nextafter(middle, -1e9f)).bits == number, "int8 below the tie");
+    check(attention::to_int8(std::nextafter(middle, 1e9f)).bits == number + 1, "int8 above it");
+  }
+  check(attention::to_int8(1e30f).bits == 127 && attention::to_int8(INFINITY).bits == 127,
+        "int8 saturates");
+  check(attention::to_int8(-128.0f).bits == -127 && attention::to_int8(-INFINITY).bits == -127,
+        "int8 saturates at -127");
+  check(attention::to_int8(NAN).bits == 0, "NaN as int8 is 0");
+  check(attention::finite_magnitude(-INFINITY) == 0 && attention::finite_magnitude(NAN) == 0,
+        "what is not finite does not count");
+  const uint32_t largest = attention::finite_magnitude(-3.5f);
+  check(attention::row_scale<Int8>(largest) == 3.5f / 127.0f, "the scale of an int8 row");
+  check(attention::row_scale<Float8E4M3>(largest) == 3.5f / 448.0f, "the scale of a float8 row");
+  check(attention::row_scale<Int8>(0) == 1.0f && attention::row_scale<Int8>(1) == 1.0f,
+        "the scale of a row of zeros");
   check(attention::to_float(attention::to_float16(INFINITY)) == INFINITY, "float16 infinity");
   check(attention::to_float(attention::to_float16(65519.0f)) == 65504.0f, "float16 largest");
   check(attention::to_float(attention::to_float16(65520.0f)) == INFINITY, "float16 overflow");

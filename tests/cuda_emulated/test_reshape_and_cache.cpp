@@ -1,6 +1,7 @@
 // The CUDA cache write, emulated, against the CPU's: bit for bit.
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "buffers.h"
 #include "check.h"
@@ -13,7 +14,8 @@ namespace {
 
 struct CacheCase {
   DataType dtype;
-  bool float8;
+  DataType cache_dtype;
+  bool token_scales;
   bool head_major;
   int64_t num_tokens;
   int64_t heads, dim, dim_v;
@@ -21,12 +23,13 @@ struct CacheCase {
 };
 
 std::string describe(const CacheCase& c) {
-  return std::string("cache of ") + name_of(c.dtype) + (c.float8 ? " as float8" : "") +
+  return std::string("cache of ") + name_of(c.dtype) + " as " + name_of(c.cache_dtype) +
+         (c.token_scales ? ", a scale for each token and head" : "") +
          (c.head_major ? " HND" : "") + " tokens " + std::to_string(c.num_tokens) + " dims " +
          std::to_string(c.dim) + "/" + std::to_string(c.dim_v) + " gap " + std::to_string(c.gap);
 }
 
-// Of all sizes, so that float8 saturates, rounds and runs into its subnormals.
+// Of all sizes, so that 8-bit numbers saturate, round and run into subnormals.
 Array numbers(DataType dtype, int64_t count, Random& random) {
   Array array(dtype, count);
   for (int64_t i = 0; i < count; ++i) {
@@ -52,7 +55,7 @@ void check_cache(const CacheCase& c) {
   Random random(static_cast<unsigned>(c.num_tokens + c.dim));
   const Array k = numbers(c.dtype, c.num_tokens * c.heads * (c.dim + c.gap), random);
   const Array v = numbers(c.dtype, c.num_tokens * c.heads * (c.dim_v + c.gap), random);
-  const DataType cache_dtype = c.float8 ? DataType::kFloat8E4M3 : c.dtype;
+  const DataType cache_dtype = c.cache_dtype;
   const int64_t k_count = num_slots * c.heads * c.dim, v_count = num_slots * c.heads * c.dim_v;
   const Array k_cache(cache_dtype, k_count), v_cache(cache_dtype, v_count);
   const Array k_expected(cache_dtype, k_count), v_expected(cache_dtype, v_count);
@@ -87,11 +90,19 @@ void check_cache(const CacheCase& c) {
   p.v_cache_stride_page = kPageSize * c.heads * c.dim_v;
   p.v_cache_stride_slot = c.head_major ? c.dim_v : c.heads * c.dim_v;
   p.v_cache_stride_head = c.head_major ? kPageSize * c.dim_v : c.dim_v;
-  if (c.float8) {
+  if (c.token_scales) {  // heads first
+    p.k_scale_stride_page = p.v_scale_stride_page = kPageSize * c.heads;
+    p.k_scale_stride_slot = p.v_scale_stride_slot = 1;
+    p.k_scale_stride_head = p.v_scale_stride_head = kPageSize;
+  } else if (c.cache_dtype != c.dtype) {
     p.k_scale = k_scale.data();
     p.v_scale = v_scale.data();
     p.kv_scale_stride = 1;
   }
+  const Array k_written(DataType::kFloat32, num_slots * c.heads),
+      v_written(DataType::kFloat32, num_slots * c.heads),
+      k_scales_expected(DataType::kFloat32, num_slots * c.heads),
+      v_scales_expected(DataType::kFloat32, num_slots * c.heads);
   p.num_tokens = c.num_tokens;
   p.num_heads_kv = c.heads;
   p.head_dim = c.dim;
@@ -103,6 +114,12 @@ void check_cache(const CacheCase& c) {
   on_cpu.k_cache = k_expected.data();
   on_cpu.v_cache = v_expected.data();
   on_cpu.slot_mapping = valid_slots.data();
+  if (c.token_scales) {
+    on_cpu.k_token_scales = static_cast<float*>(k_scales_expected.data());
+    on_cpu.v_token_scales = static_cast<float*>(v_scales_expected.data());
+    p.k_token_scales = static_cast<float*>(k_written.data());
+    p.v_token_scales = static_cast<float*>(v_written.data());
+  }
   cpu::reshape_and_cache(on_cpu, thread_executor(1));
 
   p.k_cache = k_cache.data();
@@ -111,10 +128,13 @@ void check_cache(const CacheCase& c) {
   const emulator::VisibleBuffers visible(
       {readable(k, "k"), readable(v, "v"), writable(k_cache, "k_cache"),
        writable(v_cache, "v_cache"), buffer(slots, false, "slot_mapping"),
-       buffer(k_scale, false, "k_scale"), buffer(v_scale, false, "v_scale")});
+       buffer(k_scale, false, "k_scale"), buffer(v_scale, false, "v_scale"),
+       writable(k_written, "k_token_scales"), writable(v_written, "v_token_scales")});
   cuda::reshape_and_cache(p, nullptr);
   check(same_bytes(k_cache, k_expected), describe(c), ": k differs from the CPU's");
   check(same_bytes(v_cache, v_expected), describe(c), ": v differs from the CPU's");
+  check(same_bytes(k_written, k_scales_expected), describe(c), ": k's scales differ");
+  check(same_bytes(v_written, v_scales_expected), describe(c), ": v's scales differ");
 }
 
 }  // namespace
@@ -124,19 +144,26 @@ SA_SUITE(cuda_reshape_and_cache) {
                                     {8, 8, 4, 4},  {1, 1, 33, 0},  {2, 64, 32, 2}};
   for (const DataType dtype :
        {DataType::kFloat64, DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16}) {
-    for (const bool float8 : {false, true}) {
+    const std::pair<DataType, bool> kinds[] = {{dtype, false},
+                                               {DataType::kFloat8E4M3, false},
+                                               {DataType::kFloat8E4M3, true},
+                                               {DataType::kInt8, false},
+                                               {DataType::kInt8, true}};
+    for (const auto& [cache_dtype, token_scales] : kinds) {
       for (const bool head_major : {false, true}) {
         for (const auto& [heads, dim, dim_v, gap] : kShapes) {
-          check_cache({dtype, float8, head_major, 29, heads, dim, dim_v, gap});
+          check_cache({dtype, cache_dtype, token_scales, head_major, 29, heads, dim, dim_v, gap});
         }
       }
-      check_cache({dtype, float8, false, 0, 2, 64, 64, 0});
-      check_cache({dtype, float8, false, 1, 2, 64, 64, 0});
+      check_cache({dtype, cache_dtype, token_scales, false, 0, 2, 64, 64, 0});
+      check_cache({dtype, cache_dtype, token_scales, false, 1, 2, 64, 64, 0});
     }
   }
   // More than one token a block, then as many as a block takes.
-  check_cache({DataType::kBFloat16, false, false, 1000, 1, 4, 2, 0});
-  check_cache({DataType::kBFloat16, true, true, 256 * 33, 1, 1, 1, 0});
+  constexpr DataType kBFloat16 = DataType::kBFloat16;
+  check_cache({kBFloat16, kBFloat16, false, false, 1000, 1, 4, 2, 0});
+  check_cache({kBFloat16, DataType::kFloat8E4M3, false, true, 256 * 33, 1, 1, 1, 0});
+  check_cache({kBFloat16, DataType::kInt8, true, true, 256 * 33, 1, 1, 1, 0});
 }
 
 }  // namespace sink_attention::tests

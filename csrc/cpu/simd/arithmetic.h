@@ -17,8 +17,8 @@ namespace sink_attention::cpu::SA_ISA {
 using attention::BFloat16;
 using attention::DataType;
 
-// float32 products and sums: for float32, float16 and float8, and for bfloat16 where the machine
-// has no dot product.
+// float32 products and sums: for float32, float16, float8 and int8, and for bfloat16 where the
+// machine has no dot product.
 struct FloatArithmetic {
   using Real = float;
   using Unit = float;

@@ -10,6 +10,7 @@ using attention::BFloat16;
 using attention::DataType;
 using attention::Float16;
 using attention::Float8E4M3;
+using attention::Int8;
 
 SA_INLINE const void* element(const void* base, DataType dtype, int64_t offset) {
   return static_cast<const char*>(base) + offset * attention::bytes_of(dtype);
@@ -18,7 +19,7 @@ SA_INLINE void* element(void* base, DataType dtype, int64_t offset) {
   return static_cast<char*>(base) + offset * attention::bytes_of(dtype);
 }
 
-// destination[i] = source[i] * scale; scale is 1 but for float8.
+// destination[i] = source[i] * scale; scale is 1 but for 8-bit numbers.
 template <class Real>
 SA_INLINE void load_row(const void* source, DataType dtype, int64_t count, Real scale,
                         Real* destination) {
@@ -55,6 +56,12 @@ SA_INLINE void load_row(const void* source, DataType dtype, int64_t count, Real 
     }
     case DataType::kFloat8E4M3: {
       const Float8E4M3* row = static_cast<const Float8E4M3*>(source);
+      for (; i < count; ++i)
+        destination[i] = static_cast<Real>(attention::to_float(row[i])) * scale;
+      return;
+    }
+    case DataType::kInt8: {
+      const Int8* row = static_cast<const Int8*>(source);
       for (; i < count; ++i)
         destination[i] = static_cast<Real>(attention::to_float(row[i])) * scale;
       return;
@@ -102,6 +109,11 @@ SA_INLINE void store_row(const Real* source, int64_t count, Real scale, void* de
       Float8E4M3* row = static_cast<Float8E4M3*>(destination);
       for (; i < count; ++i)
         row[i] = attention::to_float8_e4m3(static_cast<float>(source[i] * scale));
+      return;
+    }
+    case DataType::kInt8: {
+      Int8* row = static_cast<Int8*>(destination);
+      for (; i < count; ++i) row[i] = attention::to_int8(static_cast<float>(source[i] * scale));
       return;
     }
   }

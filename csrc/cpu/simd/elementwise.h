@@ -64,18 +64,37 @@ void merge_rows(const MergeProblem& problem, int64_t begin, int64_t end) {
   }
 }
 
+// The scale that a row is stored with where each has its own.
+template <class Stored>
+SA_INLINE float own_scale(const float* numbers, int64_t count) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t magnitude = attention::finite_magnitude(numbers[i]);
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return attention::row_scale<Stored>(largest);
+}
+
 // All tokens of one kv head into the cache, in order: where tokens share a slot, the last one
 // stays.
 inline void cache_head(const ReshapeAndCacheProblem& problem, int64_t head) {
   alignas(64) float numbers[kMaxHeadDim];
+  // token_scale: where a scale of the row's own goes, or null.
   const auto write_row = [&](const void* source, void* destination, int64_t dim,
-                             const float* scales) {
+                             const float* scales, float* token_scale) {
     if (problem.cache_dtype == problem.dtype) {
       memcpy(destination, source, dim * attention::bytes_of(problem.dtype));
       return;
     }
-    const float scale = scales[head * problem.kv_scale_stride];
     load_row(source, problem.dtype, dim, 1.0f, numbers);
+    float scale;
+    if (token_scale == nullptr) {
+      scale = scales[head * problem.kv_scale_stride];
+    } else {
+      scale = problem.cache_dtype == DataType::kInt8 ? own_scale<Int8>(numbers, dim)
+                                                     : own_scale<Float8E4M3>(numbers, dim);
+      *token_scale = scale;
+    }
     for (int64_t i = 0; i < dim; ++i) numbers[i] /= scale;
     store_row(numbers, dim, 1.0f, destination, problem.cache_dtype);
   };
@@ -84,18 +103,27 @@ inline void cache_head(const ReshapeAndCacheProblem& problem, int64_t head) {
     if (slot < 0) continue;
     const int64_t page = slot / problem.page_size;
     const int64_t in_page = slot % problem.page_size;
+    const auto place = [&](int64_t stride_page, int64_t stride_slot, int64_t stride_head) {
+      return page * stride_page + in_page * stride_slot + head * stride_head;
+    };
+    const int64_t k_scale_place = place(problem.k_scale_stride_page, problem.k_scale_stride_slot,
+                                        problem.k_scale_stride_head);
+    const int64_t v_scale_place = place(problem.v_scale_stride_page, problem.v_scale_stride_slot,
+                                        problem.v_scale_stride_head);
     write_row(element(problem.k, problem.dtype,
                       token * problem.k_stride_token + head * problem.k_stride_head),
               element(problem.k_cache, problem.cache_dtype,
-                      page * problem.k_cache_stride_page + in_page * problem.k_cache_stride_slot +
-                          head * problem.k_cache_stride_head),
-              problem.head_dim, problem.k_scale);
+                      place(problem.k_cache_stride_page, problem.k_cache_stride_slot,
+                            problem.k_cache_stride_head)),
+              problem.head_dim, problem.k_scale,
+              problem.k_token_scales == nullptr ? nullptr : problem.k_token_scales + k_scale_place);
     write_row(element(problem.v, problem.dtype,
                       token * problem.v_stride_token + head * problem.v_stride_head),
               element(problem.v_cache, problem.cache_dtype,
-                      page * problem.v_cache_stride_page + in_page * problem.v_cache_stride_slot +
-                          head * problem.v_cache_stride_head),
-              problem.head_dim_v, problem.v_scale);
+                      place(problem.v_cache_stride_page, problem.v_cache_stride_slot,
+                            problem.v_cache_stride_head)),
+              problem.head_dim_v, problem.v_scale,
+              problem.v_token_scales == nullptr ? nullptr : problem.v_token_scales + v_scale_place);
   }
 }
 

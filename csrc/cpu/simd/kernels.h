@@ -92,7 +92,7 @@ struct Kernels {
 struct InstructionSet {
   const char* name;
   const Kernels* float64;
-  const Kernels* float32;   // for float16 and float8 too
+  const Kernels* float32;   // for float16 and 8-bit caches too
   const Kernels* bfloat16;  // bfloat16 q, k and v; float32's where there is no dot product for it
 };
 

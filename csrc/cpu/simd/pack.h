@@ -20,6 +20,11 @@ using attention::min_of;
 
 constexpr int64_t kMaxHeadDim = 256;
 
+// What the numbers of a key's row are multiplied with.
+SA_INLINE float scale_of_row(const KeyRows& rows, int64_t key) {
+  return rows.token_scales == nullptr ? rows.scale : *rows.token_scale(key);
+}
+
 // Writes a row as units, zero up to `padded` units.
 template <class Arithmetic>
 SA_INLINE void pack_row_units(const void* row, DataType dtype, int64_t dim,
@@ -90,7 +95,8 @@ void pack_transposed(const KeyRows& rows, int64_t begin, int64_t end,
         } else {
           Unit* staged = staging + lane * padded_units;
           pack_row_units<Arithmetic>(rows.row(key), rows.dtype, rows.dim,
-                                     static_cast<Real>(rows.scale), padded_units, staged);
+                                     static_cast<Real>(scale_of_row(rows, key)), padded_units,
+                                     staged);
           sources[lane] = staged;
         }
       }
@@ -167,8 +173,8 @@ void pack_rowwise(const KeyRows& rows, int64_t begin, int64_t end, int64_t block
         sources[half] = static_cast<const Unit*>(rows.row(key));
       } else {
         pack_row_units<Arithmetic>(rows.row(key), rows.dtype, rows.dim,
-                                   static_cast<Real>(rows.scale), divide_up(columns, kPair),
-                                   staging[half]);
+                                   static_cast<Real>(scale_of_row(rows, key)),
+                                   divide_up(columns, kPair), staging[half]);
         sources[half] = staging[half];
       }
     }

@@ -21,17 +21,18 @@ int common_alignment(std::initializer_list<int64_t> values) {
   return static_cast<int>(bits & -bits);
 }
 
-CacheSide make_side(const ReshapeAndCacheProblem& problem, const void* source, void* cache,
-                    const float* scale, int64_t dim) {
+CacheSide make_side(const void* source, void* cache, const float* scale, float* token_scales,
+                    int64_t dim) {
   CacheSide side{};
   side.source = static_cast<const char*>(source);
   side.cache = static_cast<char*>(cache);
-  side.scale = problem.cache_dtype == problem.dtype ? nullptr : scale;
+  side.scale = scale;
+  side.token_scales = token_scales;
   side.num_pieces = static_cast<int>(dim);  // of one number, until cut_into_pieces
   return side;
 }
 
-void cut_into_pieces(CacheSide& side, int64_t source_bytes, int64_t cache_bytes) {
+void cut_into_pieces(CacheSide& side, int64_t source_bytes, int64_t cache_bytes, bool quantizes) {
   for (int64_t* stride : {&side.source_stride_token, &side.source_stride_head}) {
     *stride *= source_bytes;
   }
@@ -47,7 +48,7 @@ void cut_into_pieces(CacheSide& side, int64_t source_bytes, int64_t cache_bytes)
       common_alignment({reinterpret_cast<intptr_t>(side.cache), side.cache_stride_page,
                         side.cache_stride_slot, side.cache_stride_head, dim * cache_bytes});
   int64_t elems;
-  if (side.scale == nullptr) {
+  if (!quantizes) {
     elems = std::min(source_alignment, cache_alignment) / source_bytes;
   } else {
     elems = source_alignment == 16 && cache_alignment >= 8 ? 8 : 1;
@@ -55,26 +56,37 @@ void cut_into_pieces(CacheSide& side, int64_t source_bytes, int64_t cache_bytes)
   side.num_pieces = static_cast<int>(dim / elems);
   side.source_piece_bytes = static_cast<int>(elems * source_bytes);
   side.cache_piece_bytes = static_cast<int>(elems * cache_bytes);
+  side.row_lanes = 1;
+  while (side.row_lanes < std::min(side.num_pieces, primitives::kWarpSize)) side.row_lanes *= 2;
 }
 
 CacheWrite make_write(const ReshapeAndCacheProblem& problem) {
   CacheWrite write{};
-  write.k = make_side(problem, problem.k, problem.k_cache, problem.k_scale, problem.head_dim);
+  write.k = make_side(problem.k, problem.k_cache, problem.k_scale, problem.k_token_scales,
+                      problem.head_dim);
   write.k.source_stride_token = problem.k_stride_token;
   write.k.source_stride_head = problem.k_stride_head;
   write.k.cache_stride_page = problem.k_cache_stride_page;
   write.k.cache_stride_slot = problem.k_cache_stride_slot;
   write.k.cache_stride_head = problem.k_cache_stride_head;
-  write.v = make_side(problem, problem.v, problem.v_cache, problem.v_scale, problem.head_dim_v);
+  write.k.scale_stride_page = problem.k_scale_stride_page;
+  write.k.scale_stride_slot = problem.k_scale_stride_slot;
+  write.k.scale_stride_head = problem.k_scale_stride_head;
+  write.v = make_side(problem.v, problem.v_cache, problem.v_scale, problem.v_token_scales,
+                      problem.head_dim_v);
   write.v.source_stride_token = problem.v_stride_token;
   write.v.source_stride_head = problem.v_stride_head;
   write.v.cache_stride_page = problem.v_cache_stride_page;
   write.v.cache_stride_slot = problem.v_cache_stride_slot;
   write.v.cache_stride_head = problem.v_cache_stride_head;
+  write.v.scale_stride_page = problem.v_scale_stride_page;
+  write.v.scale_stride_slot = problem.v_scale_stride_slot;
+  write.v.scale_stride_head = problem.v_scale_stride_head;
   const int64_t source_bytes = attention::bytes_of(problem.dtype);
   const int64_t cache_bytes = attention::bytes_of(problem.cache_dtype);
-  cut_into_pieces(write.k, source_bytes, cache_bytes);
-  cut_into_pieces(write.v, source_bytes, cache_bytes);
+  const bool quantizes = problem.cache_dtype != problem.dtype;
+  cut_into_pieces(write.k, source_bytes, cache_bytes, quantizes);
+  cut_into_pieces(write.v, source_bytes, cache_bytes, quantizes);
   write.slot_mapping = problem.slot_mapping;
   write.num_slots = problem.num_pages * problem.page_size;
   write.page_size = problem.page_size;
@@ -95,6 +107,20 @@ void start(const CacheWrite& write, Stream stream) {
   primitives::launch<ReshapeAndCacheKernel<Piece>>(write, {blocks, 1, 1}, stream);
 }
 
+template <class Element>
+void start_quantizing(const ReshapeAndCacheProblem& problem, const CacheWrite& write,
+                      Stream stream) {
+  using attention::Float8E4M3;
+  using attention::Int8;
+  const bool int8 = problem.cache_dtype == DataType::kInt8;
+  if (problem.k_token_scales != nullptr) {
+    return int8 ? start<QuantizeRow<Element, Int8>>(write, stream)
+                : start<QuantizeRow<Element, Float8E4M3>>(write, stream);
+  }
+  return int8 ? start<QuantizePiece<Element, Int8>>(write, stream)
+              : start<QuantizePiece<Element, Float8E4M3>>(write, stream);
+}
+
 }  // namespace
 
 void reshape_and_cache(const ReshapeAndCacheProblem& problem, Stream stream) {
@@ -105,13 +131,13 @@ void reshape_and_cache(const ReshapeAndCacheProblem& problem, Stream stream) {
   if (problem.cache_dtype == problem.dtype) return start<CopyPiece>(write, stream);
   switch (problem.dtype) {
     case DataType::kFloat64:
-      return start<QuantizePiece<double>>(write, stream);
+      return start_quantizing<double>(problem, write, stream);
     case DataType::kFloat32:
-      return start<QuantizePiece<float>>(write, stream);
+      return start_quantizing<float>(problem, write, stream);
     case DataType::kFloat16:
-      return start<QuantizePiece<attention::Float16>>(write, stream);
+      return start_quantizing<attention::Float16>(problem, write, stream);
     default:
-      return start<QuantizePiece<attention::BFloat16>>(write, stream);
+      return start_quantizing<attention::BFloat16>(problem, write, stream);
   }
 }
 

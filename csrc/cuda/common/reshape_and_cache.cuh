@@ -4,6 +4,9 @@
 // one thread's, neighbouring threads take neighbouring pieces. A piece is 16 bytes where all
 // addresses allow it, narrower otherwise.
 //
+// Where each row is stored with a scale of its own, a row is a few lanes' of a warp, which hold all
+// of it while they find its largest number by shuffles.
+//
 // Where tokens share a slot the last one stays, as if they were written in order: a block looks
 // through the slots of later tokens and leaves out those of its own that are written again. Each
 // later slot is compared with the range of the block's slots first, which is all that most of them
@@ -24,12 +27,15 @@ constexpr int kMaxTokensPerBlock = 32;  // a bit of a mask each
 
 // k or v on their way. Strides are in bytes.
 struct CacheSide {
-  const char* source;  // [num_tokens, num_heads_kv, dim]
-  char* cache;         // [num_pages, page_size, num_heads_kv, dim]
-  const float* scale;  // [1] or [num_heads_kv]; null where numbers are copied as they are
+  const char* source;   // [num_tokens, num_heads_kv, dim]
+  char* cache;          // [num_pages, page_size, num_heads_kv, dim]
+  const float* scale;   // [1] or [num_heads_kv]; null where numbers are copied as they are
+  float* token_scales;  // [num_pages, page_size, num_heads_kv], strides in numbers; or null
   int64_t source_stride_token, source_stride_head;
   int64_t cache_stride_page, cache_stride_slot, cache_stride_head;
+  int64_t scale_stride_page, scale_stride_slot, scale_stride_head;
   int num_pieces;  // of a row
+  int row_lanes;   // of a warp, for a row with a scale of its own: a power of two
   int source_piece_bytes;
   int cache_piece_bytes;
 };
@@ -67,29 +73,33 @@ struct CopyPiece {
   }
 };
 
-// A piece of numbers that become float8: eight of them, or one.
-template <class Element>
-struct QuantizePiece {
+// Numbers that become 8-bit ones, Stored: eight of them, or one.
+template <class Element, class Stored>
+struct Quantize {
   static constexpr int kElems = 8;
   static constexpr int kLoads = kElems * static_cast<int>(sizeof(Element)) / 16;
 
-  static SA_DEVICE uint8_t quantize(Element number, float scale) {
-    return attention::to_float8_e4m3(to_real<float>(number) / scale).bits;
+  static SA_DEVICE uint8_t quantize(float number, float scale) {
+    return static_cast<uint8_t>(attention::to_stored<Stored>(number / scale).bits);
   }
-
-  static SA_DEVICE void write(const char* source, char* cache, int bytes, float scale) {
-    if (bytes == 1) {
-      const Element number = primitives::load_global(reinterpret_cast<const Element*>(source));
-      primitives::store_global(reinterpret_cast<uint8_t*>(cache), quantize(number, scale));
-      return;
-    }
+  static SA_DEVICE float load_one(const char* source, int idx) {
+    return load_as<float, Element>(source, idx);
+  }
+  static SA_DEVICE void store_one(char* cache, int idx, float number, float scale) {
+    primitives::store_global(reinterpret_cast<uint8_t*>(cache) + idx, quantize(number, scale));
+  }
+  static SA_DEVICE void load_eight(const char* source, float (&numbers)[kElems]) {
     primitives::Bytes16 words[kLoads];
     SA_UNROLL
     for (int i = 0; i < kLoads; ++i) {
       words[i] = primitives::load_global(reinterpret_cast<const primitives::Bytes16*>(source) + i);
     }
-    Element numbers[kElems];
-    memcpy(numbers, words, sizeof(numbers));
+    Element elements[kElems];
+    memcpy(elements, words, sizeof(elements));
+    SA_UNROLL
+    for (int i = 0; i < kElems; ++i) numbers[i] = to_real<float>(elements[i]);
+  }
+  static SA_DEVICE void store_eight(char* cache, const float (&numbers)[kElems], float scale) {
     uint64_t packed = 0;
     SA_UNROLL
     for (int i = 0; i < kElems; ++i) {
@@ -99,6 +109,73 @@ struct QuantizePiece {
   }
 };
 
+// A piece of them, with a scale that is there.
+template <class Element, class Stored>
+struct QuantizePiece {
+  using Numbers = Quantize<Element, Stored>;
+  static SA_DEVICE void write(const char* source, char* cache, int bytes, float scale) {
+    if (bytes == 1) return Numbers::store_one(cache, 0, Numbers::load_one(source, 0), scale);
+    float numbers[Numbers::kElems];
+    Numbers::load_eight(source, numbers);
+    Numbers::store_eight(cache, numbers, scale);
+  }
+};
+
+// A row of them, with a scale of its own. Lane i of the row's lanes takes the piece i where pieces
+// are of eight numbers, of which a row has no more than there are lanes; and the numbers i,
+// i + lanes, ..., no more than eight, where they are of one.
+template <class Element, class Stored>
+struct QuantizeRow {
+  using Numbers = Quantize<Element, Stored>;
+  // All lanes of the warp call; `exists` is the same for those of a row.
+  static SA_DEVICE void write(const CacheSide& side, const char* source, char* cache,
+                              float* token_scale, bool exists) {
+    const int lanes = side.row_lanes;
+    const int lane = primitives::lane_idx() % lanes;
+    const bool in_eights = side.cache_piece_bytes == Numbers::kElems;
+    float numbers[Numbers::kElems] = {};
+    if (exists && in_eights && lane < side.num_pieces) {
+      Numbers::load_eight(source + lane * side.source_piece_bytes, numbers);
+    } else if (exists && !in_eights) {
+      SA_UNROLL
+      for (int i = 0; i < Numbers::kElems; ++i) {
+        const int idx = lane + i * lanes;
+        if (idx < side.num_pieces) numbers[i] = Numbers::load_one(source, idx);
+      }
+    }
+    uint32_t largest = 0;
+    SA_UNROLL
+    for (int i = 0; i < Numbers::kElems; ++i) {
+      const uint32_t magnitude = attention::finite_magnitude(numbers[i]);
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    for (int mask = 1; mask < lanes; mask *= 2) {
+      const uint32_t other = primitives::shfl_xor(largest, mask);
+      largest = other > largest ? other : largest;
+    }
+    if (!exists) return;
+    const float scale = attention::row_scale<Stored>(largest);
+    if (lane == 0) primitives::store_global(token_scale, scale);
+    if (in_eights) {
+      if (lane < side.num_pieces) {
+        Numbers::store_eight(cache + lane * side.cache_piece_bytes, numbers, scale);
+      }
+      return;
+    }
+    SA_UNROLL
+    for (int i = 0; i < Numbers::kElems; ++i) {
+      const int idx = lane + i * lanes;
+      if (idx < side.num_pieces) Numbers::store_one(cache, idx, numbers[i], scale);
+    }
+  }
+};
+
+template <class Piece>
+constexpr bool kIsRow = false;
+template <class Element, class Stored>
+constexpr bool kIsRow<QuantizeRow<Element, Stored>> = true;
+
+// Piece: what a thread writes at a time, a piece of a row, or with other lanes a row.
 template <class Piece>
 struct ReshapeAndCacheKernel {
   using Problem = CacheWrite;
@@ -130,7 +207,12 @@ struct ReshapeAndCacheKernel {
     for (int warp = 0; warp < kCacheThreads / primitives::kWarpSize; ++warp) {
       rewritten |= primitives::load_shared(&storage.rewritten[warp]);
     }
-    write_tokens(problem, storage, first, count, rewritten);
+    if constexpr (kIsRow<Piece>) {
+      write_rows(problem, problem.k, storage, first, count, rewritten);
+      write_rows(problem, problem.v, storage, first, count, rewritten);
+    } else {
+      write_tokens(problem, storage, first, count, rewritten);
+    }
   }
 
   static SA_DEVICE void load_slots(const Problem& problem, SharedStorage& storage, int first,
@@ -191,16 +273,47 @@ struct ReshapeAndCacheKernel {
                                     int64_t slot, int piece_of_token) {
     const int head = piece_of_token / side.num_pieces;
     const int piece = piece_of_token - head * side.num_pieces;
-    const int64_t page = slot / problem.page_size;
-    const char* source = side.source + token * side.source_stride_token +
-                         head * side.source_stride_head + int64_t{piece} * side.source_piece_bytes;
-    char* cache = side.cache + page * side.cache_stride_page +
-                  (slot - page * problem.page_size) * side.cache_stride_slot +
-                  head * side.cache_stride_head + int64_t{piece} * side.cache_piece_bytes;
+    const char* source = source_row(side, token, head) + int64_t{piece} * side.source_piece_bytes;
+    char* cache = cache_row(problem, side, slot, head) + int64_t{piece} * side.cache_piece_bytes;
     const float scale = side.scale == nullptr
                             ? 1.0f
                             : primitives::load_global(side.scale + head * problem.scale_stride);
     Piece::write(source, cache, side.cache_piece_bytes, scale);
+  }
+
+  static SA_DEVICE const char* source_row(const CacheSide& side, int token, int head) {
+    return side.source + token * side.source_stride_token + head * side.source_stride_head;
+  }
+  static SA_DEVICE char* cache_row(const Problem& problem, const CacheSide& side, int64_t slot,
+                                   int head) {
+    const int64_t page = slot / problem.page_size;
+    return side.cache + page * side.cache_stride_page +
+           (slot - page * problem.page_size) * side.cache_stride_slot +
+           head * side.cache_stride_head;
+  }
+
+  // All rows of k or v, as many of them at once as a warp has lanes for. A warp's lanes go through
+  // the shuffles together, those without a row too.
+  static SA_DEVICE void write_rows(const Problem& problem, const CacheSide& side,
+                                   const SharedStorage& storage, int first, int count,
+                                   uint32_t rewritten) {
+    constexpr int kWarps = kCacheThreads / primitives::kWarpSize;
+    const int together = primitives::kWarpSize / side.row_lanes;
+    const int rows = count * problem.num_heads_kv;
+    for (int i = primitives::warp_idx() * together; i < rows; i += kWarps * together) {
+      const int row = i + primitives::lane_idx() / side.row_lanes;
+      const int token = row < rows ? row / problem.num_heads_kv : 0;
+      const int head = row - token * problem.num_heads_kv;
+      const int64_t wanted = primitives::load_shared(&storage.slots[token]);
+      const bool exists = row < rows && wanted >= 0 && (rewritten >> token & 1) == 0;
+      const int64_t slot = exists ? wanted : 0;
+      const int64_t page = slot / problem.page_size;
+      float* token_scale = side.token_scales + page * side.scale_stride_page +
+                           (slot - page * problem.page_size) * side.scale_stride_slot +
+                           head * side.scale_stride_head;
+      Piece::write(side, source_row(side, first + token, head),
+                   cache_row(problem, side, slot, head), token_scale, exists);
+    }
   }
 };
 

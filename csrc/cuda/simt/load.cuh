@@ -31,8 +31,9 @@ SA_HOST_DEVICE bool is_aligned(const void* base, int64_t element_bytes, int64_t 
 
 // What the loads below take their rows from:
 //   const void* row(int64_t idx)         where a row lies, or null: it counts as zeros
-//   Real number(const void* row, int i)  one of its dim numbers
-//   in_vectors                           whether it may be copied 16 bytes at a time
+//   Real number(const void* row, int i)  one of its dim numbers as stored
+//   Real scale(int64_t idx)              what the numbers of a row that is there are multiplied
+//   with in_vectors                           whether it may be copied 16 bytes at a time
 template <class Real>
 struct KeySource {
   attention::KeyRows rows;
@@ -44,9 +45,14 @@ struct KeySource {
   }
   SA_DEVICE Real number(const void* row, int i) const {
     if (rows.dtype == attention::DataType::kFloat8E4M3) {
-      return load_as<Real, attention::Float8E4M3>(row, i) * static_cast<Real>(rows.scale);
+      return load_as<Real, attention::Float8E4M3>(row, i);
     }
+    if (rows.dtype == attention::DataType::kInt8) return load_as<Real, attention::Int8>(row, i);
     return load_as<Real, Real>(row, i);
+  }
+  SA_DEVICE Real scale(int64_t key) const {
+    return static_cast<Real>(
+        rows.token_scales == nullptr ? rows.scale : primitives::load_global(rows.token_scale(key)));
   }
 };
 
@@ -55,8 +61,7 @@ SA_DEVICE KeySource<Real> key_source(const attention::KeyRows& rows, const void*
                                      int64_t stride_batch, int64_t stride_row,
                                      int64_t stride_head) {
   const bool aligned = is_aligned(tensor, sizeof(Real), stride_batch, stride_row, stride_head);
-  return {rows, static_cast<int>(rows.dim),
-          aligned && rows.dtype != attention::DataType::kFloat8E4M3};
+  return {rows, static_cast<int>(rows.dim), aligned && !attention::is_8_bit(rows.dtype)};
 }
 
 // K and V of one kv head; keys outside `readable` count as zeros.
@@ -91,6 +96,7 @@ struct QuerySource {
     return base + rows.offset(static_cast<int>(idx), stride_batch, stride_row, stride_head);
   }
   SA_DEVICE Real number(const void* row, int i) const { return load_as<Real, Real>(row, i); }
+  SA_DEVICE Real scale(int64_t) const { return Real(1); }
 };
 
 template <class Real>
@@ -125,9 +131,10 @@ SA_DEVICE void load_tile(TileT& tile, const Source& source, int64_t first_row, i
     }
     Vector<Real> vector{};
     if (numbers != nullptr) {
+      const Real scale = source.scale(first_row + row);
       SA_UNROLL
       for (int e = 0; e < kVector<Real>; ++e) {
-        if (col + e < source.dim) vector.number[e] = source.number(numbers, col + e);
+        if (col + e < source.dim) vector.number[e] = source.number(numbers, col + e) * scale;
       }
     }
     primitives::store_shared(reinterpret_cast<Vector<Real>*>(target), vector);

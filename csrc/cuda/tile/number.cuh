@@ -27,7 +27,7 @@ SA_DEVICE Element from_real(Real value) {
   } else if constexpr (std::is_same_v<Element, attention::Float16>) {
     return attention::to_float16(static_cast<float>(value));
   } else {
-    return attention::to_float8_e4m3(static_cast<float>(value));
+    return attention::to_stored<Element>(static_cast<float>(value));
   }
 }
 
@@ -48,6 +48,8 @@ SA_DEVICE Real load_number(const void* base, attention::DataType dtype, int64_t 
       return load_as<Real, attention::Float16>(base, idx);
     case attention::DataType::kBFloat16:
       return load_as<Real, attention::BFloat16>(base, idx);
+    case attention::DataType::kInt8:
+      return load_as<Real, attention::Int8>(base, idx);
     default:
       return load_as<Real, attention::Float8E4M3>(base, idx);
   }

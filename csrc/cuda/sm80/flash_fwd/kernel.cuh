@@ -55,6 +55,8 @@ struct FlashFwdKernel {
     const int32_t* pages;
     const int64_t* tree;  // this sequence's part of the tree mask, or null
     int sink_end;         // keys that may be read: [0, sink_end) and [key_begin, key_end)
+    const float* k_scales;
+    const float* v_scales;
     int key_begin;
     int key_end;
     attention::BlockList<int> blocks;
@@ -111,6 +113,8 @@ struct FlashFwdKernel {
     store_shared(&stored.pages, work.pages);
     store_shared(&stored.tree, work.tree);
     store_shared(&stored.sink_end, work.sink_end);
+    store_shared(&stored.k_scales, work.k_scales);
+    store_shared(&stored.v_scales, work.v_scales);
     store_shared(&stored.key_begin, work.key_begin);
     store_shared(&stored.key_end, work.key_end);
     store_shared(&stored.blocks.sink_end, work.blocks.sink_end);
@@ -133,6 +137,7 @@ struct FlashFwdKernel {
     return {problem,
             load_shared(kValues ? &work.v_base : &work.k_base),
             load_shared(&work.pages),
+            load_shared(kValues ? &work.v_scales : &work.k_scales),
             load_shared(&work.sink_end),
             load_shared(&work.key_begin),
             load_shared(&work.key_end)};
@@ -188,6 +193,8 @@ struct FlashFwdKernel {
       work.pages = keys.pages;
       work.tree = mask.tree;
       work.sink_end = keys.sink_end;
+      work.k_scales = keys.scales;
+      work.v_scales = values.scales;
       work.key_begin = keys.begin;
       work.key_end = keys.end;
       work.blocks = blocks;

@@ -1,8 +1,8 @@
 """num_splits=1: a token's result has the same bits whatever is computed beside it.
 
 A sequence alone, in a batch, at another place of the batch, prefilled whole or in chunks, decoded
-token by token, wherever its pages lie: out and lse are compared bit for bit. That training gives the
-same bits is in test_paged.py.
+token by token, wherever its pages lie: out and lse are compared bit for bit. That training gives
+the same bits is in test_paged.py.
 """
 
 from __future__ import annotations

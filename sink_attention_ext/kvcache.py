@@ -121,7 +121,8 @@ def flash_attn_with_kvcache(
         block_table: (batch, max_pages_per_seq) int32: key j of sequence b lies in page
             ``block_table[b, j // page_size]``. Entries beyond a sequence's length are not read.
         cu_seqlens_q: (batch + 1,) int32: q is packed.
-        max_seqlen_q: at least the longest query length; None is total_q, or seqlen_q.
+        max_seqlen_q: at least the longest query length; None is total_q, or seqlen_q. At most 64
+            with tree_mask.
         softmax_scale, causal, window_size, softcap, s_aux, return_lse, num_sink_tokens: as in
             flash_attn_func. Pages between the sink tokens and the window need not exist.
         num_splits: parts into which the keys are cut, computed apart and merged; 0: chosen for you;

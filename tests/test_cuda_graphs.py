@@ -18,7 +18,11 @@ pytestmark = pytest.mark.skipif("cuda" not in BACKENDS, reason="needs a GPU and 
 
 NUM_HEADS_Q, NUM_HEADS_KV, HEAD_DIM = 16, 2, 64
 DTYPES = (torch.bfloat16, torch.float32)
-MASKS = ({"causal": True}, {"causal": True, "window_size": (100, 0)})
+MASKS = (
+    {"causal": True},
+    {"causal": True, "window_size": (100, 0)},
+    {"causal": True, "window_size": (100, 0), "num_sink_tokens": 4},
+)
 
 
 @pytest.fixture

@@ -46,6 +46,7 @@ def dense_cases() -> list[DenseCase]:
         softcap=(0.0, 0.0, 15.0),
         sink=("normal", "none", "4randn", "mixed"),
         layout=cases.LAYOUTS,
+        num_sink_tokens=(0, 0, 3, 40),
     )
     return [DenseCase(seed=i, **cases.merged(fields)) for i, fields in enumerate(drawn)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import tolerance
 import torch
 from cases import FLOAT_DTYPES, NAN, PagedCase, PagedInputs, heads, int32
-from conftest import Backend
+from conftest import BACKENDS, Backend
 from torch import Tensor
 
 from sink_attention_ext import flash_attn_with_kvcache, ops, reference
@@ -126,6 +127,14 @@ def test_random_trees(backend: Backend, case: PagedCase) -> None:
     trees = [random_tree(n, case.seed + b) for b, n in enumerate(case.seqlens_q)]
     actual = attend(backend, case, inputs, masks(case, trees, backend.device))
     tolerance.check(actual, expected(case, inputs, trees), case.softcap)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="no CPU kernels in this build")
+@pytest.mark.parametrize("case", CASES[::4], ids=str)
+def test_every_instruction_set(set_instruction_set: Callable[[str], None], case: PagedCase) -> None:
+    for name in ops.cpu_instruction_sets().split(","):
+        set_instruction_set(name)
+        test_random_trees(BACKENDS["cpu"], case)
 
 
 @pytest.mark.parametrize("case", CASES[::2], ids=str)

@@ -100,8 +100,8 @@ struct Mask {
   }
 
   // The keys between a query's window bounds, all of its sight but for the sink tokens. With a tree
-  // mask these are the keys among which there are all that it sees: a token's place in the order is
-  // not before its depth.
+  // mask all draft tokens that it sees are among these, since a token's place in the order is not
+  // before its depth.
   SA_HOST_DEVICE Range window_keys(int64_t q_idx) const {
     const int64_t depth =
         tree == nullptr ? q_idx : count_bits(static_cast<uint64_t>(tree[q_idx])) - 1;
@@ -141,19 +141,20 @@ struct Mask {
   // For queries [q_begin, q_end), of which none stands before position context() + first_depth.
   SA_HOST_DEVICE Range window_keys_of(int64_t first_depth, int64_t q_begin, int64_t q_end) const {
     Range keys{0, seqlen_k};
-    if (window_left >= 0) keys.begin = max_of(0, first_depth + context() - window_left);
+    // Of a tree, draft tokens that count as sink tokens may lie anywhere.
+    const bool has_sink_drafts = tree != nullptr && num_sink_tokens > context();
+    if (window_left >= 0 && !has_sink_drafts) {
+      keys.begin = max_of(0, first_depth + context() - window_left);
+    }
     if (window_right >= 0) keys.end = min_of(seqlen_k, q_end + context() + window_right);
     if (q_begin >= q_end) keys.end = keys.begin;
     return keys;
   }
 
   SA_HOST_DEVICE KeySet with_sink_tokens(Range window) const {
-    // Of a tree, tokens that count as sink tokens may lie anywhere.
-    const int64_t sinks =
-        tree != nullptr && num_sink_tokens > context() ? seqlen_k : num_sink_tokens;
-    if (sinks == 0 || window.begin >= window.end) return {0, window};
-    if (sinks >= window.begin) return {0, {0, window.end}};
-    return {sinks, window};
+    if (num_sink_tokens == 0 || window.begin >= window.end) return {0, window};
+    if (num_sink_tokens >= window.begin) return {0, {0, window.end}};
+    return {num_sink_tokens, window};
   }
 };
 

@@ -36,6 +36,7 @@ template <int kTilesM, int kTilesN>
 SA_DEVICE void mask_scores(Accumulators<kTilesM, kTilesN>& s, const attention::Mask& mask,
                            int first_row, int group, int first_key) {
   const int first_col = first_key + accumulator_col(primitives::lane_idx(), 0);
+  const int num_sink_tokens = static_cast<int>(mask.num_sink_tokens);
   SA_UNROLL
   for (int m = 0; m < kTilesM; ++m) {
     SA_UNROLL
@@ -49,7 +50,7 @@ SA_DEVICE void mask_scores(Accumulators<kTilesM, kTilesN>& s, const attention::M
         SA_UNROLL
         for (int col = 0; col < 2; ++col) {
           const int key = first_col + 8 * n + col;
-          if ((key < begin && key >= mask.num_sink_tokens) || key >= end) {
+          if ((key < begin && key >= num_sink_tokens) || key >= end) {
             s.c[m][n][2 * half + col] = attention::negative_infinity<float>();
           }
         }
@@ -63,6 +64,8 @@ template <int kTilesM, int kTilesN>
 SA_DEVICE void mask_tree_scores(Accumulators<kTilesM, kTilesN>& s, const attention::Mask& mask,
                                 int first_row, int group, int first_key) {
   const int first_col = first_key + accumulator_col(primitives::lane_idx(), 0);
+  const int num_sink_tokens = static_cast<int>(mask.num_sink_tokens);
+  const int context = static_cast<int>(mask.context());
   SA_UNROLL
   for (int m = 0; m < kTilesM; ++m) {
     SA_UNROLL
@@ -70,16 +73,17 @@ SA_DEVICE void mask_tree_scores(Accumulators<kTilesM, kTilesN>& s, const attenti
       const int row = first_row + 16 * m + accumulator_row(primitives::lane_idx(), 2 * half);
       const int64_t position = attention::min_of(row / group, mask.seqlen_q - 1);
       const attention::Range keys = mask.window_keys(position);
+      const int begin = static_cast<int>(keys.begin);
+      const int end = static_cast<int>(keys.end);
       const uint64_t drafts = mask.visible_drafts(position);
       SA_UNROLL
       for (int n = 0; n < kTilesN; ++n) {
         SA_UNROLL
         for (int col = 0; col < 2; ++col) {
           const int key = first_col + 8 * n + col;
-          const int draft = key - static_cast<int>(mask.context());
-          const bool visible =
-              key < keys.end && (draft < 0 ? key >= keys.begin || key < mask.num_sink_tokens
-                                           : ((drafts >> draft) & 1) != 0);
+          const int draft = key - context;
+          const bool visible = key < end && (draft < 0 ? key >= begin || key < num_sink_tokens
+                                                       : ((drafts >> draft) & 1) != 0);
           if (!visible) s.c[m][n][2 * half + col] = attention::negative_infinity<float>();
         }
       }

@@ -133,8 +133,8 @@ def flash_attn_with_kvcache(
         k_scale: for float8 and int8 caches, and only for them: float32, keys are stored * k_scale.
             Of shape (), (1,) or (num_heads_kv,); or k_cache.shape[:3], one for each token and head:
             then the append writes those of the new tokens (see reshape_and_cache), and those of
-            slots that are not read may hold anything. On CUDA the product of such a scale is
-            rounded to the dtype of q before it is used.
+            slots that are not read may hold anything. On CUDA stored * scale is then rounded to the
+            dtype of q; the CPU computes in float32 (float64 for float64).
         v_scale: the same for v, of the same kind as k_scale.
         tree_mask: the queries are the tokens of a draft tree (SpecInfer, arXiv 2305.09781; Medusa,
             arXiv 2401.10774), ancestors before descendants, and their keys the last ones that the

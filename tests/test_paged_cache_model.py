@@ -27,7 +27,7 @@ from hypothesis.stateful import (
 from sink_attention_ext import OutOfPages
 
 RUNS, STEPS = 80, 40
-MANY_RUNS = 2000
+MANY_RUNS = 600
 LONGEST = 60
 
 

@@ -24,7 +24,8 @@ j <= p`` over places j in the row, remains exact:
   ``j < num_sink_pages * page_size``. Pages are dropped only while ``(num_sink_pages + num_dropped)
   * page_size <= length - window_left``, hence the window of the first query begins, in the row, at
   ``length - window_left - num_dropped * page_size >= num_sink_pages * page_size > j``; those of
-  later queries begin later. Where nothing is dropped, places are positions.
+  later queries begin later. PageTables.min_length keeps this so when a sequence is truncated. Where
+  nothing is dropped, places are positions.
 """
 
 from __future__ import annotations

@@ -97,6 +97,8 @@ class CacheStep:
         self, cache: PagedKVCache, num_seqs: int, num_tokens: int, max_seqlen_q: int
     ) -> None:
         self._cache = cache
+        self._token = object()  # not the step itself, which the cache would hold and it the cache
+        cache._current_step = self._token
         self._written: set[int] = set()
         self.num_seqs = num_seqs
         self.num_tokens = num_tokens
@@ -152,7 +154,7 @@ class CacheStep:
         """
         self._check_current()
         slots = self.slot_mapping(layer)
-        if isinstance(k, Tensor) and k.dim() == 3:  # all else is refused in reshape_and_cache
+        if isinstance(k, Tensor) and k.dim() > 0:  # all else is refused in reshape_and_cache
             checks.check_size("k", k, 0, "num_tokens", self.num_tokens, "as the step has")
         caches = self._cache.k_cache(layer), self._cache.v_cache(layer)
         reshape_and_cache(k, v, *caches, slots, *self._cache.scales(layer))
@@ -189,6 +191,8 @@ class CacheStep:
         """
         self._check_current()
         self._group(layer)  # an index that does not exist is named here
+        checks.check_tensor("q", q, ("num_tokens", "num_heads_q", "head_dim"))
+        checks.check_size("q", q, 0, "num_tokens", self.num_tokens, "as the step has")
         if k is None and v is None:
             if layer not in self._written:
                 raise RuntimeError(
@@ -212,7 +216,7 @@ class CacheStep:
         return self._cache._layer_place(layer)[0]
 
     def _check_current(self) -> None:
-        if self._cache._step is not self:
+        if self._cache._current_step is not self._token:
             raise RuntimeError(
                 "this step has ended: its slots may belong to others since the cache's last "
                 "append, fork, truncate or free; use the step that the last append returned"

@@ -14,17 +14,19 @@ distance from the last token alone.
 
 With num_sink_tokens (StreamingLLM, arXiv:2309.17453: the first tokens stay visible beside the
 window) the first ``num_sink_pages = ceil(num_sink_tokens / page_size)`` pages are pinned, and the
-row holds them, then the live pages. The kernels' mask, ``j < num_sink_tokens or p - window_left <=
-j <= p`` over places j in the row, remains exact:
+row holds them, then the live pages. The kernels' mask over places j in the row, ``j <= p and (j <
+num_sink_tokens or j >= p - window_left)``, remains exact:
 
-* a pinned token has its own position for a place, so the first term is right;
+* a pinned token has its own position for a place, and live ones come after all pinned ones, so the
+  first term of the two is right;
 * live tokens and queries are moved by the same ``num_dropped * page_size``, so the second is right
   among them;
 * the second lets in no pinned token whose true position is out of the window. Such a token has
   ``j < num_sink_pages * page_size``. Pages are dropped only while ``(num_sink_pages + num_dropped)
   * page_size <= length - window_left``, hence the window of the first query begins, in the row, at
   ``length - window_left - num_dropped * page_size >= num_sink_pages * page_size > j``; those of
-  later queries begin later. Where nothing is dropped, places are positions.
+  later queries begin later. PageTables.min_length keeps this so when a sequence is truncated. Where
+  nothing is dropped, places are positions.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ class PagedKVCache:
 
         self._sequences: dict[int, _Sequence] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
-        self._step: CacheStep | None = None  # the one that may write
+        self._current_step: object | None = None  # the token of the one that may write
         self._buffers = StepBuffers(self._tables, max_num_seqs, max_num_batched_tokens, device)
 
     # ---- sequences ----
@@ -217,7 +217,7 @@ class PagedKVCache:
         new.length = source.length
         for tables in self._tables:
             tables.fork(source.row, new.row)
-        self._step = None
+        self._current_step = None
         return new_id
 
     def free(self, seq_id: int) -> None:
@@ -227,7 +227,7 @@ class PagedKVCache:
             tables.free(sequence.row)
         self._free_rows.append(sequence.row)
         del self._sequences[seq_id]
-        self._step = None
+        self._current_step = None
 
     def truncate(self, seq_id: int, length: int) -> None:
         """Takes the last tokens of a sequence back, as rejected drafts of speculative decoding.
@@ -255,7 +255,7 @@ class PagedKVCache:
         for tables in self._tables:
             tables.truncate(sequence.row, length)
         sequence.length = length
-        self._step = None
+        self._current_step = None
 
     def seqlen(self, seq_id: int) -> int:
         """Tokens of a sequence."""
@@ -300,8 +300,7 @@ class PagedKVCache:
         for seq_id, count in zip(seq_ids, counts, strict=True):
             self._sequences[seq_id].length += count
         self._buffers.fill(rows, lengths, counts)
-        self._step = CacheStep(self, num_seqs, num_tokens, max(counts, default=0))
-        return self._step
+        return CacheStep(self, num_seqs, num_tokens, max(counts, default=0))
 
     def can_append(self, seq_ids: Sequence[int], num_new_tokens: int | Sequence[int] = 1) -> bool:
         """Whether there are pages for such an append; nothing is changed."""

@@ -184,6 +184,13 @@ def test_what_a_step_refuses() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             step.write(0, bad, k)
+    for bad, message in (
+        (q[:1], "q must have num_tokens = 2 .as the step has.; got shape"),
+        (torch.cat([q, q]), "q must have num_tokens = 2 .as the step has.; got shape"),
+        (q[None], "q must have 3 dimensions"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            step.attend(0, bad, k + 1, k)
     with pytest.raises(ValueError, match="v must be given where k is"):
         step.attend(0, q, k)
     with pytest.raises(TypeError, match="k must have the dtype of k_cache"):

@@ -24,10 +24,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from sink_attention_ext import OutOfPages
+from sink_attention_ext import CacheStep, OutOfPages
 
 RUNS, STEPS = 80, 40
-MANY_RUNS = 2000
+MANY_RUNS = 600
 LONGEST = 60
 
 
@@ -88,10 +88,12 @@ class PagedCacheMachine(RuleBasedStateMachine):
             return
         step = model.append(seqs, counts)
         if attend and step.num_tokens > 0:
-            self.attend(data, seqs, counts)
+            self.attend(data, step, seqs, counts)
 
-    def attend(self, data: st.DataObject, seqs: list[int], counts: list[int]) -> None:
-        model, step = self.model, self.model.cache._step
+    def attend(
+        self, data: st.DataObject, step: CacheStep, seqs: list[int], counts: list[int]
+    ) -> None:
+        model = self.model
         layer = data.draw(st.integers(0, len(model.windows) - 1))
         q = torch.randn(step.num_tokens, cache_model.NUM_HEADS_Q, cache_model.HEAD_DIM)
         s_aux = torch.randn(cache_model.NUM_HEADS_Q)

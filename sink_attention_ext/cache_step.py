@@ -171,6 +171,7 @@ class CacheStep:
         s_aux: Tensor | None = None,
         return_lse: bool = False,
         num_splits: int = 0,
+        tree_mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Writes k and v, then causal attention of the new tokens to all that their window holds.
 
@@ -179,6 +180,9 @@ class CacheStep:
             q: (num_tokens, num_heads_q, head_dim), rotated.
             k, v: as in write; None: this layer has been written in this step.
             softmax_scale, softcap, s_aux, return_lse, num_splits: as in flash_attn_with_kvcache.
+            tree_mask: (num_tokens,) int64, as in flash_attn_with_kvcache: the new tokens of each
+                sequence are a tree of drafts. (Their positions, for rotary embeddings, are then the
+                length before them plus their depth, not those of the step.)
 
         Returns:
             out (num_tokens, num_heads_q, head_dim_v); with return_lse ``(out, lse)``, lse
@@ -209,6 +213,7 @@ class CacheStep:
             s_aux=s_aux,
             return_lse=return_lse,
             num_splits=num_splits,
+            tree_mask=tree_mask,
             **self.attn_kwargs(layer),
         )
 

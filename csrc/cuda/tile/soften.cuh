@@ -59,32 +59,43 @@ SA_DEVICE void mask_scores(Accumulators<kTilesM, kTilesN>& s, const attention::M
   }
 }
 
+// The lowest `count` bits of a word.
+SA_DEVICE uint64_t lowest_bits(int count) {
+  if (count <= 0) return 0;
+  return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
+}
+
 // The same with a tree mask. Rows beyond the last, which nobody stores, see what the last one does.
+// What a row sees becomes one word, a bit for each key from the thread's first column on: kernels
+// without a tree mask have this branch too, and it shall cost them no registers.
 template <int kTilesM, int kTilesN>
 SA_DEVICE void mask_tree_scores(Accumulators<kTilesM, kTilesN>& s, const attention::Mask& mask,
                                 int first_row, int group, int first_key) {
+  static_assert(8 * kTilesN <= 64, "a bit for each key");
   const int first_col = first_key + accumulator_col(primitives::lane_idx(), 0);
-  const int num_sink_tokens = static_cast<int>(mask.num_sink_tokens);
-  const int context = static_cast<int>(mask.context());
+  const int context = static_cast<int>(mask.context()) - first_col;  // bits before the drafts'
+  const int sink_tokens = static_cast<int>(mask.num_sink_tokens) - first_col;
   SA_UNROLL
   for (int m = 0; m < kTilesM; ++m) {
     SA_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + 16 * m + accumulator_row(primitives::lane_idx(), 2 * half);
       const int64_t position = attention::min_of(row / group, mask.seqlen_q - 1);
-      const attention::Range keys = mask.window_keys(position);
-      const int begin = static_cast<int>(keys.begin);
-      const int end = static_cast<int>(keys.end);
+      const attention::Range window = mask.window_keys(position);
+      uint64_t seen =
+          lowest_bits(context) &
+          (~lowest_bits(static_cast<int>(window.begin) - first_col) | lowest_bits(sink_tokens));
       const uint64_t drafts = mask.visible_drafts(position);
+      if (0 <= context && context < 64) seen |= drafts << context;
+      if (-64 < context && context < 0) seen |= drafts >> -context;
+      seen &= lowest_bits(static_cast<int>(window.end) - first_col);
       SA_UNROLL
       for (int n = 0; n < kTilesN; ++n) {
         SA_UNROLL
         for (int col = 0; col < 2; ++col) {
-          const int key = first_col + 8 * n + col;
-          const int draft = key - context;
-          const bool visible = key < end && (draft < 0 ? key >= begin || key < num_sink_tokens
-                                                       : ((drafts >> draft) & 1) != 0);
-          if (!visible) s.c[m][n][2 * half + col] = attention::negative_infinity<float>();
+          if (((seen >> (8 * n + col)) & 1) == 0) {
+            s.c[m][n][2 * half + col] = attention::negative_infinity<float>();
+          }
         }
       }
     }

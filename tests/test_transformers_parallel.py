@@ -61,7 +61,7 @@ def saved_model(tmp_path_factory):
     return str(folder)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_gpt_oss_with_sharded_heads_and_sinks(saved_model, world_size):
     """Logits, generation, and the gradient of every parameter."""
     on_ranks(world_size, sharded_model, saved_model, world_size)

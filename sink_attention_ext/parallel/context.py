@@ -4,6 +4,8 @@ The rows stay where they are, and keys and values come to them (exchange.py). Ea
 gives a partial result without the sink, merge_attn_states joins them, and the sink enters once, at
 the end. The backward uses that global out and lse in every block: with lse given, P = exp(s - lse)
 is the final probability, so a block's gradients are final summands too, and they are added up.
+
+Tested with the gloo backend. NCCL takes the same calls and has not been run, for want of two GPUs.
 """
 
 from __future__ import annotations

@@ -14,8 +14,7 @@ way::
     step 1    keys of r - 1    keys r - 2 -> r, r -> r + 2
     step 2    keys of r - 2    keys r - 3 -> r, r -> r + 3    dk, dv r -> r - 1, r + 1 -> r
 
-Every rank posts the same kinds of messages in the same order of steps, which no backend can
-deadlock on.
+Every rank posts the messages of each step in the same order, so that no two wait for each other.
 """
 
 from __future__ import annotations

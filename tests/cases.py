@@ -65,13 +65,15 @@ class AttentionCase:
         return self.head_dim if self.head_dim_v is None else self.head_dim_v
 
     def options(self) -> dict[str, Any]:
-        return {
+        options = {
             "softmax_scale": self.softmax_scale,
             "causal": self.causal,
             "window_size": self.window_size,
             "softcap": self.softcap,
-            "num_sink_tokens": self.num_sink_tokens,
         }
+        if self.num_sink_tokens > 0:  # not every function has it
+            options["num_sink_tokens"] = self.num_sink_tokens
+        return options
 
     def __str__(self) -> str:
         """The fields that differ from their defaults; a test's id."""

@@ -38,7 +38,10 @@ class _Call:
     def op_options(self, tile: Tile) -> tuple[Any, ...]:
         """The last arguments of flash_attn_fwd and of flash_attn_bwd, which are the same."""
         window = (tile.window_left, tile.window_right)
-        return self.softmax_scale, False, *window, self.softcap, self.deterministic
+        num_sink_tokens = 0  # a tile does not begin at the sequence's first token
+        return (
+            self.softmax_scale, False, *window, self.softcap, self.deterministic, num_sink_tokens
+        )  # fmt: skip
 
 
 def _rows_and_keys(tile: Tile) -> tuple[slice, slice]:

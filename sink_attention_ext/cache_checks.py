@@ -110,8 +110,15 @@ def _check_scale(name: str, scale: Any, k_cache: Tensor) -> Tensor:
     return scale
 
 
+def check_caches_can_be_written(k_cache: Tensor, v_cache: Tensor) -> None:
+    if k_cache is v_cache:
+        raise ValueError("v_cache must not be k_cache: keys and values are written to both")
+
+
 def check_scales_can_be_written(k_scale: Tensor | None, v_scale: Tensor | None) -> None:
     """Scales of tokens are written where those are: each has memory of its own."""
+    if are_token_scales(k_scale) and k_scale is v_scale:
+        raise ValueError("v_scale must not be k_scale: both are written, each with its own")
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if not are_token_scales(scale):
             continue
@@ -248,11 +255,11 @@ def check_tree_mask(tree_mask: Any, q: Tensor, window_right: int, max_seqlen_q: 
 def check_tree_mask_values(tree_mask: Tensor, cu_seqlens_q: Tensor | None) -> None:
     """Each draft token's word has the token's own bit, and none of a token after it."""
     if cu_seqlens_q is None:
-        index = torch.arange(tree_mask.shape[1]).expand(tree_mask.shape)
+        index = torch.arange(tree_mask.shape[1], device=tree_mask.device).expand(tree_mask.shape)
     else:
         tree_mask = tree_mask[: int(cu_seqlens_q[-1])]
         starts = cu_seqlens_q[:-1].repeat_interleave(cu_seqlens_q.diff())
-        index = torch.arange(len(tree_mask)) - starts
+        index = torch.arange(len(tree_mask), device=tree_mask.device) - starts
     own = torch.where(index == MAX_DRAFT_TOKENS - 1, -1, 1)  # the shift keeps the sign
     is_bad = (tree_mask >> index) != own
     if is_bad.any():

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sink_attention_ext import checks
+from sink_attention_ext import cache_checks, checks
+from sink_attention_ext.autograd import refuse_gradient
 from sink_attention_ext.kvcache import flash_attn_with_kvcache, reshape_and_cache
 from sink_attention_ext.page_pool import PageTables
 
@@ -118,6 +119,11 @@ class CacheStep:
         """(num_tokens,) int64: page * page_size + place of each new token; -1 for padding."""
         return self._cache._buffers.tokens[1 + self._group(layer), : self.num_tokens]
 
+    def window_size(self, layer: int) -> tuple[int, int]:
+        """``(left, right)`` of a layer, as the cache was made with."""
+        self._group(layer)
+        return self._cache.window_sizes[layer]
+
     def attn_kwargs(self, layer: int) -> dict[str, Any]:
         """What flash_attn_with_kvcache takes after q, k_cache and v_cache: masks, tables, scales.
 
@@ -180,6 +186,9 @@ class CacheStep:
             q: (num_tokens, num_heads_q, head_dim), rotated.
             k, v: as in write; None: this layer has been written in this step.
             softmax_scale, softcap, s_aux, return_lse, num_splits: as in flash_attn_with_kvcache.
+                (num_splits=1 in a windowed layer: the same bits alone and in any batch, for the
+                same chunks; where pages are dropped depends on the chunks, and with it which keys
+                are summed together, so other chunks agree to rounding.)
             tree_mask: (num_tokens,) int64, as in flash_attn_with_kvcache: the new tokens of each
                 sequence are a tree of drafts. (Their positions, for rotary embeddings, are then the
                 length before them plus their depth, not those of the step.)
@@ -190,13 +199,18 @@ class CacheStep:
 
         Raises:
             RuntimeError: the step has ended, or k is None and the layer has not been written.
-            TypeError, ValueError: an argument does not fit. If it is one of attention's, k and v
-                have been written where they belong: call again.
+            TypeError, ValueError: an argument does not fit; nothing has been written.
         """
         self._check_current()
         self._group(layer)  # an index that does not exist is named here
         checks.check_tensor("q", q, ("num_tokens", "num_heads_q", "head_dim"))
         checks.check_size("q", q, 0, "num_tokens", self.num_tokens, "as the step has")
+        self._check_attention(layer, q, s_aux, tree_mask)
+        checks.check_softmax_scale(softmax_scale, q.shape[-1])
+        checks.check_softcap(softcap)
+        checks.check_num_splits(num_splits)
+        checks.check_bool("return_lse", return_lse)
+        refuse_gradient("CacheStep.attend", q, k, v, s_aux)
         if k is None and v is None:
             if layer not in self._written:
                 raise RuntimeError(
@@ -216,6 +230,18 @@ class CacheStep:
             tree_mask=tree_mask,
             **self.attn_kwargs(layer),
         )
+
+    def _check_attention(self, layer: int, q: Tensor, s_aux: Any, tree_mask: Any) -> None:
+        """What attention would refuse, before k and v are written."""
+        k_cache, v_cache = self._cache.k_cache(layer), self._cache.v_cache(layer)
+        checks.check_device("q", q, k_cache.device)
+        cache_checks.check_dtype_against_cache("q", q, k_cache)
+        checks.check_heads(q, "k_cache", k_cache, "v_cache", v_cache)
+        checks.check_last_stride("q", q)
+        checks.check_s_aux(s_aux, q.shape[-2], q.device)
+        cache_checks.check_tree_mask(tree_mask, q, 0, self.max_seqlen_q)
+        if tree_mask is not None and cache_checks.can_read_values(tree_mask):
+            cache_checks.check_tree_mask_values(tree_mask, self.cu_seqlens_q)
 
     def _group(self, layer: int) -> int:
         return self._cache._layer_place(layer)[0]

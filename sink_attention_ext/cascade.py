@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sink_attention_ext import cache_checks, checks
+from sink_attention_ext.autograd import refuse_gradient
 from sink_attention_ext.kvcache import flash_attn_with_kvcache
 from sink_attention_ext.merge import merge_attn_states
 from sink_attention_ext.reference import WindowSize
@@ -41,7 +42,8 @@ def cascade_attn_with_kvcache(
     joined by merge_attn_states, where the sink enters once. It pays for long prefixes and many
     sequences: a system prompt, beams, several samples of one prompt. The method is that of Hydragen
     (arXiv 2402.05099) and FlashInfer's cascade. The result equals flash_attn_with_kvcache's but
-    for rounding: the two parts are rounded to the dtype of q before they are joined.
+    for rounding: the two parts are rounded to the dtype of q before they are joined, so there is no
+    batch-invariant mode here.
 
     With a sliding window (``window_size[0] >= 0``) each row sees another piece of the prefix, if
     any: such a call is passed on to flash_attn_with_kvcache. Nothing is appended: write new keys
@@ -108,7 +110,9 @@ def cascade_attn_with_kvcache(
         "num_sink_tokens": num_sink_tokens,  # without a left bound it means nothing
         "tree_mask": tree_mask,  # every draft token sees the whole prefix
     }
-    if prefix_pages == 0 or window_left >= 0 or block_table.shape[0] == 0 or q.shape[0] == 0:
+    refuse_gradient("cascade_attn_with_kvcache", q, k_cache, v_cache, s_aux)
+    is_empty = block_table.shape[0] == 0 or q.shape[0] == 0 or q.shape[-3] == 0
+    if prefix_pages == 0 or window_left >= 0 or is_empty:
         return flash_attn_with_kvcache(
             q, k_cache, v_cache, None, None, cache_seqlens, block_table,
             s_aux=s_aux, return_lse=return_lse, **own, **options,

@@ -278,7 +278,8 @@ def _window_bound(side: str, bound: Any) -> int:
             "window_size must hold numbers of tokens from 0, or -1 for unbounded; "
             f"got {side} = {bound}"
         )
-    return bound
+    # Wider than any sequence is unbounded; lengths are int32, and so is what is computed of them.
+    return min(bound, 2**30) if isinstance(bound, int) else bound
 
 
 def check_num_sink_tokens(num_sink_tokens: Any) -> int:

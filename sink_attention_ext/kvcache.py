@@ -70,6 +70,7 @@ def reshape_and_cache(
     checks.check_last_stride("slot_mapping", slot_mapping)
     checks.check_size("slot_mapping", slot_mapping, 0, "num_tokens", k.shape[0], "as k has")
     cache_checks.check_scales_can_be_written(k_scale, v_scale)
+    cache_checks.check_caches_can_be_written(k_cache, v_cache)
     refuse_gradient("reshape_and_cache", k, v, k_cache, v_cache, k_scale, v_scale)
     _write(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
 
@@ -128,8 +129,10 @@ def flash_attn_with_kvcache(
         num_splits: parts into which the keys are cut, computed apart and merged; 0: chosen for you;
             1: never, which is also the batch-invariant mode: a token's out and lse then have the
             same bits alone and in any batch, prefilled whole, in chunks of any size or decoded,
-            wherever its pages lie. On CUDA that costs decode some speed: its tiles for few rows,
-            whose warps share the keys, are then not used.
+            wherever its pages lie, as long as its row of the block table begins at its first token
+            (a windowed layer's row in PagedKVCache does not: see CacheStep.attend). On CUDA that
+            costs decode some speed: its tiles for few rows, whose warps share the keys, are then
+            not used.
         k_scale: for float8 and int8 caches, and only for them: float32, keys are stored * k_scale.
             Of shape (), (1,) or (num_heads_kv,); or k_cache.shape[:3], one for each token and head:
             then the append writes those of the new tokens (see reshape_and_cache), and those of
@@ -202,6 +205,7 @@ def flash_attn_with_kvcache(
     if k is not None or v is not None:
         _check_new_kv(q, k, v, k_cache, v_cache, is_packed)
         cache_checks.check_scales_can_be_written(k_scale, v_scale)
+        cache_checks.check_caches_can_be_written(k_cache, v_cache)
         seqused_k = lengths + (cu_seqlens_q.diff() if is_packed else k.shape[1])
         if cache_checks.can_read_values(lengths):
             if is_packed:

@@ -57,7 +57,8 @@ def is_visible(
         visible = ~is_draft | on_path.gather(1, token_of_key)
         key = torch.where(is_draft, context + depth.gather(1, token_of_key), key)
     if window_left >= 0:
-        visible &= (key >= position - window_left) | (key < num_sink_tokens)
+        is_sink_token = key < num_sink_tokens if num_sink_tokens > 0 else torch.zeros_like(visible)
+        visible &= (key >= position - window_left) | is_sink_token
     if window_right >= 0:
         visible &= key <= position + window_right
     return visible

@@ -153,6 +153,20 @@ def test_a_tree_of_drafts_on_a_shared_prefix(backend: Backend) -> None:
     assert not torch.equal(attend(case, inputs, PREFIX).out, result.out)
 
 
+def test_no_queries(backend: Backend) -> None:
+    inputs = make(CASE, PREFIX, backend.device)
+    result = attend(CASE, replace(inputs, q=inputs.q[:, :0]), PREFIX)
+    assert result.out.shape == (3, 0, 8, 64)
+    assert result.lse.shape == (3, 8, 0)
+
+
+def test_gradients_are_refused_with_and_without_a_prefix() -> None:
+    inputs = make(CASE, PREFIX, "cpu")
+    for prefix in (PREFIX, 0):
+        with pytest.raises(RuntimeError, match="cascade_attn_with_kvcache is not differentiable"):
+            attend(CASE, replace(inputs, s_aux=torch.zeros(8, requires_grad=True)), prefix)
+
+
 def test_rows_in_no_sequence(backend: Backend) -> None:
     case = replace(CASE, packed_q=True)
     inputs = make(case, PREFIX, backend.device)

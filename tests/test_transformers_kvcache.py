@@ -10,7 +10,7 @@ from conftest import BACKENDS
 from graphs import captured
 from tiny_models import gpt_oss, logits, max_diff, tokens
 from torch import Tensor
-from transformers import GptOssForCausalLM
+from transformers import GptOssForCausalLM, MistralConfig, MistralForCausalLM
 
 from sink_attention_ext import PagedKVCache
 from sink_attention_ext.integrations.kvcache import NAME, make_kv_cache, register
@@ -45,6 +45,7 @@ def forward(
             position_ids=step.positions[None],
             use_cache=False,
             cache_step=step,
+            num_splits=1,
         ).logits[0]
     return dict(zip(sequences, packed.split(counts), strict=True))
 
@@ -172,9 +173,9 @@ def test_decode_replayed_over_growing_lengths(device: str) -> None:
         step = cache.append(ids, [1, 1, 1])
         with torch.no_grad():
             fresh = decode(token, step.positions[:, None], step)
-        cache._step = first if device == "cpu" else step  # a graph does not ask which step it is
+        cache._current_step = first._token  # a graph does not ask which step it is
         (replayed,) = replay()
-        cache._step = step
+        cache._current_step = step._token
         # (On a CPU two products of the same numbers may differ with their addresses' alignment.)
         assert max_diff(replayed, fresh) <= (0.0 if device == "cuda" else 1e-5), i
 
@@ -195,6 +196,24 @@ def test_a_step_of_the_wrong_kind_is_refused(model: GptOssForCausalLM) -> None:
     step = other.append([other.allocate()], [6])
     with pytest.raises(ValueError, match="sliding_window is 16; its window_left is -1"):
         model(text, use_cache=False, cache_step=step)
+
+
+def test_a_model_whose_layers_are_all_windowed() -> None:
+    config = MistralConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=8, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = MistralForCausalLM(config).eval()
+    text = tokens(1, 30)
+    model.set_attn_implementation("eager")
+    expected = logits(model, text)[0]
+    model.set_attn_implementation(NAME)
+    cache = make_kv_cache(model, **SIZES)
+    assert [left for left, _ in cache.window_sizes] == [7, 7]
+    seq_id = cache.allocate()
+    parts = [forward(model, cache, {seq_id: text[0, i : i + 10]})[seq_id] for i in (0, 10, 20)]
+    assert max_diff(torch.cat(parts), expected) < 2e-5
 
 
 def test_what_the_cache_takes_from_the_model() -> None:

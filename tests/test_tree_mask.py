@@ -319,5 +319,5 @@ def test_the_operator_refuses_too() -> None:
     with pytest.raises(RuntimeError, match="tree_mask must have shape"):
         ops.paged_attn(long, cache, cache, table, used, *options)
     options[-1] = torch.ones(1, 65).long()
-    with pytest.raises(RuntimeError, match="max_seqlen_q must be at most 64.*got 65"):
+    with pytest.raises(RuntimeError, match="seqlen_q of q must be at most 64.*got 65"):
         ops.paged_attn(long, cache, cache, table, used, *options)

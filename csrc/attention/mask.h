@@ -19,7 +19,8 @@ SA_HOST_DEVICE Range intersect(Range a, Range b) {
   return {max_of(a.begin, b.begin), min_of(a.end, b.end)};
 }
 
-// The keys [0, sink_end) and those of `window`. Where both are one range, sink_end is 0.
+// The keys [0, sink_end) and those of `window`. Where both are one range, sink_end is 0. Without a
+// window there are no sink tokens either: an empty window is an empty set.
 struct KeySet {
   int64_t sink_end;
   Range window;
@@ -94,7 +95,8 @@ struct Mask {
     for (int64_t i = 0; i < before_window; ++i) {
       const uint64_t first = rest & (~rest + 1);
       rest ^= first;
-      if (context() + i >= num_sink_tokens) visible ^= first;
+      const bool is_sink_token = num_sink_tokens > 0 && context() + i < num_sink_tokens;
+      if (!is_sink_token) visible ^= first;
     }
     return visible;
   }

@@ -64,7 +64,8 @@ struct FlashFwdProblem {
                              // says that draft token d is itself or its ancestor (mask.h)
   int64_t tree_mask_stride;  // of a sequence; 0 and unused with cu_seqlens_q
   int64_t num_splits;  // parts of the key range computed apart and merged; 0: the backend chooses,
-                       // 1: never
+                       // 1: never, and by kernels in which a row's sums have one order, whatever
+                       // the rows and sequences beside it (batch-invariant)
   double softmax_scale;
   double softcap;  // 0: none
 };

@@ -64,6 +64,7 @@ Schedule make_schedule(const FlashFwdProblem& problem, const FwdPlan& plan) {
 }
 
 // Jobs of at least this many keys are worth the merge that splitting them costs.
+constexpr int64_t kMaxSplits = 64;  // as on CUDA; more would only take memory
 constexpr int64_t kMinSplitKeys = 512;
 
 struct Division {
@@ -83,7 +84,7 @@ Division divide(const FlashFwdProblem& problem, const FwdPlan& plan, const Sched
     longest = std::max(longest, sequence.blocks.count() * plan.block_keys);
     jobs += sequence.num_tiles > 1 ? sequence.num_tiles * problem.num_heads_kv : 1;
   }
-  Division division{problem.num_splits, problem.num_heads_kv};
+  Division division{std::min(problem.num_splits, kMaxSplits), problem.num_heads_kv};
   if (division.num_splits <= 0) {
     division.num_splits =
         jobs >= wanted ? 1 : std::clamp<int64_t>(longest / kMinSplitKeys, 1, wanted / jobs);

@@ -8,9 +8,8 @@ namespace sink_attention::binding {
 
 // cu_seqlens_* start at 0, do not fall and end within the rows there are; no sequence is longer
 // than the maximum given; seqused_k is within what the sequence, or its row of the block table,
-// holds; every page with a visible key exists; each
-// word of a tree mask has its own bit and none above. Rows: of q and, in varlen, of k. num_pages:
-// of the cache, where the problem is paged.
+// holds; every page with a visible key exists; each word of a tree mask has its own bit and none
+// above. Rows: of q and, in varlen, of k. num_pages: of the cache, where the problem is paged.
 struct Extent {
   int64_t q_rows;
   int64_t k_rows;

@@ -1,5 +1,7 @@
 #include "torch/make_problem.h"
 
+#include <algorithm>
+
 #include "attention/mask.h"
 #include "attention/paged_kv.h"
 
@@ -33,8 +35,10 @@ void set_mask(FlashFwdProblem& problem, const MaskArgs& mask) {
   problem.softmax_scale = mask.softmax_scale;
   problem.softcap = mask.softcap;
   problem.num_sink_tokens = mask.num_sink_tokens;
-  problem.window_left = mask.window_left;
-  problem.window_right = mask.causal ? 0 : mask.window_right;
+  // Wider than any sequence: clamped, so that no sum with a length overflows.
+  constexpr int64_t kWidest = int64_t{1} << 40;
+  problem.window_left = std::min(mask.window_left, kWidest);
+  problem.window_right = mask.causal ? 0 : std::min(mask.window_right, kWidest);
 }
 
 const void* sink_data(const std::optional<Tensor>& s_aux, int64_t num_heads, const Tensor& q,
@@ -178,7 +182,8 @@ void set_tree_mask(FlashFwdProblem& problem, const std::optional<Tensor>& tree_m
   check_unit_last_stride(*tree_mask, "tree_mask");
   check(problem.window_right == 0,
         "tree_mask needs causal (or window_right = 0), got window_right ", problem.window_right);
-  check(problem.seqlen_q <= attention::kMaxDraftTokens, "max_seqlen_q must be at most ",
+  check(problem.seqlen_q <= attention::kMaxDraftTokens,
+        packed ? "max_seqlen_q must be at most " : "seqlen_q of q must be at most ",
         attention::kMaxDraftTokens, " with tree_mask (a bit for each draft token), got ",
         problem.seqlen_q);
   static const int64_t no_words = 0;  // an empty mask is still one

@@ -139,7 +139,8 @@ struct Ops {
                     deterministic);
   }
 
-  // What lengths, block table or slots hold, before a kernel uses them. args: the tensors.
+  // What lengths, block table or slots hold, before a kernel uses them. args: the tensors; first:
+  // one of the call's, whose device and stream count.
   template <class Problem, class Limit, class Args>
   static void check_values_in(const Problem& problem, const Limit& limit, const Args& args,
                               const Tensor& first) {

@@ -44,6 +44,7 @@ class Call {
 struct CudaBackend {
   static constexpr bool kReadsValues = false;  // not without waiting for the device
   static bool is_capturing(const Tensor& tensor) {
+    const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
     return cuda::is_capturing(current_stream(tensor));
   }
   static bool may_leave_rows(const attention::FlashFwdProblem&, const Extent&) { return true; }

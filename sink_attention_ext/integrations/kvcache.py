@@ -45,14 +45,16 @@ def make_kv_cache(model: nn.Module, **options: Any) -> PagedKVCache:
             (config.layer_types), all with the same key-value heads.
         options: PagedKVCache's other arguments (num_pages or memory_budget, max_num_seqs,
             max_seqlen, max_num_batched_tokens, ...); they also override what the model says, but
-            for window_sizes.
+            for window_sizes. Under tensor parallelism num_heads_kv is this rank's.
 
     Raises:
         ValueError: a layer is of another kind.
     """
     config = model.config.get_text_config()
     num_layers = config.num_hidden_layers
-    layer_types = getattr(config, "layer_types", None) or ["full_attention"] * num_layers
+    window = getattr(config, "sliding_window", None)
+    default = "full_attention" if window is None else "sliding_attention"
+    layer_types = getattr(config, "layer_types", None) or [default] * num_layers
     window_sizes = []
     for layer, layer_type in enumerate(layer_types):
         if layer_type not in ("full_attention", "sliding_attention"):
@@ -60,7 +62,7 @@ def make_kv_cache(model: nn.Module, **options: Any) -> PagedKVCache:
                 f"layer {layer} must be full_attention or sliding_attention; got {layer_type}"
             )
         is_full = layer_type == "full_attention"
-        window_sizes.append((-1, 0) if is_full else (config.sliding_window - 1, 0))
+        window_sizes.append((-1, 0) if is_full else (window - 1, 0))
     head_dim = getattr(config, "head_dim", None)
     model_options = {
         "num_heads_kv": config.num_key_value_heads,
@@ -96,6 +98,7 @@ def kvcache_sink_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     cache_step: CacheStep | None = None,
+    num_splits: int = 0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What an attention layer calls. Keys and values go into the cache before they are attended to.
@@ -105,6 +108,7 @@ def kvcache_sink_attention(
             (1, ..., num_tokens, ...) when packed, (num_seqs, ..., 1, ...) in decode.
         key, value: (batch, num_heads_kv, length, head_dim), of the same tokens.
         cache_step: what PagedKVCache.append returned, handed to the model as a keyword.
+        num_splits: as in flash_attn_with_kvcache, a keyword of the model too.
 
     Returns:
         (batch, length, num_heads_q, head_dim_v), and None for the weights, which never exist.
@@ -122,7 +126,7 @@ def kvcache_sink_attention(
     if attention_mask is not None:
         raise ValueError(f"attention_mask must be None for {NAME}; got {type(attention_mask)}")
     layer = module.layer_idx
-    window_left = cache_step.attn_kwargs(layer)["window_size"][0]
+    window_left = cache_step.window_size(layer)[0]
     if window_left != (-1 if sliding_window is None else sliding_window - 1):
         raise ValueError(
             f"the cache must have the window of layer {layer}, whose sliding_window is "
@@ -134,5 +138,5 @@ def kvcache_sink_attention(
         tensor.transpose(1, 2).flatten(0, 1)
         for tensor in to_compute_dtype(module, query, key, value)
     )
-    out = cache_step.attend(layer, q, k, v, **options)
+    out = cache_step.attend(layer, q, k, v, num_splits=num_splits, **options)
     return out.unflatten(0, (batch, length)), None

@@ -172,18 +172,21 @@ struct ForwardTile {
       const Range keys = seen.within({origin, first + end});
       rescale[i] = soften_row<Arithmetic>(scratch.scores + i * score_stride(plan), end - begin,
                                           {keys.begin - origin, keys.end - origin},
-                                          hidden_keys(seen, position(row + i), origin), scale,
+                                          hidden_keys(seen, position(row + i), {origin, first + end}), scale,
                                           scratch.state[row + i]);
     }
   }
 
-  // What a position does not see between its first and its last key, counted from key `origin`.
-  HiddenKeys hidden_keys(const attention::KeySet& seen, int64_t position, int64_t origin) const {
+  // What a position does not see between its first and its last key among `keys`, counted from
+  // the first of these.
+  HiddenKeys hidden_keys(const attention::KeySet& seen, int64_t position, Range keys) const {
     HiddenKeys hidden{};
-    if (seen.sink_end > 0) hidden.gap = {seen.sink_end - origin, seen.window.begin - origin};
-    if (mask.tree != nullptr) {
+    if (seen.sink_end > 0) {
+      hidden.gap = {seen.sink_end - keys.begin, seen.window.begin - keys.begin};
+    }
+    if (mask.tree != nullptr && keys.end > mask.context()) {
       hidden.has_drafts = true;
-      hidden.first_draft = mask.context() - origin;
+      hidden.first_draft = mask.context() - keys.begin;
       hidden.visible_drafts = mask.visible_drafts(position);
     }
     return hidden;

@@ -32,8 +32,8 @@ SA_HOST_DEVICE bool is_aligned(const void* base, int64_t element_bytes, int64_t 
 // What the loads below take their rows from:
 //   const void* row(int64_t idx)         where a row lies, or null: it counts as zeros
 //   Real number(const void* row, int i)  one of its dim numbers as stored
-//   Real scale(int64_t idx)              what the numbers of a row that is there are multiplied
-//   with in_vectors                           whether it may be copied 16 bytes at a time
+//   Real scale(int64_t idx)              the factor of the numbers of a row that is there
+//   in_vectors                           whether it may be copied 16 bytes at a time
 template <class Real>
 struct KeySource {
   attention::KeyRows rows;

@@ -46,12 +46,8 @@ SA_DEVICE Real load_number(const void* base, attention::DataType dtype, int64_t 
       return load_as<Real, float>(base, idx);
     case attention::DataType::kFloat16:
       return load_as<Real, attention::Float16>(base, idx);
-    case attention::DataType::kBFloat16:
-      return load_as<Real, attention::BFloat16>(base, idx);
-    case attention::DataType::kInt8:
-      return load_as<Real, attention::Int8>(base, idx);
     default:
-      return load_as<Real, attention::Float8E4M3>(base, idx);
+      return load_as<Real, attention::BFloat16>(base, idx);
   }
 }
 

@@ -136,7 +136,9 @@ struct FlashFwdKernel {
         const int key = first_key + thread_x() + kThreadCols * j;
         s[i][j] = window.sees(key, num_sink_tokens) ? scale.transform(s[i][j]) : kHidden;
       }
-      if (mask.tree != nullptr) hide_drafts(s[i], mask, rows, row_begin + tile_row, first_key);
+      if (mask.tree != nullptr && first_key + kBlockN > mask.context()) {
+        hide_drafts(s[i], mask, rows, row_begin + tile_row, first_key);
+      }
       const Real old_max = states.max[i];
       Real max = old_max;
       SA_UNROLL

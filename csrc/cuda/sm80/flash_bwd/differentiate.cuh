@@ -30,10 +30,10 @@ SA_DEVICE void differentiate(const FlashBwdKernelProblem& problem, const Storage
     const int row = warp_row + 8 * n + accumulator_col(lane, 0);
     const auto lse = load_shared(reinterpret_cast<const Float2*>(storage.lse_log2[stage] + row));
     const auto delta = load_shared(reinterpret_cast<const Float2*>(storage.delta[stage] + row));
-    KeyRange seen[2];
+    KeyRange window[2];
     if constexpr (kMasked) {
-      seen[0] = load_shared(storage.visible[stage] + row);
-      seen[1] = load_shared(storage.visible[stage] + row + 1);
+      window[0] = load_shared(storage.window[stage] + row);
+      window[1] = load_shared(storage.window[stage] + row + 1);
     }
     SA_UNROLL
     for (int m = 0; m < kTilesM; ++m) {
@@ -53,7 +53,7 @@ SA_DEVICE void differentiate(const FlashBwdKernelProblem& problem, const Storage
           gradient[i] = weight[i] * (dp.c[m][n][2 * half + i] - (i == 0 ? delta.x : delta.y));
           if constexpr (kCapped) gradient[i] *= 1.0f - score * score;
           if constexpr (kMasked) {
-            const bool visible = (seen[i].begin <= key || key < sink_end) && key < seen[i].end;
+            const bool visible = (window[i].begin <= key || key < sink_end) && key < window[i].end;
             weight[i] = visible ? weight[i] : 0.0f;
             gradient[i] = visible ? gradient[i] : 0.0f;
           }

@@ -219,7 +219,7 @@ struct FlashBwdBlock {
   }
 
   // Starts the copies of a tile as one group, which is empty where there is no such tile. Thread r
-  // notes what row r sees.
+  // notes row r's window.
   SA_DEVICE void start_tile(int tile, int stage) {
     if (tile >= tiles_begin()) {
       const int row_begin = tile * kBlockM;
@@ -250,15 +250,15 @@ struct FlashBwdBlock {
                                 problem.workspace.delta + at + 4 * thread, true);
       }
       if (thread < kBlockM) {
-        KeyRange seen{0, 0};
+        KeyRange window{0, 0};
         if (row_begin + thread < num_rows()) {
           const attention::Range keys =
               attention::intersect(mask().window_keys((row_begin + thread) / group()),
                                    {first_key(), first_key() + num_keys()});
-          seen = {static_cast<int>(keys.begin - first_key()),
+          window = {static_cast<int>(keys.begin - first_key()),
                   static_cast<int>(keys.end - first_key())};
         }
-        primitives::store_shared(storage.visible[stage] + thread, seen);
+        primitives::store_shared(storage.window[stage] + thread, window);
       }
     }
     primitives::cp_async_commit();
@@ -274,7 +274,7 @@ struct FlashBwdBlock {
     return (static_cast<int>(attention::min_of((tile + 1) * kBlockM, num_rows())) - 1) / group();
   }
 
-  // Whether some row of the tile does not see some key of the block. Rows beyond the sequence need
+  // Whether some row of the tile may not see some key of the block. Rows beyond the sequence need
   // no mask: their lse is +inf.
   SA_DEVICE bool needs_mask(int tile) const {
     const int first = tile * kBlockM / group();

@@ -32,7 +32,7 @@ struct FlashBwdStorage {
   std::conditional_t<Tiles::kColumnWarps == 1, Nothing, ScoreTile> p;  // P^T
   alignas(16) float lse_log2[Tiles::kStages][Tiles::kBlockM];
   alignas(16) float delta[Tiles::kStages][Tiles::kBlockM];
-  KeyRange visible[Tiles::kStages][Tiles::kBlockM];
+  KeyRange window[Tiles::kStages][Tiles::kBlockM];
   // What all threads know of the block, kept here to leave them their registers.
   const Element* first_q;  // of position 0, first head of the group
   const Element* first_dout;

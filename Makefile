@@ -67,6 +67,7 @@ test-transformers: $(STAMPS)/test build $(LATER_TRANSFORMERS)  ## the adapters o
 	PYTHONPATH=$(CURDIR)/$(LATER_TRANSFORMERS):$(PYTHONPATH) $(PY) -m pytest -q -m "not slow" $(LATER_TESTS)
 
 $(LATER_TRANSFORMERS): | $(STAMPS)/torch
+	rm -rf $@.part
 	$(PY) -m pip install --quiet --no-deps --target $@.part transformers==$(@:build/transformers-%=%)
 	rm -rf $@ && mv $@.part $@
 

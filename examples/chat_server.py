@@ -11,6 +11,7 @@ hub's attention kernel lies in this package's folder:
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import http.client
 import os
 import signal
@@ -35,6 +36,10 @@ from sink_attention_ext.integrations.flash_attention_3 import KERNEL_REPO, local
 # A prompt is what the messages say, one after the other: the models here continue a text.
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 CACHE = ["--cb-block-size", "32", "--cb-num-blocks", "64", "--cb-max-batch-tokens", "64"]
+
+# Looked up before the fork: little is safe between it and exec.
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 # ---- the model's folder ----
@@ -64,11 +69,29 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
 # ---- the server ----
 
 
+def end_with(parent: int) -> Callable[[], None] | None:
+    """For the child, before exec: it is killed when its parent is gone, however that ended.
+
+    None where the system has no such thing (other than Linux).
+    """
+    if LIBC is None:
+        return None
+
+    def in_the_child() -> None:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it was gone before that
+            os._exit(1)
+
+    return in_the_child
+
+
 class ChatServer:
     """`transformers serve` for the model in a folder, on a free port of this machine's loopback.
 
     In a with statement: it answers when the block begins, and is gone when the block has ended, or
-    after time_limit seconds, whatever hangs.
+    after time_limit seconds, whatever hangs; on Linux also when this process is killed. Enter it in
+    the main thread: the kernel takes the end of the thread that started the server for the end of
+    the parent.
 
     Raises:
         RuntimeError: it did not start; the message holds what it printed.
@@ -86,16 +109,19 @@ class ChatServer:
             *("--attn-implementation", KERNEL_REPO, *options),
         ]
         self.is_stopped = False
+        self.stopping = threading.Lock()
         self.watchdog = threading.Timer(time_limit, self.stop)
 
     def environment(self) -> dict[str, str]:
         package = str(Path(sink_attention_ext.__file__).parent.parent)
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+        # Of two entries for one name the last counts.
+        kernels = [*filter(None, [os.environ.get("LOCAL_KERNELS")]), local_kernels()]
         return {
             # Threads that spin while they wait would take the cores from the client.
             "OMP_WAIT_POLICY": "passive",
             **os.environ,
-            "LOCAL_KERNELS": local_kernels(),
+            "LOCAL_KERNELS": ":".join(kernels),
             "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": os.pathsep.join(paths),
         }
@@ -110,6 +136,8 @@ class ChatServer:
             stdout=self.log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a process group of its own, which stop() ends as a whole
+            # The signal comes when the *thread* that forks here ends, hence the main thread's task.
+            preexec_fn=end_with(os.getpid()),
         )
         self.watchdog.daemon = True
         self.watchdog.start()
@@ -143,15 +171,16 @@ class ChatServer:
         return self.log.read().decode(errors="replace")
 
     def stop(self) -> None:
-        """Ends the whole process group; the second time does nothing."""
-        if self.is_stopped:
-            return
-        self.is_stopped = True
-        for kind, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 30)):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, kind)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(patience)
+        """Ends the whole process group. Who comes second (the watchdog) waits until it is gone."""
+        with self.stopping:
+            if self.is_stopped:
+                return
+            for kind, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 30)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, kind)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(patience)
+            self.is_stopped = True  # afterwards the number may be another group's
 
 
 # ---- requests ----

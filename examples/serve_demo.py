@@ -12,6 +12,8 @@ The exit status is 0 only if each answer is that of generate() with HuggingFace'
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 import tempfile
 import threading
 import time
@@ -74,6 +76,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=350, help="training steps (350)")
     parser.add_argument("--quick", action="store_true", help="a few steps: does it run?")
     args = parser.parse_args()
+    # An exception, so that the server goes with this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     steps, new_tokens = (8, 16) if args.quick else (args.steps, 96)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

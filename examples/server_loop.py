@@ -7,9 +7,8 @@ running request decodes a token, and what is left of the token budget prefills w
 chunks. All prompts begin with a system prompt, which is prefilled once and forked. If pages run
 out, the youngest request is put back and starts again later.
 
-The model is a small random one with GPT-OSS's attention: layers with a window and full ones in
-turn, grouped-query heads, a sink for each head. It computes in float64, so that the order of sums
-changes no token, and the loop's answers can be compared with those of each request run alone.
+The model is a small random one with GPT-OSS's attention: windowed and full layers, grouped-query
+heads, a sink for each. In float64 the order of sums changes no token, so answers can be compared.
 """
 
 from __future__ import annotations
@@ -57,8 +56,7 @@ class Model(nn.Module):
     @torch.no_grad()
     def forward(self, tokens: list[int], step: CacheStep) -> list[int]:
         """The most likely next token of each sequence."""
-        x = self.embedding(torch.tensor(tokens))
-        rotation = rotary(step.positions)
+        x, rotation = self.embedding(torch.tensor(tokens)), rotary(step.positions)
         for layer in self.layers:
             x = layer(x, rotation, step)
         last = x[step.cu_seqlens_q[1:].long() - 1]  # each sequence's last row in the batch
@@ -84,6 +82,10 @@ class Request:
     answer: list[int] = field(default_factory=list)
     seq_id: int | None = None
     num_cached: int = 0  # of prompt + answer
+
+    def __post_init__(self) -> None:
+        if not (self.prompt and self.limit > 0):  # no last token to go on from, or no end
+            raise ValueError(f"{self.name}: prompt and limit must be at least one token each")
 
     def uncached(self) -> list[int]:
         return (self.prompt + self.answer)[self.num_cached :]
@@ -154,11 +156,10 @@ class Server:
         """Puts what the budget allows of a request into the batch; False: pages do not suffice."""
         count = min(len(request.uncached()), TOKEN_BUDGET - sum(batch.values()))
         entries = batch | {request: count}
-        if not self.cache.can_append([r.seq_id for r in entries], list(entries.values())):
-            return False
-        if count > 0:
+        fits = self.cache.can_append([r.seq_id for r in entries], list(entries.values()))
+        if fits and count > 0:
             batch[request] = count
-        return True
+        return fits
 
     def stop(self, request: Request) -> None:
         self.cache.free(request.seq_id)
@@ -167,13 +168,12 @@ class Server:
 
 
 def serve(model: Model, system_prompt: list[int], requests: list[Request]) -> Server:
-    server, num_finished = Server(model, system_prompt), 0
+    server = Server(model, system_prompt)
     for turn in itertools.count():
         server.waiting += [r for r in requests if r.arrival == turn]
         for request in server.turn():
             print(f"turn {turn:3}: {request.name} finished with {len(request.answer)} tokens")
-            num_finished += 1
-        if num_finished == len(requests):
+        if all(len(r.answer) == r.limit for r in requests):
             return server
 
 

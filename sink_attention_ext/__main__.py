@@ -15,7 +15,7 @@ import torch
 
 import sink_attention_ext
 from sink_attention_ext import ops
-from sink_attention_ext.integrations.flash_attention_3 import KERNEL_FOLDER
+from sink_attention_ext.integrations import flash_attention_3
 from sink_attention_ext.selfcheck import run_self_check
 
 
@@ -63,7 +63,12 @@ def main(arguments: Sequence[str] = ()) -> int:
         'LOCAL_KERNELS="kernels-community/vllm-flash-attn3=<path>"',
     )
     if parser.parse_args(arguments).command == "kernel-path":
-        print(KERNEL_FOLDER)
+        try:
+            flash_attention_3.local_kernels()
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 1
+        print(flash_attention_3.KERNEL_FOLDER)
         return 0
 
     print_environment()

@@ -50,17 +50,26 @@ def check_counts(num_new_tokens: Any, num_seqs: int) -> list[int]:
 
 def check_causal_windows(window_sizes: Sequence[WindowSize]) -> tuple[tuple[int, int], ...]:
     """(window_left, 0) of each layer; window_left -1 is a full layer."""
+    if not isinstance(window_sizes, Sequence) or isinstance(window_sizes, str):
+        raise TypeError(
+            f"window_sizes must be a list of a pair (left, right) for each layer; got "
+            f"{window_sizes!r}"
+        )
     if not window_sizes:
         raise ValueError("window_sizes must have one entry for each layer, at least one; got none")
     checked = []
     for layer, window_size in enumerate(window_sizes):
-        _, right = checks.check_window(window_size, causal=False)
+        try:
+            left, right = checks.check_window(window_size, causal=False)
+        except (TypeError, ValueError) as error:  # which names it as the operators' argument
+            message = str(error).removeprefix("window_size")
+            raise type(error)(f"window_sizes[{layer}]{message}") from None
         if right > 0:
             raise ValueError(
                 f"window_sizes[{layer}] must be (left, 0), or (-1, -1) for a full layer: attention "
                 f"to the cache is causal; got {window_size!r}"
             )
-        checked.append(checks.check_window(window_size, causal=True))
+        checked.append((left, 0))
     return tuple(checked)
 
 
@@ -69,6 +78,11 @@ def scale_of_each_layer(
 ) -> list[Tensor | None]:
     if scale is None or isinstance(scale, Tensor):
         return [scale] * num_layers
+    if not isinstance(scale, Sequence):
+        raise TypeError(
+            f"{name} must be a tensor, or a list of one for each of the {num_layers} layers; got "
+            f"{scale!r}"
+        )
     if len(scale) != num_layers:
         raise ValueError(
             f"{name} must be one tensor, or one for each of the {num_layers} layers; got "

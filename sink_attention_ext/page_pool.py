@@ -181,8 +181,10 @@ class PageTables:
         """
         leaving: Counter[int] = Counter()  # how many of a page's references go away
         num_leaving = []
-        for row, length in zip(rows, lengths, strict=True):
-            left = max(0, self._num_droppable(length) - self._num_dropped[row])
+        for row, length, count in zip(rows, lengths, counts, strict=True):
+            # Without a new token nothing moves on: truncate may still go back as far as before.
+            left = 0 if count == 0 else self._num_droppable(length) - self._num_dropped[row]
+            left = max(0, left)
             num_leaving.append(left)
             leaving.update(self._leaving(row, left))
         changes, needed = [], 0

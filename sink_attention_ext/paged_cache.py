@@ -34,8 +34,9 @@ class PagedKVCache:
     Layers with the same window form a group, which has a page pool and block tables of its own.
     A full layer's sequence takes ``ceil(length / page_size)`` pages; a windowed one at most
     ``ceil((window_left + new_tokens) / page_size) + 1``, whatever its length, new_tokens being
-    those of its last append: pages that have left the window go back to the pool. Forked sequences
-    share pages until one of them writes into a shared page, which it then copies first.
+    those of its last append (of more than 0): an append gives pages that have left the window back
+    to the pool. Forked sequences share pages until one of them writes into a shared page, which it
+    then copies first.
 
     Keys are cached as attention reads them: with rotary embeddings, rotate them by
     ``step.positions`` first.
@@ -79,7 +80,7 @@ class PagedKVCache:
             that group's; every layer of a group has that many. Exactly one of num_pages and
             memory_budget is given.
         memory_budget: bytes for all of them. Windowed groups get what any step can take while the
-            sequences outside of it last had one new token; full layers get the rest.
+            sequences to which it adds nothing last had one new token; full layers get the rest.
         max_num_seqs: the most sequences at a time.
         max_seqlen: the most tokens of a sequence.
         max_num_batched_tokens: the most new tokens of one step, all sequences together.
@@ -138,6 +139,11 @@ class PagedKVCache:
             raise ValueError(
                 "k_scale and v_scale must be None with per_token_head_scales: the cache keeps them"
             )
+        if per_token_head_scales and dtype not in checks.QUANTISED_DTYPES:
+            raise ValueError(
+                "per_token_head_scales must be False unless dtype is a quantised one, "
+                f"{' or '.join(map(str, checks.QUANTISED_DTYPES))}; got dtype {dtype}"
+            )
         self.page_size, self.num_sink_tokens = page_size, num_sink_tokens
         self.max_num_seqs, self.max_seqlen = max_num_seqs, max_seqlen
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -166,14 +172,19 @@ class PagedKVCache:
         )
         self._tables = []
         self._storage = []
-        for left, pages in zip(windows, num_pages_of_group, strict=True):
-            most = cache_arguments.max_row_pages(left, *limits, max_num_batched_tokens, max_seqlen)
-            self._tables.append(
-                PageTables(left, num_sink_tokens, page_size, pages, max_num_seqs, most)
-            )
-            self._storage.append(
-                PageStorage(lefts.count(left), pages, *page, device, per_token_head_scales)
-            )
+        # Tensors that were made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            for left, pages in zip(windows, num_pages_of_group, strict=True):
+                most = cache_arguments.max_row_pages(
+                    left, *limits, max_num_batched_tokens, max_seqlen
+                )
+                self._tables.append(
+                    PageTables(left, num_sink_tokens, page_size, pages, max_num_seqs, most)
+                )
+                self._storage.append(
+                    PageStorage(lefts.count(left), pages, *page, device, per_token_head_scales)
+                )
+            self._buffers = StepBuffers(self._tables, max_num_seqs, max_num_batched_tokens, device)
         num_layers = len(lefts)
         self._k_scales = cache_arguments.scale_of_each_layer("k_scale", k_scale, num_layers)
         self._v_scales = cache_arguments.scale_of_each_layer("v_scale", v_scale, num_layers)
@@ -184,7 +195,6 @@ class PagedKVCache:
         self._sequences: dict[int, _Sequence] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._current_step: object | None = None  # the token of the one that may write
-        self._buffers = StepBuffers(self._tables, max_num_seqs, max_num_batched_tokens, device)
 
     # ---- sequences ----
 
@@ -233,7 +243,8 @@ class PagedKVCache:
         """Takes the last tokens of a sequence back, as rejected drafts of speculative decoding.
 
         Windowed layers have given up older pages, so they can only go back as far as what the
-        next token sees is still there: always to the length before the sequence's last append.
+        next token sees is still there: always to the length before the last append that gave the
+        sequence any tokens.
 
         Raises:
             ValueError: length is more than the sequence has, or too far back; nothing was changed.
@@ -377,6 +388,8 @@ class PagedKVCache:
         self, seq_ids: Sequence[int], num_new_tokens: int | Sequence[int]
     ) -> tuple[list[int], list[int], list[int]]:
         """Rows, lengths and numbers of new tokens of the sequences."""
+        if not isinstance(seq_ids, Sequence) or isinstance(seq_ids, str):
+            raise TypeError(f"seq_ids must be a list of sequence ids; got {seq_ids!r}")
         sequences = [self._sequence(seq_id) for seq_id in seq_ids]
         if len(set(seq_ids)) < len(seq_ids):
             raise ValueError(f"seq_ids must name each sequence once; got {list(seq_ids)}")

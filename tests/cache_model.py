@@ -149,7 +149,8 @@ class CacheModel:
     ) -> CacheStep:
         step = self.cache.append(seqs, counts, **padding)
         for seq, count in zip(seqs, counts, strict=True):
-            self.shortest[seq], self.last_count[seq] = len(self.tokens[seq]), count
+            if count > 0:  # an append of nothing changes neither
+                self.shortest[seq], self.last_count[seq] = len(self.tokens[seq]), count
             new = range(self._next_token, self._next_token + count)
             self.tokens[seq] += [token % self.k.shape[1] for token in new]
             self._next_token += count

@@ -56,10 +56,15 @@ def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> No
     assert "choose from" in capsys.readouterr().err
 
 
-def test_a_folder_that_the_variable_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_the_variable_cannot_hold(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(fa3, "KERNEL_FOLDER", Path("/a:b/hub_kernel"))
     with pytest.raises(ValueError, match="cannot hold /a:b/hub_kernel"):
         fa3.local_kernels()
+    assert command.main(["kernel-path"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and "cannot hold /a:b/hub_kernel" in printed.err
 
 
 def test_the_folder_is_part_of_a_build(tmp_path: Path) -> None:
@@ -301,7 +306,8 @@ def test_refused_calls_write_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(caches, before, strict=True))
 
 
-def test_float8_caches_are_refused() -> None:
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+def test_quantised_caches_are_refused(dtype: torch.dtype) -> None:
     q, k, v = qkv(1, 9)
-    with pytest.raises(TypeError, match="^k_cache must not be float8 here"):
-        hub_kernel.flash_attn_with_kvcache(q, k.to(torch.float8_e4m3fn), v.to(torch.float8_e4m3fn))
+    with pytest.raises(TypeError, match=f"^k_cache must not be float8 or int8 .* got {dtype}"):
+        hub_kernel.flash_attn_with_kvcache(q, k.to(dtype), v.to(dtype))

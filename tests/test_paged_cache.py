@@ -299,6 +299,25 @@ def test_sink_tokens(backend: Backend, page_size: int, num_sink_tokens: int, lef
 # ---- pages and bytes ----
 
 
+@pytest.mark.parametrize("within", ["construction", "use"])
+def test_inference_mode_around_one_of_construction_and_use(within: str) -> None:
+    """Steps equal those of a cache that knows no inference mode."""
+    k, q = torch.randn(2, 9, NUM_HEADS_KV, HEAD_DIM), torch.randn(9, NUM_HEADS_Q, HEAD_DIM)
+    outs = []
+    for is_inference in (False, True):
+        with torch.inference_mode(is_inference and within == "construction"):
+            cache = make_cache()
+        with torch.inference_mode(is_inference and within == "use"):
+            seq = cache.allocate()
+            for count in (9, 9, 3):  # the second drops pages of the windowed layer
+                step = cache.append([seq], count)
+                out = [step.attend(i, q[:count], *k[:, :count]) for i in range(2)]
+            forked = cache.append([cache.fork(seq)])  # copies the last page
+            out.append(forked.attend(0, q[:1], *k[:, :1]))
+        outs.append(torch.cat(out))
+    assert torch.equal(*outs)
+
+
 def test_windowed_rows_stay_short() -> None:
     """ceil((window_left + new) / page_size) + 1 pages, and a table of as many columns."""
     cache = make_cache(page_size=4, num_pages={-1: 25, 5: 8})

@@ -93,6 +93,7 @@ def test_ids_are_of_one_cache() -> None:
         ([0, 1], [1, -1], ValueError, r"num_new_tokens\[1\] must be at least 0; got -1"),
         ([0], -1, ValueError, "num_new_tokens must be at least 0; got -1"),
         ([0, 1], [1], ValueError, "one entry for each of the 2 seq_ids; got 1"),
+        ([0], iter([1]), TypeError, "num_new_tokens must be an int; got <list_iterator"),
         ([0], 1.0, TypeError, "num_new_tokens must be an int; got 1.0"),
         ([0], [True], TypeError, r"num_new_tokens\[0\] must be an int; got True"),
         ([0, 1], [20, 1], ValueError, "max_num_batched_tokens = 20 together; got 21"),
@@ -107,6 +108,18 @@ def test_bad_appends(seqs: Any, counts: Any, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         cache.append([ids[s] for s in seqs], counts)
     assert snapshot(cache) == before
+
+
+def test_seq_ids_are_a_list() -> None:
+    cache = make_cache()
+    seq = cache.allocate()
+    before = snapshot(cache)
+    for bad in (seq, (s for s in [seq]), None, str(seq), {seq: 1}):
+        for use in (cache.append, cache.can_append):
+            with pytest.raises(TypeError, match="^seq_ids must be a list of sequence ids; got "):
+                use(bad)
+    assert snapshot(cache) == before
+    cache.append((seq,))
 
 
 def test_bad_padding() -> None:
@@ -142,6 +155,13 @@ def test_how_far_truncate_goes() -> None:
     assert snapshot(cache) == before
     cache.truncate(seq, 13)
     assert cache.seqlen(seq) == 13
+    # An append of nothing drops no page, though at 32 one more than at 30 has left the window.
+    cache = make_cache([(-1, 0), (4, 0)], num_pages=30, max_num_batched_tokens=40)
+    seq = cache.allocate()
+    for count in (30, 2, 0):
+        cache.append([seq], count)
+    cache.truncate(seq, 30)
+    assert cache.seqlen(seq) == 30
     full_only = make_cache([(-1, 0)])
     seq = full_only.allocate()
     full_only.append([seq], 14)
@@ -208,7 +228,11 @@ def test_what_a_step_refuses() -> None:
     [
         ({"window_sizes": []}, ValueError, "window_sizes must have one entry for each layer"),
         ({"window_sizes": [(5, 1)]}, ValueError, r"window_sizes\[0\] must be \(left, 0\)"),
-        ({"window_sizes": [5]}, TypeError, "window_size must be a pair"),
+        ({"window_sizes": [5]}, TypeError, r"^window_sizes\[0\] must be a pair"),
+        ({"window_sizes": (127, 0)}, TypeError, r"^window_sizes\[0\] must be a pair .* got 127"),
+        ({"window_sizes": [(31, 0), "x"]}, TypeError, r"^window_sizes\[1\] must be .* got 'x'"),
+        ({"window_sizes": [(31, 0), (-2, 0)]}, ValueError, r"^window_sizes\[1\] must hold .* -2"),
+        ({"window_sizes": 5}, TypeError, "^window_sizes must be a list of a pair .* got 5"),
         ({"num_pages": None}, ValueError, "exactly one of num_pages and memory_budget"),
         ({"memory_budget": 10**6}, ValueError, "exactly one of num_pages and memory_budget"),
         ({"num_pages": {-1: 4}}, ValueError, r"each window_left of the layers, \[-1, 5\]"),
@@ -223,11 +247,17 @@ def test_what_a_step_refuses() -> None:
         ({"dtype": torch.int64}, TypeError, "k_cache must have dtype"),
         ({"k_scale": torch.ones(())}, ValueError, "k_scale must be None for caches of"),
         ({"dtype": FLOAT8}, TypeError, "k_scale must be a float32 tensor"),
+        ({"dtype": FLOAT8, "k_scale": 0.5}, TypeError, "^k_scale must be a tensor.* got 0.5"),
         ({"k_scale": [torch.ones(())]}, ValueError, "one for each of the 2 layers; got 1"),
         (
             {"per_token_head_scales": True, "v_scale": torch.ones(())},
             ValueError,
             "k_scale and v_scale must be None with per_token_head_scales",
+        ),
+        (
+            {"per_token_head_scales": True, "dtype": torch.bfloat16},
+            ValueError,
+            "^per_token_head_scales must be False .* got dtype torch.bfloat16",
         ),
     ],
     ids=str,

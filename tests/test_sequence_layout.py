@@ -106,7 +106,8 @@ def test_a_window_smaller_than_a_shard_moves_only_its_own_length() -> None:
     [
         (lambda: shard_sequence(torch.zeros(1, 9), 0, 2), "multiple of 2 .* got 9"),
         (lambda: shard_sequence(torch.zeros(1, 6), 0, 2, "zigzag"), 'of 4 .*"zigzag".* got 6'),
-        (lambda: shard_sequence(torch.zeros(1, 6), 2, 2), "rank must be from 0 .* got 2"),
+        (lambda: shard_sequence(torch.zeros(1, 6), 2, 2), "rank must be from 0 .* got rank 2"),
+        (lambda: shard_sequence(torch.zeros(1, 6), 0, 0), "rank .* rank 0 and world_size 0"),
         (lambda: shard_sequence(torch.zeros(1, 6), 0, 2, "ring"), "layout must be .*'ring'"),
         (lambda: unshard_sequence([]), r"shards must be one or more .* got \[\]"),
         (lambda: unshard_sequence([torch.zeros(1, 2), torch.zeros(1, 3)]), r"\(1, 2\), \(1, 3\)"),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "examples"))
 from chat_server import CACHE, Answer, ChatServer, ask, ask_all, save  # noqa: E402
+
+from sink_attention_ext.integrations.flash_attention_3 import local_kernels  # noqa: E402
 
 NEW_TOKENS = 24
 # Longer than the window of 16, longer than a pass of the scheduler (64 tokens), a single token, ...
@@ -113,6 +118,64 @@ def test_serve_demo(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "  ok: all 8 answers are those of generate()"
     assert all(f" s  [{index}] " in done.stdout for index in range(1, 9))
     assert "tokens/s" in done.stdout and "Traceback" not in done.stderr
+
+
+def sleeper(tmp_path: Path, code: str) -> ChatServer:
+    server = ChatServer(tmp_path)
+    server.command = [sys.executable, "-c", code]
+    server.answers = lambda: "ready" in server.printed()  # type: ignore[method-assign]
+    return server
+
+
+def test_who_stops_second_waits_until_the_server_is_gone(tmp_path: Path) -> None:
+    """As a watchdog whose time is up while the block ends: SIGTERM is taken its time for."""
+    code = (
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), sys.exit()))\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(60)"
+    )
+    with sleeper(tmp_path, code) as server:
+        first = threading.Thread(target=server.stop)
+        first.start()
+        while not server.stopping.locked():
+            time.sleep(0.01)
+        server.stop()
+        assert server.process.returncode is not None
+        first.join()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the parent's death is a signal on Linux only")
+def test_the_server_does_not_outlive_a_killed_parent(tmp_path: Path) -> None:
+    code = (
+        f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'examples'), str(ROOT / 'tests')]}\n"
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        "from test_serve import sleeper\n"
+        f"code = \"print('ready', flush=True); import time; time.sleep(60)\"\n"
+        f"with sleeper(Path({str(tmp_path)!r}), code) as server:\n"
+        "    print(server.process.pid, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    status = Path(f"/proc/{int(done.stdout)}/status")
+    for _ in range(500):  # at most 5 seconds; it would sleep for a minute
+        if not status.exists() or "State:\tZ" in status.read_text():
+            return
+        time.sleep(0.01)
+    pytest.fail("the server is still there")
+
+
+def test_a_users_own_local_kernels_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_KERNELS", "someone/kernel=/a")
+    assert ChatServer(tmp_path).environment()["LOCAL_KERNELS"] == (
+        f"someone/kernel=/a:{local_kernels()}"
+    )
+    monkeypatch.delenv("LOCAL_KERNELS")
+    assert ChatServer(tmp_path).environment()["LOCAL_KERNELS"] == local_kernels()
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "server_loop.py"
 
@@ -26,6 +28,15 @@ def test_server_loop_finishes_and_passes_its_own_check(tmp_path: Path) -> None:
     assert sum(" finished with " in line for line in lines) == 20  # 10 together, 10 alone
     times = next(line for line in lines if "made room" in line).split()[0]
     assert int(times) > 0, "pages never ran out: putting back was not tried"
+
+
+@pytest.mark.parametrize(("prompt", "limit"), [([], 5), ([1], 0)])
+def test_a_request_that_could_not_run_is_refused_on_arrival(prompt: list[int], limit: int) -> None:
+    sys.path.append(str(EXAMPLE.parent))
+    from server_loop import Request
+
+    with pytest.raises(ValueError, match="^r1: prompt and limit must be at least one token each"):
+        Request("r1", prompt, limit, 0)
 
 
 def test_it_is_short_enough_to_copy() -> None:

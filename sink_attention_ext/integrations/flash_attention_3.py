@@ -14,6 +14,10 @@ Parameters have the names and the order of that kernel's own flash_attn_interfac
 name. Hints to FlashAttention-3's scheduler, which change no result but for rounding, are accepted
 and unused: num_splits of flash_attn_func and flash_attn_varlen_func, pack_gqa, sm_margin and
 scheduler_metadata. Beyond FlashAttention-3, float32 and float64 work, and any head_dim up to 256.
+
+What transformers does not use differs: with return_softmax_lse the hub kernel's
+flash_attn_with_kvcache returns further entries behind out and lse, this one does not; and its
+flash_attn_combine, flash_attn_qkvpacked_func and get_scheduler_metadata are absent here.
 """
 
 from __future__ import annotations
@@ -212,10 +216,11 @@ def flash_attn_with_kvcache(
         q: (batch, seqlen_q, num_heads_q, head_dim), or (total_q, num_heads_q, head_dim) with
             cu_seqlens_q.
         k_cache, v_cache: (num_pages, page_size, num_heads_kv, head_dim[_v]) with page_table, else
-            (batch_cache, seqlen_cache, num_heads_kv, head_dim[_v]). Not float8: FlashAttention-3
-            has its scales in k_descale and v_descale, which are not implemented.
+            (batch_cache, seqlen_cache, num_heads_kv, head_dim[_v]). Not float8 or int8:
+            FlashAttention-3 has scales in k_descale and v_descale, which are not implemented.
         k, v: new keys and values, (batch, seqlen_new, num_heads_kv, head_dim[_v]), or packed like
-            q; then cu_seqlens_k_new has to be given, and to equal cu_seqlens_q.
+            q; then cu_seqlens_k_new has to be given, and to equal cu_seqlens_q. Pass the same
+            tensor for both: to compare it with another one waits for the device.
         cache_seqlens: int or (batch,) int32, tokens in the cache before.
         cache_batch_idx: (batch,) int32, the row of the cache of each sequence; without page_table.
         page_table, block_table: (batch, max_pages_per_seq) int32; two names of one argument, of
@@ -240,10 +245,11 @@ def flash_attn_with_kvcache(
     _refuse(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     _refuse_context_parallel(cp_world_size, cp_rank, cp_tot_seqused_k)
     cache_checks.check_caches(k_cache, v_cache)
-    if k_cache.dtype == checks.FLOAT8:
+    if k_cache.dtype in checks.QUANTISED_DTYPES:
         raise TypeError(
-            "k_cache must not be float8 here, since k_descale and v_descale are not implemented: "
-            "sink_attention_ext.flash_attn_with_kvcache takes such caches, with k_scale and v_scale"
+            "k_cache must not be float8 or int8 here, since k_descale and v_descale are not "
+            f"implemented; got {k_cache.dtype}: sink_attention_ext.flash_attn_with_kvcache takes "
+            "such caches, with k_scale and v_scale"
         )
     _check_new_lengths(k, cu_seqlens_q, cu_seqlens_k_new)
     return kvcache.flash_attn_with_kvcache(

@@ -56,7 +56,8 @@ class _ContextParallelAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, call: _Call
     ) -> tuple[Tensor, Tensor]:
-        # Sums in float32 (float64): rounded once, at the end, however many ranks there are.
+        # Sums in float32 (float64). flash_attn_fwd rounds each part to the dtype of q, and the sum
+        # is rounded again at the end.
         dtype = ops.lse_dtype(q.dtype)
         out = q.new_zeros(*q.shape[:-1], v.shape[-1], dtype=dtype)
         lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=dtype)

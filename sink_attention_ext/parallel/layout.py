@@ -15,6 +15,13 @@ from torch import Tensor
 LAYOUTS = ("contiguous", "zigzag")
 
 
+def check_rank(rank: int, world_size: int) -> None:
+    if world_size < 1 or not 0 <= rank < world_size:
+        raise ValueError(
+            f"rank must be from 0 to world_size - 1; got rank {rank} and world_size {world_size}"
+        )
+
+
 def chunks_of(rank: int, world_size: int, layout: str) -> tuple[int, ...]:
     """The chunks that a rank holds, in order, of the equal chunks that the sequence is cut into.
 
@@ -59,8 +66,7 @@ def shard_sequence(
 
         position_ids = shard_sequence(torch.arange(4096), rank, world_size, "zigzag", dim=0)
     """
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank must be from 0 to world_size - 1 = {world_size - 1}; got {rank}")
+    check_rank(rank, world_size)
     num_chunks = _num_chunks(world_size, layout)
     length = tensor.shape[dim]
     if length % num_chunks != 0:

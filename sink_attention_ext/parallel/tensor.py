@@ -26,6 +26,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sink_attention_ext import checks
+from sink_attention_ext.parallel.layout import check_rank
 
 _LAYER = "model.layers.*.self_attn"
 
@@ -46,13 +47,6 @@ Transformers 4 had a plan in the config, ``base_model_tp_plan``, with keys that 
 longer knows): there the sinks reach attention as a plain tensor of this rank's heads, which works
 unchanged.
 """
-
-
-def _check_rank(rank: int, world_size: int) -> None:
-    if world_size < 1 or not 0 <= rank < world_size:
-        raise ValueError(
-            f"rank must be from 0 to world_size - 1; got rank {rank} and world_size {world_size}"
-        )
 
 
 def _check_heads(num_heads_q: int, world_size: int) -> None:
@@ -94,7 +88,7 @@ def shard_heads(
             causal=True, s_aux=shard_s_aux(s_aux, rank, world_size),
         )
     """
-    _check_rank(rank, world_size)
+    check_rank(rank, world_size)
     _check_heads(num_heads_q, world_size)
     if num_heads_kv < 1 or num_heads_q % num_heads_kv != 0:
         raise ValueError(
@@ -127,7 +121,7 @@ def shard_s_aux(s_aux: Tensor, rank: int, world_size: int) -> Tensor:
         ValueError: s_aux is not a vector of a length that world_size divides.
     """
     checks.check_tensor("s_aux", s_aux, ("num_heads_q",))
-    _check_rank(rank, world_size)
+    check_rank(rank, world_size)
     _check_heads(s_aux.shape[0], world_size)
     local = s_aux.shape[0] // world_size
     return s_aux[rank * local : (rank + 1) * local]

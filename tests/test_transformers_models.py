@@ -288,5 +288,5 @@ def test_output_attentions_is_refused():
 def test_sinks_of_another_length_are_refused():
     model = build("granitemoe_swa")
     model.model.layers[0].self_attn.sinks = nn.Parameter(torch.zeros(5))
-    with pytest.raises(ValueError, match="s_aux has 5 logits, q has 4 heads in Granite.* 0 on this rank"):
+    with pytest.raises(ValueError, match="s_aux has 5 logits, q has 4 heads in Granite.* 0 on"):
         logits(model, tokens(1, 8))

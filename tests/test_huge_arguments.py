@@ -9,6 +9,8 @@ from conftest import Backend
 
 from sink_attention_ext import ops
 
+pytestmark = pytest.mark.sanitize
+
 HUGE = (2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1)
 
 

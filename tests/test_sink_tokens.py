@@ -58,6 +58,7 @@ DENSE = [
 ]
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("case", DENSE, ids=str)
 def test_dense(backend: Backend, case: DenseCase) -> None:
     inputs = cases.make_dense(case, backend.device)
@@ -73,6 +74,7 @@ PACKED_FIELDS: dict[str, Any] = {"lengths": PACKED_SEQLENS, "extra_rows": (0, 3)
 VARLEN = [VarlenCase(**fields) for fields in drawn(12, 2, **PACKED_FIELDS)]
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("case", VARLEN, ids=str)
 def test_varlen(backend: Backend, case: VarlenCase) -> None:
     inputs = cases.make_varlen(case, backend.device)
@@ -80,6 +82,7 @@ def test_varlen(backend: Backend, case: VarlenCase) -> None:
     tolerance.check(actual, oracle.expected(case), case.softcap)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_a_gap_of_many_blocks(backend: Backend, dtype: torch.dtype) -> None:
     """Blocks of keys on both sides of blocks that are never visited, in both passes."""
@@ -167,6 +170,7 @@ PAGED_FIELDS: dict[str, Any] = {
 PAGED = [PagedCase(**fields) for fields in drawn(40, 3, **PAGED_FIELDS)]
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("case", PAGED, ids=str)
 def test_paged(backend: Backend, case: PagedCase) -> None:
     """What lies between the sink tokens and the window is NaN, or pages that do not exist."""
@@ -178,6 +182,7 @@ def test_paged(backend: Backend, case: PagedCase) -> None:
         tolerance.check(attend(backend, case, gone), expected, case.softcap)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("num_heads", [(8, 1), (16, 8)], ids=str)
 @pytest.mark.parametrize("float8", [None, "per head"])
 def test_decode_in_place(backend: Backend, num_heads: tuple[int, int], float8: str | None) -> None:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from sink_attention_ext import flash_attn_with_kvcache, ops, reference
 
+pytestmark = pytest.mark.sanitize
+
 Tree = list[int]  # each token's parent, -1 for a child of the last token of the context
 
 

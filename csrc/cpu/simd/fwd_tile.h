@@ -170,10 +170,11 @@ struct ForwardTile {
     for (int i = 0; i < count; ++i) {
       const attention::KeySet seen = mask.visible_keys(position(row + i));
       const Range keys = seen.within({origin, first + end});
-      rescale[i] = soften_row<Arithmetic>(scratch.scores + i * score_stride(plan), end - begin,
-                                          {keys.begin - origin, keys.end - origin},
-                                          hidden_keys(seen, position(row + i), {origin, first + end}), scale,
-                                          scratch.state[row + i]);
+      rescale[i] =
+          soften_row<Arithmetic>(scratch.scores + i * score_stride(plan), end - begin,
+                                 {keys.begin - origin, keys.end - origin},
+                                 hidden_keys(seen, position(row + i), {origin, first + end}), scale,
+                                 scratch.state[row + i]);
     }
   }
 

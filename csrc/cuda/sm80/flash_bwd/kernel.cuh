@@ -256,7 +256,7 @@ struct FlashBwdBlock {
               attention::intersect(mask().window_keys((row_begin + thread) / group()),
                                    {first_key(), first_key() + num_keys()});
           window = {static_cast<int>(keys.begin - first_key()),
-                  static_cast<int>(keys.end - first_key())};
+                    static_cast<int>(keys.end - first_key())};
         }
         primitives::store_shared(storage.window[stage] + thread, window);
       }

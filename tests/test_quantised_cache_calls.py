@@ -89,8 +89,8 @@ def test_refusals(
 def test_a_slot_out_of_range_writes_nothing(backend: Backend) -> None:
     given = {name: x.to(backend.device) for name, x in arguments().items()}
     given["slot_mapping"][2] = 24
-    if backend.name == "cuda":
-        pytest.skip("a GPU's values are not read: such a token is left out")
+    if backend.name != "cpu":
+        pytest.skip("values on a device are not read: such a token is left out")
     with pytest.raises(RuntimeError, match=r"slot_mapping\[2\] must be .*, got 24"):
         backend.reshape_and_cache(**given)
     assert (given["k_cache"] == 0).all() and (given["k_scale"] == 1).all()

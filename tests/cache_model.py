@@ -63,41 +63,6 @@ def masked_attention(
     return out, logits.logsumexp(-1)
 
 
-def flash_attn_with_sink_tokens(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    cache_seqlens: Tensor,
-    block_table: Tensor,
-    cu_seqlens_q: Tensor,
-    max_seqlen_q: int,
-    causal: bool,
-    window_size: tuple[int, int],
-    num_sink_tokens: int = 0,
-    s_aux: Tensor | None = None,
-    return_lse: bool = False,
-    **others: Any,
-) -> Any:
-    """flash_attn_with_kvcache with its argument num_sink_tokens, in plain torch: what the mask
-    means is said over places in the rows of the block table, as the kernels have it."""
-    assert causal
-    out = q.new_zeros(*q.shape[:2], v_cache.shape[-1])
-    lse = torch.full((q.shape[1], q.shape[0]), -torch.inf)
-    ends = cu_seqlens_q.tolist()
-    for b, (begin, end) in enumerate(itertools.pairwise(ends)):
-        assert end - begin <= max_seqlen_q
-        seqlen = int(cache_seqlens[b])
-        pages = block_table[b, : -(-seqlen // k_cache.shape[1])].long()
-        k, v = (cache[pages].flatten(0, 1)[:seqlen] for cache in (k_cache, v_cache))
-        seen = is_visible(end - begin, seqlen, window_size[0], num_sink_tokens)
-        # What no row sees may be anything, NaN too.
-        k, v = (torch.where(seen.any(0)[:, None, None], x, 0.0) for x in (k, v))
-        out_b, lse_b = masked_attention(q[begin:end], k, v, seen, s_aux)
-        out[begin:end], lse[:, begin:end] = out_b.to(q.dtype), lse_b.float()
-    return (out, lse) if return_lse else out
-
-
 class CacheModel:
     """A PagedKVCache and what should be in it."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 
 import cache_model
@@ -21,7 +20,7 @@ from cases import FLOAT8
 from conftest import BACKENDS, EMULATED, Backend
 from torch import Tensor
 
-from sink_attention_ext import CacheStep, PagedKVCache, cache_step, checks, flash_attn_with_kvcache
+from sink_attention_ext import CacheStep, PagedKVCache
 from sink_attention_ext.page_storage import PageStorage
 
 
@@ -219,9 +218,6 @@ def test_float8_caches(backend: Backend) -> None:
     check_attention(backend, model, [fork, seq], [3, 1])
 
 
-@pytest.mark.skipif(
-    not hasattr(checks, "QUANTISED_DTYPES"), reason="no operator takes scales of each token"
-)
 @pytest.mark.parametrize("dtype", [FLOAT8, torch.int8], ids=str)
 def test_scales_of_each_token_and_head(backend: Backend, dtype: torch.dtype) -> None:
     """They go where the tokens go, into copied pages too: a fork and a whole prefill agree."""
@@ -277,20 +273,6 @@ def check_sink_tokens(backend: Backend, page_size: int, num_sink_tokens: int, le
 SINK_TOKENS = [(4, 4, 7), (4, 1, 0), (3, 5, 4), (1, 2, 6), (16, 3, 20), (5, 30, 3)]
 
 
-@pytest.mark.parametrize(("page_size", "num_sink_tokens", "left"), SINK_TOKENS)
-def test_sink_tokens_by_the_mask_in_plain_torch(
-    page_size: int, num_sink_tokens: int, left: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The mask of the kernels, over the closed-up rows, sees what a mask over positions sees."""
-    attention = cache_model.flash_attn_with_sink_tokens
-    monkeypatch.setattr(cache_step, "flash_attn_with_kvcache", attention)
-    check_sink_tokens(BACKENDS["cpu"], page_size, num_sink_tokens, left)
-
-
-@pytest.mark.skipif(
-    "num_sink_tokens" not in inspect.signature(flash_attn_with_kvcache).parameters,
-    reason="flash_attn_with_kvcache has no num_sink_tokens",
-)
 @pytest.mark.parametrize(("page_size", "num_sink_tokens", "left"), SINK_TOKENS)
 def test_sink_tokens(backend: Backend, page_size: int, num_sink_tokens: int, left: int) -> None:
     check_sink_tokens(backend, page_size, num_sink_tokens, left)

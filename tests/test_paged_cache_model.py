@@ -97,13 +97,7 @@ class PagedCacheMachine(RuleBasedStateMachine):
         layer = data.draw(st.integers(0, len(model.windows) - 1))
         q = torch.randn(step.num_tokens, cache_model.NUM_HEADS_Q, cache_model.HEAD_DIM)
         s_aux = torch.randn(cache_model.NUM_HEADS_Q)
-        if "num_sink_tokens" in step.attn_kwargs(layer):
-            caches = model.cache.k_cache(layer), model.cache.v_cache(layer)
-            out, lse = cache_model.flash_attn_with_sink_tokens(
-                q, *caches, s_aux=s_aux, return_lse=True, **step.attn_kwargs(layer)
-            )
-        else:
-            out, lse = step.attend(layer, q, s_aux=s_aux, return_lse=True)
+        out, lse = step.attend(layer, q, s_aux=s_aux, return_lse=True)
         expected, expected_lse = model.expected(layer, q, seqs, counts, s_aux)
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)

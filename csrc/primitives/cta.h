@@ -4,6 +4,8 @@
 //                                             memory among them
 //   void sync_named(int id, int num_threads)  `num_threads` threads (whole warps) that name barrier
 //                                             id, 1 .. 15; 0 is sync_threads' own
+//   void arrive_named(int id, int num_threads)    the same arrival without the wait: these threads
+//                                             are counted, and go on
 #pragma once
 
 #include "primitives/simt.h"

@@ -1,0 +1,20 @@
+#pragma once
+
+namespace sink_attention::primitives {
+
+// Through a shuffle, so that the compiler knows it to be the same in all lanes.
+SA_DEVICE int warpgroup_idx() {
+  return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroupSize, 0);
+}
+
+// PTX ISA 9.7.19.5, setmaxnreg.
+template <int kCount>
+SA_DEVICE void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kCount));
+}
+template <int kCount>
+SA_DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kCount));
+}
+
+}  // namespace sink_attention::primitives

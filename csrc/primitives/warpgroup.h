@@ -1,0 +1,22 @@
+// Four warps that work as one (compute capability 9.0, sm_90a): threads 128 w ... 128 w + 127.
+//
+//   int warpgroup_idx()          thread_idx() / 128, the same register for all lanes
+//   void give_registers<kCount>()    this warpgroup keeps kCount registers a thread
+//   void take_registers<kCount>()    and this one has kCount from now on, once there are so many
+//        Every warp of the warpgroup calls, at most once; kCount is a multiple of 8, 24 to 256. The
+//        block's warpgroups together must not have more than 65536 registers.
+#pragma once
+
+#include "primitives/simt.h"
+
+namespace sink_attention::primitives {
+
+constexpr int kWarpgroupSize = 128;
+
+}  // namespace sink_attention::primitives
+
+#if defined(SA_EMULATE)
+#include "primitives/host/warpgroup.h"
+#else
+#include "primitives/ptx/warpgroup.h"
+#endif

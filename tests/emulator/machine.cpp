@@ -7,6 +7,8 @@
 #include <sstream>
 #include <vector>
 
+#include "emulator/wgmma_groups.h"
+
 namespace emulator {
 namespace {
 
@@ -19,6 +21,12 @@ struct Warp {
   uint32_t ready = 0;      // lanes that can run
   int arrived = 0;         // lanes at a warp-wide instruction
   int first_arrival = -1;  // the lane whose step the others must have
+};
+
+struct Warpgroup {
+  int arrived = 0;
+  Thread* first = nullptr;
+  WarpgroupProducts products;
 };
 
 struct Barrier {
@@ -34,6 +42,7 @@ struct Barrier {
 struct RunningBlock : Block {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
+  Warpgroup warpgroups[kMaxWarps * kLanes / kWarpgroupLanes];
   Barrier barriers[kMaxBarriers];
   SharedMemory shared;
   int unfinished = 0;
@@ -91,6 +100,9 @@ Scheduler* scheduler_of(const Thread& thread) {
   return static_cast<Scheduler*>(thread.block->machine);
 }
 RunningBlock& block_of(const Thread& thread) { return *static_cast<RunningBlock*>(thread.block); }
+Warpgroup& warpgroup_of(const Thread& thread) {
+  return block_of(thread).warpgroups[thread.thread_idx / kWarpgroupLanes];
+}
 Warp& warp_of(const Thread& thread) { return block_of(thread).warps[thread.thread_idx / kLanes]; }
 
 void set_ready(Thread& thread) {
@@ -108,6 +120,9 @@ void thread_main() {
     if (!thread.copies.copies.empty()) {
       fault(thread.copies.copies.front().step, "the thread ended before it waited for this copy");
     }
+    if (const Step* product = warpgroup_of(thread).products.under_way()) {
+      fault(*product, "the thread ended before it waited for this product");
+    }
   } catch (const std::exception& error) {
     scheduler.fail(error.what());
   }
@@ -124,6 +139,10 @@ void Scheduler::start_block(RunningBlock& block, int64_t linear) {
   block.threads.assign(num_threads_, Thread{});
   block.warps.assign(num_threads_ / kLanes, Warp{});
   for (Barrier& barrier : block.barriers) barrier = Barrier{};
+  for (Warpgroup& warpgroup : block.warpgroups) {
+    warpgroup.arrived = 0;
+    warpgroup.products.clear();
+  }
   block.unfinished = num_threads_;
   block.shared.check_races = settings().check_races;
   block.shared.start(shared_bytes_, num_threads_ / kLanes);
@@ -320,6 +339,39 @@ void collective(const Step& step, void* operands, void (*execute)(void* const* l
   me.waiting = true;
   scheduler_of(me)->yield();
 }
+
+[[gnu::noinline]] static void execute_for_warpgroup(Thread* lanes,
+                                                    void (*execute)(void* const* lanes)) {
+  void* all[kWarpgroupLanes];
+  for (int lane = 0; lane < kWarpgroupLanes; ++lane) all[lane] = lanes[lane].operands;
+  execute(all);
+  for (int lane = 0; lane < kWarpgroupLanes; ++lane) {
+    if (lanes + lane != running) set_ready(lanes[lane]);
+  }
+}
+
+void warpgroup_collective(const Step& step, void* operands, void (*execute)(void* const* lanes)) {
+  Thread& me = *running;
+  Warpgroup& warpgroup = warpgroup_of(me);
+  Thread* lanes = &me - me.thread_idx % kWarpgroupLanes;
+  if (lanes->thread_idx + kWarpgroupLanes > me.block->num_threads()) {
+    fault(step, "a warpgroup is 4 warps, and only " +
+                    std::to_string(me.block->num_threads() - lanes->thread_idx) +
+                    " threads of the block are in this one");
+  }
+  me.operands = operands;
+  me.step = &step;
+  if (warpgroup.arrived++ == 0) warpgroup.first = &me;
+  if (!same(*warpgroup.first->step, step)) {
+    fault(step, "lanes of a warpgroup part: " + difference(*warpgroup.first, me));
+  }
+  if (warpgroup.arrived < kWarpgroupLanes) return wait_here(me, step);
+  warpgroup.arrived = 0;
+  execute_for_warpgroup(lanes, execute);
+}
+
+WarpgroupProducts& warpgroup_products() { return warpgroup_of(*running).products; }
+char* shared_memory() { return block_of(*running).shared.data(); }
 
 void warp_is_ordered() { block_of(*running).shared.order_lanes(running->thread_idx / kLanes); }
 

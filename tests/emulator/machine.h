@@ -49,6 +49,8 @@ void run_grid(Grid grid, int num_threads, int shared_bytes, const std::function<
 
 struct Block;
 class Machine;
+class WarpgroupProducts;
+struct PackLog;
 
 struct Thread {
   int thread_idx = 0;
@@ -62,6 +64,7 @@ struct Thread {
   void* operands = nullptr;
   const int* turn = nullptr;
   int awaited = 0;
+  PackLog* packs = nullptr;  // once its warpgroup has used wgmma
 };
 
 struct Block {
@@ -82,6 +85,11 @@ Thread& current();
 // One warp-wide instruction: all 32 lanes come here with the same step; `execute` is called once
 // with the operands of lane 0 .. 31.
 void collective(const Step& step, void* operands, void (*execute)(void* const* lanes));
+// The same for a warpgroup: the 128 lanes of warps 4 w ... 4 w + 3.
+void warpgroup_collective(const Step& step, void* operands, void (*execute)(void* const* lanes));
+// The running thread's warpgroup's products (wgmma_groups.h), its block's shared memory.
+WarpgroupProducts& warpgroup_products();
+char* shared_memory();
 // Orders the shared memory accesses of the warp's lanes; from within `execute`.
 void warp_is_ordered();
 // Barrier `id` of the block, for num_threads threads in whole warps. The lanes of a warp come from

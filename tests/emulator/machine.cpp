@@ -439,6 +439,19 @@ void write_shared(const void* address, int bytes, const Step& step) {
   if (!shared.write(address, bytes, running->thread_idx, step)) fault(step, shared.error());
 }
 
+void begin_async_read(const void* shared, int bytes, AsyncReader reader, const Step& step) {
+  SharedMemory& memory = block_of(*running).shared;
+  if (!memory.begin_async_read(shared, bytes, reader, running->thread_idx, step)) {
+    fault(step, memory.error());
+  }
+}
+
+void end_async_read(const void* shared, int bytes, AsyncReader reader, const Step& step) {
+  block_of(*running).shared.end_async_read(shared, bytes, reader, running->thread_idx, step);
+}
+
+void fence_async_proxy() { block_of(*running).shared.fence_async_proxy(running->thread_idx); }
+
 void start_copy(void* shared, const void* global, int bytes, bool valid, const Step& step) {
   Copy copy{static_cast<char*>(shared), bytes, step, {}};
   if (valid) {

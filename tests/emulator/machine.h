@@ -103,6 +103,13 @@ void check_global(const void* address, int bytes, Access access, const Step& ste
 void read_shared(const void* address, int bytes, const Step& step);
 void write_shared(const void* address, int bytes, const Step& step);
 void start_copy(void* shared, const void* global, int bytes, bool valid, const Step& step);
+// The async proxy reads (shared_memory.h) for the running thread or its warpgroup: faults at bytes
+// out of bounds, not written, written without order or without the writer's fence_proxy_async.
+// Until the end of the read, a write to its bytes is a fault; then it counts as a read by the
+// reader now.
+void begin_async_read(const void* shared, int bytes, AsyncReader reader, const Step& step);
+void end_async_read(const void* shared, int bytes, AsyncReader reader, const Step& step);
+void fence_async_proxy();
 void commit_copies();
 void wait_for_copies(int pending);
 

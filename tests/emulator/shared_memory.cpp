@@ -39,6 +39,7 @@ void SharedMemory::start(int bytes, int num_warps) {
   if (bytes > bytes_ || num_warps > num_warps_ || latest_ > kClockLimit) clear(bytes, num_warps);
   // Copies that a failed block left under way.
   std::replace(write_clock_.begin(), write_clock_.end(), kCopying, 0);
+  async_ = false;
   limit_ = bytes;
   block_warps_ = num_warps;
   memset(data_, 0xff, bytes);
@@ -77,7 +78,7 @@ inline bool SharedMemory::find(const char* access, const void* address, int byte
 }
 
 // Whether `earlier`'s access at `clock` comes before what `thread` does now.
-inline bool SharedMemory::ordered(int earlier, int32_t clock, int thread) const {
+bool SharedMemory::ordered(int earlier, int32_t clock, int thread) const {
   if (earlier == thread) return true;
   const int32_t seen = clocks_[warp_of(thread)].seen[warp_of(earlier)];
   return warp_of(earlier) == warp_of(thread) ? clock < seen : clock <= seen;
@@ -146,6 +147,22 @@ bool SharedMemory::check_reads_before_write(const Units& units, int warp, int th
   return true;
 }
 
+void SharedMemory::mark_read(const Units& units, int thread, uint16_t step) {
+  Reads& reads = reads_[warp_of(thread)];
+  const int32_t now = clocks_[warp_of(thread)].seen[warp_of(thread)];
+  const uint32_t lane = lane_bit(thread);
+  int32_t* read_clock = reads.clock.data() + units.first;
+  uint32_t* read_lanes = reads.lanes.data() + units.first;
+  uint16_t* read_step = reads.step.data() + units.first;
+  int32_t* last_read = read_clock_.data() + units.first;
+  for (int i = 0; i < units.count; ++i) {
+    read_lanes[i] = (read_clock[i] == now ? read_lanes[i] : 0) | lane;
+    read_clock[i] = now;
+    read_step[i] = step;
+    last_read[i] = last_read[i] > now ? last_read[i] : now;
+  }
+}
+
 bool SharedMemory::read(const void* address, int bytes, int thread, const Step& step) {
   Units units;
   if (!find("a read", address, bytes, units)) return false;
@@ -161,21 +178,7 @@ bool SharedMemory::read(const void* address, int bytes, int thread, const Step& 
       if (!check_unit_to_read(unit, thread)) return false;
     }
   }
-  if (!check_races) return true;
-  Reads& reads = reads_[warp_of(thread)];
-  const int32_t now = clock.seen[warp_of(thread)];
-  const uint32_t lane = lane_bit(thread);
-  const uint16_t place = number_of(step);
-  int32_t* read_clock = reads.clock.data() + units.first;
-  uint32_t* read_lanes = reads.lanes.data() + units.first;
-  uint16_t* read_step = reads.step.data() + units.first;
-  int32_t* last_read = read_clock_.data() + units.first;
-  for (int i = 0; i < units.count; ++i) {
-    read_lanes[i] = (read_clock[i] == now ? read_lanes[i] : 0) | lane;
-    read_clock[i] = now;
-    read_step[i] = place;
-    last_read[i] = last_read[i] > now ? last_read[i] : now;
-  }
+  if (check_races) mark_read(units, thread, number_of(step));
   return true;
 }
 
@@ -183,11 +186,16 @@ void SharedMemory::mark_written(const Units& units, int32_t clock, int thread, u
   std::fill_n(write_clock_.begin() + units.first, units.count, clock);
   std::fill_n(writer_.begin() + units.first, units.count, static_cast<int16_t>(thread));
   std::fill_n(write_step_.begin() + units.first, units.count, step);
+  if (async_) {
+    const auto fences = static_cast<int32_t>(fences_[thread].size());
+    std::fill_n(fences_at_write_.begin() + units.first, units.count, fences);
+  }
 }
 
 bool SharedMemory::write(const void* address, int bytes, int thread, const Step& step) {
   Units units;
   if (!find("a write", address, bytes, units)) return false;
+  if (async_ && !check_not_held(units)) return false;
   const WarpClock& clock = clocks_[warp_of(thread)];
   const int32_t* written = write_clock_.data() + units.first;
   const int32_t* last_read = read_clock_.data() + units.first;

@@ -8,6 +8,10 @@
 //
 // A cp.async copy writes when it is waited for. From its start until then its bytes are nobody's to
 // touch.
+//
+// wgmma and the copy engine reach shared memory through the async proxy (shared_async.cpp). What a
+// thread has written through the generic one is there for them once it has called
+// fence_proxy_async; bytes that they are reading are nobody's to write.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +23,7 @@
 namespace emulator {
 
 constexpr int kMaxWarps = 16;
+constexpr int kWarpgroupWarps = 4;
 constexpr int kUnitBytes = 2;  // the grain of the bookkeeping
 
 struct WarpClock {
@@ -40,6 +45,10 @@ struct CopyQueue {
   std::vector<int> groups;   // sizes of the committed groups under way, oldest first
 };
 
+// For whom the async proxy reads: for one thread (bulk_reduce_add), or for the four warps of its
+// warpgroup, all of whose lanes have come to the instruction (wgmma).
+enum class AsyncReader { kThread, kWarpgroup };
+
 class SharedMemory {
  public:
   void start(int bytes, int num_warps);  // for a new block: all bytes unwritten
@@ -50,6 +59,14 @@ class SharedMemory {
   bool start_copy(const Copy& copy, int thread);
   void finish_copy(const Copy& copy, int thread);
   const std::string& error() const { return error_; }
+
+  // The async proxy. Addresses and bytes are multiples of 16. From begin to end of a read its bytes
+  // are not to be written; as many reads of a byte may be under way as there are ends to come.
+  bool begin_async_read(const void* address, int bytes, AsyncReader reader, int thread,
+                        const Step& step);
+  void end_async_read(const void* address, int bytes, AsyncReader reader, int thread,
+                      const Step& step);
+  void fence_async_proxy(int thread);
 
   void order_lanes(int warp);                       // sync_warp
   void order_warps(const std::vector<int>& warps);  // a barrier
@@ -73,6 +90,11 @@ class SharedMemory {
   std::string writer_of(int unit) const;
   void mark_written(const Units& units, int32_t clock, int thread, uint16_t step);
   void clear(int bytes, int num_warps);
+  void use_async_proxy();
+  bool find_chunks(const char* access, const void* address, int bytes, Units& units);
+  bool check_fenced(int unit, int thread);
+  bool check_not_held(const Units& units);
+  void mark_read(const Units& units, int thread, uint16_t step);
 
   std::vector<char> memory_;
   char* data_ = nullptr;
@@ -97,6 +119,12 @@ class SharedMemory {
     std::vector<uint16_t> step;
   };
   Reads reads_[kMaxWarps];
+  // Of the async proxy: only kept from its first use in a block on.
+  bool async_ = false;
+  std::vector<uint16_t> held_;                // of each unit, its reads under way
+  std::vector<uint16_t> held_step_;           // and the latest of them
+  std::vector<int32_t> fences_at_write_;      // how many fences its last writer had called before
+  std::vector<std::vector<int32_t>> fences_;  // of each thread, the clocks of its fences
 };
 
 }  // namespace emulator

@@ -292,6 +292,9 @@ void run_grid(Grid grid, int num_threads, int shared_bytes,
   if (num_threads % kLanes != 0 || num_threads > kMaxWarps * kLanes) {
     throw Fault("a block of " + std::to_string(num_threads) + " threads");
   }
+  struct NobodyRuns {
+    ~NobodyRuns() { running = nullptr; }
+  } afterwards;
   Scheduler(grid, num_threads, shared_bytes, body).run();
 }
 
@@ -372,6 +375,7 @@ void warpgroup_collective(const Step& step, void* operands, void (*execute)(void
 
 WarpgroupProducts& warpgroup_products() { return warpgroup_of(*running).products; }
 char* shared_memory() { return block_of(*running).shared.data(); }
+PackLog* pack_log() { return running == nullptr ? nullptr : running->packs; }
 
 void warp_is_ordered() { block_of(*running).shared.order_lanes(running->thread_idx / kLanes); }
 

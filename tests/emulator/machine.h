@@ -90,6 +90,7 @@ void warpgroup_collective(const Step& step, void* operands, void (*execute)(void
 // The running thread's warpgroup's products (wgmma_groups.h), its block's shared memory.
 WarpgroupProducts& warpgroup_products();
 char* shared_memory();
+PackLog* pack_log();  // the running thread's, if there is one and it uses wgmma
 // Orders the shared memory accesses of the warp's lanes; from within `execute`.
 void warp_is_ordered();
 // Barrier `id` of the block, for num_threads threads in whole warps. The lanes of a warp come from

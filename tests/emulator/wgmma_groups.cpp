@@ -147,15 +147,23 @@ void WarpgroupProducts::start(void* const* lanes) {
   const Step& step = *current().step;
   const ProductOperands& first = of(lanes, 0);
   check_lanes_agree(lanes);
+  Product product{step, &accumulation_for(lanes), nullptr, {}};
   const auto unpack = [&](const char* name, uint64_t descriptor, bool mn_major, int count,
                           Numbers& numbers) {
     const OperandLayout layout(descriptor, mn_major, first.type);
     if (const char* why = layout.refusal(count)) {
       fault(step, std::string("the descriptor of ") + name + " " + why);
     }
+    const size_t own = product.shared.size();
+    if (!append_ranges(layout, count, product.shared)) {
+      fault(step, std::string("operand ") + name + " reaches beyond shared memory");
+    }
+    for (size_t i = own; i < product.shared.size(); ++i) {
+      const auto [begin, bytes] = product.shared[i];
+      begin_async_read(shared_memory() + begin, bytes, AsyncReader::kWarpgroup, step);
+    }
     unpack_shared(layout, first.type, count, shared_memory(), numbers);
   };
-  Product product{step, &accumulation_for(lanes), nullptr};
   if (first.a == nullptr) {
     unpack("A", first.a_descriptor, first.a_mn_major, kProductRows, a);
   } else {
@@ -198,6 +206,9 @@ void WarpgroupProducts::finish(const Product& product) {
       fault(*current().step, "operand A of " + describe(product.step) + " was changed in " +
                                  thread_name(lane) + "'s registers before this wait");
     }
+  }
+  for (const auto [begin, bytes] : product.shared) {
+    end_async_read(shared_memory() + begin, bytes, AsyncReader::kWarpgroup, product.step);
   }
   Accumulation& accumulation = *product.accumulation;
   if (--accumulation.products > 0) return;

@@ -70,6 +70,7 @@ class WarpgroupProducts {
     Step step;
     Accumulation* accumulation;
     std::unique_ptr<RegisterOperand> a;
+    std::vector<ByteRange> shared;
   };
   struct Range {
     const float* begin;

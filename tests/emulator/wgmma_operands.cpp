@@ -142,6 +142,34 @@ const char* OperandLayout::refusal(int count) const {
   return nullptr;
 }
 
+bool append_ranges(const OperandLayout& layout, int count, std::vector<ByteRange>& ranges) {
+  constexpr int kWordBits = 64;
+  constexpr int kWords = (1 << 18) / kChunkBytes / kWordBits;
+  uint64_t touched[kWords] = {};  // chunks
+  const int per_chunk = kChunkBytes / layout.element_bytes;
+  const int depth = 2 * per_chunk;
+  const int mn_step = layout.mn_major ? per_chunk : 1;
+  const int k_step = layout.mn_major ? 1 : per_chunk;
+  for (int mn = 0; mn < count; mn += mn_step) {
+    for (int k = 0; k < depth; k += k_step) {
+      const int chunk = layout.address(mn, k) / kChunkBytes;
+      if (chunk >= kWords * kWordBits) return false;
+      touched[chunk / kWordBits] |= uint64_t{1} << (chunk % kWordBits);
+    }
+  }
+  for (int word = 0; word < kWords; ++word) {
+    for (int bit = 0; touched[word] >> bit != 0;) {
+      bit += __builtin_ctzll(touched[word] >> bit);
+      const uint64_t rest = ~(touched[word] >> bit);
+      const int run = rest == 0 ? kWordBits : __builtin_ctzll(rest);
+      ranges.push_back({(word * kWordBits + bit) * kChunkBytes, run * kChunkBytes});
+      bit += run;
+      if (bit == kWordBits) break;
+    }
+  }
+  return true;
+}
+
 void unpack_shared(const OperandLayout& layout, ElementType type, int count, const char* memory,
                    Numbers& numbers) {
   switch (type) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace emulator {
 
@@ -31,6 +32,15 @@ struct OperandLayout {
   int row_chunks;  // of 16 bytes, in a row of the swizzle: 1 (none), 2, 4 or 8
   int reserved;    // bits that must be zero
 };
+
+// Bytes of shared memory, multiples of 16.
+struct ByteRange {
+  int begin;
+  int bytes;
+};
+// Appends the ranges that the first `count` rows (mn) of an operand fill; false if they reach
+// beyond what descriptors can address.
+bool append_ranges(const OperandLayout& layout, int count, std::vector<ByteRange>& ranges);
 
 // Numbers [k][mn], so that both operands are rows of k.
 constexpr int kNumbersStride = kMaxProductCols + 16;  // apart in the processor's cache

@@ -20,9 +20,7 @@ SA_DEVICE uint32_t pack(float low, float high, emulator::Site site = emulator::h
   emulator::refuse_poison(high, "pack", site);
   const uint32_t pair = internal::from_float(low, Element{}).bits |
                         uint32_t{internal::from_float(high, Element{}).bits} << 16;
-  if (emulator::is_running() && emulator::current().packs != nullptr) {
-    emulator::current().packs->add(pair);
-  }
+  if (emulator::PackLog* log = emulator::pack_log()) log->add(pair);
   return pair;
 }
 

@@ -20,19 +20,18 @@ inline const char* why_not_flash_bwd(const attention::FlashBwdProblem& problem) 
     return "q is neither bfloat16 nor float16";
   }
   if (larger <= 32) return "head_dim and head_dim_v are at most 32";
-  const bool in_chunks =
-      rows_are_chunks(fwd.q, fwd.head_dim, fwd.q_stride_batch, fwd.q_stride_row,
-                      fwd.q_stride_head) &&
-      rows_are_chunks(fwd.k, fwd.head_dim, fwd.k_stride_batch, fwd.k_stride_row,
-                      fwd.k_stride_head) &&
-      rows_are_chunks(fwd.v, fwd.head_dim_v, fwd.v_stride_batch, fwd.v_stride_row,
-                      fwd.v_stride_head) &&
-      rows_are_chunks(problem.dout, fwd.head_dim_v, problem.dout_stride_batch,
-                      problem.dout_stride_row, problem.dout_stride_head) &&
-      rows_are_chunks(problem.dk, fwd.head_dim, problem.dk_stride_batch, problem.dk_stride_row,
-                      problem.dk_stride_head) &&
-      rows_are_chunks(problem.dv, fwd.head_dim_v, problem.dv_stride_batch, problem.dv_stride_row,
-                      problem.dv_stride_head);
+  const bool in_chunks = rows_are_chunks(fwd.q, fwd.head_dim, fwd.q_stride_batch, fwd.q_stride_row,
+                                         fwd.q_stride_head) &&
+                         rows_are_chunks(fwd.k, fwd.head_dim, fwd.k_stride_batch, fwd.k_stride_row,
+                                         fwd.k_stride_head) &&
+                         rows_are_chunks(fwd.v, fwd.head_dim_v, fwd.v_stride_batch,
+                                         fwd.v_stride_row, fwd.v_stride_head) &&
+                         rows_are_chunks(problem.dout, fwd.head_dim_v, problem.dout_stride_batch,
+                                         problem.dout_stride_row, problem.dout_stride_head) &&
+                         rows_are_chunks(problem.dk, fwd.head_dim, problem.dk_stride_batch,
+                                         problem.dk_stride_row, problem.dk_stride_head) &&
+                         rows_are_chunks(problem.dv, fwd.head_dim_v, problem.dv_stride_batch,
+                                         problem.dv_stride_row, problem.dv_stride_head);
   if (!in_chunks) return "rows of q, k, v, dout, dk or dv are not in aligned parts of 16 bytes";
   return "this build has no backward for sm_90a";
 }

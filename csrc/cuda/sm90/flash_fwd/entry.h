@@ -25,15 +25,14 @@ inline const char* why_not_flash_fwd(const attention::FlashFwdProblem& problem) 
   if (problem.kv_dtype != problem.dtype) return "k and v are not of q's dtype";
   if (larger <= 32) return "head_dim and head_dim_v are at most 32";
   if (problem.tree_mask != nullptr) return "there is a tree mask";
-  const bool in_chunks =
-      rows_are_chunks(problem.q, problem.head_dim, problem.q_stride_batch, problem.q_stride_row,
-                      problem.q_stride_head) &&
-      rows_are_chunks(problem.k, problem.head_dim, problem.k_stride_batch, problem.k_stride_row,
-                      problem.k_stride_head) &&
-      rows_are_chunks(problem.v, problem.head_dim_v, problem.v_stride_batch, problem.v_stride_row,
-                      problem.v_stride_head) &&
-      rows_are_chunks(problem.out, problem.head_dim_v, problem.out_stride_batch,
-                      problem.out_stride_row, problem.out_stride_head);
+  const bool in_chunks = rows_are_chunks(problem.q, problem.head_dim, problem.q_stride_batch,
+                                         problem.q_stride_row, problem.q_stride_head) &&
+                         rows_are_chunks(problem.k, problem.head_dim, problem.k_stride_batch,
+                                         problem.k_stride_row, problem.k_stride_head) &&
+                         rows_are_chunks(problem.v, problem.head_dim_v, problem.v_stride_batch,
+                                         problem.v_stride_row, problem.v_stride_head) &&
+                         rows_are_chunks(problem.out, problem.head_dim_v, problem.out_stride_batch,
+                                         problem.out_stride_row, problem.out_stride_head);
   if (!in_chunks) return "rows of q, k, v or out are not in aligned parts of 16 bytes";
   return "this build has no forward for sm_90a";
 }

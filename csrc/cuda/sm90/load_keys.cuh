@@ -108,9 +108,8 @@ SA_DEVICE void copy_rows(Tile& tile, int cols, int lane, RowOf row_of) {
 template <class Tile, bool kValues>
 SA_DEVICE void copy_chunks(Tile& tile, const KeySource<kValues>& source, int first_key,
                            primitives::Mbarrier* full, int lane) {
-  copy_rows(tile, source.dim(), lane, [&](int row) {
-    return source.template row<typename Tile::Element>(first_key + row);
-  });
+  copy_rows(tile, source.dim(), lane,
+            [&](int row) { return source.template row<typename Tile::Element>(first_key + row); });
   primitives::cp_async_commit();
   primitives::cp_async_wait<0>();
   primitives::fence_proxy_async();

@@ -126,8 +126,8 @@ struct RowStates {
   }
 };
 
-// Scores to weights in place. What the sums so far, and the output so far, are to be multiplied with
-// to be re-based on the new maxima: rescale; the sums are.
+// Scores to weights in place. What the sums so far, and the output so far, are to be multiplied
+// with to be re-based on the new maxima: rescale; the sums are.
 template <int kTilesM, int kTilesN>
 SA_DEVICE void weigh(Accumulators<kTilesM, kTilesN>& s, RowStates<kTilesM>& states, float to_log2,
                      float (&rescale)[kTilesM][2]) {
@@ -167,7 +167,8 @@ SA_DEVICE void weigh(Accumulators<kTilesM, kTilesN>& s, RowStates<kTilesM>& stat
 }
 
 template <int kTilesM, int kTilesV>
-SA_DEVICE void rescale_rows(Accumulators<kTilesM, kTilesV>& out, const float (&rescale)[kTilesM][2]) {
+SA_DEVICE void rescale_rows(Accumulators<kTilesM, kTilesV>& out,
+                            const float (&rescale)[kTilesM][2]) {
   SA_UNROLL
   for (int m = 0; m < kTilesM; ++m) {
     SA_UNROLL

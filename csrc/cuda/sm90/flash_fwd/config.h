@@ -3,7 +3,7 @@
 // A thread block is one warpgroup that copies and kConsumers that compute, 64 rows of Q each; it
 // walks over blocks of kBlockN keys. Registers, floats a thread of a computing warpgroup: the
 // scores kBlockN / 2, the weights as operands kBlockN / 4, the output kHeadDimV / 2. Three
-// computing warpgroups have 160 registers a thread, two have 240; the copying one has 32.
+// computing warpgroups have 160 registers a thread, two have 232; the copying one has what is left.
 //
 // Shared memory, 2-byte numbers: Q kBlockM * kHeadDim, and kStages times K and V,
 // kBlockN * (kHeadDim + kHeadDimV); one block may have 227 KB, and there is one on a
@@ -22,12 +22,16 @@ struct FlashFwdTiles {
   static constexpr int kBlockN = kBlockN_;
   static constexpr int kStages = kStages_;
   static constexpr int kThreads = 128 * (kConsumers + 1);
-  static constexpr int kProducerRegisters = 32;
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
-  static_assert(128 * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 65536,
-                "the registers of a multiprocessor");
-  // Warpgroups take turns at the tensor cores, so that one's softmax runs beside another's products.
-  // From head_dim 192 on products take so long that turns are not worth their barriers.
+  // A thread; they are given and taken within what the block has at its start, the same number for
+  // each thread. More would wait forever.
+  static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
+                    (kConsumers + 1) * kLaunchRegisters,
+                "the registers of a block");
+  // Warpgroups take turns at the tensor cores, so that one's softmax runs beside another's
+  // products. From head_dim 192 on products take so long that turns are not worth their barriers.
   static constexpr bool kTakeTurns = kHeadDim <= 128;
 };
 

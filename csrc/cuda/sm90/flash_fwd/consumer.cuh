@@ -9,8 +9,8 @@
 // warpgroups take turns, beside the other warpgroups' products: whose turn it is starts its two
 // products and passes the turn on.
 //
-// A thread owns rows accumulator_row(lane, 0) and 8 below of its warp's 16, two neighbouring columns
-// of every 8.
+// A thread owns rows accumulator_row(lane, 0) and 8 below of its warp's 16, two neighbouring
+// columns of every 8.
 #pragma once
 
 #include "cuda/common/load_sink.cuh"
@@ -148,8 +148,8 @@ struct FlashFwdConsumer {
       KeyBounds bounds{0, 0};
       if (packed_row < num_rows) {
         const int group = problem.group;
-        const attention::Mask mask = attention::make_mask(problem.problem, num_rows / group,
-                                                          load_shared(&work().seqlen_k));
+        const attention::Mask mask =
+            attention::make_mask(problem.problem, num_rows / group, load_shared(&work().seqlen_k));
         const attention::Range keys = mask.window_keys(packed_row / group);
         bounds = {static_cast<int>(keys.begin), static_cast<int>(keys.end)};
       }
@@ -176,8 +176,8 @@ struct FlashFwdConsumer {
     const int sink_end = static_cast<int>(problem.problem.num_sink_tokens) - first_col;
     SA_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const KeyBounds bounds = primitives::load_shared(storage.bounds + warp_row() +
-                                                       accumulator_row(lane, 2 * half));
+      const KeyBounds bounds =
+          primitives::load_shared(storage.bounds + warp_row() + accumulator_row(lane, 2 * half));
       const int begin = bounds.begin - first_col;
       const int end = bounds.end - first_col;
       SA_UNROLL

@@ -19,7 +19,7 @@ struct FlashFwdKernelProblem {
   bool v_in_boxes;
   bool out_in_chunks;
   int box_rows;   // keys of a box
-  int group;  // num_heads_q / num_heads_kv
+  int group;      // num_heads_q / num_heads_kv
   int num_tiles;  // of rows, of the longest sequence and one kv head
   int num_works;  // num_tiles * batch * num_heads_kv
 };

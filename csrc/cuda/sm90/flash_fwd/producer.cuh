@@ -1,5 +1,5 @@
-// The warp that copies: for each work Q, then K and V of its blocks of keys in turn, as far ahead as
-// the rings have room.
+// The warp that copies: for each work Q, then K and V of its blocks of keys in turn, as far ahead
+// as the rings have room.
 #pragma once
 
 #include "cuda/sm90/flash_fwd/storage.cuh"
@@ -67,10 +67,9 @@ struct FlashFwdProducer {
                                     load_shared(&work.key_begin),
                                     load_shared(&work.seqlen_k)};
     const bool in_boxes = kValues ? problem.v_in_boxes : problem.k_in_boxes;
-    const KeyBoxes boxes = key_boxes(source, in_boxes ? (kValues ? &problem.v_map : &problem.k_map)
-                                                      : nullptr,
-                                     problem.box_rows, load_shared(&work.k_row),
-                                     load_shared(&work.k_batch), load_shared(&work.kv_head));
+    const KeyBoxes boxes = key_boxes(
+        source, in_boxes ? (kValues ? &problem.v_map : &problem.k_map) : nullptr, problem.box_rows,
+        load_shared(&work.k_row), load_shared(&work.k_batch), load_shared(&work.kv_head));
     load_keys(tile, source, boxes, blocks_of_work(work).block(idx) * Tiles::kBlockN, full,
               primitives::lane_idx());
   }
@@ -102,11 +101,10 @@ struct FlashFwdProducer {
     const PackedRows rows =
         packed_rows(fwd, load_shared(&work().batch_idx), load_shared(&work().kv_head));
     copy_rows(storage.q, static_cast<int>(fwd.head_dim), lane, [&](int row) {
-      return row_begin + row < rows.num_rows
-                 ? static_cast<const Element*>(fwd.q) +
-                       rows.offset(row_begin + row, fwd.q_stride_batch, fwd.q_stride_row,
-                                   fwd.q_stride_head)
-                 : nullptr;
+      return row_begin + row < rows.num_rows ? static_cast<const Element*>(fwd.q) +
+                                                   rows.offset(row_begin + row, fwd.q_stride_batch,
+                                                               fwd.q_stride_row, fwd.q_stride_head)
+                                             : nullptr;
     });
     primitives::cp_async_commit();
   }

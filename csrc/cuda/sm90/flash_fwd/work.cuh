@@ -1,12 +1,12 @@
 // The pieces of work: a tile of rows of one sequence and kv head each.
 //
-// Thread blocks stay, as many as multiprocessors, and take works idx, idx + blocks, ... All tiles of
-// one rank, counted from the end of the longest sequence, come before those of the next: under a
+// Thread blocks stay, as many as multiprocessors, and take works idx, idx + blocks, ... All tiles
+// of one rank, counted from the end of the longest sequence, come before those of the next: under a
 // causal mask the longest first, so that the last ones to finish are short; and at one time blocks
 // work on few heads' keys, which then are in L2.
 //
-// What a warp must know of its work lies in shared memory, a copy for each warp, since warps are not
-// all at the same work, and since accumulators leave no registers for it.
+// What a warp must know of its work lies in shared memory, a copy for each warp, since warps are
+// not all at the same work, and since accumulators leave no registers for it.
 #pragma once
 
 #include "attention/block_list.h"
@@ -28,13 +28,13 @@ struct Work {
   attention::BlockList<int> blocks;  // that some row of the tile sees
   // For the warp that copies:
   int q_batch;
-  int q_row;    // of position 0
+  int q_row;  // of position 0
   int k_batch;
   int k_row;
   const int32_t* pages;  // the sequence's row of the block table, or null
   const char* k_base;    // as KeySource has them
   const char* v_base;
-  int sink_end;          // keys [0, sink_end) and [key_begin, seqlen_k) may be loaded
+  int sink_end;  // keys [0, sink_end) and [key_begin, seqlen_k) may be loaded
   int key_begin;
   // For a warp that computes: blocks of keys that its warpgroup's rows all see whole.
   int full_begin;
@@ -130,8 +130,7 @@ struct WorkWriter {
   SA_DEVICE void write_full(int first_row, int num_rows) const {
     const attention::Range full =
         mask().keys_seen_by_all(position(first_row), position(first_row + num_rows - 1) + 1);
-    store(work.full_begin,
-          (static_cast<int>(full.begin) + Tiles::kBlockN - 1) / Tiles::kBlockN);
+    store(work.full_begin, (static_cast<int>(full.begin) + Tiles::kBlockN - 1) / Tiles::kBlockN);
     store(work.full_end, static_cast<int>(attention::max_of(full.end, 0)) / Tiles::kBlockN);
   }
 

@@ -2,7 +2,11 @@
 //
 // Operands are written to shared memory by rows of a tile, as the contract (primitives/wgmma.h) and
 // the swizzle's picture (primitives/tma.h) have it, not by the addresses that the twin decodes.
+#include <cmath>
 #include <random>
+#include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "emulated.h"
@@ -237,6 +241,118 @@ void check_widths(std::integer_sequence<int, kTilesN...>) {
    ...);
 }
 
+// Products into two accumulators, in three groups that end one after the other.
+void check_groups() {
+  using Element = attention::BFloat16;
+  Matrix a = whole_numbers(kRows, 16, 3);
+  Matrix b = whole_numbers(16, 64, 4);
+  Matrix product(kRows, 64), doubled(kRows, 64);
+  for (int m = 0; m < kRows; ++m) {
+    for (int n = 0; n < 64; ++n) {
+      for (int k = 0; k < 16; ++k) product.at(m, n) += a.at(m, k) * b.at(k, n);
+      doubled.at(m, n) = 2 * product.at(m, n);
+    }
+  }
+  const Slabs<Element> a_slabs{kRows, Swizzle::k32, 0};
+  const Slabs<Element> b_slabs{16, Swizzle::k128, 2048};
+  // Two warpgroups, each with products of its own.
+  run_block(256, 4096, [&](char* shared) {
+    a_slabs.write(shared, 16, a, 256);
+    b_slabs.write(shared, 64, b, 256);
+    fence_proxy_async();
+    sync_threads();
+    float first[8][4], second[8][4];
+    const auto start = [&](float(&acc)[8][4], bool accumulate) {
+      wgmma_ss<Element, Major::kK, Major::kMn>(acc, a_slabs.k_major(shared, 0, 0),
+                                               b_slabs.mn_major(shared, 0, 0), accumulate);
+      wgmma_commit();
+    };
+    wgmma_fence();
+    start(first, false);
+    start(second, false);
+    start(first, true);
+    wgmma_wait<1>();
+    check_accumulators("the second group's", second, product);
+    wgmma_wait<0>();
+    check_accumulators("the first and third group's", first, doubled);
+    wgmma_fence();
+    start(second, true);
+    wgmma_commit();  // an empty group
+    wgmma_wait<1>();
+    check_accumulators("before an empty group", second, doubled);
+  });
+}
+
+// A sum is the same bits wherever its row and column lie: all rows of A and columns of B are alike.
+void check_order_of_sums() {
+  using Element = attention::Float16;
+  std::mt19937 random(5);
+  std::normal_distribution<float> normal;
+  Matrix a(kRows, 64), b(64, 128);
+  for (int k = 0; k < 64; ++k) {
+    const float left = normal(random), right = normal(random);
+    for (int m = 0; m < kRows; ++m) a.at(m, k) = left;
+    for (int n = 0; n < 128; ++n) b.at(k, n) = right;
+  }
+  const Slabs<Element> a_slabs{kRows, Swizzle::k128, 0};
+  const Slabs<Element> b_slabs{64, Swizzle::k128, 8192};
+  float sum = 0;
+  const auto check_all = [&](const auto& acc) {
+    for (const auto& tile : acc) {
+      for (const float number : tile) {
+        if (sum == 0) sum = number;
+        check(number == sum && sum != 0, "sums of the same numbers: ", number, " and ", sum);
+      }
+    }
+  };
+  run_block(128, 8192 + 16384, [&](char* shared) {
+    a_slabs.write(shared, 64, a, 128);
+    b_slabs.write(shared, 128, b, 128);
+    fence_proxy_async();
+    sync_threads();
+    float wide[16][4], narrow[3][4];
+    wgmma_fence();
+    for (int k = 0; k < 64; k += 16) {
+      const uint64_t left = a_slabs.k_major(shared, 0, k);
+      const uint64_t right = b_slabs.mn_major(shared, k, 0);
+      wgmma_ss<Element, Major::kK, Major::kMn>(wide, left, right, k > 0);
+      wgmma_ss<Element, Major::kK, Major::kMn>(narrow, left, right, k > 0);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    check_all(wide);
+    check_all(narrow);
+  });
+}
+
+// Infinities, NaNs and the smallest numbers, as A in registers times 1.
+template <class Element>
+void check_special_numbers(const char* name, std::initializer_list<uint16_t> bits) {
+  const Slabs<Element> ones{8, Swizzle::k32, 0};
+  Matrix one(8, 16);
+  for (int n = 0; n < 8; ++n) one.at(n, 0) = 1.0f;  // B(0, n)
+  for (const uint16_t number : bits) {
+    run_block(128, 1024, [&](char* shared) {
+      ones.write(shared, 16, one, 128);
+      fence_proxy_async();
+      sync_threads();
+      // Column 0 belongs to the lanes that are a multiple of 4.
+      const uint32_t column = lane_idx() % 4 == 0 ? number : 0;
+      const uint32_t a[4] = {column, column, 0, 0};
+      float acc[1][4];
+      wgmma_fence();
+      wgmma_rs<Element, Major::kK>(acc, a, ones.k_major(shared, 0, 0), false);
+      wgmma_commit();
+      wgmma_wait<0>();
+      const float expected = attention::to_float(Element{number});
+      for (const float found : acc[0]) {
+        check(found == expected || (std::isnan(found) && std::isnan(expected)), name, " ", number,
+              ": ", found, " for ", expected);
+      }
+    });
+  }
+}
+
 }  // namespace
 
 SA_SUITE(emulated_wgmma) {
@@ -244,6 +360,11 @@ SA_SUITE(emulated_wgmma) {
   check_majors<attention::BFloat16, 10>();
   check_majors<attention::Float16, 5>();
   check_majors<attention::Float8E4M3, 12>();
+  check_groups();
+  check_order_of_sums();
+  check_special_numbers<attention::Float16>(
+      "float16", {0x0001, 0x83ff, 0x0400, 0x7bff, 0xfbff, 0x7c00, 0xfc00, 0x7e00, 0x3555, 0x8000});
+  check_special_numbers<attention::BFloat16>("bfloat16", {0x0001, 0x7f80, 0xff80, 0x7fc0, 0x3eab});
   check_widths(std::make_integer_sequence<int, 32>{});
 }
 

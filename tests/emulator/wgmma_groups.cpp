@@ -229,8 +229,8 @@ void WarpgroupProducts::give_back(const Accumulation& accumulation) {
     memcpy(number, sum, 2 * sizeof(float));
   });
   if (untouched) return;
-  fault(*current().step, "accumulators of " + describe(accumulation.first) +
-                             " were changed before this wait");
+  fault(*current().step,
+        "accumulators of " + describe(accumulation.first) + " were changed before this wait");
 }
 
 void poison_found(uint32_t bits, const Step& step) {

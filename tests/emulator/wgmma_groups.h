@@ -90,7 +90,8 @@ class WarpgroupProducts {
   std::deque<int> groups_;        // sizes of the committed groups, oldest first
   int open_ = 0;                  // products in no group
   bool was_fenced_ = false;
-  std::vector<Range> unfenced_;  // accumulators of lane 0 that a wait gave back since the last fence
+  std::vector<Range>
+      unfenced_;  // accumulators of lane 0 that a wait gave back since the last fence
   std::vector<PackLog> logs_;
 };
 

@@ -70,9 +70,10 @@ void unpack_shared_of(const OperandLayout& layout, int count, const char* memory
 
 // PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16" and "...k32", matrix A:
 //   row = groupID          for a_i where i / kPair % 2 == 0, else groupID + 8
-//   col = threadID_in_group * kPair + i % kPair            for the first half of them, else + depth / 2
-// where a register holds kPair elements (2 or 4), groupID = lane / 4 and threadID_in_group = lane % 4
-// in a warp; warp w holds rows 16 w ....
+//   col = threadID_in_group * kPair + i % kPair            for the first half of them, else + depth
+//   / 2
+// where a register holds kPair elements (2 or 4), groupID = lane / 4 and threadID_in_group = lane %
+// 4 in a warp; warp w holds rows 16 w ....
 template <class Element>
 void unpack_registers_of(const uint32_t* const* lanes, Numbers& numbers) {
   constexpr int kPair = 4 / static_cast<int>(sizeof(Element));
@@ -100,8 +101,8 @@ OperandLayout::OperandLayout(uint64_t descriptor, bool mn_major, ElementType typ
   stride = field(32);
   constexpr int kRowChunks[] = {1, 8, 4, 2};
   row_chunks = kRowChunks[descriptor >> 62];
-  const uint64_t fields = uint64_t{0x3fff} | uint64_t{0x3fff} << 16 | uint64_t{0x3fff} << 32 |
-                          uint64_t{3} << 62;
+  const uint64_t fields =
+      uint64_t{0x3fff} | uint64_t{0x3fff} << 16 | uint64_t{0x3fff} << 32 | uint64_t{3} << 62;
   reserved = (descriptor & ~fields) != 0 ? 1 : 0;
 }
 
@@ -125,8 +126,8 @@ int OperandLayout::address(int mn, int k) const {
     address += k % 8 * row_bytes + k / 8 * (row_chunks == 1 ? leading : stride);
   } else {
     address += mn % 8 * row_bytes + mn / 8 * stride;
-    address += k % per_chunk * element_bytes +
-               k / per_chunk * (row_chunks == 1 ? leading : kChunkBytes);
+    address +=
+        k % per_chunk * element_bytes + k / per_chunk * (row_chunks == 1 ? leading : kChunkBytes);
   }
   return address ^ (address >> 3 & (row_chunks - 1) * kChunkBytes);
 }

@@ -15,13 +15,13 @@ namespace sink_attention::primitives {
 // bits 62, 63 the swizzle: 0 none, 1 128 bytes, 2 64 bytes, 3 32 bytes.
 SA_DEVICE uint64_t matrix_descriptor(const void* start, int leading_bytes, int stride_bytes,
                                      Swizzle swizzle, emulator::Site site = emulator::here()) {
-  const auto address = reinterpret_cast<intptr_t>(start) -
-                       reinterpret_cast<intptr_t>(emulator::shared_memory());
+  const auto address =
+      reinterpret_cast<intptr_t>(start) - reinterpret_cast<intptr_t>(emulator::shared_memory());
   const auto field = [&](const char* name, int64_t bytes) {
     if (bytes < 0 || bytes >= 1 << 18 || bytes % 16 != 0) {
-      emulator::fault({"matrix_descriptor", site},
-                      std::string(name) + " is " + std::to_string(bytes) +
-                          ", no multiple of 16 in 0 ... 2^18 - 16");
+      emulator::fault({"matrix_descriptor", site}, std::string(name) + " is " +
+                                                       std::to_string(bytes) +
+                                                       ", no multiple of 16 in 0 ... 2^18 - 16");
     }
     return static_cast<uint64_t>(bytes / 16);
   };
@@ -45,9 +45,9 @@ SA_DEVICE void wgmma_commit(emulator::Site site = emulator::here()) {
 template <int kPending>
 SA_DEVICE void wgmma_wait(emulator::Site site = emulator::here()) {
   static_assert(kPending >= 0 && kPending <= 7, "wgmma.wait_group takes 0 ... 7");
-  emulator::warpgroup_collective(
-      {"wgmma_wait", site}, nullptr,
-      [](void* const*) { emulator::warpgroup_products().wait(kPending); });
+  emulator::warpgroup_collective({"wgmma_wait", site}, nullptr, [](void* const*) {
+    emulator::warpgroup_products().wait(kPending);
+  });
 }
 // In time the registers are the product's until the wait, so this may not come before that.
 template <int kTilesN>

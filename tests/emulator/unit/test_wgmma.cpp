@@ -128,8 +128,8 @@ void registers_of(Matrix& a, int k, uint32_t (&registers)[4]) {
 
 constexpr const char* kSwizzleNames[] = {"no swizzle", "32 bytes", "64 bytes", "128 bytes"};
 
-// A of 64 x kDepth, from registers or shared memory, times B of kDepth x 8 kTilesN, twice: the second
-// product is added to what the first has left.
+// A of 64 x kDepth, from registers or shared memory, times B of kDepth x 8 kTilesN, twice: the
+// second product is added to what the first has left.
 template <class Element, Major kMajorA, Major kMajorB, int kTilesN, bool kRegisters>
 void check_product(Swizzle a_swizzle, Swizzle b_swizzle) {
   constexpr int kN = 8 * kTilesN;
@@ -172,12 +172,11 @@ void check_product(Swizzle a_swizzle, Swizzle b_swizzle) {
   const int b_bytes = static_cast<int>(b_tile.numbers.size() * sizeof(Element));
   const Slabs<Element> a_slabs{rows_of(a_tile), a_swizzle, 0};
   const Slabs<Element> b_slabs{rows_of(b_tile), b_swizzle, b_at};
-  const std::string name = std::string(kRegisters ? "RS" : "SS") + ", " +
-                           std::to_string(sizeof(Element)) + " bytes, A " +
-                           (kMajorA == Major::kK ? "K" : "M") + "-major, " +
-                           kSwizzleNames[static_cast<int>(a_swizzle)] + ", B " +
-                           (kMajorB == Major::kK ? "K" : "N") + "-major, " +
-                           kSwizzleNames[static_cast<int>(b_swizzle)] + ", " + std::to_string(kN);
+  const std::string name =
+      std::string(kRegisters ? "RS" : "SS") + ", " + std::to_string(sizeof(Element)) +
+      " bytes, A " + (kMajorA == Major::kK ? "K" : "M") + "-major, " +
+      kSwizzleNames[static_cast<int>(a_swizzle)] + ", B " + (kMajorB == Major::kK ? "K" : "N") +
+      "-major, " + kSwizzleNames[static_cast<int>(b_swizzle)] + ", " + std::to_string(kN);
   run_block(128, b_at + b_bytes, [&](char* shared) {
     a_slabs.write(shared, a_tile.cols, a_tile, 128);
     b_slabs.write(shared, b_tile.cols, b_tile, 128);
@@ -262,7 +261,7 @@ void check_groups() {
     fence_proxy_async();
     sync_threads();
     float first[8][4], second[8][4];
-    const auto start = [&](float(&acc)[8][4], bool accumulate) {
+    const auto start = [&](float (&acc)[8][4], bool accumulate) {
       wgmma_ss<Element, Major::kK, Major::kMn>(acc, a_slabs.k_major(shared, 0, 0),
                                                b_slabs.mn_major(shared, 0, 0), accumulate);
       wgmma_commit();

@@ -121,19 +121,19 @@ void registers_changed() {
                    wgmma_wait<0>(at("wait"));
                  });
                });
-  expect_fault("operand A written before the wait",
-               {"wgmma_wait at wait:1: operand A of wgmma_rs at product:1 was changed in thread 77"},
-               [] {
-                 run_filled([](char* shared) {
-                   Acc acc;
-                   Registers a = {};
-                   wgmma_fence();
-                   start(acc, a, shared);
-                   wgmma_commit();
-                   if (thread_idx() == 77) a[2] = 1;
-                   wgmma_wait<0>(at("wait"));
-                 });
-               });
+  expect_fault(
+      "operand A written before the wait",
+      {"wgmma_wait at wait:1: operand A of wgmma_rs at product:1 was changed in thread 77"}, [] {
+        run_filled([](char* shared) {
+          Acc acc;
+          Registers a = {};
+          wgmma_fence();
+          start(acc, a, shared);
+          wgmma_commit();
+          if (thread_idx() == 77) a[2] = 1;
+          wgmma_wait<0>(at("wait"));
+        });
+      });
   expect_fault("products of two shapes on one accumulator",
                {"wgmma_ss at wide:1: its accumulators are partly those of wgmma_ss at product:1"},
                [] {
@@ -141,9 +141,8 @@ void registers_changed() {
                    float acc[2 * kTilesN][4];
                    wgmma_fence();
                    start(reinterpret_cast<Acc&>(acc), shared);
-                   wgmma_ss<Element, Major::kK, Major::kK>(acc, operand(shared, 0),
-                                                           operand(shared, 4096), false,
-                                                           at("wide"));
+                   wgmma_ss<Element, Major::kK, Major::kK>(
+                       acc, operand(shared, 0), operand(shared, 4096), false, at("wide"));
                  });
                });
 }
@@ -178,8 +177,9 @@ void fences_and_commits() {
                    start(acc, a, shared);
                  });
                });
-  expect_fault("no commit", {"pack at use:1: uses accumulators of wgmma_ss at product:1",
-                             "(no wgmma_commit closed its group)"},
+  expect_fault("no commit",
+               {"pack at use:1: uses accumulators of wgmma_ss at product:1",
+                "(no wgmma_commit closed its group)"},
                [] {
                  run_filled([](char* shared) {
                    Acc acc;
@@ -225,9 +225,9 @@ void shared_operands() {
                    product(shared);
                  });
                });
-  expect_fault("no fence of the proxy", {"wgmma_ss at product:1: shared byte",
-                                         "was written by thread", "in store_shared at fill:1",
-                                         "no fence_proxy_async of that thread"},
+  expect_fault("no fence of the proxy",
+               {"wgmma_ss at product:1: shared byte", "was written by thread",
+                "in store_shared at fill:1", "no fence_proxy_async of that thread"},
                [&] {
                  run_block(128, kBytes + kBBytes, [&](char* shared) {
                    fill(shared, kBytes + kBBytes);
@@ -245,8 +245,9 @@ void shared_operands() {
                    product(shared);
                  });
                });
-  expect_fault("no barrier", {"wgmma_ss at product:1: a race: shared byte",
-                              "in store_shared at fill:1, and no barrier comes before this read"},
+  expect_fault("no barrier",
+               {"wgmma_ss at product:1: a race: shared byte",
+                "in store_shared at fill:1, and no barrier comes before this read"},
                [&] {
                  run_block(128, kBytes + kBBytes, [&](char* shared) {
                    fill(shared, kBytes + kBBytes);
@@ -318,9 +319,8 @@ void descriptors() {
                  });
                });
   expect_fault("a stride too large", {"matrix_descriptor at here:1: stride_bytes is 262144"}, [] {
-    run_filled([](char* shared) {
-      matrix_descriptor(shared, 0, 1 << 18, Swizzle::k128, at("here"));
-    });
+    run_filled(
+        [](char* shared) { matrix_descriptor(shared, 0, 1 << 18, Swizzle::k128, at("here")); });
   });
   const auto with = [](uint64_t a) {
     return [a] {
@@ -348,20 +348,19 @@ void warpgroups() {
                    start(acc, shared, thread_idx() >= 64);
                  });
                });
-  expect_fault("another descriptor", {"wgmma_ss at product:1: thread 9 comes with another desc"},
-               [] {
-                 run_filled([](char* shared) {
-                   Acc acc;
-                   wgmma_fence();
-                   wgmma_ss<Element, Major::kK, Major::kK>(
-                       acc, operand(shared, 0), operand(shared, thread_idx() == 9 ? 4096 : 8192),
-                       false, at("product"));
-                 });
-               });
-  expect_fault("two places", {"lanes of a warpgroup part", "wgmma_fence at one:1", "at other:1"},
-               [] {
-                 run_filled([](char*) { wgmma_fence(warp_idx() == 2 ? at("one") : at("other")); });
-               });
+  expect_fault(
+      "another descriptor", {"wgmma_ss at product:1: thread 9 comes with another desc"}, [] {
+        run_filled([](char* shared) {
+          Acc acc;
+          wgmma_fence();
+          wgmma_ss<Element, Major::kK, Major::kK>(acc, operand(shared, 0),
+                                                  operand(shared, thread_idx() == 9 ? 4096 : 8192),
+                                                  false, at("product"));
+        });
+      });
+  expect_fault(
+      "two places", {"lanes of a warpgroup part", "wgmma_fence at one:1", "at other:1"},
+      [] { run_filled([](char*) { wgmma_fence(warp_idx() == 2 ? at("one") : at("other")); }); });
   expect_fault("a warp that does not come",
                {"deadlock", "warp 0: 32 lanes wgmma_fence at fence:1", "warp 3: 32 lanes done"},
                [] {
@@ -370,8 +369,7 @@ void warpgroups() {
                  });
                });
   expect_fault("part of a warpgroup",
-               {"wgmma_fence at fence:1: a warpgroup is 4 warps, and only 64 threads"},
-               [] {
+               {"wgmma_fence at fence:1: a warpgroup is 4 warps, and only 64 threads"}, [] {
                  run_block(192, 0, [](char*) {
                    if (warp_idx() >= 4) wgmma_fence(at("fence"));
                  });

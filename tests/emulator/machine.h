@@ -14,9 +14,13 @@
 #include <functional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
+#include "emulator/async_copy.h"
 #include "emulator/fiber.h"
 #include "emulator/global_memory.h"
+#include "emulator/mbarriers.h"
+#include "emulator/registers.h"
 #include "emulator/shared_memory.h"
 #include "emulator/step.h"
 
@@ -56,6 +60,7 @@ struct Thread {
   Context context;
   bool done = false;
   CopyQueue copies;  // its cp.async copies under way
+  BulkQueue bulk;    // its bulk_reduce_adds
   // Waiting: at what (the step lies on the thread's own stack), and what for.
   const Step* step = nullptr;
   bool waiting = false;
@@ -68,6 +73,11 @@ struct Block {
   Grid index{};
   Machine* machine = nullptr;
   int thread_count = 0;
+  SharedMemory shared;
+  Mbarriers mbarriers;
+  CopyEngine copies;
+  Registers registers;
+  std::vector<Thread> threads;
   int num_threads() const { return thread_count; }
 };
 
@@ -78,6 +88,9 @@ class Machine {
 };
 
 Thread& current();
+// The running thread gives up the processor until somebody wakes it.
+void wait_here(const Step& step);
+void wake(Thread& thread);
 
 // One warp-wide instruction: all 32 lanes come here with the same step; `execute` is called once
 // with the operands of lane 0 .. 31.
@@ -87,6 +100,8 @@ void warp_is_ordered();
 // Barrier `id` of the block, for num_threads threads in whole warps. The lanes of a warp come from
 // the same place; at barrier 0 all warps do.
 void barrier(int id, int num_threads, const Step& step);
+// The same arrival without the wait.
+void arrive_at_barrier(int id, int num_threads, const Step& step);
 // Until *turn == value, which another block brings about.
 void wait_until_equal(const int* turn, int value, const Step& step);
 

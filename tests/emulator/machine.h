@@ -15,11 +15,16 @@
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
+#include "emulator/async_copy.h"
 #include "emulator/fiber.h"
 #include "emulator/global_memory.h"
+#include "emulator/mbarriers.h"
+#include "emulator/registers.h"
 #include "emulator/shared_memory.h"
 #include "emulator/step.h"
+#include "emulator/wgmma_groups.h"
 
 namespace emulator {
 
@@ -51,8 +56,6 @@ void run_grid(Grid grid, int num_threads, int shared_bytes, const std::function<
 
 struct Block;
 class Machine;
-class WarpgroupProducts;
-struct PackLog;
 
 struct Thread {
   int thread_idx = 0;
@@ -60,6 +63,7 @@ struct Thread {
   Context context;
   bool done = false;
   CopyQueue copies;  // its cp.async copies under way
+  BulkQueue bulk;    // its bulk_reduce_adds
   // Waiting: at what (the step lies on the thread's own stack), and what for.
   const Step* step = nullptr;
   bool waiting = false;
@@ -73,6 +77,12 @@ struct Block {
   Grid index{};
   Machine* machine = nullptr;
   int thread_count = 0;
+  SharedMemory shared;
+  Mbarriers mbarriers;
+  CopyEngine copies;
+  Registers registers;
+  Warpgroup warpgroups[kMaxWarps / kWarpgroupWarps];
+  std::vector<Thread> threads;
   int num_threads() const { return thread_count; }
 };
 
@@ -83,21 +93,24 @@ class Machine {
 };
 
 Thread& current();
+// The running thread gives up the processor until somebody wakes it.
+void wait_here(const Step& step);
+void wake(Thread& thread);
 
 // One warp-wide instruction: all 32 lanes come here with the same step; `execute` is called once
 // with the operands of lane 0 .. 31.
 void collective(const Step& step, void* operands, void (*execute)(void* const* lanes));
 // The same for a warpgroup: the 128 lanes of warps 4 w ... 4 w + 3.
 void warpgroup_collective(const Step& step, void* operands, void (*execute)(void* const* lanes));
-// The running thread's warpgroup's products (wgmma_groups.h), its block's shared memory.
 WarpgroupProducts& warpgroup_products();
-char* shared_memory();
 PackLog* pack_log();  // the running thread's, if there is one and it uses wgmma
 // Orders the shared memory accesses of the warp's lanes; from within `execute`.
 void warp_is_ordered();
 // Barrier `id` of the block, for num_threads threads in whole warps. The lanes of a warp come from
 // the same place; at barrier 0 all warps do.
 void barrier(int id, int num_threads, const Step& step);
+// The same arrival without the wait.
+void arrive_at_barrier(int id, int num_threads, const Step& step);
 // Until *turn == value, which another block brings about.
 void wait_until_equal(const int* turn, int value, const Step& step);
 

@@ -2,9 +2,7 @@
 //
 // It starts as NaNs that nobody has written; reading such a byte is a fault. So is a read or write
 // beside which another thread's access stands that no barrier orders, if one of the two writes.
-// Order is kept as vector clocks of warps: a warp's clock ticks when it passes a barrier, and a
-// barrier tells each of its warps the others' clocks; lanes of one warp are ordered by sync_warp
-// and barriers only.
+// Order is kept as vector clocks (clocks.h).
 //
 // A cp.async copy writes when it is waited for. From its start until then its bytes are nobody's to
 // touch.
@@ -18,20 +16,12 @@
 #include <string>
 #include <vector>
 
+#include "emulator/clocks.h"
 #include "emulator/step.h"
 
 namespace emulator {
 
-constexpr int kMaxWarps = 16;
-constexpr int kWarpgroupWarps = 4;
 constexpr int kUnitBytes = 2;  // the grain of the bookkeeping
-
-struct WarpClock {
-  // Of each warp, its accesses up to this clock come before what I do now; my own entry is what I
-  // do now, and before it come my warp's accesses below it.
-  int32_t seen[kMaxWarps];
-  int32_t floor;  // all warps' accesses up to this clock come before
-};
 
 struct Copy {
   char* shared;
@@ -53,6 +43,7 @@ class SharedMemory {
  public:
   void start(int bytes, int num_warps);  // for a new block: all bytes unwritten
   char* data() { return data_; }
+  int size() const { return limit_; }
   // Each returns whether all is well; what is wrong is then error().
   bool read(const void* address, int bytes, int thread, const Step& step);
   bool write(const void* address, int bytes, int thread, const Step& step);
@@ -68,12 +59,24 @@ class SharedMemory {
                       const Step& step);
   void fence_async_proxy(int thread);
 
-  void order_lanes(int warp);                       // sync_warp
-  void order_warps(const std::vector<int>& warps);  // a barrier
+  // An asynchronous write: from begin to end its bytes are nobody's. Then they are the copies' of
+  // an mbarrier, at a clock that a thread must know to read them.
+  bool begin_async_write(void* address, int bytes, int thread, const Step& step);
+  void end_async_write(void* address, int bytes, Actor actor, int32_t clock);
+  // Bytes that are no data from now on.
+  bool begin_mbarrier(void* address, int thread, const Step& step);
+  int64_t offset_of(const void* address) const { return static_cast<const char*>(address) - data_; }
+
+  Clocks& clocks() { return clocks_; }
   bool check_races = true;
 
+  // Clocks from this one on are of copies.
+  static constexpr int32_t kCopyClock = 1 << 30;
+
  private:
-  static constexpr int32_t kCopying = INT32_MAX;  // the write clock where a copy is under way
+  // Write clocks: where a copy is under way, and where there is an mbarrier.
+  static constexpr int32_t kCopying = INT32_MAX;
+  static constexpr int32_t kBarrier = INT32_MAX - 1;
 
   struct Units {
     int first = 0;
@@ -81,10 +84,10 @@ class SharedMemory {
   };
   bool find(const char* access, const void* address, int bytes, Units& units);
   [[gnu::cold]] bool refuse_address(const char* access, int64_t offset, int bytes);
-  bool ordered(int earlier, int32_t clock, int thread) const;
   bool all_written_before(const Units& units, int thread) const;
   [[gnu::cold]] bool check_unit_to_read(int unit, int thread);
   [[gnu::cold]] bool check_unit_to_write(int unit, int thread);
+  bool check_write(const Units& units, int thread);
   bool check_reads_before_write(const Units& units, int warp, int thread);
   bool refuse(const std::string& why);
   std::string writer_of(int unit) const;
@@ -94,6 +97,7 @@ class SharedMemory {
   bool find_chunks(const char* access, const void* address, int bytes, Units& units);
   bool check_fenced(int unit, int thread);
   bool check_not_held(const Units& units);
+  bool check_tensor_reads(const Units& units, int thread);
   void mark_read(const Units& units, int thread, uint16_t step);
 
   std::vector<char> memory_;
@@ -103,8 +107,7 @@ class SharedMemory {
   int num_warps_ = 0;  // likewise
   int block_warps_ = 0;
   int32_t base_ = 0;  // clocks up to this one are of earlier blocks
-  int32_t latest_ = 0;
-  std::vector<WarpClock> clocks_;
+  Clocks clocks_;
   std::string error_;
   // Of each unit: its last write, or the copy under way into it.
   std::vector<int32_t> write_clock_;
@@ -121,9 +124,15 @@ class SharedMemory {
   Reads reads_[kMaxWarps];
   // Of the async proxy: only kept from its first use in a block on.
   bool async_ = false;
-  std::vector<uint16_t> held_;                // of each unit, its reads under way
-  std::vector<uint16_t> held_step_;           // and the latest of them
-  std::vector<int32_t> fences_at_write_;      // how many fences its last writer had called before
+  std::vector<uint16_t> held_;            // of each unit, its reads under way
+  std::vector<uint16_t> held_step_;       // and the latest of them
+  std::vector<int32_t> fences_at_write_;  // how many fences its last writer had called before
+  // Of each warpgroup and unit, the clock at which its tensor cores last read, and where.
+  struct TensorReads {
+    std::vector<int32_t> clock;
+    std::vector<uint16_t> step;
+  };
+  TensorReads tensor_reads_[kMaxWarps / kWarpgroupWarps];
   std::vector<std::vector<int32_t>> fences_;  // of each thread, the clocks of its fences
 };
 

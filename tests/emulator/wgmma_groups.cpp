@@ -13,7 +13,7 @@ namespace {
 const ProductOperands& of(void* const* lanes, int lane) {
   return *static_cast<const ProductOperands*>(lanes[lane]);
 }
-int threads_begin() { return current().thread_idx / kWarpgroupLanes * kWarpgroupLanes; }
+int threads_begin() { return current().thread_idx / kWarpgroupThreads * kWarpgroupThreads; }
 std::string thread_name(int lane) { return "thread " + std::to_string(threads_begin() + lane); }
 
 // PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16", accumulator D:
@@ -23,7 +23,7 @@ std::string thread_name(int lane) { return "thread " + std::to_string(threads_be
 // among the sums.
 template <class Visit>
 void for_each_pair(float* const* lanes, float* sums, int n, Visit visit) {
-  for (int thread = 0; thread < kWarpgroupLanes; ++thread) {
+  for (int thread = 0; thread < kWarpgroupThreads; ++thread) {
     const int row = thread / 32 * 16 + thread % 32 / 4;
     float* number = lanes[thread];
     float* sum = sums + row * n + thread % 4 * 2;
@@ -62,9 +62,9 @@ bool WarpgroupProducts::is_uncommitted(uint16_t step) const {
 void WarpgroupProducts::fence() {
   was_fenced_ = true;
   unfenced_.clear();
-  logs_.resize(kWarpgroupLanes);
-  Thread* lanes = &current() - current().thread_idx % kWarpgroupLanes;
-  for (int lane = 0; lane < kWarpgroupLanes; ++lane) {
+  logs_.resize(kWarpgroupThreads);
+  Thread* lanes = &current() - current().thread_idx % kWarpgroupThreads;
+  for (int lane = 0; lane < kWarpgroupThreads; ++lane) {
     logs_[lane].count = 0;
     lanes[lane].packs = &logs_[lane];
   }
@@ -72,7 +72,7 @@ void WarpgroupProducts::fence() {
 
 void WarpgroupProducts::check_lanes_agree(void* const* lanes) const {
   const ProductOperands& first = of(lanes, 0);
-  for (int lane = 1; lane < kWarpgroupLanes; ++lane) {
+  for (int lane = 1; lane < kWarpgroupThreads; ++lane) {
     const ProductOperands& other = of(lanes, lane);
     const char* what = nullptr;
     if (other.b_descriptor != first.b_descriptor) what = "another descriptor of B";
@@ -101,7 +101,7 @@ void WarpgroupProducts::check_accumulators_fenced(const ProductOperands& first) 
 // Whether there is a thread that packed none of its operand A, or not all of it, since the fence:
 // one number may have been packed for something else.
 void WarpgroupProducts::check_operand_fenced(void* const* lanes) const {
-  for (int lane = 0; lane < kWarpgroupLanes; ++lane) {
+  for (int lane = 0; lane < kWarpgroupThreads; ++lane) {
     for (int i = 0; i < 4; ++i) {
       if (!logs_[lane].has(of(lanes, lane).a[i])) return;
     }
@@ -132,7 +132,7 @@ WarpgroupProducts::Accumulation& WarpgroupProducts::accumulation_for(void* const
   mine.first = step;
   mine.poison = poison_of(number_of(step));
   mine.sums.resize(kProductRows * first.n);
-  for (int lane = 0; lane < kWarpgroupLanes; ++lane) mine.lanes[lane] = of(lanes, lane).acc;
+  for (int lane = 0; lane < kWarpgroupThreads; ++lane) mine.lanes[lane] = of(lanes, lane).acc;
   const bool accumulate = first.accumulate;
   const uint32_t poison[2] = {mine.poison, mine.poison};
   for_each_pair(mine.lanes, mine.sums.data(), mine.n, [&](float* number, float* sum) {
@@ -145,6 +145,7 @@ WarpgroupProducts::Accumulation& WarpgroupProducts::accumulation_for(void* const
 void WarpgroupProducts::start(void* const* lanes) {
   static Numbers a, b;  // one product at a time
   const Step& step = *current().step;
+  const char* memory = current().block->shared.data();
   const ProductOperands& first = of(lanes, 0);
   check_lanes_agree(lanes);
   Product product{step, &accumulation_for(lanes), nullptr, {}};
@@ -160,16 +161,16 @@ void WarpgroupProducts::start(void* const* lanes) {
     }
     for (size_t i = own; i < product.shared.size(); ++i) {
       const auto [begin, bytes] = product.shared[i];
-      begin_async_read(shared_memory() + begin, bytes, AsyncReader::kWarpgroup, step);
+      begin_async_read(memory + begin, bytes, AsyncReader::kWarpgroup, step);
     }
-    unpack_shared(layout, first.type, count, shared_memory(), numbers);
+    unpack_shared(layout, first.type, count, memory, numbers);
   };
   if (first.a == nullptr) {
     unpack("A", first.a_descriptor, first.a_mn_major, kProductRows, a);
   } else {
     check_operand_fenced(lanes);
     product.a = std::make_unique<RegisterOperand>();
-    for (int lane = 0; lane < kWarpgroupLanes; ++lane) {
+    for (int lane = 0; lane < kWarpgroupThreads; ++lane) {
       product.a->lanes[lane] = of(lanes, lane).a;
       memcpy(product.a->values[lane], of(lanes, lane).a, sizeof(product.a->values[lane]));
     }
@@ -199,7 +200,7 @@ void WarpgroupProducts::wait(int pending) {
 
 void WarpgroupProducts::finish(const Product& product) {
   if (product.a != nullptr) {
-    for (int lane = 0; lane < kWarpgroupLanes; ++lane) {
+    for (int lane = 0; lane < kWarpgroupThreads; ++lane) {
       if (memcmp(product.a->values[lane], product.a->lanes[lane], 4 * sizeof(uint32_t)) == 0) {
         continue;
       }
@@ -207,8 +208,9 @@ void WarpgroupProducts::finish(const Product& product) {
                                  thread_name(lane) + "'s registers before this wait");
     }
   }
+  const char* memory = current().block->shared.data();
   for (const auto [begin, bytes] : product.shared) {
-    end_async_read(shared_memory() + begin, bytes, AsyncReader::kWarpgroup, product.step);
+    end_async_read(memory + begin, bytes, AsyncReader::kWarpgroup, product.step);
   }
   Accumulation& accumulation = *product.accumulation;
   if (--accumulation.products > 0) return;
@@ -231,6 +233,51 @@ void WarpgroupProducts::give_back(const Accumulation& accumulation) {
   if (untouched) return;
   fault(*current().step,
         "accumulators of " + describe(accumulation.first) + " were changed before this wait");
+}
+
+WarpgroupProducts& warpgroup_products() {
+  return current().block->warpgroups[current().thread_idx / kWarpgroupThreads].products;
+}
+
+void check_end_of_products() {
+  if (const Step* product = warpgroup_products().under_way()) {
+    fault(*product, "the thread ended before it waited for this product");
+  }
+}
+
+// Done apart, so that a lane that only arrives keeps nothing on its stack.
+[[gnu::noinline]] static void execute_for_warpgroup(Thread* lanes,
+                                                    void (*execute)(void* const* lanes)) {
+  void* all[kWarpgroupThreads];
+  for (int lane = 0; lane < kWarpgroupThreads; ++lane) all[lane] = lanes[lane].operands;
+  execute(all);
+  for (int lane = 0; lane < kWarpgroupThreads; ++lane) {
+    if (lanes + lane != &current()) wake(lanes[lane]);
+  }
+}
+
+void warpgroup_collective(const Step& step, void* operands, void (*execute)(void* const* lanes)) {
+  Thread& me = current();
+  Block& block = *me.block;
+  Warpgroup& warpgroup = block.warpgroups[me.thread_idx / kWarpgroupThreads];
+  Thread* lanes = &me - me.thread_idx % kWarpgroupThreads;
+  const int size = block.num_threads() - lanes->thread_idx;
+  if (size < kWarpgroupThreads) {
+    fault(step, "a warpgroup is 4 warps, and only " + std::to_string(size) +
+                    " threads of the block are in this one");
+  }
+  me.operands = operands;
+  me.step = &step;
+  if (warpgroup.arrived++ == 0) warpgroup.first = &me;
+  const Thread& first = *warpgroup.first;
+  if (!same(*first.step, step)) {
+    fault(step, "lanes of a warpgroup part: thread " + std::to_string(first.thread_idx) +
+                    " is at " + describe(*first.step) + ", thread " +
+                    std::to_string(me.thread_idx) + " at " + describe(step));
+  }
+  if (warpgroup.arrived < kWarpgroupThreads) return wait_here(step);
+  warpgroup.arrived = 0;
+  execute_for_warpgroup(lanes, execute);
 }
 
 void poison_found(uint32_t bits, const Step& step) {

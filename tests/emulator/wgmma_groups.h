@@ -10,12 +10,13 @@
 #include <memory>
 #include <vector>
 
+#include "emulator/clocks.h"
 #include "emulator/step.h"
 #include "emulator/wgmma_operands.h"
 
 namespace emulator {
 
-constexpr int kWarpgroupLanes = 128;
+struct Thread;
 
 // What one lane brings to a product.
 struct ProductOperands {
@@ -56,15 +57,15 @@ class WarpgroupProducts {
   struct Accumulation {
     ElementType type;
     int n;
-    float* lanes[kWarpgroupLanes];
+    float* lanes[kWarpgroupThreads];
     std::vector<float> sums;  // [64][n]
     uint32_t poison;
     Step first;  // the product that began it
     int products = 0;
   };
   struct RegisterOperand {
-    const uint32_t* lanes[kWarpgroupLanes];
-    uint32_t values[kWarpgroupLanes][4];
+    const uint32_t* lanes[kWarpgroupThreads];
+    uint32_t values[kWarpgroupThreads][4];
   };
   struct Product {
     Step step;
@@ -94,5 +95,19 @@ class WarpgroupProducts {
       unfenced_;  // accumulators of lane 0 that a wait gave back since the last fence
   std::vector<PackLog> logs_;
 };
+
+struct Warpgroup {
+  int arrived = 0;  // lanes at an instruction
+  Thread* first = nullptr;
+  WarpgroupProducts products;
+
+  void start() {  // a new block
+    arrived = 0;
+    products.clear();
+  }
+};
+
+// At the end of a thread: a product under way is a fault.
+void check_end_of_products();
 
 }  // namespace emulator

@@ -15,8 +15,8 @@ namespace sink_attention::primitives {
 // bits 62, 63 the swizzle: 0 none, 1 128 bytes, 2 64 bytes, 3 32 bytes.
 SA_DEVICE uint64_t matrix_descriptor(const void* start, int leading_bytes, int stride_bytes,
                                      Swizzle swizzle, emulator::Site site = emulator::here()) {
-  const auto address =
-      reinterpret_cast<intptr_t>(start) - reinterpret_cast<intptr_t>(emulator::shared_memory());
+  const auto address = reinterpret_cast<intptr_t>(start) -
+                       reinterpret_cast<intptr_t>(emulator::current().block->shared.data());
   const auto field = [&](const char* name, int64_t bytes) {
     if (bytes < 0 || bytes >= 1 << 18 || bytes % 16 != 0) {
       emulator::fault({"matrix_descriptor", site}, std::string(name) + " is " +

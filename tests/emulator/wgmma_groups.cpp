@@ -201,7 +201,8 @@ void WarpgroupProducts::wait(int pending) {
 void WarpgroupProducts::finish(const Product& product) {
   if (product.a != nullptr) {
     for (int lane = 0; lane < kWarpgroupThreads; ++lane) {
-      if (memcmp(product.a->values[lane], product.a->lanes[lane], 4 * sizeof(uint32_t)) == 0) {
+      if (std::equal(product.a->values[lane], product.a->values[lane] + 4,
+                     product.a->lanes[lane])) {
         continue;
       }
       fault(*current().step, "operand A of " + describe(product.step) + " was changed in " +

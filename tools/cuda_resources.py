@@ -256,7 +256,7 @@ def main() -> None:
         raise SystemExit("\n".join(f"check-cuda: {failure}" for failure in failures))
     archs = ", ".join(dict.fromkeys(kernel.arch for kernel in kernels))
     print(f"check-cuda: {len(kernels)} kernels compiled ({archs}), nvcc {version}: no hot kernel")
-    print(f"spills, and {TABLE.relative_to(ROOT)} is right")
+    print(f"spills, ptxas advises nothing, and {TABLE.relative_to(ROOT)} is right")
 
 
 if __name__ == "__main__":

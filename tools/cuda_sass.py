@@ -52,6 +52,8 @@ def find_tool(name: str) -> str | None:
 
 def disassemble(objects: list[Path]) -> str | None:
     """The objects' machine code as text, or None where there is no disassembler."""
+    if not objects:
+        return ""
     cuobjdump, nvdisasm = find_tool("cuobjdump"), find_tool("nvdisasm")
     if cuobjdump is None or nvdisasm is None:
         return None

@@ -16,7 +16,7 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"
-SUITES = ["cute_mma", "cute_ldmatrix", "cute_fragments", "cute_tiles"]
+SUITES = ["cute_mma", "cute_ldmatrix", "cute_fragments", "cute_tiles", "cute_tma"]
 
 
 def cuda_headers() -> list[Path]:

@@ -56,6 +56,7 @@ struct FlashFwdProblem {
   int64_t num_heads_q, num_heads_kv;
   int64_t head_dim, head_dim_v;
   int64_t page_size;        // tokens a page; 0 unless block_table is given
+  int64_t num_pages;        // of the cache; likewise
   int64_t window_left;      // visible: p - window_left <= j <= p + window_right, p = i + seqlen_k -
                             // seqlen_q
   int64_t window_right;     // -1: unbounded; causal arrives as window_right = 0

@@ -2,9 +2,10 @@
 // threads. They, and wgmma, reach shared memory through the async proxy, other instructions through
 // the generic one.
 //
-//   void fence_proxy_async()     this thread's earlier stores to shared memory (cp.async that it has
-//                                waited for too) come before what copies and wgmma do after the next
-//                                barrier: each writing thread calls it before that barrier
+//   void fence_proxy_async()     this thread's earlier stores to shared memory (cp.async that it
+//   has
+//                                waited for too) come before what copies and wgmma do after the
+//                                next barrier: each writing thread calls it before that barrier
 //   void bulk_load(void* shared, const void* global, int bytes, Mbarrier* barrier)
 //        starts a copy and announces its bytes to the barrier as they arrive; both addresses and
 //        bytes are multiples of 16

@@ -8,9 +8,9 @@
 //   void prefetch_tensor_map(const TensorMap*)
 //   void tma_load<kRank>(void* shared, const TensorMap*, Mbarrier*, const int (&at)[kRank])
 //        by one thread: starts the copy of the box whose first element is `at`, and announces
-//        kRank-dimensional box's bytes to the barrier, all of them, as they arrive. Elements outside
-//        of the tensor become zeros. Where the map swizzles, `shared` is aligned to 8 rows of it
-//        (1024 bytes for 128-byte rows).
+//        kRank-dimensional box's bytes to the barrier, all of them, as they arrive. Elements
+//        outside of the tensor become zeros. Where the map swizzles, `shared` is aligned to 8 rows
+//        of it (1024 bytes for 128-byte rows).
 //
 // A box lies in shared memory row by row, dimension 0 innermost. A swizzle permutes the 16-byte
 // chunks of its rows, which then have that many bytes: chunk c of row r lies at
@@ -27,9 +27,9 @@ constexpr int kMaxTensorRank = 5;
 enum class Swizzle : int { kNone = 0, k32 = 1, k64 = 2, k128 = 3 };
 
 struct TensorMapShape {
-  const void* base;   // aligned to 16 bytes
-  int element_bytes;  // 1 or 2
-  int rank;           // 3, 4 or 5
+  const void* base;              // aligned to 16 bytes
+  int element_bytes;             // 1 or 2
+  int rank;                      // 3, 4 or 5
   int64_t size[kMaxTensorRank];  // elements, at least 1
   // Multiples of 16 below 2^40; stride 0 is the element's size and not read.
   int64_t stride_bytes[kMaxTensorRank];

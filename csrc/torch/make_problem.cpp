@@ -264,6 +264,7 @@ FlashFwdProblem make_paged_problem(const Tensor& q, const Tensor& k_cache, const
   check_same_device(table, "block_table", q);
   problem.batch = table.size(0);
   problem.page_size = k_cache.size(1);
+  problem.num_pages = k_cache.size(0);
   problem.seqlen_k = table.size(1) * problem.page_size;
   problem.block_table_stride = table.stride(0);
   static const int32_t no_pages =

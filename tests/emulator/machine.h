@@ -12,6 +12,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -23,6 +24,7 @@
 #include "emulator/registers.h"
 #include "emulator/shared_memory.h"
 #include "emulator/step.h"
+#include "emulator/wgmma_groups.h"
 
 namespace emulator {
 
@@ -41,7 +43,8 @@ struct Settings {
   uint64_t seed = 1;
   int resident_blocks = 2;  // so many blocks run at once, in turns
   bool check_races = true;
-  int64_t blocks_run = 0;  // counted by run_grid
+  int64_t blocks_run = 0;                    // counted by run_grid
+  std::map<std::string, int64_t> blocks_of;  // blocks run to their end, by the kernel's C++ name
 };
 Settings& settings();
 
@@ -67,6 +70,7 @@ struct Thread {
   void* operands = nullptr;
   const int* turn = nullptr;
   int awaited = 0;
+  PackLog* packs = nullptr;  // once its warpgroup has used wgmma
 };
 
 struct Block {
@@ -77,6 +81,7 @@ struct Block {
   Mbarriers mbarriers;
   CopyEngine copies;
   Registers registers;
+  Warpgroup warpgroups[kMaxWarps / kWarpgroupWarps];
   std::vector<Thread> threads;
   int num_threads() const { return thread_count; }
 };
@@ -95,6 +100,10 @@ void wake(Thread& thread);
 // One warp-wide instruction: all 32 lanes come here with the same step; `execute` is called once
 // with the operands of lane 0 .. 31.
 void collective(const Step& step, void* operands, void (*execute)(void* const* lanes));
+// The same for a warpgroup: the 128 lanes of warps 4 w ... 4 w + 3.
+void warpgroup_collective(const Step& step, void* operands, void (*execute)(void* const* lanes));
+WarpgroupProducts& warpgroup_products();
+PackLog* pack_log();  // the running thread's, if there is one and it uses wgmma
 // Orders the shared memory accesses of the warp's lanes; from within `execute`.
 void warp_is_ordered();
 // Barrier `id` of the block, for num_threads threads in whole warps. The lanes of a warp come from

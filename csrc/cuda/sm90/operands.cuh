@@ -1,0 +1,106 @@
+// Operands of a warpgroup's products (primitives/wgmma.h) that lie in tiles (tile/smem_tile.cuh).
+//
+// A tile's slabs are the swizzle's rows of 128 bytes (64 where slabs have 32 columns), so the
+// tensor cores read a tile as it is, whichever of its dimensions is summed over:
+//
+//     Major::kK    the columns are summed over: Q and K in S = Q K^T
+//     Major::kMn   the rows are: V in O = P V, which as operand B is "transposed"
+//
+// A step is 16 numbers deep. Steps differ by a constant that is added to the descriptor, in units
+// of 16 bytes.
+#pragma once
+
+#include "cuda/tile/fragment.cuh"
+#include "cuda/tile/smem_tile.cuh"
+#include "primitives/wgmma.h"
+
+namespace sink_attention::cuda::sm90 {
+
+using primitives::Major;
+
+constexpr int kStepDepth = 16;
+
+template <class Tile>
+struct Operand {
+  using Element = typename Tile::Element;
+  static constexpr int kRowBytes = Tile::kSlabCols * 2;
+  static constexpr int kSlabBytes = Tile::kRows * kRowBytes;
+  static constexpr primitives::Swizzle kSwizzle =
+      Tile::kSlabCols == 64 ? primitives::Swizzle::k128 : primitives::Swizzle::k64;
+
+  // Rows [row, ...), a multiple of 8; columns from 0 on are summed over.
+  static SA_DEVICE uint64_t k_major(const Tile& tile, int row) {
+    return primitives::matrix_descriptor(tile.data + row * Tile::kSlabCols, 16, 8 * kRowBytes,
+                                         kSwizzle);
+  }
+  static SA_DEVICE constexpr int k_major_step(int step) {
+    const int col = step * kStepDepth;
+    return (col / Tile::kSlabCols * kSlabBytes + col % Tile::kSlabCols * 2) / 16;
+  }
+  // Columns [col, ...), a multiple of the slab's; rows from `row` on, a multiple of 8, are summed
+  // over.
+  static SA_DEVICE uint64_t mn_major(const Tile& tile, int row, int col) {
+    return primitives::matrix_descriptor(
+        tile.data + (col / Tile::kSlabCols * Tile::kRows + row) * Tile::kSlabCols, kSlabBytes,
+        8 * kRowBytes, kSwizzle);
+  }
+  static SA_DEVICE constexpr int mn_major_step(int step) {
+    return step * kStepDepth * kRowBytes / 16;
+  }
+};
+
+// Each starts products and returns: the caller fences before, commits and waits after.
+
+// acc (+)= A B^T:  A rows [a_row, a_row + 64), B rows [b_row, b_row + 8 kTilesN), summed over all
+// columns of both.
+template <int kTilesN, class TileA, class TileB>
+SA_DEVICE void start_abt(Accumulators<1, kTilesN>& acc, const TileA& a_tile, int a_row,
+                         const TileB& b_tile, int b_row, bool accumulate) {
+  static_assert(TileA::kCols == TileB::kCols, "summed over the columns of both");
+  const uint64_t a = Operand<TileA>::k_major(a_tile, a_row);
+  const uint64_t b = Operand<TileB>::k_major(b_tile, b_row);
+  SA_UNROLL
+  for (int k = 0; k < TileA::kCols / kStepDepth; ++k) {
+    primitives::wgmma_ss<typename TileA::Element, Major::kK, Major::kK>(
+        acc.c[0], a + Operand<TileA>::k_major_step(k), b + Operand<TileB>::k_major_step(k),
+        accumulate || k > 0);
+  }
+}
+
+// acc (+)= A B:  A in registers, 64 x 16 kSteps; B rows [b_row, b_row + 16 kSteps), columns
+// [b_col, b_col + 8 kTilesN).
+template <int kTilesN, int kSteps, class TileB>
+SA_DEVICE void start_ab(Accumulators<1, kTilesN>& acc, const uint32_t (&a)[kSteps][4],
+                        const TileB& b_tile, int b_row, int b_col, bool accumulate) {
+  const uint64_t b = Operand<TileB>::mn_major(b_tile, b_row, b_col);
+  SA_UNROLL
+  for (int k = 0; k < kSteps; ++k) {
+    primitives::wgmma_rs<typename TileB::Element, Major::kMn>(
+        acc.c[0], a[k], b + Operand<TileB>::mn_major_step(k), accumulate || k > 0);
+  }
+}
+
+// acc (+)= A^T B:  A columns [a_col, a_col + 64), B columns [b_col, b_col + 8 kTilesN), summed over
+// all rows of both.
+template <int kTilesN, class TileA, class TileB>
+SA_DEVICE void start_atb(Accumulators<1, kTilesN>& acc, const TileA& a_tile, int a_col,
+                         const TileB& b_tile, int b_col, bool accumulate) {
+  static_assert(TileA::kRows == TileB::kRows, "summed over the rows of both");
+  const uint64_t a = Operand<TileA>::mn_major(a_tile, 0, a_col);
+  const uint64_t b = Operand<TileB>::mn_major(b_tile, 0, b_col);
+  SA_UNROLL
+  for (int k = 0; k < TileA::kRows / kStepDepth; ++k) {
+    primitives::wgmma_ss<typename TileA::Element, Major::kMn, Major::kMn>(
+        acc.c[0], a + Operand<TileA>::mn_major_step(k), b + Operand<TileB>::mn_major_step(k),
+        accumulate || k > 0);
+  }
+}
+
+// A warpgroup's 64 x 16 kSteps weights as operands A in registers.
+template <class Element, int kSteps>
+SA_DEVICE void to_operands(const Accumulators<1, 2 * kSteps>& weights, uint32_t (&a)[kSteps][4]) {
+  SA_UNROLL
+  for (int k = 0; k < kSteps; ++k) to_operand_a<Element>(weights, 0, k, a[k]);
+}
+
+}  // namespace sink_attention::cuda::sm90

@@ -1,0 +1,126 @@
+// Tensor maps of q, k and v, made on the host: what a box is, and which tensors have one.
+//
+// A box is a slab's width (64 columns, or 32) times some rows. Keys: 4 dimensions,
+//
+//     (column, key, kv head, sequence)      packed sequences: key counts all keys, sequence is 0
+//     (column, slot, kv head, page)         with a block table
+//
+// Packed rows of queries (tile/packed_rows.cuh): 5 dimensions, of which a box takes whole groups,
+//
+//     (column, head of the group, position, kv head, sequence)
+#pragma once
+
+#include "attention/paged_kv.h"
+#include "attention/problem.h"
+#include "cuda/tile/copy.cuh"
+#include "primitives/tma.h"
+
+namespace sink_attention::cuda::sm90 {
+
+using primitives::TensorMap;
+using primitives::TensorMapShape;
+
+constexpr int64_t kMaxMapStride = int64_t{1} << 40;
+constexpr int64_t kMaxMapSize = int64_t{1} << 31;  // coordinates are ints
+
+// One dimension of a map. Where there is one element only, its stride is of no meaning.
+struct MapDim {
+  int64_t size;
+  int64_t stride;  // elements
+  int box;
+
+  bool fits(int element_bytes) const {
+    const int64_t bytes = stride * element_bytes;
+    return 1 <= size && size < kMaxMapSize &&
+           (size == 1 || (0 < bytes && bytes < kMaxMapStride && bytes % 16 == 0));
+  }
+};
+
+struct MapPlan {
+  const void* base;
+  int element_bytes;
+  int rank;
+  MapDim dim[primitives::kMaxTensorRank];
+  int slab_cols;
+
+  bool is_possible() const {
+    bool fits = reinterpret_cast<uintptr_t>(base) % 16 == 0 && base != nullptr;
+    fits = fits && 1 <= dim[0].size && dim[0].size < kMaxMapSize;
+    for (int i = 1; i < rank; ++i) fits = fits && dim[i].fits(element_bytes);
+    return fits;
+  }
+  TensorMap encode() const {
+    TensorMapShape shape{};
+    shape.base = base;
+    shape.element_bytes = element_bytes;
+    shape.rank = rank;
+    for (int i = 0; i < rank; ++i) {
+      shape.size[i] = dim[i].size;
+      shape.stride_bytes[i] = dim[i].size == 1 ? 16 : dim[i].stride * element_bytes;
+      shape.box[i] = dim[i].box;
+    }
+    const int row_bytes = slab_cols * element_bytes;
+    shape.swizzle = row_bytes == 128  ? primitives::Swizzle::k128
+                    : row_bytes == 64 ? primitives::Swizzle::k64
+                                      : primitives::Swizzle::k32;
+    return primitives::encode_tensor_map(shape);
+  }
+};
+
+// Boxes of `box_rows` keys; a box never leaves a page.
+inline MapPlan plan_keys(const attention::FlashFwdProblem& problem, bool values, int slab_cols,
+                         int box_rows) {
+  MapPlan plan{};
+  plan.base = values ? problem.v : problem.k;
+  plan.element_bytes = static_cast<int>(attention::bytes_of(problem.kv_dtype));
+  plan.rank = 4;
+  plan.slab_cols = slab_cols;
+  const int64_t stride_row = values ? problem.v_stride_row : problem.k_stride_row;
+  const int64_t stride_head = values ? problem.v_stride_head : problem.k_stride_head;
+  const int64_t stride_batch = values ? problem.v_stride_batch : problem.k_stride_batch;
+  const bool paged = problem.block_table != nullptr;
+  const bool packed = problem.cu_seqlens_k != nullptr;
+  plan.dim[0] = {values ? problem.head_dim_v : problem.head_dim, 1, slab_cols};
+  plan.dim[1] = {paged    ? problem.page_size
+                 : packed ? problem.total_k
+                          : problem.seqlen_k,
+                 stride_row, box_rows};
+  plan.dim[2] = {problem.num_heads_kv, stride_head, 1};
+  plan.dim[3] = {paged ? problem.num_pages : packed ? 1 : problem.batch, stride_batch, 1};
+  return plan;
+}
+
+// How many keys a box of a paged cache has: the largest power of 2 that divides the page, at most
+// max_rows. Below 16 copies row by row do as well.
+inline int rows_of_box(int64_t page_size, int max_rows) {
+  int rows = 1;
+  while (2 * rows <= max_rows && page_size % (2 * rows) == 0) rows *= 2;
+  return rows;
+}
+constexpr int kMinBoxRows = 16;
+
+// Boxes of tile_rows packed rows of a tensor like q.
+inline MapPlan plan_packed_rows(const attention::FlashFwdProblem& problem, const void* base,
+                                int64_t stride_batch, int64_t stride_row, int64_t stride_head,
+                                int64_t cols, int slab_cols, int tile_rows) {
+  const int64_t group = problem.num_heads_q / problem.num_heads_kv;
+  const bool packed = problem.cu_seqlens_q != nullptr;
+  MapPlan plan{};
+  plan.base = base;
+  plan.element_bytes = 2;
+  plan.rank = 5;
+  plan.slab_cols = slab_cols;
+  plan.dim[0] = {cols, 1, slab_cols};
+  plan.dim[1] = {group, stride_head, static_cast<int>(group)};
+  plan.dim[2] = {packed ? problem.total_q : problem.seqlen_q, stride_row,
+                 static_cast<int>(tile_rows / group)};
+  plan.dim[3] = {problem.num_heads_kv, group * stride_head, 1};
+  plan.dim[4] = {packed ? 1 : problem.batch, stride_batch, 1};
+  return plan;
+}
+// Whether a tile of packed rows is one box of each slab.
+inline bool rows_are_boxes(const attention::FlashFwdProblem& problem, int tile_rows) {
+  return tile_rows % (problem.num_heads_q / problem.num_heads_kv) == 0;
+}
+
+}  // namespace sink_attention::cuda::sm90

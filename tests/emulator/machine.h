@@ -15,9 +15,13 @@
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
+#include "emulator/async_copy.h"
 #include "emulator/fiber.h"
 #include "emulator/global_memory.h"
+#include "emulator/mbarriers.h"
+#include "emulator/registers.h"
 #include "emulator/shared_memory.h"
 #include "emulator/step.h"
 
@@ -58,6 +62,7 @@ struct Thread {
   Context context;
   bool done = false;
   CopyQueue copies;  // its cp.async copies under way
+  BulkQueue bulk;    // its bulk_reduce_adds
   // Waiting: at what (the step lies on the thread's own stack), and what for.
   const Step* step = nullptr;
   bool waiting = false;
@@ -70,6 +75,11 @@ struct Block {
   Grid index{};
   Machine* machine = nullptr;
   int thread_count = 0;
+  SharedMemory shared;
+  Mbarriers mbarriers;
+  CopyEngine copies;
+  Registers registers;
+  std::vector<Thread> threads;
   int num_threads() const { return thread_count; }
 };
 
@@ -80,6 +90,9 @@ class Machine {
 };
 
 Thread& current();
+// The running thread gives up the processor until somebody wakes it.
+void wait_here(const Step& step);
+void wake(Thread& thread);
 
 // One warp-wide instruction: all 32 lanes come here with the same step; `execute` is called once
 // with the operands of lane 0 .. 31.
@@ -89,6 +102,8 @@ void warp_is_ordered();
 // Barrier `id` of the block, for num_threads threads in whole warps. The lanes of a warp come from
 // the same place; at barrier 0 all warps do.
 void barrier(int id, int num_threads, const Step& step);
+// The same arrival without the wait.
+void arrive_at_barrier(int id, int num_threads, const Step& step);
 // Until *turn == value, which another block brings about.
 void wait_until_equal(const int* turn, int value, const Step& step);
 
@@ -97,6 +112,13 @@ void check_global(const void* address, int bytes, Access access, const Step& ste
 void read_shared(const void* address, int bytes, const Step& step);
 void write_shared(const void* address, int bytes, const Step& step);
 void start_copy(void* shared, const void* global, int bytes, bool valid, const Step& step);
+// The async proxy reads (shared_memory.h) for the running thread or its warpgroup: faults at bytes
+// out of bounds, not written, written without order or without the writer's fence_proxy_async.
+// Until the end of the read, a write to its bytes is a fault; then it counts as a read by the
+// reader now.
+void begin_async_read(const void* shared, int bytes, AsyncReader reader, const Step& step);
+void end_async_read(const void* shared, int bytes, AsyncReader reader, const Step& step);
+void fence_async_proxy();
 void commit_copies();
 void wait_for_copies(int pending);
 

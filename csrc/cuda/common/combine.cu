@@ -3,6 +3,33 @@
 #include "primitives/launch.h"
 
 namespace sink_attention::cuda {
+namespace {
+
+constexpr int64_t kAlignment = 256;
+
+int64_t round_up(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+int64_t partial_rows(const attention::FlashFwdProblem& problem, int num_splits) {
+  return num_splits == 1 ? 0 : num_splits * problem.num_heads_q * problem.total_q;
+}
+
+int64_t state_bytes(const attention::FlashFwdProblem& problem, int num_splits) {
+  return round_up(partial_rows(problem, num_splits) * 2 * sizeof(float));
+}
+
+}  // namespace
+
+int64_t partials_bytes(const attention::FlashFwdProblem& problem, int num_splits) {
+  return state_bytes(problem, num_splits) +
+         round_up(partial_rows(problem, num_splits) * problem.head_dim_v * sizeof(float));
+}
+
+Partials partials_in(void* workspace, const attention::FlashFwdProblem& problem, int num_splits) {
+  if (num_splits == 1) return {nullptr, nullptr};
+  char* base = static_cast<char*>(workspace);
+  return {reinterpret_cast<float*>(base),
+          reinterpret_cast<float*>(base + state_bytes(problem, num_splits))};
+}
 
 void combine(const attention::FlashFwdProblem& problem, int num_splits, const float* partial_state,
              const float* partial_out, void* stream) {

@@ -16,7 +16,10 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"
-SUITES = ["cute_mma", "cute_ldmatrix", "cute_fragments", "cute_tiles"]
+SUITES = [
+    *("cute_mma", "cute_ldmatrix", "cute_fragments", "cute_tiles"),
+    *("cute_wgmma_operands", "cute_wgmma_tiles", "cute_wgmma_fragments"),
+]
 
 
 def cuda_headers() -> list[Path]:

@@ -121,6 +121,7 @@ void thread_main() {
     }
     const bool last = block_of(thread).unfinished == 1;
     check_end_of_copies(last);
+    check_end_of_products();
     if (last) check_end_of_block(block_of(thread));
   } catch (const std::exception& error) {
     scheduler.fail(error.what());
@@ -141,6 +142,7 @@ void Scheduler::start_block(RunningBlock& block, int64_t linear) {
     if (block.barriers[id].some_went_on) block.went_on[id] = Arrivals{};  // of a block that failed
     block.barriers[id] = Barrier{};
   }
+  for (Warpgroup& warpgroup : block.warpgroups) warpgroup.start();
   block.unfinished = num_threads_;
   block.mbarriers.states.clear();
   block.copies.under_way.clear();
@@ -309,10 +311,14 @@ void run_grid(Grid grid, int num_threads, int shared_bytes,
   if (num_threads % kLanes != 0 || num_threads > kMaxWarps * kLanes) {
     throw Fault("a block of " + std::to_string(num_threads) + " threads");
   }
+  struct NobodyRuns {
+    ~NobodyRuns() { running = nullptr; }
+  } afterwards;
   Scheduler(grid, num_threads, shared_bytes, body).run();
 }
 
 Thread& current() { return *running; }
+PackLog* pack_log() { return running == nullptr ? nullptr : running->packs; }
 
 void wake(Thread& thread) {
   thread.waiting = false;

@@ -24,6 +24,7 @@
 #include "emulator/registers.h"
 #include "emulator/shared_memory.h"
 #include "emulator/step.h"
+#include "emulator/wgmma_groups.h"
 
 namespace emulator {
 
@@ -69,6 +70,7 @@ struct Thread {
   void* operands = nullptr;
   const int* turn = nullptr;
   int awaited = 0;
+  PackLog* packs = nullptr;  // once its warpgroup has used wgmma
 };
 
 struct Block {
@@ -79,6 +81,7 @@ struct Block {
   Mbarriers mbarriers;
   CopyEngine copies;
   Registers registers;
+  Warpgroup warpgroups[kMaxWarps / kWarpgroupWarps];
   std::vector<Thread> threads;
   int num_threads() const { return thread_count; }
 };
@@ -97,6 +100,10 @@ void wake(Thread& thread);
 // One warp-wide instruction: all 32 lanes come here with the same step; `execute` is called once
 // with the operands of lane 0 .. 31.
 void collective(const Step& step, void* operands, void (*execute)(void* const* lanes));
+// The same for a warpgroup: the 128 lanes of warps 4 w ... 4 w + 3.
+void warpgroup_collective(const Step& step, void* operands, void (*execute)(void* const* lanes));
+WarpgroupProducts& warpgroup_products();
+PackLog* pack_log();  // the running thread's, if there is one and it uses wgmma
 // Orders the shared memory accesses of the warp's lanes; from within `execute`.
 void warp_is_ordered();
 // Barrier `id` of the block, for num_threads threads in whole warps. The lanes of a warp come from

@@ -9,8 +9,9 @@
 namespace sink_attention::cuda::sm90 {
 
 template <class Kernel>
-void launch_kernel(DecodeKernelProblem kernel_problem, Stream stream) {
+void launch_kernel(const DecodeKernelProblem& without_maps, Stream stream) {
   using Tiles = typename Kernel::Tiles;
+  DecodeKernelProblem kernel_problem = without_maps;
   const attention::FlashFwdProblem& problem = kernel_problem.problem;
   const int box_rows = rows_of_box(problem.page_size, Tiles::kBlockN);
   constexpr int kBytes = Tiles::kStoredBytes;

@@ -17,7 +17,6 @@ using attention::DataType;
 using attention::FlashFwdProblem;
 
 constexpr int kMinSplitKeys = 256;  // fewer keys a split are not worth the merge
-constexpr int kMaxSplits = 64;
 
 int64_t group_of(const FlashFwdProblem& problem) {
   return problem.num_heads_q / problem.num_heads_kv;
@@ -120,7 +119,7 @@ void run_sm80(const FlashFwdProblem& problem, const Plan& plan, void* workspace,
     sm80::flash_fwd_hdim256(kernel_problem, plan.decode, stream);
   }
   if (plan.num_splits > 1) {
-    combine(problem, plan.num_splits, partials.state, partials.out, stream);
+    combine(problem, plan.num_splits, partials, stream);
   }
 }
 

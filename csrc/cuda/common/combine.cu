@@ -6,6 +6,7 @@ namespace sink_attention::cuda {
 namespace {
 
 constexpr int64_t kAlignment = 256;
+constexpr int kManySplits = 8;  // what one warp has under way at once
 
 int64_t round_up(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -31,12 +32,14 @@ Partials partials_in(void* workspace, const attention::FlashFwdProblem& problem,
           reinterpret_cast<float*>(base + state_bytes(problem, num_splits))};
 }
 
-void combine(const attention::FlashFwdProblem& problem, int num_splits, const float* partial_state,
-             const float* partial_out, void* stream) {
-  constexpr int kRows = CombineKernel<attention::BFloat16>::kRowsPerBlock;
+void combine(const attention::FlashFwdProblem& problem, int num_splits, const Partials& partials,
+             void* stream) {
+  using Kernel = CombineKernel<attention::BFloat16>;
+  const bool block_per_row = num_splits > kManySplits;
+  const int tile_rows = block_per_row ? 1 : Kernel::kRowsPerBlock;
   const int64_t rows = problem.seqlen_q * (problem.num_heads_q / problem.num_heads_kv);
-  const int num_tiles = static_cast<int>((rows + kRows - 1) / kRows);
-  const CombineProblem parts{problem, num_tiles, num_splits, partial_state, partial_out};
+  const int num_tiles = static_cast<int>((rows + tile_rows - 1) / tile_rows);
+  const CombineProblem parts{problem, num_tiles, num_splits, block_per_row, partials};
   const primitives::Index3 grid{static_cast<int>(num_tiles * problem.batch),
                                 static_cast<int>(problem.num_heads_kv), 1};
   if (problem.dtype == attention::DataType::kBFloat16) {

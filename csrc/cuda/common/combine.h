@@ -5,6 +5,8 @@
 
 namespace sink_attention::cuda {
 
+constexpr int kMaxSplits = 64;
+
 // [num_splits][num_heads_q][total_q]: the state (maximum and sum, base 2; two floats) and the
 // undivided output (head_dim_v floats) of each row, without the sink. Null where nothing is split.
 struct Partials {
@@ -16,7 +18,7 @@ struct Partials {
 int64_t partials_bytes(const attention::FlashFwdProblem& problem, int num_splits);
 Partials partials_in(void* workspace, const attention::FlashFwdProblem& problem, int num_splits);
 
-void combine(const attention::FlashFwdProblem& problem, int num_splits, const float* partial_state,
-             const float* partial_out, void* stream);
+void combine(const attention::FlashFwdProblem& problem, int num_splits, const Partials& partials,
+             void* stream);
 
 }  // namespace sink_attention::cuda

@@ -12,7 +12,6 @@ using attention::FlashFwdProblem;
 
 // Fewer keys a split are not worth the merge: two blocks of 16-bit keys, one of 8-bit ones.
 constexpr int64_t kMinSplitKeys = 128;
-constexpr int64_t kMaxSplits = 64;
 
 // Blocks that the card runs at once.
 int64_t slots_of(const FlashFwdProblem& problem, const Device& device) {
@@ -30,7 +29,7 @@ double duration(int64_t blocks, int64_t splits, int64_t slots) {
 // Lengths in device memory are not known here: the longest that there can be counts. A split of a
 // shorter sequence has fewer keys, or none and ends at once.
 int choose_splits(const FlashFwdProblem& problem, const Device& device) {
-  if (problem.num_splits > 0) return static_cast<int>(std::min(problem.num_splits, kMaxSplits));
+  if (problem.num_splits > 0) return static_cast<int>(std::min<int64_t>(problem.num_splits, kMaxSplits));
   int64_t keys = problem.seqlen_k;
   if (problem.window_left >= 0) {
     keys = std::min(keys, problem.window_left + problem.seqlen_q +
@@ -88,7 +87,7 @@ void decode(const FlashFwdProblem& problem, const Device& device, void* workspac
     decode_hdim256(kernel_problem, stream);
   }
   if (kernel_problem.num_splits > 1) {
-    combine(problem, kernel_problem.num_splits, partials.state, partials.out, stream);
+    combine(problem, kernel_problem.num_splits, partials, stream);
   }
 }
 

@@ -17,6 +17,20 @@ import sink_attention_ext
 from sink_attention_ext import ops
 from sink_attention_ext.integrations import flash_attention_3
 from sink_attention_ext.selfcheck import run_self_check
+from sink_attention_ext.support import supports
+
+
+def describe_cuda_kernels() -> str:
+    """Which families run on the current card, and whether one is forced."""
+    shape = {"head_dim": 64, "num_heads_q": 8, "device": "cuda"}
+    calls = {"training": {"backward": True}, "serving": {"paged": True}}
+    parts = []
+    for name, call in calls.items():
+        answer = supports(dtype=torch.bfloat16, **shape, **call)
+        parts.append(f"{name} {answer.kernel or answer.reason}")
+    forced = ops.cuda_kernels()
+    forced_by = f" (forced to {forced} by SINK_ATTENTION_CUDA_KERNELS)" if forced else ""
+    return f"{', '.join(parts)} at head_dim 64 in bfloat16{forced_by}"
 
 
 def print_environment() -> None:
@@ -34,6 +48,7 @@ def print_environment() -> None:
         facts["threads"] = str(torch.get_num_threads())
     if "cuda" in ops.BACKENDS and torch.cuda.is_available():
         facts["CUDA device"] = torch.cuda.get_device_name()
+        facts["CUDA kernels"] = describe_cuda_kernels()
     for name, value in facts.items():
         print(f"{name:<20}{value}")
 

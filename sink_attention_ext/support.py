@@ -14,7 +14,7 @@ class Support:
     """The answer of supports(); true in a condition when supported."""
 
     supported: bool
-    kernel: str | None  # what would run, e.g. "cpu/avx2", "cuda/sm80"; None when not supported
+    kernel: str | None  # what would run, e.g. "cpu/avx2", "cuda/sm90"; None when not supported
     reason: str | None  # why not; None when supported
 
     def __bool__(self) -> bool:
@@ -25,14 +25,35 @@ def _no(reason: str) -> Support:
     return Support(False, None, reason)
 
 
-def _kernel(device_type: str, dtype: torch.dtype) -> str:
-    """The family of kernels that runs; on CUDA the dtype decides, whatever the card is."""
-    if device_type == "cpu":
-        return f"cpu/{ops.cpu_instruction_set()}"
-    if device_type == "cuda":
-        # sm80: tensor cores, by instructions that every card from compute capability 8.0 on has.
-        return "cuda/sm80" if dtype in (torch.float16, torch.bfloat16) else "cuda/simt"
-    return device_type
+def cuda_arch(device: torch.device | None = None) -> int:
+    """10 * major + minor of the card's compute capability; 0 where there is none."""
+    if not torch.cuda.is_available():
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def cuda_kernels(
+    arch: int, *, dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, head_dim_v: int,
+    num_heads_q: int, num_heads_kv: int, paged: bool, backward: bool, tree_mask: bool,
+) -> str:  # fmt: skip
+    """The families of kernels that run on such a card: "sm80", or where parts of a call go to
+    different ones (a decode and a prefill, a forward and a backward) "sm90+sm80".
+
+    Raises:
+        RuntimeError: SINK_ATTENTION_CUDA_KERNELS forces kernels that do not take it.
+    """
+    dtype_name, kv_name = (str(d).removeprefix("torch.") for d in (dtype, kv_dtype))
+
+    def family(seqlen_q: int, of_backward: bool) -> str:
+        return ops.cuda_kernel_family(
+            dtype_name, kv_name, seqlen_q, num_heads_q, num_heads_kv, head_dim, head_dim_v, paged,
+            0, tree_mask, of_backward, arch,
+        )  # fmt: skip
+
+    long = 4096  # query positions: none of the kernels for a few rows
+    names = [family(1, False)] * paged + [family(long, False)] + [family(long, True)] * backward
+    return "+".join(dict.fromkeys(names))
 
 
 def supports(
@@ -73,9 +94,12 @@ def supports(
         tree_mask: the queries are a tree of draft tokens (flash_attn_with_kvcache).
 
     Returns:
-        Support(supported, kernel, reason). A kernel is "cpu/<instruction set>", "cuda/sm80" (tensor
-        cores: float16 and bfloat16) or "cuda/simt" (float32 and float64, slower). Whether the
-        machine has such a device is not asked.
+        Support(supported, kernel, reason). A kernel is "cpu/<instruction set>" or, on CUDA,
+        "cuda/simt" (float32 and float64, slower), "cuda/sm80" (float16 and bfloat16 on tensor
+        cores, every card from compute capability 8.0 on), "cuda/sm90" (compute capability 9.0
+        only), or "cuda/sm90+sm80" where decode and prefill, or forward and backward, differ. The
+        card that `device` names decides, for contiguous tensors; where the machine has none, the
+        answer is that of a card without kernels of its own.
 
     Example::
 
@@ -122,4 +146,14 @@ def supports(
     if tree_mask and window_right != 0:
         return _no(f"tree_mask needs causal=True (or window_size[1] = 0), not {window_right}")
     # What remains is one computation: varlen only changes where rows lie.
-    return Support(True, _kernel(device_type, dtype), None)
+    if device_type == "cpu":
+        return Support(True, f"cpu/{ops.cpu_instruction_set()}", None)
+    try:
+        kernels = cuda_kernels(
+            cuda_arch(torch.device(device)), dtype=dtype, kv_dtype=kv_dtype, head_dim=head_dim,
+            head_dim_v=head_dim_v, num_heads_q=num_heads_q, num_heads_kv=num_heads_kv, paged=paged,
+            backward=backward, tree_mask=tree_mask,
+        )  # fmt: skip
+    except RuntimeError as error:  # kernels that are forced do not take it
+        return _no(str(error))
+    return Support(True, f"cuda/{kernels}", None)

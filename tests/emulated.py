@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from sink_attention_ext import ops
 
 LIBRARY = Path(__file__).resolve().parent.parent / "build" / "emulator" / "_emulated.so"
 MULTIPROCESSORS = 4  # of the emulated device: what the choice of splits goes by
+FAMILIES = ("sm80", "sm90", "simt")  # of kernels, by the folders of csrc/cuda
+SETTINGS = (
+    "cuda_kernels", "set_cuda_kernels", "cuda_kernel_family", "debug_checks", "set_debug_checks",
+)  # fmt: skip
 
 
 def load() -> bool:
@@ -34,15 +39,18 @@ def _operator(name: str):
 
 
 @contextlib.contextmanager
-def emulated(seed: int = 1, multiprocessors: int = MULTIPROCESSORS) -> Iterator[None]:
-    """`seed` draws the order in which warps and lanes run."""
-    torch.ops.sink_attention_emulated.configure(seed, multiprocessors)
+def emulated(
+    seed: int = 1, multiprocessors: int = MULTIPROCESSORS, arch: int = 80
+) -> Iterator[None]:
+    """`seed` draws the order in which warps and lanes run; `arch` is the device's compute
+    capability, 10 * major + minor, by which the kernels are chosen."""
+    torch.ops.sink_attention_emulated.configure(seed, multiprocessors, arch)
     library = torch.library.Library(ops.NAMESPACE, "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of every override
         for name in ops.FAKE_KERNELS:
             library.impl(name, _operator(name), "CPU", allow_override=True)
-        for name in ("debug_checks", "set_debug_checks"):
+        for name in SETTINGS:
             key = "CompositeExplicitAutograd"
             library.impl(name, _operator(name), key, allow_override=True)
     try:
@@ -51,6 +59,10 @@ def emulated(seed: int = 1, multiprocessors: int = MULTIPROCESSORS) -> Iterator[
         library._destroy()
 
 
-def blocks_run() -> int:
-    """How many thread blocks have run in the emulator so far."""
-    return torch.ops.sink_attention_emulated.blocks_run()
+def blocks_run() -> Counter[str]:
+    """How many thread blocks have run in the emulator so far, of each family of kernels; "common":
+    of those that belong to none."""
+    count = torch.ops.sink_attention_emulated.blocks_run
+    blocks = Counter({family: count(family + "::") for family in FAMILIES})
+    blocks["common"] = count("") - blocks.total()
+    return blocks

@@ -7,15 +7,25 @@
 // std::runtime_error.
 #pragma once
 
+#include <optional>
+
 #include "attention/problem.h"
 
 namespace sink_attention::cuda {
 
 using Stream = void*;  // a cudaStream_t
 
+// Kernels for one kind of hardware, in the folder of that name: kSimt for float32 and float64, the
+// others on tensor cores. kSm80 runs on every card, kSm90 on compute capability 9.0 only.
+enum class Family { kSimt, kSm80, kSm90 };
+const char* family_name(Family family);  // "simt", "sm80", "sm90"
+
 struct Device {
   int num_sms;
   int arch;  // 10 * major + minor of the compute capability
+  // Whose kernels attention must run in bfloat16 and float16; otherwise the best that take a
+  // problem do. kSm90 throws where they do not take it.
+  std::optional<Family> forced{};
 };
 Device current_device();
 
@@ -29,6 +39,10 @@ void flash_fwd(const attention::FlashFwdProblem& problem, const Device& device, 
 int64_t flash_bwd_workspace_bytes(const attention::FlashBwdProblem& problem, const Device& device);
 void flash_bwd(const attention::FlashBwdProblem& problem, const Device& device, void* workspace,
                Stream stream);
+
+// Whose kernels the same call runs; throws as it does.
+Family flash_fwd_family(const attention::FlashFwdProblem& problem, const Device& device);
+Family flash_bwd_family(const attention::FlashBwdProblem& problem, const Device& device);
 
 void reshape_and_cache(const attention::ReshapeAndCacheProblem& problem, Stream stream);
 void merge_attn_states(const attention::MergeProblem& problem, Stream stream);

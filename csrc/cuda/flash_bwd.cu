@@ -4,9 +4,11 @@
 #include "attention/online_softmax.h"
 #include "cuda/backend.h"
 #include "cuda/common/bwd_workspace.h"
+#include "cuda/family.h"
 #include "cuda/simt/backend.h"
 #include "cuda/sm80/flash_bwd/config.h"
 #include "cuda/sm80/flash_bwd/problem.h"
+#include "cuda/sm90/flash_bwd/entry.h"
 #include "cuda/tile/copy.cuh"
 
 namespace sink_attention::cuda {
@@ -66,28 +68,29 @@ void set_chunks(const FlashBwdProblem& bwd, sm80::FlashBwdKernelProblem& kernel_
                                                 bwd.dv_stride_row, bwd.dv_stride_head);
 }
 
-}  // namespace
-
-int64_t flash_bwd_workspace_bytes(const FlashBwdProblem& problem, const Device&) {
-  const int64_t rows = problem.fwd.total_q * problem.fwd.num_heads_q;
-  if (problem.fwd.dtype == DataType::kFloat32) return rows * static_cast<int64_t>(sizeof(float));
-  if (problem.fwd.dtype == DataType::kFloat64) return rows * static_cast<int64_t>(sizeof(double));
-  const HeadDimClass chosen = class_of(problem.fwd);
-  BwdWorkspace workspace{};
-  return lay_out(problem, chosen.tile_rows, chosen.head_dim, nullptr, workspace);
+// Which kernels run a problem: on Hopper sm90's, where they take it.
+Family choose_family(const FlashBwdProblem& problem, const Device& device) {
+  const char* why_not = why_not_sm90(device);
+  if (why_not == nullptr) why_not = sm90::why_not_flash_bwd(problem);
+  if (why_not == nullptr) return Family::kSm90;
+  must_not_be_forced(device, "backward", why_not);
+  const DataType dtype = problem.fwd.dtype;
+  const bool tensor_cores = dtype == DataType::kBFloat16 || dtype == DataType::kFloat16;
+  return tensor_cores ? Family::kSm80 : Family::kSimt;
 }
 
-void flash_bwd(const FlashBwdProblem& problem, const Device&, void* memory, Stream stream) {
-  const FlashFwdProblem& fwd = problem.fwd;
-  if (fwd.num_heads_q == 0) return;
-  if (fwd.dtype == DataType::kFloat32) {
+void run_simt(const FlashBwdProblem& problem, void* memory, Stream stream) {
+  if (problem.fwd.dtype == DataType::kFloat32) {
     flash_bwd_rows_float32(problem, static_cast<float*>(memory), stream);
-    return flash_bwd_float32(problem, static_cast<float*>(memory), stream);
-  }
-  if (fwd.dtype == DataType::kFloat64) {
+    flash_bwd_float32(problem, static_cast<float*>(memory), stream);
+  } else {
     flash_bwd_rows_float64(problem, static_cast<double*>(memory), stream);
-    return flash_bwd_float64(problem, static_cast<double*>(memory), stream);
+    flash_bwd_float64(problem, static_cast<double*>(memory), stream);
   }
+}
+
+void run_sm80(const FlashBwdProblem& problem, void* memory, Stream stream) {
+  const FlashFwdProblem& fwd = problem.fwd;
   const HeadDimClass chosen = class_of(fwd);
   sm80::FlashBwdKernelProblem kernel_problem{};
   kernel_problem.bwd = problem;
@@ -98,6 +101,42 @@ void flash_bwd(const FlashBwdProblem& problem, const Device&, void* memory, Stre
   bwd_preprocess(problem, kernel_problem.workspace, stream);
   chosen.run(kernel_problem, stream);
   bwd_postprocess(problem, kernel_problem.workspace, stream);
+}
+
+}  // namespace
+
+Family flash_bwd_family(const FlashBwdProblem& problem, const Device& device) {
+  return choose_family(problem, device);
+}
+
+int64_t flash_bwd_workspace_bytes(const FlashBwdProblem& problem, const Device& device) {
+  const FlashFwdProblem& fwd = problem.fwd;
+  switch (choose_family(problem, device)) {
+    case Family::kSimt: {
+      const size_t number = fwd.dtype == DataType::kFloat32 ? sizeof(float) : sizeof(double);
+      return fwd.total_q * fwd.num_heads_q * static_cast<int64_t>(number);
+    }
+    case Family::kSm80: {
+      const HeadDimClass chosen = class_of(fwd);
+      BwdWorkspace workspace{};
+      return lay_out(problem, chosen.tile_rows, chosen.head_dim, nullptr, workspace);
+    }
+    case Family::kSm90:  // a build without these kernels does not refer to them
+      if constexpr (kHasSm90) return sm90::flash_bwd_workspace_bytes(problem);
+  }
+  return 0;
+}
+
+void flash_bwd(const FlashBwdProblem& problem, const Device& device, void* memory, Stream stream) {
+  if (problem.fwd.num_heads_q == 0) return;
+  switch (choose_family(problem, device)) {
+    case Family::kSimt:
+      return run_simt(problem, memory, stream);
+    case Family::kSm80:
+      return run_sm80(problem, memory, stream);
+    case Family::kSm90:
+      if constexpr (kHasSm90) sm90::flash_bwd(problem, device, memory, stream);
+  }
 }
 
 }  // namespace sink_attention::cuda

@@ -3,8 +3,11 @@
 
 #include "cuda/backend.h"
 #include "cuda/common/combine.h"
+#include "cuda/family.h"
 #include "cuda/simt/backend.h"
 #include "cuda/sm80/flash_fwd/entry.h"
+#include "cuda/sm90/flash_fwd/entry.h"
+#include "cuda/sm90/paged_attn/entry.h"
 #include "cuda/tile/copy.cuh"
 
 namespace sink_attention::cuda {
@@ -30,7 +33,7 @@ bool has_tensor_core_kernels(const FlashFwdProblem& problem) {
 // Decode tiles are for caches, and divide a row's sums among warps. With num_splits = 1, and in
 // dense and varlen calls, all rows go through prefill tiles: a row's sums then have one order,
 // whatever the rows and the lengths beside it.
-bool is_decode(const FlashFwdProblem& problem) {
+bool is_sm80_decode(const FlashFwdProblem& problem) {
   return problem.block_table != nullptr && problem.num_splits != 1 &&
          problem.seqlen_q * group_of(problem) <= sm80::kDecodeRows;
 }
@@ -38,11 +41,10 @@ bool is_decode(const FlashFwdProblem& problem) {
 // Parts of the keys, so that there is a block for each multiprocessor. Lengths in device memory are
 // not known here: the longest that there can be counts.
 int choose_splits(const FlashFwdProblem& problem, const Device& device) {
-  if (!has_tensor_core_kernels(problem)) return 1;
   if (problem.num_splits > 0) {
     return static_cast<int>(std::min<int64_t>(problem.num_splits, kMaxSplits));
   }
-  if (!is_decode(problem)) return 1;
+  if (!is_sm80_decode(problem)) return 1;
   int64_t keys = problem.seqlen_k;
   if (problem.window_left >= 0) {
     keys = std::min(keys, problem.window_left + problem.seqlen_q +
@@ -55,22 +57,45 @@ int choose_splits(const FlashFwdProblem& problem, const Device& device) {
       std::clamp<int64_t>(std::min(wanted, keys / kMinSplitKeys), 1, kMaxSplits));
 }
 
+struct Plan {
+  Family family;
+  bool decode;     // tiles for few rows over a cache
+  int num_splits;  // parts of each row's keys, joined at the end; sm90's decode has its own
+};
+
+// Which kernels run a problem. On Hopper sm90's do where they take it: the decode over a cache, or
+// the prefill where the keys stay in one part.
+Plan make_plan(const FlashFwdProblem& problem, const Device& device) {
+  Plan plan{Family::kSimt, false, 1};
+  if (has_tensor_core_kernels(problem)) {
+    plan = {Family::kSm80, is_sm80_decode(problem), choose_splits(problem, device)};
+  }
+  const char* why_not = why_not_sm90(device);
+  if (why_not == nullptr) {
+    why_not = sm90::why_not_decode(problem);
+    if (why_not == nullptr) return {Family::kSm90, true, 1};
+    if (!plan.decode) {
+      why_not = plan.num_splits > 1 ? "num_splits is above 1, and these are too many rows to decode"
+                                    : sm90::why_not_flash_fwd(problem);
+      if (why_not == nullptr) return {Family::kSm90, false, 1};
+    }
+  }
+  must_not_be_forced(device, "forward", why_not);
+  return plan;
+}
+
+// ---- sm80 ----
+
 int64_t partial_rows(const FlashFwdProblem& problem, int num_splits) {
   return num_splits == 1 ? 0 : num_splits * problem.num_heads_q * problem.total_q;
 }
 
-}  // namespace
-
-int64_t flash_fwd_workspace_bytes(const FlashFwdProblem& problem, const Device& device) {
-  const int64_t rows = partial_rows(problem, choose_splits(problem, device));
+int64_t sm80_workspace_bytes(const FlashFwdProblem& problem, int num_splits) {
+  const int64_t rows = partial_rows(problem, num_splits);
   return round_up(rows * 2 * sizeof(float)) + round_up(rows * problem.head_dim_v * sizeof(float));
 }
 
-void flash_fwd(const FlashFwdProblem& problem, const Device& device, void* workspace,
-               Stream stream) {
-  if (problem.batch == 0 || problem.seqlen_q == 0 || problem.num_heads_q == 0) return;
-  if (problem.dtype == DataType::kFloat32) return flash_fwd_float32(problem, stream);
-  if (problem.dtype == DataType::kFloat64) return flash_fwd_float64(problem, stream);
+void run_sm80(const FlashFwdProblem& problem, const Plan& plan, void* workspace, Stream stream) {
   sm80::FlashFwdKernelProblem kernel_problem{};
   kernel_problem.problem = problem;
   kernel_problem.scale = score_scale(problem);
@@ -84,35 +109,89 @@ void flash_fwd(const FlashFwdProblem& problem, const Device& device, void* works
   kernel_problem.out_in_chunks =
       rows_are_chunks(problem.out, problem.head_dim_v, problem.out_stride_batch,
                       problem.out_stride_row, problem.out_stride_head);
-  const int num_splits = choose_splits(problem, device);
-  kernel_problem.num_splits = num_splits;
-  if (num_splits > 1) {
+  kernel_problem.num_splits = plan.num_splits;
+  if (plan.num_splits > 1) {
+    const int64_t state_bytes = partial_rows(problem, plan.num_splits) * 2 * sizeof(float);
     kernel_problem.partial_state = static_cast<float*>(workspace);
     kernel_problem.partial_out =
-        reinterpret_cast<float*>(static_cast<char*>(workspace) +
-                                 round_up(partial_rows(problem, num_splits) * 2 * sizeof(float)));
+        reinterpret_cast<float*>(static_cast<char*>(workspace) + round_up(state_bytes));
   }
-  const bool decode = is_decode(problem);
   const int64_t dim = problem.head_dim;
   const int64_t dim_v = problem.head_dim_v;
   const int64_t larger = std::max(dim, dim_v);
   if (larger <= 32) {
-    sm80::flash_fwd_hdim32(kernel_problem, decode, stream);
+    sm80::flash_fwd_hdim32(kernel_problem, plan.decode, stream);
   } else if (larger <= 64) {
-    sm80::flash_fwd_hdim64(kernel_problem, decode, stream);
+    sm80::flash_fwd_hdim64(kernel_problem, plan.decode, stream);
   } else if (larger <= 96) {
-    sm80::flash_fwd_hdim96(kernel_problem, decode, stream);
+    sm80::flash_fwd_hdim96(kernel_problem, plan.decode, stream);
   } else if (larger <= 128) {
-    sm80::flash_fwd_hdim128(kernel_problem, decode, stream);
+    sm80::flash_fwd_hdim128(kernel_problem, plan.decode, stream);
   } else if (dim <= 192 && dim_v <= 128) {
-    sm80::flash_fwd_hdim192_128(kernel_problem, decode, stream);
+    sm80::flash_fwd_hdim192_128(kernel_problem, plan.decode, stream);
   } else if (larger <= 192) {
-    sm80::flash_fwd_hdim192(kernel_problem, decode, stream);
+    sm80::flash_fwd_hdim192(kernel_problem, plan.decode, stream);
   } else {
-    sm80::flash_fwd_hdim256(kernel_problem, decode, stream);
+    sm80::flash_fwd_hdim256(kernel_problem, plan.decode, stream);
   }
-  if (num_splits > 1) {
-    combine(problem, num_splits, kernel_problem.partial_state, kernel_problem.partial_out, stream);
+  if (plan.num_splits > 1) {
+    combine(problem, plan.num_splits, kernel_problem.partial_state, kernel_problem.partial_out,
+            stream);
+  }
+}
+
+// ---- sm90: a build without these kernels does not refer to them ----
+
+int64_t sm90_workspace_bytes([[maybe_unused]] const FlashFwdProblem& problem,
+                             [[maybe_unused]] const Plan& plan,
+                             [[maybe_unused]] const Device& device) {
+  if constexpr (kHasSm90) {
+    return plan.decode ? sm90::decode_workspace_bytes(problem, device) : 0;
+  } else {
+    return 0;
+  }
+}
+
+void run_sm90([[maybe_unused]] const FlashFwdProblem& problem, [[maybe_unused]] const Plan& plan,
+              [[maybe_unused]] const Device& device, [[maybe_unused]] void* workspace,
+              [[maybe_unused]] Stream stream) {
+  if constexpr (kHasSm90) {
+    plan.decode ? sm90::decode(problem, device, workspace, stream)
+                : sm90::flash_fwd(problem, device, stream);
+  }
+}
+
+}  // namespace
+
+Family flash_fwd_family(const FlashFwdProblem& problem, const Device& device) {
+  return make_plan(problem, device).family;
+}
+
+int64_t flash_fwd_workspace_bytes(const FlashFwdProblem& problem, const Device& device) {
+  const Plan plan = make_plan(problem, device);
+  switch (plan.family) {
+    case Family::kSimt:
+      return 0;
+    case Family::kSm80:
+      return sm80_workspace_bytes(problem, plan.num_splits);
+    case Family::kSm90:
+      return sm90_workspace_bytes(problem, plan, device);
+  }
+  return 0;
+}
+
+void flash_fwd(const FlashFwdProblem& problem, const Device& device, void* workspace,
+               Stream stream) {
+  if (problem.batch == 0 || problem.seqlen_q == 0 || problem.num_heads_q == 0) return;
+  const Plan plan = make_plan(problem, device);
+  switch (plan.family) {
+    case Family::kSimt:
+      return problem.dtype == DataType::kFloat32 ? flash_fwd_float32(problem, stream)
+                                                 : flash_fwd_float64(problem, stream);
+    case Family::kSm80:
+      return run_sm80(problem, plan, workspace, stream);
+    case Family::kSm90:
+      return run_sm90(problem, plan, device, workspace, stream);
   }
 }
 

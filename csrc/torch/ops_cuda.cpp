@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "cuda/backend.h"
+#include "torch/cuda_kernels.h"
 #include "torch/op_namespace.h"
 #include "torch/ops.h"
 
@@ -20,6 +21,12 @@ cuda::Stream current_stream(const Tensor& tensor) {
   check(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) == 0,
         "torch has no current stream on CUDA device ", tensor.get_device_index());
   return stream;
+}
+
+cuda::Device current_device() {
+  cuda::Device device = cuda::current_device();
+  device.forced = forced_cuda_family();
+  return device;
 }
 
 // The device of a call's tensors made current, its stream, and workspace from torch's allocator.
@@ -51,13 +58,13 @@ struct CudaBackend {
 
   static void flash_fwd(const attention::FlashFwdProblem& problem, const Operands& operands) {
     const Call call(operands);
-    const cuda::Device device = cuda::current_device();
+    const cuda::Device device = current_device();
     const Tensor workspace = call.workspace(cuda::flash_fwd_workspace_bytes(problem, device));
     cuda::flash_fwd(problem, device, workspace.mutable_data_ptr(), call.stream());
   }
   static void flash_bwd(const attention::FlashBwdProblem& problem, const Operands& operands) {
     const Call call(operands);
-    const cuda::Device device = cuda::current_device();
+    const cuda::Device device = current_device();
     const Tensor workspace = call.workspace(cuda::flash_bwd_workspace_bytes(problem, device));
     cuda::flash_bwd(problem, device, workspace.mutable_data_ptr(), call.stream());
   }
@@ -75,5 +82,9 @@ struct CudaBackend {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CUDA, m) { Ops<CudaBackend>::register_with(m); }
+
+STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("cuda_kernel_family", TORCH_BOX(&cuda_kernel_family));
+}
 
 }  // namespace sink_attention::binding

@@ -55,6 +55,12 @@ STABLE_TORCH_LIBRARY(SA_OP_NAMESPACE, m) {
   m.def("cpu_instruction_set() -> str");
   m.def("cpu_instruction_sets() -> str");
   m.def("set_cpu_instruction_set(str name) -> ()");
+  m.def("cuda_kernels() -> str");
+  m.def("set_cuda_kernels(str name) -> ()");
+  m.def(
+      "cuda_kernel_family(str dtype, str kv_dtype, int seqlen_q, int num_heads_q, int "
+      "num_heads_kv, int head_dim, int head_dim_v, bool paged, int num_splits, bool tree_mask, "
+      "bool backward, int arch) -> str");
   m.def("debug_checks() -> bool");
   m.def("set_debug_checks(bool on) -> ()");
 }

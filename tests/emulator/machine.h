@@ -12,6 +12,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <stdexcept>
 #include <string>
 
@@ -38,6 +39,7 @@ struct Settings {
   int resident_blocks = 2;  // so many blocks run at once, in turns
   bool check_races = true;
   int64_t blocks_run = 0;  // counted by run_grid
+  std::map<std::string, int64_t> blocks_of;  // blocks run to their end, by the kernel's C++ name
 };
 Settings& settings();
 

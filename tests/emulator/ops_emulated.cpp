@@ -5,6 +5,7 @@
 // elements.
 #include "cuda/backend.h"
 #include "emulator/machine.h"
+#include "torch/cuda_kernels.h"
 #include "torch/op_namespace.h"
 #include "torch/ops.h"
 
@@ -12,6 +13,7 @@ namespace sink_attention::binding {
 namespace {
 
 int num_sms = 4;
+int arch = 80;
 bool pretends_to_capture = false;
 
 emulator::Buffer buffer_of(const Tensor& tensor, bool writable, const std::string& name) {
@@ -56,7 +58,7 @@ struct EmulatedBackend {
   static bool is_capturing(const Tensor&) { return pretends_to_capture; }
   static bool may_leave_rows(const attention::FlashFwdProblem&, const Extent&) { return true; }
 
-  static cuda::Device device() { return {num_sms, 80}; }
+  static cuda::Device device() { return {num_sms, arch, forced_cuda_family()}; }
 
   static void flash_fwd(const attention::FlashFwdProblem& problem, const Operands& operands) {
     if (problem.cu_seqlens_q == nullptr) poison(operands);
@@ -95,22 +97,32 @@ struct EmulatedBackend {
   }
 };
 
-void configure(int64_t seed, int64_t multiprocessors) {
+void configure(int64_t seed, int64_t multiprocessors, int64_t architecture) {
   emulator::settings().seed = static_cast<uint64_t>(seed);
   num_sms = static_cast<int>(multiprocessors);
+  arch = static_cast<int>(architecture);
 }
 void pretend_to_capture(bool on) { pretends_to_capture = on; }
-int64_t blocks_run() { return emulator::settings().blocks_run; }
+
+// Thread blocks so far of kernels in sink_attention::cuda::<family>; all where family is empty.
+int64_t blocks_run(const std::string& family) {
+  int64_t sum = 0;
+  for (const auto& [kernel, blocks] : emulator::settings().blocks_of) {
+    if (kernel.rfind("sink_attention::cuda::" + family, 0) == 0) sum += blocks;
+  }
+  return sum;
+}
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(SA_OP_NAMESPACE, m) {
-  m.def("configure(int seed, int multiprocessors) -> ()");
+  m.def("configure(int seed, int multiprocessors, int arch) -> ()");
   m.def("pretend_to_capture(bool on) -> ()");
-  m.def("blocks_run() -> int");
+  m.def("blocks_run(str family) -> int");
 }
 STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("configure", TORCH_BOX(&configure));
+  m.impl("cuda_kernel_family", TORCH_BOX(&cuda_kernel_family));
   m.impl("pretend_to_capture", TORCH_BOX(&pretend_to_capture));
   m.impl("blocks_run", TORCH_BOX(&blocks_run));
 }

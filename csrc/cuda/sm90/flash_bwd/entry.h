@@ -1,0 +1,56 @@
+// Hopper's backward: dense and varlen.
+#pragma once
+
+#include <stdexcept>
+
+#include "attention/problem.h"
+#include "cuda/backend.h"
+#include "cuda/tile/copy.cuh"
+
+namespace sink_attention::cuda::sm90 {
+
+// Why a problem is not for these kernels; null if it is. Looks at shapes, strides and pointers'
+// alignment, at no memory. A forward of either family may have come before: all that counts of it
+// is out and lse.
+inline const char* why_not_flash_bwd(const attention::FlashBwdProblem& problem) {
+  using attention::DataType;
+  const attention::FlashFwdProblem& fwd = problem.fwd;
+  const int64_t larger = fwd.head_dim > fwd.head_dim_v ? fwd.head_dim : fwd.head_dim_v;
+  if (fwd.dtype != DataType::kBFloat16 && fwd.dtype != DataType::kFloat16) {
+    return "q is neither bfloat16 nor float16";
+  }
+  if (larger <= 32) return "head_dim and head_dim_v are at most 32";
+  const bool in_chunks = rows_are_chunks(fwd.q, fwd.head_dim, fwd.q_stride_batch, fwd.q_stride_row,
+                                         fwd.q_stride_head) &&
+                         rows_are_chunks(fwd.k, fwd.head_dim, fwd.k_stride_batch, fwd.k_stride_row,
+                                         fwd.k_stride_head) &&
+                         rows_are_chunks(fwd.v, fwd.head_dim_v, fwd.v_stride_batch,
+                                         fwd.v_stride_row, fwd.v_stride_head) &&
+                         rows_are_chunks(problem.dout, fwd.head_dim_v, problem.dout_stride_batch,
+                                         problem.dout_stride_row, problem.dout_stride_head) &&
+                         rows_are_chunks(problem.dk, fwd.head_dim, problem.dk_stride_batch,
+                                         problem.dk_stride_row, problem.dk_stride_head) &&
+                         rows_are_chunks(problem.dv, fwd.head_dim_v, problem.dv_stride_batch,
+                                         problem.dv_stride_row, problem.dv_stride_head);
+  if (!in_chunks) return "rows of q, k, v, dout, dk or dv are not in aligned parts of 16 bytes";
+  return "this build has no backward for sm_90a";
+}
+
+inline bool takes_flash_bwd(const attention::FlashBwdProblem& problem) {
+  return why_not_flash_bwd(problem) == nullptr;
+}
+
+// What flash_bwd needs for the same problem.
+inline int64_t flash_bwd_workspace_bytes(const attention::FlashBwdProblem&) {
+  throw std::logic_error("sm90::flash_bwd takes no problem");
+}
+
+// dq, dk, dv and ds_aux, as cuda::flash_bwd leaves them: common/bwd_rows runs from here, before and
+// after. Only for problems that are taken, with num_heads_q above 0 (batch and lengths may be 0,
+// and all gradients must then be right too) and device.arch == 90; `workspace` as backend.h says:
+// aligned to 256 bytes, contents not set. Throws std::runtime_error where a launch fails.
+inline void flash_bwd(const attention::FlashBwdProblem&, const Device&, void*, Stream) {
+  throw std::logic_error("sm90::flash_bwd takes no problem");
+}
+
+}  // namespace sink_attention::cuda::sm90

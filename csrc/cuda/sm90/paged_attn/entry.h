@@ -1,0 +1,43 @@
+// Hopper's decode: few query rows over a paged cache, whose keys are split among warps and blocks.
+#pragma once
+
+#include <stdexcept>
+
+#include "attention/problem.h"
+#include "cuda/backend.h"
+#include "cuda/tile/copy.cuh"
+
+namespace sink_attention::cuda::sm90 {
+
+// Why a problem is not for these kernels; null if it is. Looks at shapes, strides and pointers'
+// alignment, at no memory: lengths there may change between two replays of a captured graph.
+// num_splits == 1 is never taken, since there a row's sums must have prefill's order.
+inline const char* why_not_decode(const attention::FlashFwdProblem& problem) {
+  using attention::DataType;
+  if (problem.block_table == nullptr) return "k and v are not in a paged cache";
+  if (problem.num_splits == 1) return "num_splits is 1";
+  if (problem.dtype != DataType::kBFloat16 && problem.dtype != DataType::kFloat16) {
+    return "q is neither bfloat16 nor float16";
+  }
+  return "this build has no decode for sm_90a";
+}
+
+inline bool takes_decode(const attention::FlashFwdProblem& problem) {
+  return why_not_decode(problem) == nullptr;
+}
+
+// What decode needs for the same problem on the same device; it may be 0.
+inline int64_t decode_workspace_bytes(const attention::FlashFwdProblem&, const Device&) {
+  throw std::logic_error("sm90::decode takes no problem");
+}
+
+// out and lse of each row that a sequence has, sink included. Owns its splits (problem.num_splits
+// of them, or by shapes and device.num_sms where that is 0) and joins them (common/combine.h). Only
+// for problems that are taken, with batch, seqlen_q and num_heads_q above 0 and device.arch == 90;
+// `workspace` as backend.h says: aligned to 256 bytes, contents not set. Throws std::runtime_error
+// where a launch fails.
+inline void decode(const attention::FlashFwdProblem&, const Device&, void*, Stream) {
+  throw std::logic_error("sm90::decode takes no problem");
+}
+
+}  // namespace sink_attention::cuda::sm90

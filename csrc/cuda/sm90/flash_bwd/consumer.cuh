@@ -48,15 +48,18 @@ struct FlashBwdConsumer {
       : problem(problem), block{problem, storage.info}, storage(storage), group(group) {}
 
   SA_DEVICE void run() {
+    // Each stores by itself, so that no registers must agree where the branches meet.
     if (block.tiles_begin() >= block.tiles_end()) {
       dk.clear();
       dv.clear();
+      store_gradients();
     } else if (problem.capped) {
       walk<true>();
+      store_gradients();
     } else {
       walk<false>();
+      store_gradients();
     }
-    store_gradients();
   }
 
  private:
@@ -67,6 +70,8 @@ struct FlashBwdConsumer {
   }
   // Of the block's keys and columns, and of a tile's rows, this warpgroup's first.
   SA_DEVICE int first_key() const { return Tiles::kSharesKeys ? 0 : group * 64; }
+  // Of the block's keys, the lane's first; the other is 8 further.
+  SA_DEVICE int lane_key() const { return first_key() + 16 * warp() + accumulator_row(lane(), 0); }
   SA_DEVICE int first_row() const { return Tiles::kSharesKeys ? group * Tiles::kGroupRows : 0; }
   SA_DEVICE int first_col() const { return Tiles::kSharesKeys ? group * Tiles::kGroupCols : 0; }
   SA_DEVICE int first_col_v() const { return Tiles::kSharesKeys ? group * Tiles::kGroupColsV : 0; }
@@ -110,35 +115,31 @@ struct FlashBwdConsumer {
     primitives::wgmma_commit();
 
     ScoreOperands p;
+    ScoreOperands ds;
     const bool masked = primitives::load_shared(&storage.is_masked[stage]) != 0;
-    if constexpr (kCapped) {
-      primitives::wgmma_wait<0>();
-      primitives::wgmma_hold(s.c[0]);
-      primitives::wgmma_hold(dp.c[0]);
-      to_capped_weights_and_gradients(s, dp, storage.lse_log2[stage] + first_row(),
-                                      storage.delta[stage] + first_row(), problem.to_log2,
-                                      problem.to_tanh, lane());
-    } else {
+    if constexpr (kEarlyValues) {
       primitives::wgmma_wait<1>();
       primitives::wgmma_hold(s.c[0]);
       to_weights(s, storage.lse_log2[stage] + first_row(), problem.to_log2, lane());
-    }
-    if (masked) hide_unseen(s, stage);
-    if constexpr (kEarlyValues) {
-      start_values(s, p, i);
+      if (masked) hide_unseen(s, stage);
+      to_operands<Element>(s, p.a[0]);
+      start_values(p, i);
       primitives::wgmma_wait<1>();
-    } else if constexpr (!kCapped) {
-      primitives::wgmma_wait<0>();
-    }
-    if constexpr (!kCapped) {
       primitives::wgmma_hold(dp.c[0]);
       to_gradients(s, dp, storage.delta[stage] + first_row(), lane());
+      if (masked) hide_unseen(dp, stage);
+      to_operands<Element>(dp, ds.a[0]);
+    } else {
+      primitives::wgmma_wait<0>();
+      primitives::wgmma_hold(s.c[0]);
+      primitives::wgmma_hold(dp.c[0]);
+      if (masked) {
+        differentiate<true, kCapped>(s, dp, stage, p, ds);
+      } else {
+        differentiate<false, kCapped>(s, dp, stage, p, ds);
+      }
+      start_values(p, i);
     }
-    if (masked) hide_unseen(dp, stage);
-    if constexpr (!kEarlyValues) start_values(s, p, i);
-
-    ScoreOperands ds;
-    to_operands<Element>(dp, ds.a[0]);
     auto& ds_tile = storage.scores[Tiles::kSharesKeys ? 0 : i % 2].tile;
     leave_scores(ds, ds_tile);
     Accumulators<1, kDqCols / 8> dq;
@@ -169,13 +170,20 @@ struct FlashBwdConsumer {
   }
 
   SA_DEVICE void hide_unseen(Scores& numbers, int stage) const {
-    hide(numbers, storage.window[stage] + first_row(), block.sink_end(),
-         first_key() + 16 * warp() + accumulator_row(lane(), 0), lane());
+    hide(numbers, storage.window[stage] + first_row(), block.sink_end(), lane_key(), lane());
+  }
+
+  template <bool kMasked, bool kCapped>
+  SA_DEVICE void differentiate(const Scores& s, const Scores& dp, int stage, ScoreOperands& p,
+                               ScoreOperands& ds) const {
+    to_operands_of_both<kMasked, kCapped, Element>(
+        s, dp, storage.lse_log2[stage] + first_row(), storage.delta[stage] + first_row(),
+        problem.to_log2, problem.to_tanh, storage.window[stage] + first_row(),
+        kMasked ? block.sink_end() : 0, lane_key(), lane(), p, ds);
   }
 
   // dV += P^T dO, of which P^T stays in `p` or goes through shared memory.
-  SA_DEVICE void start_values(const Scores& weights, ScoreOperands& p, int i) {
-    to_operands<Element>(weights, p.a[0]);
+  SA_DEVICE void start_values(ScoreOperands& p, int i) {
     if constexpr (Tiles::kSharesKeys) {
       auto& p_tile = storage.scores[Storage::kTilesDs + i % 2].tile;
       leave_scores(p, p_tile);
@@ -233,7 +241,7 @@ struct FlashBwdConsumer {
     const attention::SeqlenInfo info = attention::seqlen_info(block.fwd(), block.batch_idx());
     Element* first = static_cast<Element*>(tensor) + info.k_batch * stride_batch +
                      (info.k_row + block.first_key()) * stride_row + block.kv_head() * stride_head;
-    const int key = first_key() + 16 * warp() + lane() / 4;
+    const int key = lane_key();
     const int num_keys = block.num_keys();
     store_rows<Element>(gradient, {scale, scale}, col, static_cast<int>(cols), true, lane(),
                         [&](int half) -> Element* {

@@ -16,7 +16,10 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"
-SUITES = ["cute_mma", "cute_ldmatrix", "cute_fragments", "cute_tiles"]
+SUITES = [
+    *("cute_mma", "cute_ldmatrix", "cute_fragments", "cute_tiles"),
+    *("cute_wgmma_operands", "cute_wgmma_tiles", "cute_wgmma_fragments"),
+]
 
 
 def cuda_headers() -> list[Path]:
@@ -47,7 +50,7 @@ def cute_headers() -> Path:
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("cute") / "cute_tests"
     emulator = [s for s in (TESTS / "emulator").glob("*.cpp") if not s.stem.startswith("ops_")]
-    sources = [TESTS / "cute" / "test_layouts.cpp", TESTS / "cpp" / "main.cpp", *emulator]
+    sources = [*(TESTS / "cute").glob("*.cpp"), TESTS / "cpp" / "main.cpp", *emulator]
     theirs = [*cuda_headers(), cute_headers()]
     ours = [TESTS, CSRC, TESTS / "cpp", TESTS / "emulator" / "unit"]
     subprocess.run(

@@ -12,6 +12,7 @@
 //   Index3 block_idx(), grid_dim()
 //   int opaque(int x)  x, of which the compiler knows nothing: what is computed from it is computed
 //                      there, and not kept in registers from before a loop
+//   SA_UNROLL, SA_ROLLED before a loop: that it be unrolled, or that it stay one
 #pragma once
 
 #include <cstdint>

@@ -65,8 +65,8 @@ attention::FlashFwdProblem describe_problem(const std::string& dtype, const std:
   problem.dtype = data_type(dtype);
   problem.kv_dtype = data_type(kv_dtype);
   problem.s_aux_dtype = DataType::kFloat32;
-  const bool quantised = problem.kv_dtype == DataType::kInt8 ||
-                         problem.kv_dtype == DataType::kFloat8E4M3;
+  const bool quantised =
+      problem.kv_dtype == DataType::kInt8 || problem.kv_dtype == DataType::kFloat8E4M3;
   if (quantised) problem.k_scale = problem.v_scale = &scale;
   problem.batch = 1;
   problem.seqlen_q = problem.total_q = seqlen_q;

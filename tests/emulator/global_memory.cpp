@@ -33,9 +33,11 @@ VisibleBuffers::~VisibleBuffers() {
   last_found = 0;
 }
 
-bool is_accessible(const void* address, int64_t bytes, Access access) {
+bool is_accessible(const void* address, int64_t bytes, Access access, int64_t alignment) {
+  if (alignment == 0) alignment = bytes;
   const char* begin = static_cast<const char*>(address);
-  if ((reinterpret_cast<uintptr_t>(begin) & static_cast<uintptr_t>(bytes - 1)) != 0) return false;
+  if ((reinterpret_cast<uintptr_t>(begin) & static_cast<uintptr_t>(alignment - 1)) != 0)
+    return false;
   const bool writes = access == Access::kWrite;
   const auto allows = [&](const Buffer& buffer) {
     return holds(buffer, begin, begin + bytes) && (!writes || buffer.writable);
@@ -49,7 +51,9 @@ bool is_accessible(const void* address, int64_t bytes, Access access) {
   return false;
 }
 
-std::string why_not_accessible(const void* address, int64_t bytes, Access access) {
+std::string why_not_accessible(const void* address, int64_t bytes, Access access,
+                               int64_t alignment) {
+  if (alignment == 0) alignment = bytes;
   const char* begin = static_cast<const char*>(address);
   const char* end = begin + bytes;
   const bool writes = access == Access::kWrite;
@@ -65,8 +69,8 @@ std::string why_not_accessible(const void* address, int64_t bytes, Access access
   }
   if (address == nullptr) return verb + " of a null pointer";
   if (nearest == nullptr) return verb + " of global memory, of which no buffer was named";
-  if ((reinterpret_cast<uintptr_t>(begin) & static_cast<uintptr_t>(bytes - 1)) != 0) {
-    return verb + " that is not aligned to " + std::to_string(bytes) + " bytes, nearest to " +
+  if ((reinterpret_cast<uintptr_t>(begin) & static_cast<uintptr_t>(alignment - 1)) != 0) {
+    return verb + " that is not aligned to " + std::to_string(alignment) + " bytes, nearest to " +
            describe(*nearest, begin);
   }
   if (distance == 0) return "a write to read-only " + describe(*nearest, begin);

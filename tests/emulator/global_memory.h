@@ -28,8 +28,10 @@ class VisibleBuffers {
   std::vector<Buffer> before_;
 };
 
-bool is_accessible(const void* address, int64_t bytes, Access access);
+// Without an alignment: that of an access of so many bytes, a power of 2.
+bool is_accessible(const void* address, int64_t bytes, Access access, int64_t alignment = 0);
 // What is wrong with an access.
-std::string why_not_accessible(const void* address, int64_t bytes, Access access);
+std::string why_not_accessible(const void* address, int64_t bytes, Access access,
+                               int64_t alignment = 0);
 
 }  // namespace emulator

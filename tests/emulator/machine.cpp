@@ -21,21 +21,26 @@ struct Warp {
   int first_arrival = -1;  // the lane whose step the others must have
 };
 
+struct Arrival {
+  int thread = -1;
+  Step step{};
+};
 struct Barrier {
   int arrived = 0;
   int expected = 0;
-  Thread* first = nullptr;
+  Arrival first;
+  bool some_went_on = false;
   struct {
     int arrived = 0;
-    Thread* first = nullptr;
+    bool waits = false;
+    Arrival first;
   } warps[kMaxWarps];
 };
 
 struct RunningBlock : Block {
-  std::vector<Thread> threads;
   std::vector<Warp> warps;
   Barrier barriers[kMaxBarriers];
-  SharedMemory shared;
+  Arrivals went_on[kMaxBarriers];  // of each barrier, those that did not wait
   int unfinished = 0;
   int slot = 0;
 };
@@ -62,6 +67,7 @@ class Scheduler : public Machine {
   void start_block(RunningBlock& block, int64_t linear);
   bool run_some_warp();
   bool wake_spinning();
+  bool end_some_copy(bool surely);
   std::string deadlock() const;
   RunningBlock& slot(size_t i) { return *(*pool())[i]; }
   static std::vector<std::unique_ptr<RunningBlock>>* pool();
@@ -75,6 +81,7 @@ class Scheduler : public Machine {
   Context home_;
   std::mt19937_64 random_{settings().seed};
   std::string failure_;
+  int patience_ = 0;  // a copy ends every so many turns of a warp
 };
 
 // Kept from launch to launch: their shared memory's bookkeeping and stacks are large.
@@ -93,9 +100,13 @@ Scheduler* scheduler_of(const Thread& thread) {
 RunningBlock& block_of(const Thread& thread) { return *static_cast<RunningBlock*>(thread.block); }
 Warp& warp_of(const Thread& thread) { return block_of(thread).warps[thread.thread_idx / kLanes]; }
 
-void set_ready(Thread& thread) {
-  thread.waiting = false;
-  warp_of(thread).ready |= uint32_t{1} << (thread.thread_idx % kLanes);
+// By its last thread.
+void check_end_of_block(const RunningBlock& block) {
+  check_end_of_registers(block);
+  for (const Barrier& barrier : block.barriers) {
+    if (barrier.arrived == 0) continue;
+    fault(barrier.first.step, "the block ended before all threads came to this barrier");
+  }
 }
 
 // The first code of each fiber.
@@ -108,6 +119,10 @@ void thread_main() {
     if (!thread.copies.copies.empty()) {
       fault(thread.copies.copies.front().step, "the thread ended before it waited for this copy");
     }
+    const bool last = block_of(thread).unfinished == 1;
+    check_end_of_copies(last);
+    check_end_of_products();
+    if (last) check_end_of_block(block_of(thread));
   } catch (const std::exception& error) {
     scheduler.fail(error.what());
   }
@@ -123,8 +138,15 @@ void Scheduler::start_block(RunningBlock& block, int64_t linear) {
                  static_cast<int>(linear / grid_.x / grid_.y)};
   block.threads.assign(num_threads_, Thread{});
   block.warps.assign(num_threads_ / kLanes, Warp{});
-  for (Barrier& barrier : block.barriers) barrier = Barrier{};
+  for (int id = 0; id < kMaxBarriers; ++id) {
+    if (block.barriers[id].some_went_on) block.went_on[id] = Arrivals{};  // of a block that failed
+    block.barriers[id] = Barrier{};
+  }
+  for (Warpgroup& warpgroup : block.warpgroups) warpgroup.start();
   block.unfinished = num_threads_;
+  block.mbarriers.states.clear();
+  block.copies.under_way.clear();
+  block.registers.start(num_threads_ / kLanes);
   block.shared.check_races = settings().check_races;
   block.shared.start(shared_bytes_, num_threads_ / kLanes);
   for (int i = 0; i < num_threads_; ++i) {
@@ -136,7 +158,7 @@ void Scheduler::start_block(RunningBlock& block, int64_t linear) {
     thread.context =
         make_context(stacks().bottom(static_cast<size_t>(block.slot) * num_threads_ + i),
                      kStackBytes - i % kLanes * kStackSkewBytes, thread_main);
-    set_ready(thread);
+    wake(thread);
   }
 }
 
@@ -158,7 +180,8 @@ void Scheduler::run() {
       free.pop_back();
     }
     if (resident_.empty()) return;
-    if (!run_some_warp() && !wake_spinning()) fail(deadlock());
+    end_some_copy(false);
+    if (!run_some_warp() && !wake_spinning() && !end_some_copy(true)) fail(deadlock());
     if (!failure_.empty()) throw Fault(failure_);
     for (size_t i = resident_.size(); i-- > 0;) {
       if (resident_[i]->unfinished > 0) continue;
@@ -217,12 +240,32 @@ bool Scheduler::wake_spinning() {
     for (Thread& thread : block->threads) {
       if (thread.waiting && thread.turn != nullptr && *thread.turn == thread.awaited) {
         thread.turn = nullptr;
-        set_ready(thread);
+        wake(thread);
         woken = true;
       }
     }
   }
   return woken;
+}
+
+// One of the copies that are under way in some block, if any are: surely, or once in a while. How
+// often that is depends on the seed, so that some seeds find copies late and some early.
+bool Scheduler::end_some_copy(bool surely) {
+  size_t count = 0;
+  for (const RunningBlock* block : resident_) count += block->copies.under_way.size();
+  if (count == 0) return false;
+  if (patience_ == 0) patience_ = 1 << random_() % 4 * 2;
+  if (!surely && random_() % patience_ != 0) return false;
+  size_t which = random_() % count;
+  for (RunningBlock* block : resident_) {
+    const size_t here = block->copies.under_way.size();
+    if (which < here) {
+      end_copy(*block, which);
+      return true;
+    }
+    which -= here;
+  }
+  return false;
 }
 
 std::string Scheduler::deadlock() const {
@@ -246,19 +289,14 @@ std::string Scheduler::deadlock() const {
         separator = ", ";
       }
     }
+    text << block->mbarriers.describe_waiting(*block) << block->registers.describe_waiting();
   }
   return text.str();
 }
 
-void wait_here(Thread& thread, const Step& step) {
-  thread.step = &step;
-  thread.waiting = true;
-  scheduler_of(thread)->yield();
-}
-
-std::string difference(const Thread& a, const Thread& b) {
-  return "thread " + std::to_string(a.thread_idx) + " is at " + describe(*a.step) + ", thread " +
-         std::to_string(b.thread_idx) + " at " + describe(*b.step);
+std::string difference(const Arrival& a, const Arrival& b) {
+  return "thread " + std::to_string(a.thread) + " is at " + describe(a.step) + ", thread " +
+         std::to_string(b.thread) + " at " + describe(b.step);
 }
 
 }  // namespace
@@ -273,10 +311,25 @@ void run_grid(Grid grid, int num_threads, int shared_bytes,
   if (num_threads % kLanes != 0 || num_threads > kMaxWarps * kLanes) {
     throw Fault("a block of " + std::to_string(num_threads) + " threads");
   }
+  struct NobodyRuns {
+    ~NobodyRuns() { running = nullptr; }
+  } afterwards;
   Scheduler(grid, num_threads, shared_bytes, body).run();
 }
 
 Thread& current() { return *running; }
+PackLog* pack_log() { return running == nullptr ? nullptr : running->packs; }
+
+void wake(Thread& thread) {
+  thread.waiting = false;
+  warp_of(thread).ready |= uint32_t{1} << (thread.thread_idx % kLanes);
+}
+
+void wait_here(const Step& step) {
+  running->step = &step;
+  running->waiting = true;
+  scheduler_of(*running)->yield();
+}
 
 void fault(const Step& step, const std::string& what) {
   const Thread& thread = *running;
@@ -302,7 +355,8 @@ void fault(const Step& step, const std::string& what) {
 }
 
 [[noreturn, gnu::noinline]] static void lanes_part(const Thread& first, const Thread& me) {
-  fault(*me.step, "lanes of a warp part: " + difference(first, me));
+  fault(*me.step, "lanes of a warp part: " +
+                      difference({first.thread_idx, *first.step}, {me.thread_idx, *me.step}));
 }
 
 void collective(const Step& step, void* operands, void (*execute)(void* const* lanes)) {
@@ -321,9 +375,12 @@ void collective(const Step& step, void* operands, void (*execute)(void* const* l
   scheduler_of(me)->yield();
 }
 
-void warp_is_ordered() { block_of(*running).shared.order_lanes(running->thread_idx / kLanes); }
+void warp_is_ordered() {
+  block_of(*running).shared.clocks().order_lanes(running->thread_idx / kLanes);
+}
 
-void barrier(int id, int num_threads, const Step& step) {
+// Counts the running thread, and returns whether it was the last; those that wait then go on.
+static bool arrive(int id, int num_threads, bool waits, const Step& step) {
   Thread& me = *running;
   RunningBlock& block = block_of(me);
   if (id < 0 || id >= kMaxBarriers) {
@@ -333,19 +390,24 @@ void barrier(int id, int num_threads, const Step& step) {
     fault(step, "a barrier for " + std::to_string(num_threads) + " threads");
   }
   Barrier& barrier = block.barriers[id];
-  const int my_warp = me.thread_idx / kLanes;
-  me.step = &step;
+  auto& mine = barrier.warps[me.thread_idx / kLanes];
+  const Arrival here{me.thread_idx, step};
   if (barrier.arrived++ == 0) {
-    barrier.first = &me;
+    barrier.first = here;
     barrier.expected = num_threads;
   }
-  if (barrier.warps[my_warp].arrived++ == 0) barrier.warps[my_warp].first = &me;
-  const Thread& model = id == 0 ? *barrier.first : *barrier.warps[my_warp].first;
-  if (!same(*model.step, step) || barrier.expected != num_threads) {
+  if (mine.arrived++ == 0) mine.first = here;
+  mine.waits = waits;
+  const Arrival& model = id == 0 ? barrier.first : mine.first;
+  if (!same(model.step, step) || barrier.expected != num_threads) {
     fault(step, "threads meet at different barriers: " +
-                    difference(barrier.expected == num_threads ? model : *barrier.first, me));
+                    difference(barrier.expected == num_threads ? model : barrier.first, here));
   }
-  if (barrier.arrived < barrier.expected) return wait_here(me, step);
+  if (!waits) {
+    barrier.some_went_on = true;
+    block.shared.clocks().arrive(me.thread_idx, block.went_on[id]);
+  }
+  if (barrier.arrived < barrier.expected) return false;
   std::vector<int> warps;
   for (int warp = 0; warp < static_cast<int>(block.warps.size()); ++warp) {
     const int arrived = barrier.warps[warp].arrived;
@@ -354,14 +416,31 @@ void barrier(int id, int num_threads, const Step& step) {
       fault(step, "a barrier of whole warps, and of warp " + std::to_string(warp) + " only " +
                       std::to_string(arrived) + " lanes came");
     }
+    if (!barrier.warps[warp].waits) continue;
     warps.push_back(warp);
     for (int lane = 0; lane < kLanes; ++lane) {
       Thread& thread = block.threads[warp * kLanes + lane];
-      if (&thread != &me) set_ready(thread);
+      if (&thread != &me) wake(thread);
     }
   }
+  Clocks& clocks = block.shared.clocks();
+  if (barrier.some_went_on) {
+    block.went_on[id].close();
+    if (!warps.empty()) clocks.order_warps(warps, &block.went_on[id].known);
+    block.went_on[id] = Arrivals{};
+  } else {
+    clocks.order_warps(warps, nullptr);
+  }
   barrier = Barrier{};
-  block.shared.order_warps(warps);
+  return true;
+}
+
+void barrier(int id, int num_threads, const Step& step) {
+  if (!arrive(id, num_threads, true, step)) wait_here(step);
+}
+
+void arrive_at_barrier(int id, int num_threads, const Step& step) {
+  arrive(id, num_threads, false, step);
 }
 
 void wait_until_equal(const int* turn, int value, const Step& step) {
@@ -369,7 +448,7 @@ void wait_until_equal(const int* turn, int value, const Step& step) {
   if (*turn == value) return;
   me.turn = turn;
   me.awaited = value;
-  wait_here(me, step);
+  wait_here(step);
 }
 
 void check_global(const void* address, int bytes, Access access, const Step& step) {
@@ -386,6 +465,19 @@ void write_shared(const void* address, int bytes, const Step& step) {
   SharedMemory& shared = block_of(*running).shared;
   if (!shared.write(address, bytes, running->thread_idx, step)) fault(step, shared.error());
 }
+
+void begin_async_read(const void* shared, int bytes, AsyncReader reader, const Step& step) {
+  SharedMemory& memory = block_of(*running).shared;
+  if (!memory.begin_async_read(shared, bytes, reader, running->thread_idx, step)) {
+    fault(step, memory.error());
+  }
+}
+
+void end_async_read(const void* shared, int bytes, AsyncReader reader, const Step& step) {
+  block_of(*running).shared.end_async_read(shared, bytes, reader, running->thread_idx, step);
+}
+
+void fence_async_proxy() { block_of(*running).shared.fence_async_proxy(running->thread_idx); }
 
 void start_copy(void* shared, const void* global, int bytes, bool valid, const Step& step) {
   Copy copy{static_cast<char*>(shared), bytes, step, {}};

@@ -15,11 +15,16 @@
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
+#include "emulator/async_copy.h"
 #include "emulator/fiber.h"
 #include "emulator/global_memory.h"
+#include "emulator/mbarriers.h"
+#include "emulator/registers.h"
 #include "emulator/shared_memory.h"
 #include "emulator/step.h"
+#include "emulator/wgmma_groups.h"
 
 namespace emulator {
 
@@ -38,7 +43,7 @@ struct Settings {
   uint64_t seed = 1;
   int resident_blocks = 2;  // so many blocks run at once, in turns
   bool check_races = true;
-  int64_t blocks_run = 0;  // counted by run_grid
+  int64_t blocks_run = 0;                    // counted by run_grid
   std::map<std::string, int64_t> blocks_of;  // blocks run to their end, by the kernel's C++ name
 };
 Settings& settings();
@@ -58,18 +63,26 @@ struct Thread {
   Context context;
   bool done = false;
   CopyQueue copies;  // its cp.async copies under way
+  BulkQueue bulk;    // its bulk_reduce_adds
   // Waiting: at what (the step lies on the thread's own stack), and what for.
   const Step* step = nullptr;
   bool waiting = false;
   void* operands = nullptr;
   const int* turn = nullptr;
   int awaited = 0;
+  PackLog* packs = nullptr;  // once its warpgroup has used wgmma
 };
 
 struct Block {
   Grid index{};
   Machine* machine = nullptr;
   int thread_count = 0;
+  SharedMemory shared;
+  Mbarriers mbarriers;
+  CopyEngine copies;
+  Registers registers;
+  Warpgroup warpgroups[kMaxWarps / kWarpgroupWarps];
+  std::vector<Thread> threads;
   int num_threads() const { return thread_count; }
 };
 
@@ -80,15 +93,24 @@ class Machine {
 };
 
 Thread& current();
+// The running thread gives up the processor until somebody wakes it.
+void wait_here(const Step& step);
+void wake(Thread& thread);
 
 // One warp-wide instruction: all 32 lanes come here with the same step; `execute` is called once
 // with the operands of lane 0 .. 31.
 void collective(const Step& step, void* operands, void (*execute)(void* const* lanes));
+// The same for a warpgroup: the 128 lanes of warps 4 w ... 4 w + 3.
+void warpgroup_collective(const Step& step, void* operands, void (*execute)(void* const* lanes));
+WarpgroupProducts& warpgroup_products();
+PackLog* pack_log();  // the running thread's, if there is one and it uses wgmma
 // Orders the shared memory accesses of the warp's lanes; from within `execute`.
 void warp_is_ordered();
 // Barrier `id` of the block, for num_threads threads in whole warps. The lanes of a warp come from
 // the same place; at barrier 0 all warps do.
 void barrier(int id, int num_threads, const Step& step);
+// The same arrival without the wait.
+void arrive_at_barrier(int id, int num_threads, const Step& step);
 // Until *turn == value, which another block brings about.
 void wait_until_equal(const int* turn, int value, const Step& step);
 
@@ -97,6 +119,13 @@ void check_global(const void* address, int bytes, Access access, const Step& ste
 void read_shared(const void* address, int bytes, const Step& step);
 void write_shared(const void* address, int bytes, const Step& step);
 void start_copy(void* shared, const void* global, int bytes, bool valid, const Step& step);
+// The async proxy reads (shared_memory.h) for the running thread or its warpgroup: faults at bytes
+// out of bounds, not written, written without order or without the writer's fence_proxy_async.
+// Until the end of the read, a write to its bytes is a fault; then it counts as a read by the
+// reader now.
+void begin_async_read(const void* shared, int bytes, AsyncReader reader, const Step& step);
+void end_async_read(const void* shared, int bytes, AsyncReader reader, const Step& step);
+void fence_async_proxy();
 void commit_copies();
 void wait_for_copies(int pending);
 

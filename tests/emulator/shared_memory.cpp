@@ -7,7 +7,7 @@ namespace emulator {
 namespace {
 
 constexpr int kAlignment = 1024;
-constexpr int32_t kClockLimit = 1 << 30;
+constexpr int32_t kClockLimit = 1 << 29;
 int warp_of(int thread) { return thread / 32; }
 uint32_t lane_bit(int thread) { return uint32_t{1} << (thread % 32); }
 int num_units(int bytes) { return (bytes + kUnitBytes - 1) / kUnitBytes; }
@@ -32,23 +32,24 @@ void SharedMemory::clear(int bytes, int num_warps) {
     reads_[warp].lanes.assign(units, 0);
     reads_[warp].step.assign(units, kUnknownStep);
   }
-  latest_ = 0;
+  base_ = 0;
+  for (TensorReads& reads : tensor_reads_) reads = {};
 }
 
 void SharedMemory::start(int bytes, int num_warps) {
-  if (bytes > bytes_ || num_warps > num_warps_ || latest_ > kClockLimit) clear(bytes, num_warps);
-  // Copies that a failed block left under way.
-  std::replace(write_clock_.begin(), write_clock_.end(), kCopying, 0);
+  const int32_t latest = clocks_.latest();
+  const bool afresh = bytes > bytes_ || num_warps > num_warps_ || latest > kClockLimit;
+  if (afresh) clear(bytes, num_warps);
+  // Copies that a failed block left under way, and those of an earlier block.
+  const auto of_a_copy = [](int32_t clock) { return clock >= kCopyClock; };
+  std::replace_if(write_clock_.begin(), write_clock_.end(), of_a_copy, 0);
+  if (async_) std::replace_if(read_clock_.begin(), read_clock_.end(), of_a_copy, 0);
+  async_ = false;
   limit_ = bytes;
   block_warps_ = num_warps;
   memset(data_, 0xff, bytes);
-  base_ = latest_;
-  latest_ = base_ + 1;
-  WarpClock clock{};
-  for (int32_t& seen : clock.seen) seen = base_;
-  clock.floor = base_;
-  clocks_.assign(num_warps, clock);
-  for (int warp = 0; warp < num_warps; ++warp) clocks_[warp].seen[warp] = latest_;
+  base_ = afresh ? 0 : latest;
+  clocks_.start(num_warps, base_);
 }
 
 bool SharedMemory::refuse(const std::string& why) {
@@ -76,23 +77,18 @@ inline bool SharedMemory::find(const char* access, const void* address, int byte
   return true;
 }
 
-// Whether `earlier`'s access at `clock` comes before what `thread` does now.
-inline bool SharedMemory::ordered(int earlier, int32_t clock, int thread) const {
-  if (earlier == thread) return true;
-  const int32_t seen = clocks_[warp_of(thread)].seen[warp_of(earlier)];
-  return warp_of(earlier) == warp_of(thread) ? clock < seen : clock <= seen;
-}
-
 std::string SharedMemory::writer_of(int unit) const {
-  return thread_name(writer_[unit]) + " in " + describe(write_step_[unit]);
+  const std::string place = describe(write_step_[unit]);
+  if (writer_[unit] >= kMaxThreads) return "the copy in " + place;
+  return thread_name(writer_[unit]) + " in " + place;
 }
 
 // Whether all units hold a value whose write comes before what `thread` does now.
 inline bool SharedMemory::all_written_before(const Units& units, int thread) const {
   for (int unit = units.first; unit < units.first + units.count; ++unit) {
     const int32_t clock = write_clock_[unit];
-    if (clock == kCopying || clock <= base_) return false;
-    if (!ordered(writer_[unit], clock, thread)) return false;
+    if (clock >= kBarrier || clock <= base_) return false;
+    if (!clocks_.ordered(writer_[unit], clock, thread)) return false;
   }
   return true;
 }
@@ -105,7 +101,15 @@ bool SharedMemory::check_unit_to_read(int unit, int thread) {
   if (write_clock_[unit] <= base_) {
     return refuse("a read of " + byte_name(unit) + ", which nobody has written");
   }
-  if (check_races && !ordered(writer_[unit], write_clock_[unit], thread)) {
+  if (write_clock_[unit] == kBarrier) {
+    return refuse("a read of " + byte_name(unit) + ", which is of the mbarrier of " +
+                  writer_of(unit));
+  }
+  if (check_races && !clocks_.ordered(writer_[unit], write_clock_[unit], thread)) {
+    if (writer_[unit] >= kMaxThreads) {
+      return refuse("a read of " + byte_name(unit) + " before " + writer_of(unit) +
+                    " was waited for");
+    }
     return refuse("a race: " + byte_name(unit) + " was written by " + writer_of(unit) +
                   ", and no barrier comes before this read");
   }
@@ -117,8 +121,16 @@ bool SharedMemory::check_unit_to_write(int unit, int thread) {
     return refuse("a write to " + byte_name(unit) + " before the copy of " + writer_of(unit) +
                   " was waited for");
   }
+  if (write_clock_[unit] == kBarrier) {
+    return refuse("a write to " + byte_name(unit) + ", which is of the mbarrier of " +
+                  writer_of(unit));
+  }
   if (check_races && write_clock_[unit] > base_ &&
-      !ordered(writer_[unit], write_clock_[unit], thread)) {
+      !clocks_.ordered(writer_[unit], write_clock_[unit], thread)) {
+    if (writer_[unit] >= kMaxThreads) {
+      return refuse("a write to " + byte_name(unit) + " before " + writer_of(unit) +
+                    " was waited for");
+    }
     return refuse("a race: " + byte_name(unit) + " was written by " + writer_of(unit) +
                   ", and no barrier comes before this write");
   }
@@ -128,16 +140,20 @@ bool SharedMemory::check_unit_to_write(int unit, int thread) {
 // Whether all reads of one warp come before a write of `thread`.
 bool SharedMemory::check_reads_before_write(const Units& units, int warp, int thread) {
   const Reads& reads = reads_[warp];
-  const int32_t seen = clocks_[warp_of(thread)].seen[warp];
   const bool mine = warp == warp_of(thread);
-  const int32_t before = mine ? seen - 1 : seen;
+  const int32_t before = clocks_.seen(warp, thread);
   const int32_t* clock = reads.clock.data() + units.first;
   int32_t last = 0;
   for (int i = 0; i < units.count; ++i) last = clock[i] > last ? clock[i] : last;
   if (last <= before) return true;
   for (int unit = units.first; unit < units.first + units.count; ++unit) {
     if (reads.clock[unit] <= before) continue;
-    const uint32_t others = reads.lanes[unit] & ~(mine ? lane_bit(thread) : 0);
+    uint32_t others = reads.lanes[unit] & ~(mine ? lane_bit(thread) : 0);
+    for (int lane = 0; clocks_.single_threads_know() && lane < 32; ++lane) {
+      if (clocks_.ordered(warp * 32 + lane, reads.clock[unit], thread)) {
+        others &= ~(uint32_t{1} << lane);
+      }
+    }
     if (others == 0) continue;
     return refuse("a race: " + byte_name(unit) + " was read by " +
                   thread_name(warp * 32 + __builtin_ctz(others)) + " in " +
@@ -146,10 +162,26 @@ bool SharedMemory::check_reads_before_write(const Units& units, int warp, int th
   return true;
 }
 
+void SharedMemory::mark_read(const Units& units, int thread, uint16_t step) {
+  Reads& reads = reads_[warp_of(thread)];
+  const int32_t now = clocks_.now(thread);
+  const uint32_t lane = lane_bit(thread);
+  int32_t* read_clock = reads.clock.data() + units.first;
+  uint32_t* read_lanes = reads.lanes.data() + units.first;
+  uint16_t* read_step = reads.step.data() + units.first;
+  int32_t* last_read = read_clock_.data() + units.first;
+  for (int i = 0; i < units.count; ++i) {
+    read_lanes[i] = (read_clock[i] == now ? read_lanes[i] : 0) | lane;
+    read_clock[i] = now;
+    read_step[i] = step;
+    last_read[i] = last_read[i] > now ? last_read[i] : now;
+  }
+}
+
 bool SharedMemory::read(const void* address, int bytes, int thread, const Step& step) {
   Units units;
   if (!find("a read", address, bytes, units)) return false;
-  const WarpClock& clock = clocks_[warp_of(thread)];
+  const WarpClock& clock = clocks_.of_warp(warp_of(thread));
   const int32_t* written = write_clock_.data() + units.first;
   // Most reads follow a barrier of the whole block.
   int doubtful = 0;
@@ -161,21 +193,7 @@ bool SharedMemory::read(const void* address, int bytes, int thread, const Step& 
       if (!check_unit_to_read(unit, thread)) return false;
     }
   }
-  if (!check_races) return true;
-  Reads& reads = reads_[warp_of(thread)];
-  const int32_t now = clock.seen[warp_of(thread)];
-  const uint32_t lane = lane_bit(thread);
-  const uint16_t place = number_of(step);
-  int32_t* read_clock = reads.clock.data() + units.first;
-  uint32_t* read_lanes = reads.lanes.data() + units.first;
-  uint16_t* read_step = reads.step.data() + units.first;
-  int32_t* last_read = read_clock_.data() + units.first;
-  for (int i = 0; i < units.count; ++i) {
-    read_lanes[i] = (read_clock[i] == now ? read_lanes[i] : 0) | lane;
-    read_clock[i] = now;
-    read_step[i] = place;
-    last_read[i] = last_read[i] > now ? last_read[i] : now;
-  }
+  if (check_races) mark_read(units, thread, number_of(step));
   return true;
 }
 
@@ -183,12 +201,15 @@ void SharedMemory::mark_written(const Units& units, int32_t clock, int thread, u
   std::fill_n(write_clock_.begin() + units.first, units.count, clock);
   std::fill_n(writer_.begin() + units.first, units.count, static_cast<int16_t>(thread));
   std::fill_n(write_step_.begin() + units.first, units.count, step);
+  if (async_) {
+    const auto fences = static_cast<int32_t>(fences_[thread].size());
+    std::fill_n(fences_at_write_.begin() + units.first, units.count, fences);
+  }
 }
 
-bool SharedMemory::write(const void* address, int bytes, int thread, const Step& step) {
-  Units units;
-  if (!find("a write", address, bytes, units)) return false;
-  const WarpClock& clock = clocks_[warp_of(thread)];
+// Whether `thread` may write to all units now.
+bool SharedMemory::check_write(const Units& units, int thread) {
+  const WarpClock& clock = clocks_.of_warp(warp_of(thread));
   const int32_t* written = write_clock_.data() + units.first;
   const int32_t* last_read = read_clock_.data() + units.first;
   int doubtful = 0;
@@ -196,17 +217,24 @@ bool SharedMemory::write(const void* address, int bytes, int thread, const Step&
     doubtful |= static_cast<int>(written[i] > clock.floor);
     doubtful |= static_cast<int>(last_read[i] > clock.floor);
   }
-  if (doubtful != 0) {
-    if (!all_written_before(units, thread)) {
-      for (int unit = units.first; unit < units.first + units.count; ++unit) {
-        if (!check_unit_to_write(unit, thread)) return false;
-      }
-    }
-    for (int warp = 0; check_races && warp < block_warps_; ++warp) {
-      if (!check_reads_before_write(units, warp, thread)) return false;
+  if (doubtful == 0) return true;
+  if (!all_written_before(units, thread)) {
+    for (int unit = units.first; unit < units.first + units.count; ++unit) {
+      if (!check_unit_to_write(unit, thread)) return false;
     }
   }
-  mark_written(units, clock.seen[warp_of(thread)], thread, number_of(step));
+  for (int warp = 0; check_races && warp < block_warps_; ++warp) {
+    if (!check_reads_before_write(units, warp, thread)) return false;
+  }
+  return !async_ || check_tensor_reads(units, thread);
+}
+
+bool SharedMemory::write(const void* address, int bytes, int thread, const Step& step) {
+  Units units;
+  if (!find("a write", address, bytes, units)) return false;
+  if (async_ && !check_not_held(units)) return false;
+  if (!check_write(units, thread)) return false;
+  mark_written(units, clocks_.now(thread), thread, number_of(step));
   return true;
 }
 
@@ -223,29 +251,8 @@ bool SharedMemory::start_copy(const Copy& copy, int thread) {
 void SharedMemory::finish_copy(const Copy& copy, int thread) {
   Units units;
   find("a copy", copy.shared, copy.bytes, units);
-  const int warp = warp_of(thread);
-  mark_written(units, clocks_[warp].seen[warp], thread, number_of(copy.step));
+  mark_written(units, clocks_.now(thread), thread, number_of(copy.step));
   memcpy(copy.shared, copy.data, copy.bytes);
-}
-
-void SharedMemory::order_lanes(int warp) {
-  latest_ = std::max(latest_, ++clocks_[warp].seen[warp]);
-}
-
-void SharedMemory::order_warps(const std::vector<int>& warps) {
-  WarpClock joined{};
-  for (const int warp : warps) {
-    for (int i = 0; i < block_warps_; ++i) {
-      joined.seen[i] = std::max(joined.seen[i], clocks_[warp].seen[i]);
-    }
-  }
-  // The warps of a barrier go on at the same clock, so that a floor below it covers all they did.
-  int32_t now = 0;
-  for (const int warp : warps) now = std::max(now, joined.seen[warp]);
-  for (const int warp : warps) joined.seen[warp] = now;
-  joined.floor = *std::min_element(joined.seen, joined.seen + block_warps_);
-  for (const int warp : warps) clocks_[warp] = joined;
-  for (const int warp : warps) order_lanes(warp);
 }
 
 }  // namespace emulator

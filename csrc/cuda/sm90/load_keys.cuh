@@ -36,25 +36,16 @@ struct KeyBoxes {
 
 template <bool kValues>
 SA_DEVICE KeyBoxes key_boxes(const KeySource<kValues>& source, const primitives::TensorMap* map,
-                             int rows, const attention::SeqlenInfo& info, int kv_head) {
+                             int rows, int k_row, int k_batch, int kv_head) {
   const attention::FlashFwdProblem& problem = source.problem;
   const bool paged = problem.block_table != nullptr;
   return {map,
           rows,
-          paged ? 0 : static_cast<int>(info.k_row),
+          paged ? 0 : k_row,
           kv_head,
-          static_cast<int>(info.k_batch),
+          k_batch,
           static_cast<int>(problem.num_pages),
           !paged && problem.cu_seqlens_k == nullptr && problem.seqused_k == nullptr};
-}
-
-// The keys that a tile whose rows see `visible` loads. Without a block table all of the sequence's
-// are there; with one those before a window may be gone.
-SA_DEVICE attention::KeySet keys_to_load(const attention::FlashFwdProblem& problem,
-                                         const attention::SeqlenInfo& info,
-                                         attention::KeySet visible) {
-  if (problem.block_table == nullptr) return {0, {0, info.seqlen_k}};
-  return {visible.sink_end, {visible.window.begin, info.seqlen_k}};
 }
 
 template <class Tile>
@@ -69,22 +60,47 @@ SA_DEVICE void start_boxes(Tile& tile, const KeySource<kValues>& source, const K
   } else {
     primitives::mbarrier_arrive(full);
   }
-  const int count = Tile::kRows / boxes.rows;
-  for (int i = lane; i < count * kSlabs<Tile>; i += primitives::kWarpSize) {
-    const int slab = i / count;
-    const int row = (i - slab * count) * boxes.rows;
-    const int key = first_key + row;
-    int at[4] = {slab * Tile::kSlabCols, boxes.first_row + key, boxes.kv_head, boxes.batch_idx};
-    if (source.pages != nullptr) {
-      const int page_size = static_cast<int>(source.problem.page_size);
-      const int page = key / page_size;
-      const bool is_seen =
-          key < source.sink_end || (key + boxes.rows > source.begin && key < source.end);
-      at[1] = key - page * page_size;
-      at[3] = is_seen ? primitives::load_global(source.pages + page) : boxes.num_pages;
+  if (source.pages == nullptr) {  // one box of each slab
+    if (lane < kSlabs<Tile>) {
+      const int at[4] = {lane * Tile::kSlabCols, boxes.first_row + first_key, boxes.kv_head,
+                         boxes.batch_idx};
+      primitives::tma_load<4>(tile.data + lane * Tile::kRows * Tile::kSlabCols, boxes.map, full,
+                              at);
     }
-    primitives::tma_load<4>(tile.data + (slab * Tile::kRows + row) * Tile::kSlabCols, boxes.map,
-                            full, at);
+    return;
+  }
+  const int page_size = static_cast<int>(source.problem.page_size);
+  SA_ROLLED
+  for (int row = lane * boxes.rows; row < Tile::kRows; row += primitives::kWarpSize * boxes.rows) {
+    const int key = first_key + row;
+    const int page = key / page_size;
+    const bool is_seen =
+        key < source.sink_end || (key + boxes.rows > source.begin && key < source.end);
+    int at[4] = {0, key - page * page_size, boxes.kv_head,
+                 is_seen ? primitives::load_global(source.pages + page) : boxes.num_pages};
+    SA_ROLLED
+    for (int slab = 0; slab < kSlabs<Tile>; ++slab) {
+      at[0] = slab * Tile::kSlabCols;
+      primitives::tma_load<4>(tile.data + (slab * Tile::kRows + row) * Tile::kSlabCols, boxes.map,
+                              full, at);
+    }
+  }
+}
+
+// Starts the copies of all rows of a tile by one warp, in few registers; the caller commits and
+// waits. row_of(r): where row r lies, or null for zeros.
+template <class Tile, class RowOf>
+SA_DEVICE void copy_rows(Tile& tile, int cols, int lane, RowOf row_of) {
+  SA_ROLLED
+  for (int row = lane / Tile::kSlabChunks; row < Tile::kRows;
+       row += primitives::kWarpSize / Tile::kSlabChunks) {
+    const typename Tile::Element* numbers = row_of(row);
+    SA_ROLLED
+    for (int chunk = lane % Tile::kSlabChunks; chunk < Tile::kChunks; chunk += Tile::kSlabChunks) {
+      const bool valid = numbers != nullptr && chunk * kChunkElems < cols;
+      primitives::cp_async_16(tile.chunk(row, chunk),
+                              valid ? numbers + chunk * kChunkElems : numbers, valid);
+    }
   }
 }
 
@@ -92,18 +108,8 @@ SA_DEVICE void start_boxes(Tile& tile, const KeySource<kValues>& source, const K
 template <class Tile, bool kValues>
 SA_DEVICE void copy_chunks(Tile& tile, const KeySource<kValues>& source, int first_key,
                            primitives::Mbarrier* full, int lane) {
-  using Element = typename Tile::Element;
-  const int cols = source.dim();
-  for (int row = lane / Tile::kSlabChunks; row < Tile::kRows;
-       row += primitives::kWarpSize / Tile::kSlabChunks) {
-    const Element* numbers = source.template row<Element>(first_key + row);
-    for (int slab = 0; slab < kSlabs<Tile>; ++slab) {
-      const int chunk = slab * Tile::kSlabChunks + lane % Tile::kSlabChunks;
-      const bool valid = numbers != nullptr && chunk * kChunkElems < cols;
-      primitives::cp_async_16(tile.chunk(row, chunk),
-                              valid ? numbers + chunk * kChunkElems : numbers, valid);
-    }
-  }
+  copy_rows(tile, source.dim(), lane,
+            [&](int row) { return source.template row<typename Tile::Element>(first_key + row); });
   primitives::cp_async_commit();
   primitives::cp_async_wait<0>();
   primitives::fence_proxy_async();

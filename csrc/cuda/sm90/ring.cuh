@@ -33,6 +33,9 @@ struct Ring {
         parity ^= 1;
       }
     }
+    SA_DEVICE Place previous() const {
+      return stage == 0 ? Place{kStages - 1, parity ^ 1} : Place{stage - 1, parity};
+    }
   };
 
   SA_DEVICE void wait_until_full(const Place& at) {

@@ -126,10 +126,11 @@ struct RowStates {
   }
 };
 
-// Scores to weights in place; out is re-based on the new maxima.
-template <int kTilesM, int kTilesN, int kTilesV>
-SA_DEVICE void soften(Accumulators<kTilesM, kTilesN>& s, RowStates<kTilesM>& states,
-                      Accumulators<kTilesM, kTilesV>& out, float to_log2) {
+// Scores to weights in place. What the sums so far, and the output so far, are to be multiplied
+// with to be re-based on the new maxima: rescale; the sums are.
+template <int kTilesM, int kTilesN>
+SA_DEVICE void weigh(Accumulators<kTilesM, kTilesN>& s, RowStates<kTilesM>& states, float to_log2,
+                     float (&rescale)[kTilesM][2]) {
   SA_UNROLL
   for (int m = 0; m < kTilesM; ++m) {
     SA_UNROLL
@@ -149,9 +150,8 @@ SA_DEVICE void soften(Accumulators<kTilesM, kTilesN>& s, RowStates<kTilesM>& sta
       // A row that has seen no key keeps the maximum -inf; subtracting 0 gives weights of 0, not
       // NaN.
       const float base = max == attention::negative_infinity<float>() ? 0.0f : max * to_log2;
-      const float rescale =
-          old_max == max ? 1.0f : primitives::exp2_approx(old_max * to_log2 - base);
-      float sum = states.sum[m][half] * rescale;
+      rescale[m][half] = old_max == max ? 1.0f : primitives::exp2_approx(old_max * to_log2 - base);
+      float sum = states.sum[m][half] * rescale[m][half];
       SA_UNROLL
       for (int n = 0; n < kTilesN; ++n) {
         SA_UNROLL
@@ -162,13 +162,30 @@ SA_DEVICE void soften(Accumulators<kTilesM, kTilesN>& s, RowStates<kTilesM>& sta
         }
       }
       states.sum[m][half] = sum;
-      SA_UNROLL
-      for (int n = 0; n < kTilesV; ++n) {
-        out.c[m][n][2 * half] *= rescale;
-        out.c[m][n][2 * half + 1] *= rescale;
-      }
     }
   }
+}
+
+template <int kTilesM, int kTilesV>
+SA_DEVICE void rescale_rows(Accumulators<kTilesM, kTilesV>& out,
+                            const float (&rescale)[kTilesM][2]) {
+  SA_UNROLL
+  for (int m = 0; m < kTilesM; ++m) {
+    SA_UNROLL
+    for (int n = 0; n < kTilesV; ++n) {
+      SA_UNROLL
+      for (int reg = 0; reg < 4; ++reg) out.c[m][n][reg] *= rescale[m][reg / 2];
+    }
+  }
+}
+
+// Scores to weights in place; out is re-based on the new maxima.
+template <int kTilesM, int kTilesN, int kTilesV>
+SA_DEVICE void soften(Accumulators<kTilesM, kTilesN>& s, RowStates<kTilesM>& states,
+                      Accumulators<kTilesM, kTilesV>& out, float to_log2) {
+  float rescale[kTilesM][2];
+  weigh(s, states, to_log2, rescale);
+  rescale_rows(out, rescale);
 }
 
 }  // namespace sink_attention::cuda

@@ -1,10 +1,12 @@
 #pragma once
 
 #include "emulator/machine.h"
+#include "emulator/poison.h"
 
 namespace sink_attention::primitives {
 
 SA_DEVICE void atomic_add(float* sum, float value, emulator::Site site = emulator::here()) {
+  emulator::refuse_poison(value, "atomic_add", site);
   emulator::check_global(sum, sizeof(float), emulator::Access::kWrite, {"atomic_add", site});
   *sum += value;
 }

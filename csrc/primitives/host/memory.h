@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "emulator/machine.h"
+#include "emulator/poison.h"
 
 namespace sink_attention::primitives {
 
@@ -13,6 +14,7 @@ SA_DEVICE T load_global(const T* source, emulator::Site site = emulator::here())
 }
 template <class T>
 SA_DEVICE void store_global(T* destination, T value, emulator::Site site = emulator::here()) {
+  emulator::refuse_poison_in(value, "store_global", site);
   emulator::check_global(destination, sizeof(T), emulator::Access::kWrite, {"store_global", site});
   *destination = value;
 }
@@ -23,6 +25,7 @@ SA_DEVICE T load_shared(const T* source, emulator::Site site = emulator::here())
 }
 template <class T>
 SA_DEVICE void store_shared(T* destination, T value, emulator::Site site = emulator::here()) {
+  emulator::refuse_poison_in(value, "store_shared", site);
   emulator::write_shared(destination, sizeof(T), {"store_shared", site});
   *destination = value;
 }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "emulator/machine.h"
+#include "emulator/poison.h"
 
 namespace sink_attention::primitives {
 
@@ -69,6 +70,7 @@ void mma_m16n8k16_of(void* const* lanes) {
 template <class Element>
 SA_DEVICE void mma_m16n8k16(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                             emulator::Site site = emulator::here()) {
+  for (const float sum : acc) emulator::refuse_poison(sum, "mma_m16n8k16", site);
   internal::Mma mine{acc, a, b};
   emulator::collective({"mma_m16n8k16", site}, &mine, internal::mma_m16n8k16_of<Element>);
 }

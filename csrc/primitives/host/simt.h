@@ -4,6 +4,7 @@
 
 #define SA_DEVICE inline
 #define SA_UNROLL
+#define SA_ROLLED
 
 namespace sink_attention::primitives {
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "emulator/machine.h"
+#include "emulator/poison.h"
 
 namespace sink_attention::primitives {
 
@@ -16,6 +17,7 @@ struct Shuffle {
 template <class T>
 SA_DEVICE T shfl(T value, int lane, const char* name = "shfl",
                  emulator::Site site = emulator::here()) {
+  emulator::refuse_poison_in(value, name, site);
   internal::Shuffle<T> mine{value, lane % kWarpSize, T{}};
   emulator::collective({name, site}, &mine, [](void* const* lanes) {
     for (int i = 0; i < kWarpSize; ++i) {

@@ -2,6 +2,7 @@
 
 #define SA_DEVICE __device__ __forceinline__
 #define SA_UNROLL _Pragma("unroll")
+#define SA_ROLLED _Pragma("unroll 1")
 
 namespace sink_attention::primitives {
 

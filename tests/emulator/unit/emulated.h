@@ -10,16 +10,20 @@
 #include "emulator/device_array.h"
 #include "emulator/machine.h"
 #include "primitives/atomic.h"
+#include "primitives/bulk.h"
 #include "primitives/convert.h"
 #include "primitives/cp_async.h"
 #include "primitives/cta.h"
 #include "primitives/fast_math.h"
 #include "primitives/launch.h"
 #include "primitives/ldmatrix.h"
+#include "primitives/mbarrier.h"
 #include "primitives/memory.h"
 #include "primitives/mma.h"
 #include "primitives/simt.h"
+#include "primitives/tma.h"
 #include "primitives/warp.h"
+#include "primitives/warpgroup.h"
 
 namespace sink_attention::tests {
 

@@ -5,8 +5,6 @@
 // cache, so all of these calls must come here or none.
 #pragma once
 
-#include <stdexcept>
-
 #include "attention/problem.h"
 #include "cuda/backend.h"
 #include "cuda/tile/copy.cuh"
@@ -34,7 +32,7 @@ inline const char* why_not_flash_fwd(const attention::FlashFwdProblem& problem) 
                          rows_are_chunks(problem.out, problem.head_dim_v, problem.out_stride_batch,
                                          problem.out_stride_row, problem.out_stride_head);
   if (!in_chunks) return "rows of q, k, v or out are not in aligned parts of 16 bytes";
-  return "this build has no forward for sm_90a";
+  return nullptr;
 }
 
 inline bool takes_flash_fwd(const attention::FlashFwdProblem& problem) {
@@ -45,8 +43,6 @@ inline bool takes_flash_fwd(const attention::FlashFwdProblem& problem) {
 // num_splits is not looked at. Only for problems that are taken, with batch, seqlen_q and
 // num_heads_q above 0 (seqlen_k may be 0) and device.arch == 90. Throws std::runtime_error where
 // the launch fails.
-inline void flash_fwd(const attention::FlashFwdProblem&, const Device&, Stream) {
-  throw std::logic_error("sm90::flash_fwd takes no problem");
-}
+void flash_fwd(const attention::FlashFwdProblem& problem, const Device& device, Stream stream);
 
 }  // namespace sink_attention::cuda::sm90

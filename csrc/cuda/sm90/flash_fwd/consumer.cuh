@@ -1,0 +1,231 @@
+// A warpgroup that computes: 64 rows of the block's tile, against the tile's blocks of keys.
+//
+// With S = Q K^T and O += P V, of block j of n:
+//
+//     products   S 0 | S 1, O 0 | S 2, O 1 | ... | S n - 1, O n - 2 | O n - 1
+//     softmax          of S 0     of S 1     ...                of S n - 1
+//
+// so the softmax of a block runs beside the product of the weights before it, and, where
+// warpgroups take turns, beside the other warpgroups' products: whose turn it is starts its two
+// products and passes the turn on.
+//
+// A thread owns rows accumulator_row(lane, 0) and 8 below of its warp's 16, two neighbouring
+// columns of every 8.
+#pragma once
+
+#include "cuda/common/load_sink.cuh"
+#include "cuda/sm90/flash_fwd/storage.cuh"
+#include "cuda/sm90/operands.cuh"
+#include "cuda/sm90/store_rows.cuh"
+#include "cuda/tile/soften.cuh"
+#include "primitives/cta.h"
+#include "primitives/memory.h"
+
+namespace sink_attention::cuda::sm90 {
+
+template <class Element, class Tiles>
+struct FlashFwdConsumer {
+  using Storage = FlashFwdStorage<Element, Tiles>;
+  using KRing = Ring<Tiles::kStages>;
+  static constexpr int kTilesN = Tiles::kBlockN / 8;
+  static constexpr int kTilesV = Tiles::kHeadDimV / 8;
+  static constexpr int kFirstTurn = 1;  // the barrier of warpgroup 0's turn
+
+  const FlashFwdKernelProblem& problem;
+  Storage& storage;
+  int warpgroup;
+
+  SA_DEVICE void run() {
+    using primitives::load_shared;
+    if (Tiles::kTakeTurns && warpgroup == 0) pass_turn_to(0);
+    typename Ring<1>::Place q_at;
+    typename KRing::Place at;
+    for (int idx = primitives::block_idx().x; idx < problem.num_works;
+         idx += primitives::grid_dim().x) {
+      WorkWriter<Tiles>{problem, work()}.write(idx, warpgroup * 64, 64);
+      if (load_shared(&work().row_begin) < load_shared(&work().num_rows)) attend(q_at, at);
+    }
+    if (Tiles::kTakeTurns && warpgroup == 0) wait_for_turn();
+  }
+
+ private:
+  SA_DEVICE Work& work() const { return storage.work[primitives::warp_idx()]; }
+  SA_DEVICE int warp_row() const {  // in the tile
+    return warpgroup * 64 + primitives::warp_idx() % 4 * 16;
+  }
+  // Of a turn's barrier one warpgroup waits, and the one before it arrives.
+  SA_DEVICE void wait_for_turn() const {
+    primitives::sync_named(kFirstTurn + warpgroup, 2 * primitives::kWarpgroupSize);
+  }
+  SA_DEVICE void pass_turn_to(int next) const {
+    primitives::arrive_named(kFirstTurn + next, 2 * primitives::kWarpgroupSize);
+  }
+  SA_DEVICE void pass_turn() const {
+    pass_turn_to(warpgroup == Tiles::kConsumers - 1 ? 0 : warpgroup + 1);
+  }
+  // What this warp's products have read may be overwritten.
+  SA_DEVICE void release(primitives::Mbarrier* empty) const {
+    if (primitives::lane_idx() == 0) primitives::mbarrier_arrive(empty);
+  }
+
+  // `at`: the next block's place in both rings. V is used a block later than K.
+  SA_DEVICE void attend(typename Ring<1>::Place& q_at, typename KRing::Place& at) {
+    RowStates<1> states;
+    Accumulators<1, kTilesV> out;
+    states.clear();
+    out.clear();
+    if (blocks_of_work(work()).count() > 0) {
+      Accumulators<1, kTilesN> s;
+      uint32_t p[Tiles::kBlockN / kStepDepth][4];
+      float rescale[1][2];
+      note_bounds();
+
+      storage.q_ring.wait_until_full(q_at);
+      q_at.advance();
+      storage.k_ring.wait_until_full(at);
+      primitives::wgmma_hold(s.c[0]);
+      primitives::wgmma_fence();
+      start_scores(s, at.stage);
+      primitives::wgmma_wait<0>();
+      primitives::wgmma_hold(s.c[0]);
+      release(&storage.k_ring.empty[at.stage]);
+      at.advance();
+      soften_block(s, states, rescale, 0);
+      to_operands<Element>(s, p);
+
+      SA_ROLLED
+      for (int idx = 1; idx < blocks_of_work(work()).count(); ++idx) {
+        storage.v_ring.wait_until_full(at.previous());  // it was asked for before K
+        storage.k_ring.wait_until_full(at);
+        if (Tiles::kTakeTurns) wait_for_turn();
+        primitives::wgmma_hold(out.c[0]);
+        primitives::wgmma_hold(s.c[0]);
+        primitives::wgmma_fence();
+        start_scores(s, at.stage);
+        start_output(out, p, at.previous().stage);
+        if (Tiles::kTakeTurns) pass_turn();
+        primitives::wgmma_wait<1>();  // the scores are there
+        primitives::wgmma_hold(s.c[0]);
+        release(&storage.k_ring.empty[at.stage]);
+        soften_block(s, states, rescale, idx);
+        primitives::wgmma_wait<0>();  // the output is
+        primitives::wgmma_hold(out.c[0]);
+        release(&storage.v_ring.empty[at.previous().stage]);
+        at.advance();
+        rescale_rows(out, rescale);
+        to_operands<Element>(s, p);
+      }
+      release(&storage.q_ring.empty[0]);
+
+      storage.v_ring.wait_until_full(at.previous());
+      primitives::wgmma_hold(out.c[0]);
+      primitives::wgmma_fence();
+      start_output(out, p, at.previous().stage);
+      primitives::wgmma_wait<0>();
+      primitives::wgmma_hold(out.c[0]);
+      release(&storage.v_ring.empty[at.previous().stage]);
+    }
+    write_results(out, states);
+  }
+
+  SA_DEVICE void start_scores(Accumulators<1, kTilesN>& s, int stage) {
+    start_abt(s, storage.q, warpgroup * 64, storage.k[stage], 0, false);
+    primitives::wgmma_commit();
+  }
+  SA_DEVICE void start_output(Accumulators<1, kTilesV>& out,
+                              const uint32_t (&p)[Tiles::kBlockN / kStepDepth][4], int stage) {
+    start_ab(out, p, storage.v[stage], 0, 0, true);
+    primitives::wgmma_commit();
+  }
+
+  // Leaves in shared memory which keys each of the warp's rows sees; lanes 0 - 15 a row each.
+  SA_DEVICE void note_bounds() {
+    using primitives::load_shared;
+    const int row = warp_row() + primitives::lane_idx();
+    if (primitives::lane_idx() < 16) {
+      const int packed_row = load_shared(&work().row_begin) + row;
+      const int num_rows = load_shared(&work().num_rows);
+      KeyBounds bounds{0, 0};
+      if (packed_row < num_rows) {
+        const int group = problem.group;
+        const attention::Mask mask =
+            attention::make_mask(problem.problem, num_rows / group, load_shared(&work().seqlen_k));
+        const attention::Range keys = mask.window_keys(packed_row / group);
+        bounds = {static_cast<int>(keys.begin), static_cast<int>(keys.end)};
+      }
+      primitives::store_shared(storage.bounds + row, bounds);
+    }
+    primitives::sync_warp();
+  }
+
+  SA_DEVICE void soften_block(Accumulators<1, kTilesN>& s, RowStates<1>& states,
+                              float (&rescale)[1][2], int idx) const {
+    using primitives::load_shared;
+    transform_scores(s, problem.scale.form, problem.scale.to_tanh);
+    const int block = blocks_of_work(work()).block(idx);
+    if (block < load_shared(&work().full_begin) || block >= load_shared(&work().full_end)) {
+      hide_scores(s, block * Tiles::kBlockN);
+    }
+    weigh(s, states, problem.scale.to_log2, rescale);
+  }
+
+  // Scores of keys that a row does not see become -inf.
+  SA_DEVICE void hide_scores(Accumulators<1, kTilesN>& s, int first_key) const {
+    const int lane = primitives::lane_idx();
+    const int first_col = first_key + accumulator_col(lane, 0);
+    const int sink_end = static_cast<int>(problem.problem.num_sink_tokens) - first_col;
+    SA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const KeyBounds bounds =
+          primitives::load_shared(storage.bounds + warp_row() + accumulator_row(lane, 2 * half));
+      const int begin = bounds.begin - first_col;
+      const int end = bounds.end - first_col;
+      SA_UNROLL
+      for (int n = 0; n < kTilesN; ++n) {
+        SA_UNROLL
+        for (int col = 0; col < 2; ++col) {
+          const int key = 8 * n + col;
+          if ((key < begin && key >= sink_end) || key >= end) {
+            s.c[0][n][2 * half + col] = attention::negative_infinity<float>();
+          }
+        }
+      }
+    }
+  }
+
+  // Out and lse, the sink folded in.
+  SA_DEVICE void write_results(const Accumulators<1, kTilesV>& out,
+                               const RowStates<1>& states) const {
+    const attention::FlashFwdProblem& fwd = problem.problem;
+    const PackedRows rows = packed_rows(fwd, primitives::load_shared(&work().batch_idx),
+                                        primitives::load_shared(&work().kv_head));
+    const int lane = primitives::lane_idx();
+    const int first_row = primitives::load_shared(&work().row_begin) + warp_row();
+    float scale[2];
+    SA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const attention::RowState<float> state = states.whole(0, half, problem.scale.to_log2);
+      const int row = first_row + accumulator_row(lane, 2 * half);
+      scale[half] = 0.0f;
+      if (row >= rows.num_rows) continue;
+      const float sink = load_sink(fwd, rows.head(row));
+      const attention::RowResult<float> result = attention::fold_sink(state, sink);
+      scale[half] = result.scale;
+      if (lane % 4 == 0) {
+        float* lse = static_cast<float*>(fwd.lse) +
+                     rows.lse_offset(row, fwd.lse_stride_batch, fwd.lse_stride_head);
+        primitives::store_global(lse, result.lse);
+      }
+    }
+    store_rows<Element>(out, scale, 0, static_cast<int>(fwd.head_dim_v), problem.out_in_chunks,
+                        lane, [&](int half) -> Element* {
+                          const int row = first_row + accumulator_row(lane, 2 * half);
+                          if (row >= rows.num_rows) return nullptr;
+                          return static_cast<Element*>(fwd.out) +
+                                 rows.offset(row, fwd.out_stride_batch, fwd.out_stride_row,
+                                             fwd.out_stride_head);
+                        });
+  }
+};
+
+}  // namespace sink_attention::cuda::sm90

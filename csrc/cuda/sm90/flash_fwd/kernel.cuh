@@ -1,0 +1,47 @@
+// The forward on Hopper: warpgroups that compute, fed by one that copies.
+//
+// Thread block x stays for works x, x + blocks, ... (work.cuh). Warpgroups 0 ... kConsumers - 1
+// compute, 64 rows each (consumer.cuh); of the last one, warp 0 copies (producer.cuh) and the
+// others leave. All they share are the rings: a stage's contents and its two barriers.
+#pragma once
+
+#include "cuda/sm90/flash_fwd/consumer.cuh"
+#include "cuda/sm90/flash_fwd/producer.cuh"
+
+namespace sink_attention::cuda::sm90 {
+
+template <class Element, class Tiles>
+struct FlashFwdKernel {
+  using Problem = FlashFwdKernelProblem;
+  using Storage = FlashFwdStorage<Element, Tiles>;
+  struct Config {
+    static constexpr int kThreads = Tiles::kThreads;
+    static constexpr int kMinBlocks = 1;
+    static constexpr int kSharedBytes = static_cast<int>(sizeof(Storage));
+  };
+  static_assert(Config::kSharedBytes <= 227 * 1024, "what compute capability 9.0 has for a block");
+
+  static SA_DEVICE void run(const Problem& problem, char* shared) {
+    Storage& storage = *reinterpret_cast<Storage*>(shared);
+    if (primitives::thread_idx() == 0) {
+      constexpr int kUsers = 4 * Tiles::kConsumers;  // warps
+      storage.q_ring.init(kLoadArrivals, kUsers);
+      storage.k_ring.init(kLoadArrivals, kUsers);
+      storage.v_ring.init(kLoadArrivals, kUsers);
+      primitives::fence_mbarrier_init();
+    }
+    primitives::sync_threads();  // the barriers are there for all
+    const int warpgroup = primitives::warpgroup_idx();
+    if (warpgroup == Tiles::kConsumers) {
+      primitives::give_registers<Tiles::kProducerRegisters>();
+      if (primitives::warp_idx() % 4 == 0) {
+        FlashFwdProducer<Element, Tiles>{problem, storage}.run();
+      }
+    } else {
+      primitives::take_registers<Tiles::kConsumerRegisters>();
+      FlashFwdConsumer<Element, Tiles>{problem, storage, warpgroup}.run();
+    }
+  }
+};
+
+}  // namespace sink_attention::cuda::sm90

@@ -1,0 +1,37 @@
+// What a forward kernel is given beside the problem itself, and its entries, one for each head_dim
+// class; hdim*.cu hold one each.
+#pragma once
+
+#include "attention/problem.h"
+#include "cuda/tile/score_scale.h"
+#include "primitives/tma.h"
+
+namespace sink_attention::cuda::sm90 {
+
+struct FlashFwdKernelProblem {
+  primitives::TensorMap q_map;  // meaningless where ..._in_boxes is false
+  primitives::TensorMap k_map;
+  primitives::TensorMap v_map;
+  attention::FlashFwdProblem problem;
+  ScoreScale scale;
+  bool q_in_boxes;
+  bool k_in_boxes;
+  bool v_in_boxes;
+  bool out_in_chunks;
+  int box_rows;   // keys of a box
+  int group;      // num_heads_q / num_heads_kv
+  int num_tiles;  // of rows, of the longest sequence and one kv head
+  int num_works;  // num_tiles * batch * num_heads_kv
+};
+
+using Stream = void*;
+
+// num_sms: thread blocks that run at once.
+void flash_fwd_hdim64(const attention::FlashFwdProblem& problem, int num_sms, Stream stream);
+void flash_fwd_hdim96(const attention::FlashFwdProblem& problem, int num_sms, Stream stream);
+void flash_fwd_hdim128(const attention::FlashFwdProblem& problem, int num_sms, Stream stream);
+void flash_fwd_hdim192(const attention::FlashFwdProblem& problem, int num_sms, Stream stream);
+void flash_fwd_hdim192_128(const attention::FlashFwdProblem& problem, int num_sms, Stream stream);
+void flash_fwd_hdim256(const attention::FlashFwdProblem& problem, int num_sms, Stream stream);
+
+}  // namespace sink_attention::cuda::sm90

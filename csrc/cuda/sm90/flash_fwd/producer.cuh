@@ -1,0 +1,129 @@
+// The warp that copies: for each work Q, then K and V of its blocks of keys in turn, as far ahead
+// as the rings have room.
+#pragma once
+
+#include "cuda/sm90/flash_fwd/storage.cuh"
+#include "cuda/sm90/load_keys.cuh"
+
+namespace sink_attention::cuda::sm90 {
+
+template <class Element, class Tiles>
+struct FlashFwdProducer {
+  using Storage = FlashFwdStorage<Element, Tiles>;
+  using KRing = Ring<Tiles::kStages>;
+
+  const FlashFwdKernelProblem& problem;
+  Storage& storage;
+
+  SA_DEVICE void run() {
+    if (primitives::lane_idx() == 0) prefetch_maps();
+    typename Ring<1>::Place q_at;
+    typename KRing::Place at;  // K's and V's
+    for (int idx = primitives::block_idx().x; idx < problem.num_works;
+         idx += primitives::grid_dim().x) {
+      const WorkWriter<Tiles> writer{problem, work()};
+      writer.write(idx, 0, Tiles::kBlockM);
+      const int count = blocks_of_work(work()).count();
+      if (count == 0) continue;
+      writer.write_sources();
+      load_work(count, q_at, at);
+    }
+    wait_for_users(q_at, at);
+  }
+
+ private:
+  SA_DEVICE void prefetch_maps() const {
+    if (problem.q_in_boxes) primitives::prefetch_tensor_map(&problem.q_map);
+    if (problem.k_in_boxes) primitives::prefetch_tensor_map(&problem.k_map);
+    if (problem.v_in_boxes) primitives::prefetch_tensor_map(&problem.v_map);
+  }
+
+  SA_DEVICE Work& work() const { return storage.work[4 * Tiles::kConsumers]; }
+
+  SA_DEVICE void load_work(int count, typename Ring<1>::Place& q_at, typename KRing::Place& at) {
+    storage.q_ring.wait_until_empty(q_at);
+    start_queries();
+    SA_ROLLED
+    for (int idx = 0; idx < count; ++idx) {
+      storage.k_ring.wait_until_empty(at);
+      load_block<false>(storage.k[at.stage], idx, &storage.k_ring.full[at.stage]);
+      if (idx == 0) finish_queries();
+      storage.v_ring.wait_until_empty(at);
+      load_block<true>(storage.v[at.stage], idx, &storage.v_ring.full[at.stage]);
+      at.advance();
+    }
+    q_at.advance();
+  }
+
+  template <bool kValues, class Tile>
+  SA_DEVICE void load_block(Tile& tile, int idx, primitives::Mbarrier* full) {
+    using primitives::load_shared;
+    const Work& work = this->work();
+    const KeySource<kValues> source{problem.problem,
+                                    load_shared(kValues ? &work.v_base : &work.k_base),
+                                    load_shared(&work.pages),
+                                    nullptr,
+                                    load_shared(&work.sink_end),
+                                    load_shared(&work.key_begin),
+                                    load_shared(&work.seqlen_k)};
+    const bool in_boxes = kValues ? problem.v_in_boxes : problem.k_in_boxes;
+    const KeyBoxes boxes = key_boxes(
+        source, in_boxes ? (kValues ? &problem.v_map : &problem.k_map) : nullptr, problem.box_rows,
+        load_shared(&work.k_row), load_shared(&work.k_batch), load_shared(&work.kv_head));
+    load_keys(tile, source, boxes, blocks_of_work(work).block(idx) * Tiles::kBlockN, full,
+              primitives::lane_idx());
+  }
+
+  // The tile's rows of Q; where they are no boxes, chunk by chunk, which finish_queries waits for.
+  SA_DEVICE void start_queries() {
+    using primitives::load_shared;
+    using QTile = typename Storage::QTile;
+    primitives::Mbarrier* full = &storage.q_ring.full[0];
+    const int lane = primitives::lane_idx();
+    const int row_begin = load_shared(&work().row_begin);
+    if (problem.q_in_boxes) {
+      if (lane == 0) {
+        primitives::mbarrier_arrive_expect_tx(full, static_cast<int>(sizeof(storage.q.data)));
+      } else {
+        primitives::mbarrier_arrive(full);
+      }
+      if (lane < kSlabs<QTile>) {
+        const int group = problem.group;
+        const int at[5] = {lane * QTile::kSlabCols, 0,
+                           load_shared(&work().q_row) + row_begin / group,
+                           load_shared(&work().kv_head), load_shared(&work().q_batch)};
+        primitives::tma_load<5>(storage.q.data + lane * QTile::kRows * QTile::kSlabCols,
+                                &problem.q_map, full, at);
+      }
+      return;
+    }
+    const attention::FlashFwdProblem& fwd = problem.problem;
+    const PackedRows rows =
+        packed_rows(fwd, load_shared(&work().batch_idx), load_shared(&work().kv_head));
+    copy_rows(storage.q, static_cast<int>(fwd.head_dim), lane, [&](int row) {
+      return row_begin + row < rows.num_rows ? static_cast<const Element*>(fwd.q) +
+                                                   rows.offset(row_begin + row, fwd.q_stride_batch,
+                                                               fwd.q_stride_row, fwd.q_stride_head)
+                                             : nullptr;
+    });
+    primitives::cp_async_commit();
+  }
+  SA_DEVICE void finish_queries() {
+    if (problem.q_in_boxes) return;
+    primitives::cp_async_wait<0>();
+    primitives::fence_proxy_async();
+    primitives::mbarrier_arrive(&storage.q_ring.full[0]);
+  }
+
+  // Until all that was copied has been used: nothing is under way when the warp ends.
+  SA_DEVICE void wait_for_users(Ring<1>::Place q_at, typename KRing::Place at) {
+    storage.q_ring.wait_until_empty(q_at);
+    for (int stage = 0; stage < Tiles::kStages; ++stage) {
+      storage.k_ring.wait_until_empty(at);
+      storage.v_ring.wait_until_empty(at);
+      at.advance();
+    }
+  }
+};
+
+}  // namespace sink_attention::cuda::sm90

@@ -1,0 +1,18 @@
+#pragma once
+
+#include "emulator/machine.h"
+
+namespace sink_attention::primitives {
+
+SA_DEVICE int warpgroup_idx() { return emulator::current().thread_idx / kWarpgroupSize; }
+
+template <int kCount>
+SA_DEVICE void give_registers(emulator::Site site = emulator::here()) {
+  emulator::give_registers(kCount, {"give_registers", site});
+}
+template <int kCount>
+SA_DEVICE void take_registers(emulator::Site site = emulator::here()) {
+  emulator::take_registers(kCount, {"take_registers", site});
+}
+
+}  // namespace sink_attention::primitives

@@ -1,0 +1,127 @@
+#include "emulator/registers.h"
+
+#include <algorithm>
+
+#include "emulator/machine.h"
+
+namespace emulator {
+namespace {
+
+constexpr int kAll = 65536;
+constexpr int kMost = 256;
+constexpr int kFewest = 24;
+constexpr int kStep = 8;
+
+Registers::Warp& my_warp() { return current().block->registers.warps[current().thread_idx / 32]; }
+
+void change(int count, const Step& step) {
+  if (count < kFewest || count > kMost || count % kStep != 0) {
+    fault(step, std::to_string(count) + " registers, not a multiple of 8 from 24 to 256");
+  }
+  std::vector<Registers::Warp>& warps = current().block->registers.warps;
+  const int warp = current().thread_idx / 32;
+  Registers::Warp& mine = warps[warp];
+  if (mine.changed) fault(step, "the second change of registers, after " + describe(mine.step));
+  const int first = warp / kWarpgroupWarps * kWarpgroupWarps;
+  if (first + kWarpgroupWarps > static_cast<int>(warps.size())) {
+    fault(step, "warp " + std::to_string(warp) + " is of no whole warpgroup");
+  }
+  for (int i = first; i < first + kWarpgroupWarps; ++i) {
+    const Registers::Warp& other = warps[i];
+    if (!other.changed || same(other.step, step)) continue;
+    fault(step, "the warps of a warpgroup part: warp " + std::to_string(i) + " was at " +
+                    describe(other.step));
+  }
+  mine.changed = true;
+  mine.step = step;
+}
+
+// Warps that wait, and for which there are enough now.
+void grant(Block& block) {
+  for (size_t warp = 0; warp < block.registers.warps.size(); ++warp) {
+    Registers::Warp& waits = block.registers.warps[warp];
+    if (waits.wanted == 0) continue;
+    if (block.registers.in_use() + (waits.wanted - waits.count) * 32 > kAll) continue;
+    waits.count = waits.wanted;
+    waits.wanted = 0;
+    for (int lane = 0; lane < 32; ++lane) {
+      Thread& thread = block.threads[warp * 32 + lane];
+      if (thread.waiting) wake(thread);
+    }
+  }
+}
+
+}  // namespace
+
+void Registers::start(int num_warps) {
+  const int each = std::min(kAll / (num_warps * 32) / kStep * kStep, kMost);
+  warps.assign(num_warps, Warp{each});
+}
+
+int Registers::in_use() const {
+  int sum = 0;
+  for (const Warp& warp : warps) sum += warp.count * 32;
+  return sum;
+}
+
+std::string Registers::describe_waiting() const {
+  std::string text;
+  for (size_t warp = 0; warp < warps.size(); ++warp) {
+    if (warps[warp].wanted == 0) continue;
+    text += "; warp " + std::to_string(warp) + " has " + std::to_string(warps[warp].count) +
+            " registers a thread and waits for " + std::to_string(warps[warp].wanted) + ", " +
+            std::to_string(in_use()) + " of " + std::to_string(kAll) + " are in use";
+  }
+  return text;
+}
+
+void give_registers(int count, const Step& step) {
+  struct Call {
+    int count;
+    const Step* step;
+  } call{count, &step};
+  collective(step, &call, [](void* const* lanes) {
+    const Call& of = *static_cast<Call*>(lanes[0]);
+    Registers::Warp& mine = my_warp();
+    change(of.count, *of.step);
+    if (of.count > mine.count) {
+      fault(*of.step,
+            "keeps " + std::to_string(of.count) + " registers of " + std::to_string(mine.count));
+    }
+    mine.count = of.count;
+    grant(*current().block);
+  });
+}
+
+void take_registers(int count, const Step& step) {
+  struct Call {
+    int count;
+    const Step* step;
+  } call{count, &step};
+  collective(step, &call, [](void* const* lanes) {
+    const Call& of = *static_cast<Call*>(lanes[0]);
+    Registers::Warp& mine = my_warp();
+    change(of.count, *of.step);
+    if (of.count < mine.count) {
+      fault(*of.step, "takes " + std::to_string(of.count) + " registers and has " +
+                          std::to_string(mine.count));
+    }
+    mine.wanted = of.count;
+  });
+  grant(*current().block);
+  while (my_warp().wanted != 0) wait_here(step);
+}
+
+void check_end_of_registers(const Block& block) {
+  const std::vector<Registers::Warp>& warps = block.registers.warps;
+  for (size_t came = 0; came < warps.size(); ++came) {
+    const size_t first = came / kWarpgroupWarps * kWarpgroupWarps;
+    for (size_t warp = first; warps[came].changed && warp < first + kWarpgroupWarps; ++warp) {
+      if (warps[warp].changed) continue;
+      fault(warps[came].step, "warp " + std::to_string(came) + " came, and warp " +
+                                  std::to_string(warp) + " of its warpgroup did not");
+    }
+  }
+}
+
+}  // namespace emulator

@@ -1,0 +1,35 @@
+// How many registers the warps of a block have (setmaxnreg).
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "emulator/clocks.h"
+#include "emulator/step.h"
+
+namespace emulator {
+
+struct Block;
+struct Thread;
+
+struct Registers {
+  struct Warp {
+    int count;       // of each thread
+    int wanted = 0;  // waits for so many
+    bool changed = false;
+    Step step{};  // where
+  };
+  std::vector<Warp> warps;
+
+  void start(int num_warps);
+  int in_use() const;
+  std::string describe_waiting() const;  // for the report of a deadlock
+};
+
+// From all lanes of a warp. A warp that takes waits until there are so many.
+void give_registers(int count, const Step& step);
+void take_registers(int count, const Step& step);
+// Faults if some warps of a warpgroup changed their registers and others did not.
+void check_end_of_registers(const Block& block);
+
+}  // namespace emulator

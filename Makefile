@@ -47,14 +47,14 @@ serve-demo: $(STAMPS)/serve build  ## a real `transformers serve` on our op, ask
 	$(PY) examples/serve_demo.py
 
 # The emulator runs on one core, so its tests run in several processes; the others use all cores each.
-EMULATED_PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q tests -n $(shell nproc) -k emulated-sm80
+EMULATED_PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q tests -n $(shell nproc) -k emulated-sm
 
 test: $(STAMPS)/test build emulator lint native $(KERNELS)  ## lint, native tests, compiled kernels, all tests that are not slow
-	$(PY) -m pytest -q tests -m "not slow" -k "not emulated-sm80"
+	$(PY) -m pytest -q tests -m "not slow" -k "not emulated-sm"
 	$(EMULATED_PYTEST) -m "not slow"
 
 test-all: $(STAMPS)/test build emulator lint native $(KERNELS) test-transformers  ## the slow ones too
-	$(PY) -m pytest -q tests -k "not emulated-sm80"
+	$(PY) -m pytest -q tests -k "not emulated-sm"
 	$(EMULATED_PYTEST)
 
 # The adapters on a later transformers, in a folder of its own: the version in pyproject.toml stays the
@@ -108,13 +108,13 @@ sanitize-python: $(STAMPS)/test
 	SINK_SANITIZE=1 $(PY) setup.py --quiet build --build-lib build/sanitize-python
 	cd build/sanitize-python && PYTHONPATH=$$PWD ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-	  $(PY) -m pytest -q -m sanitize -k "not emulated-sm80" $(addprefix $(CURDIR)/,$(SANITIZED))
+	  $(PY) -m pytest -q -m sanitize -k "not emulated-sm" $(addprefix $(CURDIR)/,$(SANITIZED))
 
-check-cuda: $(STAMPS)/build  ## compile each CUDA kernel for each architecture (needs nvcc, no GPU)
+check-cuda: $(STAMPS)/build $(STAMPS)/disassembler  ## compile each CUDA kernel for each architecture (needs nvcc, no GPU)
 	$(PY) setup.py --quiet check_cuda
 	$(PY) tools/cuda_resources.py
 
-resources: $(STAMPS)/build  ## write that table, benchmarks/results/resources.md
+resources: $(STAMPS)/build $(STAMPS)/disassembler  ## write that table, benchmarks/results/resources.md
 	$(PY) setup.py --quiet check_cuda
 	$(PY) tools/cuda_resources.py --write
 
@@ -138,6 +138,11 @@ $(STAMPS)/torch: $(if $(HAS_TORCH),,.venv/bin/python)
 
 $(STAMPS)/native: $(STAMPS)/build
 	@command -v cmake > /dev/null || $(PY) tools/install_missing.py native
+	@touch $@
+
+# check-cuda does without, and says so.
+$(STAMPS)/disassembler: $(STAMPS)/torch pyproject.toml
+	@$(PY) tools/install_missing.py sass || echo "the packages of [sass] cannot be installed"
 	@touch $@
 
 $(STAMPS)/%: $(STAMPS)/torch pyproject.toml tools/install_missing.py

@@ -5,7 +5,8 @@ Environment:
     SINK_CUDA=auto|0|1        CUDA kernels: where nvcc and a CUDA torch are there (auto), never, or
                               an error if they cannot be built
     TORCH_CUDA_ARCH_LIST      what they are built for, as in torch ("8.0;9.0a+PTX"); default: the
-                              cards found, or without one those of DEFAULT_CUDA_ARCHS
+                              cards found, or without one those of DEFAULT_CUDA_ARCHS. With 9.0 or
+                              9.0a in it csrc/cuda/sm90 is compiled too, for sm_90a
     SINK_SANITIZE=1           with AddressSanitizer and UBSan, into build/ext-sanitize
     CXX, MAX_JOBS             compiler; how many files at once
 """
@@ -64,6 +65,8 @@ TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the oldest torch that the l
 LEAST_CUDA_ARCH = (8, 0)
 DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX;12.0"  # where no card is found; the PTX serves all later ones
 CHECKED_CUDA_ARCHS = "8.0;9.0;12.0"
+SM90 = CSRC / "cuda" / "sm90"  # Hopper's kernels, whose instructions exist for HOPPER_ARCH only
+HOPPER_ARCH = "9.0a"
 
 
 def cpp_sources(with_cuda: bool) -> list[Path]:
@@ -80,6 +83,20 @@ def cpp_sources(with_cuda: bool) -> list[Path]:
 
 def cuda_sources() -> list[Path]:
     return sorted((CSRC / "cuda").rglob("*.cu"))
+
+
+def archs_of(source: Path, archs: str) -> list[str]:
+    """What of the list a .cu file is compiled for: Hopper's files for HOPPER_ARCH where the list
+    has it in whatever form, else not at all, and all other files for the whole list."""
+    listed = archs.replace(" ", ";").split(";")
+    if not source.is_relative_to(SM90):
+        return listed
+    return [HOPPER_ARCH] * any(arch.startswith("9.0") for arch in listed)
+
+
+def without_sm90(archs: str) -> list[str]:
+    """The host code's flag for a list without Hopper: nothing may refer to its kernels."""
+    return [] if archs_of(SM90 / "any.cu", archs) else ["-DSINK_WITHOUT_SM90"]
 
 
 def nvcc_root() -> Path | None:
@@ -249,8 +266,11 @@ class NinjaBuild(BuildExtension):
         if cuda_root is not None:
             lines += nvcc_rule(cuda_root)
             for source in cuda_sources():
+                archs = archs_of(source, cuda_archs())
+                if not archs:
+                    continue
                 objects.append(source.relative_to(CSRC).with_suffix(".cu.o"))
-                flags = gencode_flags(cuda_archs())
+                flags = [*gencode_flags(";".join(archs)), *without_sm90(cuda_archs())]
                 lines += [
                     f"build {objects[-1]}: nvcc {from_build(source)}",
                     f"  flags = {quoted(flags)}",
@@ -281,15 +301,20 @@ class CheckCuda(Command):
         archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or CHECKED_CUDA_ARCHS
         lines, targets = nvcc_rule(root, keep_messages=True), []
         for source in cuda_sources():
-            for arch in archs.replace(" ", ";").split(";"):
+            for arch in archs_of(source, archs):
                 name = arch.replace(".", "").replace("+", "_")
                 targets.append(source.relative_to(CSRC / "cuda").with_suffix(f".sm_{name}.o"))
-                flags = quoted(["-Xptxas", "-v", *gencode_flags(arch)])
-                lines += [f"build {targets[-1]}: nvcc {from_build(source)}", f"  flags = {flags}"]
+                flags = ["-Xptxas", "-v", *gencode_flags(arch), *without_sm90(archs)]
+                lines += [
+                    f"build {targets[-1]}: nvcc {from_build(source)}",
+                    f"  flags = {quoted(flags)}",
+                ]
         run_ninja(folder, lines)
         # Of these targets only: objects of other architectures or of removed files may lie there.
         nvcc = subprocess.run([f"{root}/bin/nvcc", "--version"], capture_output=True, text=True)
-        logs = [nvcc.stdout, *((folder / f"{target}.log").read_text() for target in targets)]
+        logs = [nvcc.stdout]
+        for target in targets:
+            logs += [f"object {target}\n", (folder / f"{target}.log").read_text()]
         (folder / "ptxas.log").write_text("".join(logs))
 
 

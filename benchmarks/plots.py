@@ -14,6 +14,7 @@ from matplotlib.ticker import NullLocator
 
 COLORS = {
     "sink_attention_ext": "#c1272d",
+    "sink_attention_ext sm80": "#e8a0a3",
     "torch SDPA (no sink)": "#0072b2",
     "HuggingFace eager": "#555555",
     "FlexAttention": "#009e73",

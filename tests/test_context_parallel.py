@@ -84,7 +84,7 @@ CPU_CASES = drawn_cases(
 EMULATED_CASES = drawn_cases(
     14, 2, dtype=(torch.float32, torch.bfloat16), sink=("normal", "none", "mixed")
 )
-CASES = {"cpu": CPU_CASES, conftest.EMULATED: EMULATED_CASES}
+CASES = {"cpu": CPU_CASES, "emulated-sm80": EMULATED_CASES}
 
 
 # ---- on the ranks ----
@@ -105,7 +105,7 @@ def shard_of(inputs: Inputs, layout: str, group: dist.ProcessGroup | None = None
 
 
 def run_cases(rank: int, folder: str, backend: str) -> None:
-    use = emulated.emulated if backend == conftest.EMULATED else contextlib.nullcontext
+    use = emulated.emulated if backend in conftest.EMULATED else contextlib.nullcontext
     with use():
         results = [
             oracle.run(
@@ -120,7 +120,7 @@ def run_cases(rank: int, folder: str, backend: str) -> None:
 
 GRID = [
     pytest.param(backend, world_size, index, id=f"{backend}-{world_size} ranks-{layout} {case}")
-    for backend, world_sizes in (("cpu", (2, 4)), (conftest.EMULATED, (2,)))
+    for backend, world_sizes in (("cpu", (2, 4)), ("emulated-sm80", (2,)))
     if backend in conftest.BACKENDS
     for index, (case, layout) in enumerate(CASES[backend])
     for world_size in world_sizes

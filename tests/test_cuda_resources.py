@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import runpy
 import shutil
+import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tools"))
+import cuda_sass  # noqa: E402
+
 TOOL = runpy.run_path(str(ROOT / "tools" / "cuda_resources.py"))
 Kernel = TOOL["Kernel"]
 
@@ -48,7 +53,7 @@ def hot(spill_stores: int = 0, spill_loads: int = 0, name: str = PREFILL) -> tup
 
 @needs_demangler
 def test_messages_are_understood() -> None:
-    version, kernels = TOOL["parse"](LOG)
+    version, kernels = TOOL["parse"](LOG, {})
     assert version == "13.0.88"
     assert kernels == [
         Kernel("CombineKernel<Float16>", "sm_80", 128, 38, 512, 0, 4, 0, 8),
@@ -59,14 +64,14 @@ def test_messages_are_understood() -> None:
 @needs_demangler
 def test_a_message_that_is_cut_off_is_an_error() -> None:
     with pytest.raises(ValueError, match="ptxas said too little of .* for sm_80"):
-        TOOL["parse"](LOG[: LOG.index("ptxas info    : Used 38")])
+        TOOL["parse"](LOG[: LOG.index("ptxas info    : Used 38")], {})
 
 
 @needs_demangler
 def test_sizes_sort_by_their_value() -> None:
     sizes = (32, 96, 128)
     log = "".join(LOG.replace("Li128ELi128EEEEE", f"Li{n}ELi{n}EEEEE") for n in reversed(sizes))
-    names = [kernel.name for kernel in TOOL["parse"](log)[1] if "Prefill" in kernel.name]
+    names = [kernel.name for kernel in TOOL["parse"](log, {})[1] if "Prefill" in kernel.name]
     assert names == [f"sm80::FlashFwdKernel<BFloat16, Prefill<{n}, {n}>>" for n in sizes]
 
 
@@ -103,13 +108,13 @@ def test_a_changed_table_is_found() -> None:
 
 
 def test_an_outdated_table_says_how_to_write_it() -> None:
-    failures = TOOL["check"](TOOL["markdown"]("13.0.88", []), "13.0.88", [hot()])
+    failures = TOOL["check"](TOOL["markdown"]("13.0.88", []), "13.0.88", [hot()], [])
     assert "benchmarks/results/resources.md is out of date: run `make resources`" in failures
 
 
 def test_another_compiler_s_table_is_not_compared(capsys: pytest.CaptureFixture[str]) -> None:
     table = TOOL["markdown"]("12.8.61", [hot()])
-    assert TOOL["check"](table, "13.0.88", [hot(spill_loads=4)]) == []
+    assert TOOL["check"](table, "13.0.88", [hot(spill_loads=4)], []) == []
     printed = capsys.readouterr().out
     assert "not of nvcc 13.0.88" in printed and "spills 4 bytes" in printed
 
@@ -118,4 +123,130 @@ def test_the_committed_table_is_the_tool_s() -> None:
     text = TOOL["TABLE"].read_text()
     assert text.startswith(TOOL["markdown"]("", []).split("nvcc")[0])
     hot_rows = [line for line in text.splitlines() if TOOL["HOT"].match(line[3:])]
-    assert {line.split("|")[2].strip() for line in hot_rows} == {"sm_80", "sm_90", "sm_120"}
+    assert {line.split("|")[2].strip() for line in hot_rows} >= {"sm_80", "sm_90", "sm_120"}
+
+
+# ---- Hopper's kernels ----
+
+HOPPER = (
+    "_ZN14sink_attention10primitives12kernel_entryINS_4cuda4sm9014FlashFwdKernelILi64EEELi256"
+    "ELi65536EEEvNT_7ProblemE"
+)
+HOPPER_LOG = f"""\
+Cuda compilation tools, release 13.0, V13.0.88
+object sm90/flash_fwd/hdim64.sm_90a.o
+ptxas info    : Compiling entry function '{HOPPER}' for 'sm_90a'
+ptxas info    : Function properties for {HOPPER}
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers
+object common/combine.sm_80.o
+"""
+# As cuobjdump prints it. A loop with the warpgroup's products (70 to b0) waits for a barrier out of
+# line (110), which jumps back into it; a box is copied in another loop (c0 to f0), once for each
+# value of a uniform register (d0 to e0); a product comes after the loops.
+SASS = f"""\
+Fatbin elf code:
+	code for sm_90a
+		Function : {HOPPER}
+	.headerflags	@"EF_CUDA_ACCELERATORS EF_CUDA_SM90"
+        /*0050*/                   USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xf0 ;  /* 0x00 */
+                                                                             /* 0x00 */
+        /*0060*/              @!P0 BRA 0x50 ;  /* 0x00 */
+        /*0070*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR8], R0 ;  /* 0x00 */
+        /*0080*/              @!P0 BRA 0x110 ;  /* 0x00 */
+        /*0090*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;  /* 0x00 */
+        /*00a0*/                   HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR4], R24, gsb0 ;  /* 0 */
+        /*00b0*/              @!P1 BRA 0x70 ;  /* 0x00 */
+        /*00b8*/                   USETMAXREG.DEALLOC.CTAPOOL 0x18 ;  /* 0x00 */
+        /*00c0*/                   SYNCS.ARRIVE.TRANS64 RZ, [UR8+0xea60], R2 ;  /* 0x00 */
+        /*00d0*/                   UTMALDG.5D [UR8], [UR14] ;  /* 0x00 */
+        /*00e0*/               @P1 BRA.U.ANY 0xd0 ;  /* 0x00 */
+        /*00f0*/              @!P2 BRA 0xc0 ;  /* 0x00 */
+        /*0100*/                   EXIT ;  /* 0x00 */
+        /*0110*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR8], R0 ;  /* 0x00 */
+        /*0120*/              @!P0 BRA 0x110 ;  /* 0x00 */
+        /*0130*/                   BRA 0x90 ;  /* 0x00 */
+        /*0140*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;  /* 0x00 */
+        /*0150*/                   BRA 0x150;  /* 0x00 */
+"""
+
+
+def hopper(**changes) -> tuple:
+    kernel = Kernel(
+        "sm90::FlashFwdKernel<64>", "sm_90a", 384, 168, 0, 65536, 0, 0, 0,
+        "HGMMA 2, UTMALDG 1", "24, 240",
+    )  # fmt: skip
+    return kernel._replace(**changes)
+
+
+def test_instructions_in_loops_are_counted() -> None:
+    code = cuda_sass.read(SASS)
+    assert code == {HOPPER: cuda_sass.Code(Counter(HGMMA=2, UTMALDG=1), [24], [240])}
+
+
+def test_a_loop_for_the_lanes_values_alone_is_none() -> None:
+    straight = SASS.replace("@!P2 BRA 0xc0 ;", "@!P2 EXIT ;  ")
+    assert cuda_sass.read(straight)[HOPPER].in_loops == Counter(HGMMA=2)
+
+
+@needs_demangler
+def test_the_machine_code_becomes_two_columns() -> None:
+    _, (kernel,) = TOOL["parse"](HOPPER_LOG, cuda_sass.read(SASS))
+    assert kernel == hopper(threads=256)
+    (path,) = TOOL["objects"](HOPPER_LOG)
+    assert path.parts[-3:] == ("sm90", "flash_fwd", "hdim64.sm_90a.o")
+
+
+@needs_demangler
+def test_without_a_disassembler_the_other_columns_are_compared() -> None:
+    _, unread = TOOL["parse"](HOPPER_LOG, {})
+    table = TOOL["markdown"]("13.0.88", [hopper(threads=256)])
+    assert unread[0].in_loops == "?" and TOOL["differences"](table, unread) == []
+    assert len(TOOL["differences"](table, [unread[0]._replace(registers=160)])) == 2
+    assert len(TOOL["differences"](table, [hopper(threads=256, in_loops="HGMMA 3")])) == 2
+    assert TOOL["unused_units"](unread) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "in_loops", "lacking"),
+    [
+        ("sm90::FlashFwdKernel<64>", "HMMA 8, UTMALDG 1", "HGMMA or QGMMA"),
+        ("sm90::FlashBwdKernel<64>", "HGMMA 8, LDGSTS 4", "UTMALDG"),
+        ("sm90::PagedAttnKernel<64>", "HMMA 8", "UTMALDG or UBLKCP or LDGSTS"),
+        ("sm90::PagedAttnKernel<64>", "HMMA 8, UBLKCP 2", None),
+        ("sm80::FlashFwdKernel<64>", "", None),
+    ],
+)
+def test_hopper_s_units_must_be_used(name: str, in_loops: str, lacking: str | None) -> None:
+    found = TOOL["unused_units"]([hopper(name=name, in_loops=in_loops)])
+    assert found == ([] if lacking is None else [f"{name} has no {lacking} in its loops"])
+
+
+def test_hopper_s_kernels_must_not_spill() -> None:
+    (failure,) = TOOL["spilling"]([hopper(spill_stores=8)])
+    assert "spills 8 bytes on sm_90a" in failure
+
+
+def test_registers_that_nobody_gave_are_found() -> None:
+    assert TOOL["over_budget"]([hopper(), hot()]) == []
+    (failure,) = TOOL["over_budget"]([hopper(setmaxnreg="40, 240")])
+    assert "setmaxnreg to 40, 240 is 66560 registers a block, which starts with 64512" in failure
+    (failure,) = TOOL["over_budget"]([hopper(registers=176)])
+    assert "needs 67584 registers a block" in failure
+
+
+@pytest.mark.parametrize(
+    "advice",
+    [
+        "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are "
+        "serialized due to insufficient register resources for the wgmma pipeline in the function",
+        "ptxas info    : (C7508) Potential Performance Loss: 'setmaxnreg' ignored to maintain "
+        "minimum register requirements in the function",
+        "ptxas warning : (C7999) Something that later versions say",
+    ],
+)
+def test_what_ptxas_advises_fails(advice: str) -> None:
+    assert TOOL["warnings"](LOG) == []
+    (found,) = TOOL["warnings"](f"{LOG}{advice} '{HOPPER}'\n{advice} '{HOPPER}'\n")
+    assert found.startswith(advice)
+    assert found in TOOL["check"]("", "13.0.88", [hot()], [found])

@@ -1,6 +1,8 @@
-"""What each CUDA kernel takes of a multiprocessor, from what ptxas said when it was compiled.
+"""What each CUDA kernel takes of a multiprocessor, from what ptxas said when it was compiled, and
+what the machine code of Hopper's kernels holds.
 
-    python tools/cuda_resources.py            the committed table is right, and no hot kernel spills
+    python tools/cuda_resources.py            the committed table is right, ptxas warns of nothing,
+                                              no hot kernel spills, Hopper's use its units
     python tools/cuda_resources.py --write    writes the table
 
 `setup.py check_cuda` compiles the kernels and leaves ptxas' messages in build/check-cuda/ptxas.log;
@@ -15,12 +17,27 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
+import cuda_sass
+
 ROOT = Path(__file__).resolve().parent.parent
 LOG = ROOT / "build" / "check-cuda" / "ptxas.log"
 TABLE = ROOT / "benchmarks" / "results" / "resources.md"
 
 # Kernels in whose inner loops the time goes: what they spill, they spill at every step.
-HOT = re.compile(r"sm80::Flash(Fwd|Bwd)Kernel<")
+HOT = re.compile(r"sm80::Flash(Fwd|Bwd)Kernel<|sm90::")
+# ptxas numbers its advice: C7510, products of a warpgroup that wait for each other; C7508, register
+# budgets that it ignores. None of it may stay.
+ADVICE = re.compile(
+    r"^.*(?:ptxas (?:info|warning)\s*:\s*\(C\d+\)|Potential Performance Loss).*$", re.MULTILINE
+)
+DISASSEMBLED = "sm_90a"
+# What the loops of Hopper's kernels must have, one of each group.
+IN_LOOPS = {
+    re.compile(r"sm90::Flash(Fwd|Bwd)"): (("HGMMA", "QGMMA"), ("UTMALDG",)),
+    re.compile(r"sm90::(?!Flash)"): (("HMMA", "HGMMA"), ("UTMALDG", "UBLKCP", "LDGSTS")),
+}
+REGISTERS = 65536  # of a multiprocessor
+WARPGROUP = 128
 
 
 class Kernel(NamedTuple):
@@ -35,10 +52,15 @@ class Kernel(NamedTuple):
     spill_stores: int
     spill_loads: int
     stack: int
+    in_loops: str = ""  # "HGMMA 16, UTMALDG 4"; "?" where there was no disassembler
+    setmaxnreg: str = ""  # "24, 240": what warpgroups give and take; "?" likewise
 
     @property
     def spills(self) -> int:
         return max(self.spill_stores, self.spill_loads)
+
+
+FROM_CODE = ("in_loops", "setmaxnreg")  # the last columns
 
 
 def readable(demangled: str) -> tuple[str, int, int]:
@@ -59,8 +81,23 @@ def demangle(symbols: list[str]) -> list[str]:
     return done.stdout.splitlines()
 
 
-def parse(log: str) -> tuple[str, list[Kernel]]:
-    """nvcc's version, and what ptxas -v said of each kernel."""
+def objects(log: str) -> list[Path]:
+    """Of the kernels that are disassembled."""
+    found = re.findall(rf"^object (\S+\.{DISASSEMBLED}\.o)$", log, re.MULTILINE)
+    return [LOG.parent / name for name in found]
+
+
+def from_code(code: cuda_sass.Code | None) -> tuple[str, str]:
+    """The last two columns."""
+    if code is None:
+        return "?", "?"
+    counts = [f"{word} {code.in_loops[word]}" for word in cuda_sass.COUNTED if code.in_loops[word]]
+    return ", ".join(counts), ", ".join(map(str, code.given + code.taken))
+
+
+def parse(log: str, codes: dict[str, cuda_sass.Code]) -> tuple[str, list[Kernel]]:
+    """nvcc's version, and what ptxas -v said of each kernel; codes: by symbol, those that are
+    disassembled."""
     version = re.search(r"release [\d.]+, V([\d.]+)", log)
     symbols, facts = [], []
     for part in re.split(r"Compiling entry function ", log)[1:]:
@@ -79,10 +116,11 @@ def parse(log: str) -> tuple[str, list[Kernel]]:
             (arch, int(registers[1]), int(static[1]) if static else 0, stores, loads, stack)
         )
     kernels = []
-    for demangled, fact in zip(demangle(symbols), facts, strict=True):
+    for symbol, demangled, fact in zip(symbols, demangle(symbols), facts, strict=True):
         name, threads, dynamic = readable(demangled)
         arch, registers, static, *rest = fact
-        kernels.append(Kernel(name, arch, threads, registers, static, dynamic, *rest))
+        columns = from_code(codes.get(symbol)) if arch == DISASSEMBLED else ("", "")
+        kernels.append(Kernel(name, arch, threads, registers, static, dynamic, *rest, *columns))
 
     def order(kernel: Kernel) -> list:  # numbers by their value
         text = f"{kernel.name} {kernel.arch}"
@@ -101,8 +139,14 @@ def markdown(version: str, kernels: list[Kernel]) -> str:
         "# Resources of the CUDA kernels",
         "",
         "Written by `make resources`, checked by `make check-cuda`. Memory in bytes; a block has",
-        "the sum of both columns of shared memory. `sm80::` are the kernels on tensor cores",
-        "(bfloat16 and float16), `simt::` those of float32 and float64.",
+        "the sum of both columns of shared memory; registers are a thread's, at the launch.",
+        "`sm80::` are the kernels on tensor cores (bfloat16 and float16), `sm90::` those for",
+        "Hopper's, `simt::` those of float32 and float64.",
+        "",
+        "Of Hopper's, from the machine code: how many of these instructions are in loops",
+        "(`HGMMA`: a warpgroup's product, `HMMA`: a warp's, `UTMALDG`: a copy of a box, `UBLKCP`",
+        "and `UBLKRED`: a copy and a sum of bytes in a row, `LDGSTS`: cp.async), and the registers",
+        "a thread that the loading warpgroup keeps and the others take.",
         "",
         f"nvcc {version}",
         "",
@@ -124,19 +168,65 @@ def spilling(kernels: list[Kernel]) -> list[str]:
     ]
 
 
+def warnings(log: str) -> list[str]:
+    """What ptxas advises, once each."""
+    return [line.strip() for line in dict.fromkeys(ADVICE.findall(log))]
+
+
+def unused_units(kernels: list[Kernel]) -> list[str]:
+    """Hopper's kernels whose loops lack its products or copies."""
+    found = []
+    for kernel in kernels:
+        words = set(re.findall(r"[A-Z]+", kernel.in_loops))
+        for pattern, groups in IN_LOOPS.items():
+            if kernel.in_loops == "?" or not pattern.match(kernel.name):
+                continue
+            lacking = [" or ".join(group) for group in groups if not words & set(group)]
+            if lacking:
+                found.append(f"{kernel.name} has no {' and no '.join(lacking)} in its loops")
+    return found
+
+
+def over_budget(kernels: list[Kernel]) -> list[str]:
+    """Kernels whose block cannot start, or whose warpgroups take more registers than others gave:
+    they would wait for ever."""
+    found = []
+    for kernel in kernels:
+        launched = kernel.threads * kernel.registers
+        if launched > REGISTERS:
+            found.append(f"{kernel.name} needs {launched} registers a block on {kernel.arch}")
+        budget = [int(number) for number in re.findall(r"\d+", kernel.setmaxnreg)]
+        # One warpgroup gives, all others take.
+        wanted = WARPGROUP * min(budget, default=0)
+        wanted += (kernel.threads - WARPGROUP) * max(budget, default=0)
+        if wanted > launched:
+            found.append(
+                f"{kernel.name}: setmaxnreg to {kernel.setmaxnreg} is {wanted} registers a block, "
+                f"which starts with {launched}"
+            )
+    return found
+
+
+def comparable(line: str, exact: bool) -> str:
+    """A row, without the columns of the machine code unless it was read."""
+    return line if exact else " | ".join(line.split(" | ")[: -len(FROM_CODE)])
+
+
 def differences(committed: str, kernels: list[Kernel]) -> list[str]:
     """Rows that the committed table lacks or has too many, of the architectures compiled."""
     archs = {kernel.arch for kernel in kernels}
+    exact = all(kernel.in_loops != "?" for kernel in kernels)
     there = [line for line in committed.splitlines() if line.startswith("| `")]
     there = [line for line in there if line.split("|")[2].strip() in archs]
-    wanted = [row(kernel) for kernel in kernels]
+    there = [comparable(line, exact) for line in there]
+    wanted = [comparable(row(kernel), exact) for kernel in kernels]
     missing = [f"+ {line}" for line in wanted if line not in set(there)]
     return missing + [f"- {line}" for line in there if line not in set(wanted)]
 
 
-def check(committed: str, version: str, kernels: list[Kernel]) -> list[str]:
-    """Why the kernels, or their table, are not right."""
-    failures = spilling(kernels)
+def check(committed: str, version: str, kernels: list[Kernel], advice: list[str]) -> list[str]:
+    """Why the kernels, or their table, are not right; advice: what ptxas warned of."""
+    failures = advice + spilling(kernels) + unused_units(kernels) + over_budget(kernels)
     if f"nvcc {version}\n" not in committed and committed:
         print(f"check-cuda: the table is not of nvcc {version}, so nothing fails by it")
         print(*failures, sep="\n")
@@ -151,16 +241,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write the table")
     arguments = parser.parse_args()
-    version, kernels = parse(LOG.read_text())
+    log = LOG.read_text()
+    code = cuda_sass.disassemble(objects(log))
+    if code is None:
+        print("check-cuda: the machine code is not looked at: no cuobjdump and nvdisasm on PATH,")
+        print('in CUDA_HOME or in the packages of the optional dependencies "sass"')
+        if arguments.write:
+            raise SystemExit("resources: the table cannot be written without them")
+    version, kernels = parse(log, cuda_sass.read(code or ""))
     if arguments.write:
         TABLE.write_text(markdown(version, kernels))
         print(f"{TABLE.relative_to(ROOT)}: {len(kernels)} rows")
-    failures = check(TABLE.read_text() if TABLE.exists() else "", version, kernels)
+    committed = TABLE.read_text() if TABLE.exists() else ""
+    failures = check(committed, version, kernels, warnings(log))
     if failures:
         raise SystemExit("\n".join(f"check-cuda: {failure}" for failure in failures))
     archs = ", ".join(dict.fromkeys(kernel.arch for kernel in kernels))
     print(f"check-cuda: {len(kernels)} kernels compiled ({archs}), nvcc {version}: no hot kernel")
-    print(f"spills, and {TABLE.relative_to(ROOT)} is right")
+    print(f"spills, ptxas advises nothing, and {TABLE.relative_to(ROOT)} is right")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ try:
 except ImportError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 
-# Only files of these are read; what they themselves ask for is of no use here.
-WITHOUT_DEPENDENCIES = {"nvidia-cutlass"}
+# Only files of these are used; what they themselves ask for is of no use here.
+WITHOUT_DEPENDENCIES = {"nvidia-cutlass", "nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm"}
 PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 
 

@@ -8,26 +8,31 @@ flash-attn 3  a build with sinks, in a folder named by SINK_FA3_PEER that holds 
 flash-attn 4  flash_attn.cute, with the sink.
 FlashInfer    single_prefill_with_kv_cache. Forward only, no sink.
 
+And our own kernels for all cards, forced, where a Hopper card would run its own.
+
 None of these libraries has been called from here yet. One whose call is not as expected drops out
 with its error, as one with a wrong result does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import torch
-from cases import Problem
-from peers import contender
+from cases import Layer, Problem
+from peers import contender, ours
 from timing import Contender
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+
+from sink_attention_ext import ops, supports
 
 HALF = (torch.float16, torch.bfloat16)
 SDPA_BACKENDS = {
@@ -37,6 +42,7 @@ SDPA_BACKENDS = {
     "SDPA math": SDPBackend.MATH,
 }
 FA2, FA3, FA4, FLASHINFER = "flash-attn 2", "flash-attn 3", "flash-attn 4", "FlashInfer"
+OURS_SM80 = "sink_attention_ext sm80"
 FA3_FOLDER = "SINK_FA3_PEER"
 MATH_MOST_BYTES = 8 << 30  # of one heads x seqlen x seqlen matrix
 
@@ -144,9 +150,41 @@ def attend_library(peer: str, module: ModuleType, problem: Problem) -> Callable:
     return {FA2: fa2, FA3: fa3, FA4: fa4, FLASHINFER: flashinfer}[peer]
 
 
+@contextlib.contextmanager
+def forced_kernels(family: str) -> Iterator[None]:
+    """Attention on CUDA runs this family's kernels."""
+    before = ops.cuda_kernels()
+    ops.set_cuda_kernels(family)
+    try:
+        yield
+    finally:
+        ops.set_cuda_kernels(before)
+
+
+def by_sm80(call: Callable, layer: Layer, **facts) -> Callable | str:
+    """The same call of ours by the kernels for all cards, or why that is no other call. facts: what
+    supports() asks beside the layer's."""
+    heads = {"num_heads_q": layer.num_heads_q, "num_heads_kv": layer.num_heads_kv}
+    kernel = supports(head_dim=layer.head_dim, **heads, **facts).kernel
+    if kernel is None or "sm90" not in kernel:
+        return f"our call runs {kernel} anyway"
+
+    def forced():
+        with forced_kernels("sm80"):
+            return call()
+
+    return forced
+
+
 def contenders(problem: Problem, *, backward: bool) -> tuple[list[Contender], dict[str, str]]:
     """Those that can be measured, and the others with the reason."""
     found, left_out = [], {}
+    usual = ours(problem, backward=backward)
+    facts = {"dtype": problem.dtype, "device": problem.device, "backward": backward}
+    if isinstance(call := by_sm80(usual.call, problem.layer, **facts), str):
+        left_out[OURS_SM80] = call
+    else:
+        found.append(Contender(OURS_SM80, call, usual.check))
     for peer in (*SDPA_BACKENDS, FA2, FA3, FA4, FLASHINFER):
         if reason := why_not(peer, problem, backward):
             left_out[peer] = reason

@@ -15,6 +15,7 @@ GRAPHS = "tests/test_cuda_graphs.py"
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # The reduced grid: tests marked as small and of every kind.
 REDUCED = ["-m", "sanitize and not slow"]
+FAMILIES = ("sm90", "sm80")  # of kernels on tensor cores, between which a Hopper card chooses
 QUICK_SANITIZED = ["tests/test_dense.py", "tests/test_gradients.py", "tests/test_paged.py"]
 
 
@@ -73,8 +74,43 @@ def sanitizer_filter(program: str, tool: str) -> list[str]:
     return ["--kernel-regex", "kns=kernel_entry"] if known else []
 
 
-def sanitizer_step(tool: str, out: Path, quick: bool) -> Step:
-    name = f"sanitizer-{tool}"
+def why_no_choice() -> str | None:
+    """Why there is nothing to force: on other cards than Hopper only one family runs."""
+    import torch  # takes seconds, and most of this module does without
+
+    if not torch.cuda.is_available():
+        return "needs a card"
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) == (9, 0):
+        return None
+    return f"compute capability {major}.{minor} has one family of kernels only"
+
+
+def suffix(family: str | None) -> str:
+    return "" if family is None else f"-{family}"
+
+
+def forced(family: str | None) -> dict[str, str]:
+    """The environment in which attention runs this family's kernels or, where they do not take a
+    call, nothing: tests/conftest.py skips such tests."""
+    return {} if family is None else {"SINK_ATTENTION_CUDA_KERNELS": family}
+
+
+def tests_step(out: Path, quick: bool, family: str | None = None) -> Step:
+    name = f"tests{suffix(family)}"
+    selected = REDUCED if quick else ["-m", "not slow"]
+    return Step(
+        name,
+        pytest(out, name, *grid_files(), "-k", "cuda", *selected),
+        10 if quick else 40,
+        forced(family),
+        needs=("build",),
+        reason=family and why_no_choice(),
+    )
+
+
+def sanitizer_step(tool: str, out: Path, quick: bool, family: str | None = None) -> Step:
+    name = f"sanitizer-{tool}{suffix(family)}"
     program = cuda_program("compute-sanitizer")
     if program is None:
         return Step(name, [], 0, reason="no compute-sanitizer on PATH or in CUDA_HOME")
@@ -85,28 +121,24 @@ def sanitizer_step(tool: str, out: Path, quick: bool) -> Step:
         [program, "--tool", tool, "--error-exitcode", "99", *sanitizer_filter(program, tool)]
         + pytest(out, name, *tests, "-k", "cuda", *REDUCED),
         8 if quick else 25,
-        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} | forced(family),
         needs=("build", "self-check"),
+        reason=family and why_no_choice(),
     )
 
 
 def card_steps(out: Path, quick: bool) -> list[Step]:
     build = python("setup.py", "build_ext", "--inplace")
-    selected = REDUCED if quick else ["-m", "not slow"]
     benchmark = python("benchmarks/run.py", "--device", "cuda", "--out", str(out / "benchmarks"))
     after = ("build", "self-check")
     return [
         Step("environment", python("-m", "gpu.environment", str(out)), 3),
         Step("build", build, 15, {"SINK_CUDA": "1"}),
         Step("self-check", python("-m", "sink_attention_ext"), 5, needs=("build",)),
-        Step(
-            "tests",
-            pytest(out, "tests", *grid_files(), "-k", "cuda", *selected),
-            10 if quick else 40,
-            needs=("build",),
-        ),
+        *(tests_step(out, quick, family) for family in (None, *FAMILIES)),
         Step("graphs", pytest(out, "graphs", GRAPHS), 10, needs=after),
         *(sanitizer_step(tool, out, quick) for tool in SANITIZERS),
+        *(sanitizer_step(tool, out, True, "sm90") for tool in SANITIZERS),
         Step(
             "benchmarks",
             benchmark + (["--quick"] if quick else []),

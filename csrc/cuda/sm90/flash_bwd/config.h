@@ -37,8 +37,8 @@ struct FlashBwdTiles {
   static constexpr int kConsumerThreads = 128 * kConsumers;
   static constexpr int kThreads = 128 + kConsumerThreads;
   // Of 65536: what three warpgroups start with is rounded down to 168 a thread.
-  static constexpr int kProducerRegisters = 40;
-  static constexpr int kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
 
   static constexpr int kKeyGroups = kConsumers / kColumnGroups;
   static constexpr int kBlockN = 64 * kKeyGroups;

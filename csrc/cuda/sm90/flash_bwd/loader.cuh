@@ -38,15 +38,16 @@ struct FlashBwdLoader {
     load_block<true>(storage.v, problem.has_v_map ? &problem.v_map : nullptr, &storage.v_full);
     load_dout(tile, dout_at.stage);
     dout_at.advance();
-    while (--tile >= tiles_begin) {
-      storage.q_ring.wait_until_empty(q_at);
-      load_q(tile, q_at.stage);
-      q_at.advance();
+    while (--tile >= tiles_begin) {  // consumers are done with dO first
       storage.dout_ring.wait_until_empty(dout_at);
       load_dout(tile, dout_at.stage);
       dout_at.advance();
+      storage.q_ring.wait_until_empty(q_at);
+      load_q(tile, q_at.stage);
+      q_at.advance();
     }
     // Whoever started copies stays until they have ended.
+    SA_ROLLED
     for (int stage = 0; stage < Tiles::kStages; ++stage) {
       storage.q_ring.wait_until_empty(q_at);
       storage.dout_ring.wait_until_empty(dout_at);
@@ -65,7 +66,9 @@ struct FlashBwdLoader {
     const attention::KeySet all{0, {0, info.seqlen_k}};
     const auto source =
         key_source<kValues>(block.fwd(), block.batch_idx(), block.kv_head(), info, all);
-    load_keys(tile, source, key_boxes(source, map, Tile::kRows, info, block.kv_head()),
+    load_keys(tile, source,
+              key_boxes(source, map, Tile::kRows, static_cast<int>(info.k_row),
+                        static_cast<int>(info.k_batch), block.kv_head()),
               block.first_key(), full, lane());
   }
 
@@ -74,6 +77,7 @@ struct FlashBwdLoader {
     const attention::FlashFwdProblem& fwd = block.fwd();
     const int masked = block.needs_mask(tile);
     if (masked) {
+      SA_ROLLED
       for (int row = lane(); row < kBlockM; row += primitives::kWarpSize) {
         primitives::store_shared(storage.window[stage] + row, block.window(tile * kBlockM + row));
       }
@@ -108,7 +112,17 @@ struct FlashBwdLoader {
       const Element* first = static_cast<const Element*>(tensor) + info.q_batch * stride_batch +
                              info.q_row * stride_row +
                              int64_t{block.kv_head()} * block.group() * stride_head;
-      copy_rows(to, first, first_row, stride_row, stride_head, cols);
+      const int num_rows = block.num_rows();
+      copy_rows(to, cols, lane, [&](int row) -> const Element* {
+        row += first_row;
+        const int position = row / block.group();
+        return row < num_rows
+                   ? first + position * stride_row + (row - position * block.group()) * stride_head
+                   : nullptr;
+      });
+      primitives::cp_async_commit();
+      primitives::cp_async_wait<0>();
+      primitives::fence_proxy_async();
     }
     if (lane == 0) {
       const int tile_bytes = boxes ? static_cast<int>(sizeof(to.data)) : 0;
@@ -120,36 +134,12 @@ struct FlashBwdLoader {
     }
     if (boxes) {
       const int position = static_cast<int>(info.q_row) + first_row / block.group();
-      for (int slab = lane; slab < kSlabs<Tile>; slab += primitives::kWarpSize) {
+      if (lane < kSlabs<Tile>) {
         primitives::tma_load<5>(
-            to.data + slab * Tile::kRows * Tile::kSlabCols, map, full,
-            {slab * Tile::kSlabCols, 0, position, block.kv_head(), static_cast<int>(info.q_batch)});
+            to.data + lane * Tile::kRows * Tile::kSlabCols, map, full,
+            {lane * Tile::kSlabCols, 0, position, block.kv_head(), static_cast<int>(info.q_batch)});
       }
     }
-  }
-
-  // Chunk by chunk, until they are there; zeros for rows that do not exist.
-  template <class Tile>
-  SA_DEVICE void copy_rows(Tile& to, const Element* first, int first_row, int64_t stride_row,
-                           int64_t stride_head, int cols) const {
-    const int lane = this->lane();
-    const int num_rows = block.num_rows();
-    for (int row = lane / Tile::kSlabChunks; row < kBlockM;
-         row += primitives::kWarpSize / Tile::kSlabChunks) {
-      const int packed_row = first_row + row;
-      const int position = packed_row / block.group();
-      const Element* numbers =
-          first + position * stride_row + (packed_row - position * block.group()) * stride_head;
-      for (int slab = 0; slab < kSlabs<Tile>; ++slab) {
-        const int chunk = slab * Tile::kSlabChunks + lane % Tile::kSlabChunks;
-        const bool valid = packed_row < num_rows && chunk * kChunkElems < cols;
-        primitives::cp_async_16(to.chunk(row, chunk), valid ? numbers + chunk * kChunkElems : first,
-                                valid);
-      }
-    }
-    primitives::cp_async_commit();
-    primitives::cp_async_wait<0>();
-    primitives::fence_proxy_async();
   }
 };
 

@@ -187,6 +187,10 @@ inline void check_backward(const Spec& spec, const Options& options, unsigned se
                      (options.arch == 80 ? "" : " arch " + std::to_string(options.arch)) +
                      (options.aligned ? "" : " unaligned") + (options.with_dlse ? " dlse" : "") +
                      (options.deterministic ? " deterministic" : "");
+  if (options.arch == 90) {
+    check(cuda::flash_bwd_family(got.problem, {2, 90}) == cuda::Family::kSm90, name,
+          ": not Hopper's kernels");
+  }
   emulator::settings().seed = seed + 1;
   try {
     run_emulated(scenario, got, options.arch);

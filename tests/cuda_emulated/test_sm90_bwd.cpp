@@ -39,8 +39,73 @@ void check_head_dims() {
   }
 }
 
+// Lengths x windows, sink tokens, dense and varlen, with all else varied along.
+void check_grid(Layout layout, DataType dtype) {
+  constexpr int64_t kDims[][2] = {{64, 64}, {40, 64}, {48, 8}, {80, 40}, {128, 128}};
+  unsigned seed = 0;
+  for (Spec spec : make_specs(layout, dtype)) {
+    ++seed;
+    spec.head_dim = kDims[seed % std::size(kDims)][0];
+    spec.head_dim_v = kDims[seed % std::size(kDims)][1];
+    Options options = hopper();
+    options.with_dlse = seed % 2 == 0;
+    options.deterministic = seed % 3 == 0;
+    check_backward(spec, options, seed);
+  }
+}
+
+void check_groups_and_scales() {
+  unsigned seed = 500;
+  constexpr int64_t kHeads[][2] = {{1, 1}, {6, 2}, {8, 1}, {16, 2}, {40, 1}, {64, 1}};
+  constexpr double kScales[] = {NAN, 0.0, -0.25, NAN, 0.5, -0.1};
+  for (size_t i = 0; i < std::size(kHeads); ++i) {
+    ++seed;
+    Spec spec = make_spec(75, 290, kHeads[i][0], kHeads[i][1], i % 3 == 0 ? 128 : 64, 64);
+    spec.window_left = 31;
+    spec.window_right = 0;
+    spec.num_sink_tokens = i % 2 == 0 ? 5 : 0;
+    spec.sink = i % 2 == 0 ? 1.0 : 1e4;
+    spec.s_aux_dtype = DataType::kFloat64;
+    spec.layout = i % 4 < 2 ? Layout::kDense : Layout::kVarlen;
+    Options options = hopper();
+    options.softmax_scale = kScales[i];
+    options.deterministic = i % 2 == 1;
+    check_backward(spec, options, seed);
+  }
+}
+
+// The same under several orders of warps, with more blocks at once than there are turns to wait.
+void check_seeds() {
+  for (const int64_t dim : {64, 96, 128, 192, 256}) {
+    Spec spec = make_spec(150, 300, 2, 1, dim, dim);
+    spec.window_right = 0;
+    spec.window_left = 100;
+    spec.num_sink_tokens = 3;
+    spec.sink = 0.5;
+    for (const bool deterministic : {false, true}) {
+      for (unsigned seed = 1; seed <= 3; ++seed) {
+        Options options = hopper();
+        options.deterministic = deterministic;
+        check_backward(spec, options, seed);
+      }
+    }
+  }
+}
+
 }  // namespace
 
-SA_SUITE(emulated_sm90_bwd) { check_head_dims(); }
+SA_SUITE(emulated_sm90_bwd) {
+  check_head_dims();
+  check_groups_and_scales();
+  check_seeds();
+  for (const int64_t dim : {64, 192}) {
+    Spec spec = make_spec(140, 500, 2, 1, dim, dim);
+    spec.window_right = 0;
+    spec.sink = 0.5;
+    check_repeats_bitwise(spec, hopper());
+  }
+  check_grid(Layout::kDense, DataType::kBFloat16);
+  check_grid(Layout::kVarlen, DataType::kFloat16);
+}
 
 }  // namespace sink_attention::tests

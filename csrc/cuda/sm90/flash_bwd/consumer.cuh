@@ -40,12 +40,12 @@ struct FlashBwdConsumer {
   const FlashBwdKernelProblem& problem;
   const FlashBwdBlock<Tiles> block;
   Storage& storage;
-  const int group;  // of the consumers: 0 or 1
+  const int own_group;
   Accumulators<1, Tiles::kGroupCols / 8> dk;
   Accumulators<1, Tiles::kGroupColsV / 8> dv;
 
   SA_DEVICE FlashBwdConsumer(const FlashBwdKernelProblem& problem, Storage& storage, int group)
-      : problem(problem), block{problem, storage.info}, storage(storage), group(group) {}
+      : problem(problem), block{problem, storage.info}, storage(storage), own_group(group) {}
 
   SA_DEVICE void run() {
     // Each stores by itself, so that no registers must agree where the branches meet.
@@ -68,21 +68,27 @@ struct FlashBwdConsumer {
   SA_DEVICE static int warp() {  // of the warpgroup
     return primitives::thread_idx_anew() / primitives::kWarpSize % 4;
   }
+  // Of the consumers: 0 or 1. Descriptors of operands are computed from it where they are needed.
+  SA_DEVICE int group() const { return primitives::opaque(own_group); }
   // Of the block's keys and columns, and of a tile's rows, this warpgroup's first.
-  SA_DEVICE int first_key() const { return Tiles::kSharesKeys ? 0 : group * 64; }
+  SA_DEVICE int first_key() const {
+    return Tiles::kSharesKeys ? primitives::opaque(0) : group() * 64;
+  }
   // Of the block's keys, the lane's first; the other is 8 further.
   SA_DEVICE int lane_key() const { return first_key() + 16 * warp() + accumulator_row(lane(), 0); }
-  SA_DEVICE int first_row() const { return Tiles::kSharesKeys ? group * Tiles::kGroupRows : 0; }
-  SA_DEVICE int first_col() const { return Tiles::kSharesKeys ? group * Tiles::kGroupCols : 0; }
-  SA_DEVICE int first_col_v() const { return Tiles::kSharesKeys ? group * Tiles::kGroupColsV : 0; }
+  SA_DEVICE int first_row() const { return Tiles::kSharesKeys ? group() * Tiles::kGroupRows : 0; }
+  SA_DEVICE int first_col() const { return Tiles::kSharesKeys ? group() * Tiles::kGroupCols : 0; }
+  SA_DEVICE int first_col_v() const {
+    return Tiles::kSharesKeys ? group() * Tiles::kGroupColsV : 0;
+  }
 
   template <bool kCapped>
   SA_DEVICE void walk() {
     if constexpr (Tiles::kDividesDqRows) {
-      walk_tiles<kCapped, Tiles::kDqCols0>(64 * group, 0);
+      walk_tiles<kCapped, Tiles::kDqCols0>(64 * own_group, 0);
     } else if constexpr (Tiles::kDqCols0 == Tiles::kDqCols1) {
-      walk_tiles<kCapped, Tiles::kDqCols0>(0, Tiles::kDqCols0 * group);
-    } else if (group == 0) {
+      walk_tiles<kCapped, Tiles::kDqCols0>(0, Tiles::kDqCols0 * own_group);
+    } else if (own_group == 0) {
       walk_tiles<kCapped, Tiles::kDqCols0>(0, 0);
     } else {
       walk_tiles<kCapped, Tiles::kDqCols1>(0, Tiles::kDqCols0);
@@ -102,7 +108,7 @@ struct FlashBwdConsumer {
   template <bool kCapped, int kDqCols>
   SA_DEVICE void add_tile(int i, int dq_row, int dq_col) {
     constexpr bool kEarlyValues = Tiles::kEarlyValues && !kCapped;
-    const int stage = i % Tiles::kStages;
+    const int stage = primitives::opaque(i % Tiles::kStages);
     Scores s;
     Scores dp;
     storage.q_ring.wait_until_full(place<Tiles::kStages>(i));

@@ -88,10 +88,12 @@ class SharedMemory {
   [[gnu::cold]] bool check_unit_to_read(int unit, int thread);
   [[gnu::cold]] bool check_unit_to_write(int unit, int thread);
   bool check_write(const Units& units, int thread);
+  bool check_write_here(const Units& units, int thread);
   bool check_reads_before_write(const Units& units, int warp, int thread);
   bool refuse(const std::string& why);
   std::string writer_of(int unit) const;
   void mark_written(const Units& units, int32_t clock, int thread, uint16_t step);
+  void mark_written_here(const Units& units, int32_t clock, int thread, uint16_t step);
   void clear(int bytes, int num_warps);
   void use_async_proxy();
   bool find_chunks(const char* access, const void* address, int bytes, Units& units);
@@ -109,6 +111,7 @@ class SharedMemory {
   KnownWrite write_known_by(int unit, int reader, bool all) const;
   size_t known_at(int unit) const;
   bool is_known(int unit, int reader, bool all) const;
+  void mark_read_here(const Units& units, int thread, uint16_t step);
 
   std::vector<char> memory_;
   char* data_ = nullptr;

@@ -101,6 +101,7 @@ class SharedMemory {
   bool check_not_held(const Units& units);
   bool check_tensor_reads(const Units& units, int thread);
   void mark_read(const Units& units, int thread, uint16_t step);
+  void mark_read_here(const Units& units, int thread, uint16_t step);
   bool written_alike(int unit) const;
   struct KnownWrite {
     int32_t clock = -1;
@@ -111,7 +112,6 @@ class SharedMemory {
   KnownWrite write_known_by(int unit, int reader, bool all) const;
   size_t known_at(int unit) const;
   bool is_known(int unit, int reader, bool all) const;
-  void mark_read_here(const Units& units, int thread, uint16_t step);
 
   std::vector<char> memory_;
   char* data_ = nullptr;

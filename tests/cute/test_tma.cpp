@@ -24,10 +24,11 @@ void check_box(Swizzle swizzle, const char* name) {
                                            {2, 2 * cols, 2 * cols * kRows},
                                            {cols, kRows, 1},
                                            swizzle});
-  // The layout that CuTe's TMA copies fill: the atom, repeated over the rows.
+  // The layout that CuTe's TMA copies fill, in bytes (its atoms swizzle the bits of byte
+  // addresses): the atom, repeated over the rows.
   const auto layout =
       cute::tile_to_shape(Atom{}, cute::make_shape(cute::Int<kRows>{}, cute::size<1>(Atom{})));
-  check(static_cast<int>(cute::size<1>(Atom{})) == cols, name, ": columns");
+  check(static_cast<int>(cute::size<1>(Atom{})) == 2 * cols, name, ": columns");
   constexpr int kBarrierByte = 2 * kRows * 64;
   run_block(32, kBarrierByte + 8, [&](char* shared) {
     auto* barrier = reinterpret_cast<Mbarrier*>(shared + kBarrierByte);
@@ -42,7 +43,7 @@ void check_box(Swizzle swizzle, const char* name) {
     for (int i = thread_idx(); i < kRows * cols; i += 32) {
       const int row = i / cols;
       const int col = i % cols;
-      const int place = static_cast<int>(layout(row, col));
+      const int place = static_cast<int>(layout(row, 2 * col)) / 2;
       const auto found = load_shared(reinterpret_cast<const uint16_t*>(shared) + place);
       check(found == i + 1, name, ", row ", row, ", column ", col, " at ", place, ": ", int{found});
     }
@@ -52,11 +53,11 @@ void check_box(Swizzle swizzle, const char* name) {
 }  // namespace
 
 SA_SUITE(cute_tma) {
-  using Element = cute::bfloat16_t;
-  check_box<cute::GMMA::Layout_K_SW128_Atom<Element>>(Swizzle::k128, "128 bytes");
-  check_box<cute::GMMA::Layout_K_SW64_Atom<Element>>(Swizzle::k64, "64 bytes");
-  check_box<cute::GMMA::Layout_K_SW32_Atom<Element>>(Swizzle::k32, "32 bytes");
-  check_box<cute::GMMA::Layout_K_INTER_Atom<Element>>(Swizzle::kNone, "no swizzle");
+  using Byte = uint8_t;
+  check_box<cute::GMMA::Layout_K_SW128_Atom<Byte>>(Swizzle::k128, "128 bytes");
+  check_box<cute::GMMA::Layout_K_SW64_Atom<Byte>>(Swizzle::k64, "64 bytes");
+  check_box<cute::GMMA::Layout_K_SW32_Atom<Byte>>(Swizzle::k32, "32 bytes");
+  check_box<cute::GMMA::Layout_K_INTER_Atom<Byte>>(Swizzle::kNone, "no swizzle");
 }
 
 }  // namespace sink_attention::tests

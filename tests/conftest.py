@@ -119,8 +119,9 @@ def _may_reach_hopper(item: pytest.Item, params: dict[str, Any]) -> bool:
     if not isinstance(case, cases.AttentionCase):
         return params.get("dtype", torch.bfloat16) in cases.HALF_DTYPES
     dims = (case.head_dim, case.dim_v)
+    wide = max(dims) > 32 or isinstance(case, cases.PagedCase)  # the decode takes small ones too
     in_chunks = all(dim % 8 == 0 for dim in dims) and getattr(case, "layout", "") != "unaligned"
-    return case.dtype in cases.HALF_DTYPES and max(dims) > 32 and in_chunks
+    return case.dtype in cases.HALF_DTYPES and wide and in_chunks
 
 
 def _products(case: cases.AttentionCase) -> float:
@@ -205,6 +206,17 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     if is_emulated:
         blocks = emulated.blocks_run() - before
         request.node.user_properties.append(("thread blocks", dict(blocks)))
+
+
+@contextlib.contextmanager
+def forced_kernels(family: str) -> Iterator[None]:
+    """CUDA's, emulated or not, while a test runs on them; the CPU's are not concerned."""
+    before = ops.cuda_kernels()
+    ops.set_cuda_kernels(family)
+    try:
+        yield
+    finally:
+        ops.set_cuda_kernels(before)
 
 
 @pytest.fixture(autouse=True)

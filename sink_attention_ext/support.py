@@ -52,7 +52,10 @@ def cuda_kernels(
         )  # fmt: skip
 
     long = 4096  # query positions: none of the kernels for a few rows
-    names = [family(1, False)] * paged + [family(long, False)] + [family(long, True)] * backward
+    names = [family(1, False)] if paged else []
+    names.append(family(long, False))
+    if backward:
+        names.append(family(long, True))
     return "+".join(dict.fromkeys(names))
 
 

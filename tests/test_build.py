@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,7 +39,13 @@ OPERATORS = {
     "reshape_and_cache",
     "merge_attn_states",
 }
-SETTINGS = {"cpu_instruction_set", "cpu_instruction_sets", "set_cpu_instruction_set"}
+SETTINGS = {
+    "cpu_instruction_set",
+    "cpu_instruction_sets",
+    "set_cpu_instruction_set",
+    "cuda_kernels",
+    "set_cuda_kernels",
+}
 
 needs_binutils = pytest.mark.skipif(
     shutil.which("readelf") is None or shutil.which("nm") is None, reason="needs binutils"
@@ -202,6 +209,54 @@ def test_architectures_become_flags(setup_py: dict[str, Any]) -> None:
     ]
     with pytest.raises(SystemExit, match="'sm_80' is not of the form 8.0"):
         setup_py["gencode_flags"]("sm_80")
+
+
+@pytest.mark.parametrize(
+    ("archs", "hopper"),
+    [
+        ("8.0;9.0+PTX;12.0", True),
+        ("9.0", True),
+        ("8.0 9.0a", True),
+        ("9.0a+PTX", True),
+        ("8.0;8.9;12.0", False),
+        ("10.0a", False),
+    ],
+)
+def test_hopper_s_files_are_for_hopper_only(
+    setup_py: dict[str, Any], archs: str, hopper: bool
+) -> None:
+    sm90 = ROOT / "csrc/cuda/sm90/flash_fwd/hdim64.cu"
+    other = ROOT / "csrc/cuda/sm80/flash_fwd/hdim64.cu"
+    compiled = setup_py["archs_of"](sm90, archs)
+    assert compiled == (["9.0a"] if hopper else [])
+    assert setup_py["gencode_flags"](";".join(compiled or ["9.0a"])) == [
+        "-gencode",
+        "arch=compute_90a,code=sm_90a",
+    ]
+    assert setup_py["archs_of"](other, archs) == archs.replace(" ", ";").split(";")
+    # Host code that would call what is not there is left out.
+    assert setup_py["without_sm90"](archs) == ([] if hopper else ["-DSINK_WITHOUT_SM90"])
+
+
+def test_a_build_without_hopper_lists_no_file_of_it(
+    setup_py: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {name: ROOT / "csrc/cuda" / name for name in ("flash_fwd.cu", "sm90/hdim64.cu")}
+    lines_of = setup_py["NinjaBuild"].ninja_lines
+    monkeypatch.setitem(lines_of.__globals__, "cuda_sources", lambda: list(files.values()))
+    extension = SimpleNamespace(include_dirs=[], library_dirs=[])
+    for archs in ("8.0;9.0", "8.0"):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", archs)
+        text = "\n".join(lines_of(None, extension, Path("/cuda")))
+        objects = re.findall(r"^build (cuda/\S+): nvcc .*\n  flags = (.*)$", text, re.MULTILINE)
+        flags = dict(objects)
+        if archs == "8.0":
+            assert flags.keys() == {"cuda/flash_fwd.cu.o"}
+            assert "-DSINK_WITHOUT_SM90" in flags["cuda/flash_fwd.cu.o"]
+        else:
+            assert flags["cuda/sm90/hdim64.cu.o"] == "-gencode arch=compute_90a,code=sm_90a"
+            assert "sm_90a" not in flags["cuda/flash_fwd.cu.o"]
+            assert "SINK_WITHOUT_SM90" not in text
 
 
 def test_missing_torch_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:

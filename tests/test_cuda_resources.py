@@ -149,25 +149,25 @@ Fatbin elf code:
 	code for sm_90a
 		Function : {HOPPER}
 	.headerflags	@"EF_CUDA_ACCELERATORS EF_CUDA_SM90"
-        /*0050*/                   USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xf0 ;   /* 0x000000f000007808 */
-                                                                              /* 0x000fe20000000800 */
-        /*0060*/              @!P0 BRA 0x50 ;                                 /* 0xfffffffc00f08947 */
+        /*0050*/                   USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xf0 ;  /* 0x00 */
+                                                                             /* 0x00 */
+        /*0060*/              @!P0 BRA 0x50 ;  /* 0x00 */
         /*0070*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR8], R0 ;  /* 0x00 */
-        /*0080*/              @!P0 BRA 0x110 ;                                /* 0x00000008 */
+        /*0080*/              @!P0 BRA 0x110 ;  /* 0x00 */
         /*0090*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;  /* 0x00 */
         /*00a0*/                   HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR4], R24, gsb0 ;  /* 0 */
-        /*00b0*/              @!P1 BRA 0x70 ;                                 /* 0xfffffffc00 */
-        /*00b8*/                   USETMAXREG.DEALLOC.CTAPOOL 0x18 ;          /* 0x0000001800 */
-        /*00c0*/                   SYNCS.ARRIVE.TRANS64 RZ, [UR8+0xea60], R2 ;  /* 0x00ea60 */
-        /*00d0*/                   UTMALDG.5D [UR8], [UR14] ;                 /* 0x000000080e */
-        /*00e0*/               @P1 BRA.U.ANY 0xd0 ;                           /* 0xfffffffd00 */
-        /*00f0*/              @!P2 BRA 0xc0 ;                                 /* 0xfffffffc00 */
-        /*0100*/                   EXIT ;                                     /* 0x000000000000794d */
+        /*00b0*/              @!P1 BRA 0x70 ;  /* 0x00 */
+        /*00b8*/                   USETMAXREG.DEALLOC.CTAPOOL 0x18 ;  /* 0x00 */
+        /*00c0*/                   SYNCS.ARRIVE.TRANS64 RZ, [UR8+0xea60], R2 ;  /* 0x00 */
+        /*00d0*/                   UTMALDG.5D [UR8], [UR14] ;  /* 0x00 */
+        /*00e0*/               @P1 BRA.U.ANY 0xd0 ;  /* 0x00 */
+        /*00f0*/              @!P2 BRA 0xc0 ;  /* 0x00 */
+        /*0100*/                   EXIT ;  /* 0x00 */
         /*0110*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR8], R0 ;  /* 0x00 */
-        /*0120*/              @!P0 BRA 0x110 ;                                /* 0xfffffffc00f48947 */
-        /*0130*/                   BRA 0x90 ;                                 /* 0xfffffff400347947 */
+        /*0120*/              @!P0 BRA 0x110 ;  /* 0x00 */
+        /*0130*/                   BRA 0x90 ;  /* 0x00 */
         /*0140*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;  /* 0x00 */
-        /*0150*/                   BRA 0x150;                                 /* 0xfffffffc00f47947 */
+        /*0150*/                   BRA 0x150;  /* 0x00 */
 """
 
 

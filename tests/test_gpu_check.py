@@ -65,6 +65,69 @@ def test_peers_are_called_as_they_expect() -> None:
     assert "every stand-in was called, and its result was right" in done.stdout
 
 
+# ---- peers: in a process of their own, since benchmarks/ has modules of tests' names ----
+
+FA3_STAND_IN = """
+def load(folder):
+    print("loaded from", folder)
+def varlen(q, k, v, *, s_aux, window_size, cu_seqlens_q, **options):
+    print(s_aux.dtype, window_size, cu_seqlens_q.tolist())
+    return q, None
+"""
+CALL_FA3 = """
+import torch
+from types import SimpleNamespace
+from gpu import peers
+print(peers.importable()[peers.FA3])
+if not isinstance(module := peers.load(peers.FA3), str):
+    q = torch.ones(1, 3, 2, 64).bfloat16()
+    layer = peers.Layer("a layer", 2, 2, 64, window=2)
+    problem = SimpleNamespace(layer=layer, seqlen=3, device=q.device)
+    out = peers.attend_library(peers.FA3, module, problem)(q, q, q, torch.ones(2))
+    print(torch.equal(out, q))
+"""
+FORCE_SM80 = """
+from types import SimpleNamespace
+import torch
+from gpu import peers
+from sink_attention_ext import ops
+layer = peers.Layer("a layer", 8, 2, 64)
+for kernel in ("cuda/sm80", "cuda/sm90+sm80"):
+    peers.supports = lambda **_: SimpleNamespace(kernel=kernel)
+    call = peers.by_sm80(ops.cuda_kernels, layer, dtype=torch.bfloat16, device="cuda")
+    print(call if isinstance(call, str) else "forced to " + call())
+print(f"then {ops.cuda_kernels()!r}")
+"""
+
+
+def in_benchmarks(code: str, **environment: str) -> list[str]:
+    paths = os.pathsep.join([str(ROOT), str(BENCHMARKS)])
+    environment = {"SINK_FA3_PEER": "", **environment, "PYTHONPATH": paths}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_flash_attention_3_is_taken_from_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "fa3_peer.py").write_text(FA3_STAND_IN)
+    lines = in_benchmarks(CALL_FA3, SINK_FA3_PEER=str(tmp_path))
+    called = "torch.bfloat16 (1, 0) [0, 3]"  # sinks in the only dtype that it takes
+    assert lines == [f"loaded from {tmp_path}", "yes", called, "True"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_without_flash_attention_3_the_reason_is_said(there: bool, tmp_path: Path) -> None:
+    folder = str(tmp_path) if there else ""  # one without it, or none
+    (line,) = in_benchmarks(CALL_FA3, SINK_FA3_PEER=folder)
+    assert line.startswith("FileNotFoundError" if there else "SINK_FA3_PEER is not set")
+
+
+def test_our_kernels_for_all_cards_are_measured_where_others_run() -> None:
+    lines = in_benchmarks(FORCE_SM80, SINK_ATTENTION_CUDA_KERNELS="sm90")
+    assert lines == ["our call runs cuda/sm80 anyway", "forced to sm80", "then 'sm90'"]
+
+
 # ---- steps ----
 
 
@@ -73,11 +136,58 @@ def test_a_dry_run_says_of_every_step_why_it_is_left_out(quick: bool, tmp_path: 
     names = [step.name for step in steps.card_steps(tmp_path, quick)]
     assert names[:4] == ["environment", "build", "self-check", "tests"]
     assert {f"sanitizer-{tool}" for tool in steps.SANITIZERS} | {"benchmarks"} < set(names)
+    assert {f"sanitizer-{tool}-sm90" for tool in steps.SANITIZERS} < set(names)
+    assert {"tests-sm80", "tests-sm90"} < set(names)
     dry = {step.name: step for step in steps.dry_steps(tmp_path, quick)}
     assert set(names) < dry.keys()
     for name in set(names) - {"environment", "build", "self-check"}:
         assert dry[name].reason
     assert dry["emulated-tests"].reason is None and dry["build"].environment == {"SINK_CUDA": "0"}
+
+
+@pytest.mark.parametrize("capability", [None, (8, 0), (9, 0)])
+def test_kernels_are_forced_where_a_card_has_a_choice(
+    capability: tuple[int, int] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: capability is not None)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    monkeypatch.setattr(steps, "cuda_program", lambda name: "/bin/true")
+    plan = {step.name: step for step in steps.card_steps(tmp_path, False)}
+    reasons = {None: "needs a card", (8, 0): "compute capability 8.0 has one", (9, 0): ""}
+    for name in ("tests-sm90", "tests-sm80", "sanitizer-memcheck-sm90"):
+        assert (plan[name].reason or "").startswith(reasons[capability])
+        assert bool(plan[name].reason) == (capability != (9, 0))
+        usual, _, family = name.rpartition("-")
+        variable = {"SINK_ATTENTION_CUDA_KERNELS": family}
+        assert plan[name].environment == plan[usual].environment | variable
+        assert f"--junitxml={tmp_path / name}.xml" in plan[name].command
+        assert plan[usual].reason is None
+
+
+FORCED_TEST = """
+import pytest
+@pytest.mark.parametrize("text", ["forces the sm90 kernels, but they do not take this", "other"])
+def test_call(text):
+    raise RuntimeError(text)
+"""
+
+
+@pytest.mark.parametrize("family", ["", "sm90"])
+def test_what_a_forced_family_does_not_take_is_skipped(family: str, tmp_path: Path) -> None:
+    (tmp_path / "test_forced.py").write_text(FORCED_TEST)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "conftest"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "test_forced.py")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+            "SINK_ATTENTION_CUDA_KERNELS": family,
+        },
+    )
+    assert ("1 failed, 1 skipped" if family else "2 failed") in done.stdout, done.stdout
 
 
 def test_the_grid_is_found() -> None:

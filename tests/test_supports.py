@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import emulated
 import pytest
 import torch
+from conftest import BACKENDS
 
+from sink_attention_ext import __main__ as command
 from sink_attention_ext import checks, ops, supports
 
 
@@ -51,6 +55,26 @@ def test_supports_what_runs() -> None:
     )  # fmt: skip
 
 
+Card = Callable[[tuple[int, int] | None], None]
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
+    """A build with CUDA kernels, those in the emulator, on a machine with such a card or none."""
+    if "emulated-sm80" not in BACKENDS:
+        pytest.skip("make emulator")
+    monkeypatch.setattr(ops, "BACKENDS", ("cpu", "cuda"))
+
+    def put(capability: tuple[int, int] | None) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: capability is not None)
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: capability)
+
+    with emulated.emulated():
+        yield put
+        ops.set_cuda_kernels("")
+
+
+@pytest.mark.parametrize("capability", [None, (8, 0), (12, 0)])
 @pytest.mark.parametrize(
     ("dtype", "kernel"),
     [
@@ -61,14 +85,57 @@ def test_supports_what_runs() -> None:
     ],
 )
 def test_supports_names_the_cuda_kernels(
-    dtype: torch.dtype, kernel: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, kernel: str, capability: tuple[int, int] | None, card: Card
 ) -> None:
-    monkeypatch.setattr(ops, "BACKENDS", ("cpu", "cuda"))
+    card(capability)
     for extra in ({"backward": True}, {"paged": True, "kv_dtype": checks.FLOAT8}):
         answer = supports(dtype=dtype, head_dim=64, device="cuda:0", **extra)
         assert answer and (answer.kernel, answer.reason) == (kernel, None)
     answer = supports(dtype=dtype, head_dim=320, device="cuda")
     assert not answer and "head_dim is 1 to 256" in answer.reason
+
+
+def test_supports_names_what_the_parts_of_a_call_run(
+    card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One position and many of a cache, forward and backward: each is asked for, on its card."""
+    card((9, 0))
+    asked = []
+
+    def family(*call: Any) -> str:
+        seqlen_q, paged, backward, arch = call[2], call[7], call[10], call[11]
+        asked.append((seqlen_q > 1, paged, backward, arch))
+        return "sm80" if backward or seqlen_q == 1 else "sm90"
+
+    monkeypatch.setattr(ops, "cuda_kernel_family", family)
+    shape = {"dtype": torch.bfloat16, "head_dim": 64, "device": "cuda"}
+    assert supports(**shape).kernel == "cuda/sm90"
+    assert supports(**shape, backward=True).kernel == "cuda/sm90+sm80"
+    assert supports(**shape, paged=True).kernel == "cuda/sm80+sm90"
+    assert asked == [
+        (True, False, False, 90),
+        (True, False, False, 90),
+        (True, False, True, 90),
+        (False, True, False, 90),
+        (True, True, False, 90),
+    ]
+
+
+def test_supports_says_what_forced_kernels_do_not_take(card: Card) -> None:
+    card((8, 9))
+    ops.set_cuda_kernels("sm90")
+    answer = supports(dtype=torch.bfloat16, head_dim=64, device="cuda")
+    assert not answer and "they run on compute capability 9.0 only" in answer.reason
+    ops.set_cuda_kernels("sm80")
+    assert supports(dtype=torch.bfloat16, head_dim=64, device="cuda").kernel == "cuda/sm80"
+
+
+def test_the_command_names_the_kernels(card: Card) -> None:
+    card((8, 0))
+    text = "training cuda/sm80, serving cuda/sm80 at head_dim 64 in bfloat16"
+    assert command.describe_cuda_kernels() == text
+    ops.set_cuda_kernels("sm80")
+    assert "forced to sm80 by SINK_ATTENTION_CUDA_KERNELS" in command.describe_cuda_kernels()
 
 
 def test_supports_says_that_the_build_has_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,9 @@ TABLE = ROOT / "benchmarks" / "results" / "resources.md"
 HOT = re.compile(r"sm80::Flash(Fwd|Bwd)Kernel<|sm90::")
 # ptxas numbers its advice: C7510, products of a warpgroup that wait for each other; C7508, register
 # budgets that it ignores. None of it may stay.
-ADVICE = re.compile(r"^.*(?:ptxas (?:info|warning)\s*:\s*\(C\d+\)|Potential Performance Loss).*$", re.M)
+ADVICE = re.compile(
+    r"^.*(?:ptxas (?:info|warning)\s*:\s*\(C\d+\)|Potential Performance Loss).*$", re.MULTILINE
+)
 DISASSEMBLED = "sm_90a"
 # What the loops of Hopper's kernels must have, one of each group.
 IN_LOOPS = {
@@ -137,14 +139,14 @@ def markdown(version: str, kernels: list[Kernel]) -> str:
         "# Resources of the CUDA kernels",
         "",
         "Written by `make resources`, checked by `make check-cuda`. Memory in bytes; a block has",
-        "the sum of both columns of shared memory; registers are a thread's, at the launch. `sm80::`",
-        "are the kernels on tensor cores (bfloat16 and float16), `sm90::` those for Hopper's,",
-        "`simt::` those of float32 and float64.",
+        "the sum of both columns of shared memory; registers are a thread's, at the launch.",
+        "`sm80::` are the kernels on tensor cores (bfloat16 and float16), `sm90::` those for",
+        "Hopper's, `simt::` those of float32 and float64.",
         "",
-        "Of Hopper's, from the machine code: how many of these instructions are in loops (`HGMMA`: a",
-        "warpgroup's product, `HMMA`: a warp's, `UTMALDG`: a copy of a box, `UBLKCP` and `UBLKRED`:",
-        "a copy and a sum of bytes in a row, `LDGSTS`: cp.async), and the registers a thread that",
-        "the loading warpgroup keeps and the others take.",
+        "Of Hopper's, from the machine code: how many of these instructions are in loops",
+        "(`HGMMA`: a warpgroup's product, `HMMA`: a warp's, `UTMALDG`: a copy of a box, `UBLKCP`",
+        "and `UBLKRED`: a copy and a sum of bytes in a row, `LDGSTS`: cp.async), and the registers",
+        "a thread that the loading warpgroup keeps and the others take.",
         "",
         f"nvcc {version}",
         "",
@@ -242,8 +244,8 @@ def main() -> None:
     log = LOG.read_text()
     code = cuda_sass.disassemble(objects(log))
     if code is None:
-        print("check-cuda: the machine code is not looked at: no cuobjdump and nvdisasm on PATH, in")
-        print('CUDA_HOME or in the packages of the optional dependencies "sass"')
+        print("check-cuda: the machine code is not looked at: no cuobjdump and nvdisasm on PATH,")
+        print('in CUDA_HOME or in the packages of the optional dependencies "sass"')
         if arguments.write:
             raise SystemExit("resources: the table cannot be written without them")
     version, kernels = parse(log, cuda_sass.read(code or ""))
@@ -256,7 +258,7 @@ def main() -> None:
         raise SystemExit("\n".join(f"check-cuda: {failure}" for failure in failures))
     archs = ", ".join(dict.fromkeys(kernel.arch for kernel in kernels))
     print(f"check-cuda: {len(kernels)} kernels compiled ({archs}), nvcc {version}: no hot kernel")
-    print(f"spills, and {TABLE.relative_to(ROOT)} is right")
+    print(f"spills, ptxas advises nothing, and {TABLE.relative_to(ROOT)} is right")
 
 
 if __name__ == "__main__":

@@ -52,6 +52,8 @@ def find_tool(name: str) -> str | None:
 
 def disassemble(objects: list[Path]) -> str | None:
     """The objects' machine code as text, or None where there is no disassembler."""
+    if not objects:
+        return ""
     cuobjdump, nvdisasm = find_tool("cuobjdump"), find_tool("nvdisasm")
     if cuobjdump is None or nvdisasm is None:
         return None
@@ -72,9 +74,10 @@ def functions(sass: str) -> Iterator[tuple[str, list[Instruction]]]:
     for part in re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:]:
         lines = part.splitlines()
         found = (INSTRUCTION.match(line) for line in lines[1:])
-        yield lines[0].strip(), [
-            Instruction(int(m[1], 16), m[2] is not None, m[3], m[4]) for m in found if m
-        ]
+        yield (
+            lines[0].strip(),
+            [Instruction(int(m[1], 16), m[2] is not None, m[3], m[4]) for m in found if m],
+        )
 
 
 def successors(code: list[Instruction]) -> list[list[int]]:
@@ -87,7 +90,7 @@ def successors(code: list[Instruction]) -> list[list[int]]:
         target = re.search(r"\b0x([0-9a-f]+)$", instruction.operands)
         jump = index.get(int(target[1], 16)) if target else None
         if word == "BRA" and jump is not None:
-            # .ANY: once for each value that a warp's lanes have, which is one; no loop of the source.
+            # .ANY: again for each value that lanes of the warp have. No loop of the source.
             again = ".ANY" in instruction.opcode
             conditional = instruction.predicated or again or "," in instruction.operands
             after.append((following if conditional else []) + ([] if again else [jump]))

@@ -18,6 +18,7 @@ void SharedMemory::use_async_proxy() {
   held_step_.resize(units);
   fences_at_write_.assign(units, 0);
   fences_.assign(static_cast<size_t>(block_warps_) * 32, {});
+  known_writes_.assign(kKnownWrites, {});
 }
 
 bool SharedMemory::find_chunks(const char* access, const void* address, int bytes, Units& units) {
@@ -77,31 +78,57 @@ bool SharedMemory::begin_async_read(const void* address, int bytes, AsyncReader 
   const bool all = reader == AsyncReader::kWarpgroup;
   const int first_lane =
       all ? thread / kWarpgroupThreads * kWarpgroupThreads + thread % 32 : thread;
-  for (int unit = units.first; unit < units.first + units.count; ++unit) {
-    // Mostly all is as with the unit before.
-    if (unit > units.first && write_clock_[unit] == write_clock_[unit - 1] &&
-        writer_[unit] == writer_[unit - 1] &&
-        fences_at_write_[unit] == fences_at_write_[unit - 1]) {
-      continue;
+  for (int unit = units.first; unit < units.first + units.count; unit += kChunkUnits) {
+    const bool alike = written_alike(unit);
+    if (alike && is_known(unit, first_lane, all)) continue;
+    for (int i = 0; i < (alike ? 1 : kChunkUnits); ++i) {
+      for (int warp = 0; warp < (all ? kWarpgroupWarps : 1); ++warp) {
+        const int lane = first_lane + 32 * warp;
+        if (!check_unit_to_read(unit + i, lane) || !check_fenced(unit + i, lane)) return false;
+      }
     }
-    for (int warp = 0; warp < (all ? kWarpgroupWarps : 1); ++warp) {
-      const int lane = first_lane + 32 * warp;
-      if (!check_unit_to_read(unit, lane) || !check_fenced(unit, lane)) return false;
-    }
+    if (alike) known_writes_[known_at(unit)] = write_known_by(unit, first_lane, all);
   }
-  const uint16_t place = number_of(step);
-  for (int unit = units.first; unit < units.first + units.count; ++unit) {
-    ++held_[unit];
-    held_step_[unit] = place;
-  }
+  uint16_t* held = held_.data() + units.first;
+  for (int i = 0; i < units.count; ++i) ++held[i];
+  std::fill_n(held_step_.begin() + units.first, units.count, number_of(step));
   return true;
+}
+
+// Whether the 16 bytes from this unit on are of one write.
+bool SharedMemory::written_alike(int unit) const {
+  const int32_t* clock = write_clock_.data() + unit;
+  const int32_t* fences = fences_at_write_.data() + unit;
+  const int16_t* writer = writer_.data() + unit;
+  int32_t different = 0;
+  for (int i = 1; i < kChunkUnits; ++i) {
+    different |= (clock[i] ^ clock[0]) | (fences[i] ^ fences[0]) | (writer[i] ^ writer[0]);
+  }
+  return different == 0;
+}
+
+// A write that was found to come before a reader once does so later, too: threads only learn more.
+SharedMemory::KnownWrite SharedMemory::write_known_by(int unit, int reader, bool all) const {
+  return {write_clock_[unit], fences_at_write_[unit], writer_[unit],
+          static_cast<int16_t>(all ? reader : ~reader)};
+}
+size_t SharedMemory::known_at(int unit) const {
+  return (static_cast<size_t>(write_clock_[unit]) * 7 + static_cast<size_t>(writer_[unit])) %
+         kKnownWrites;
+}
+bool SharedMemory::is_known(int unit, int reader, bool all) const {
+  const KnownWrite& known = known_writes_[known_at(unit)];
+  const KnownWrite mine = write_known_by(unit, reader, all);
+  return known.clock == mine.clock && known.fences == mine.fences && known.writer == mine.writer &&
+         known.reader == mine.reader;
 }
 
 void SharedMemory::end_async_read(const void* address, int bytes, AsyncReader reader, int thread,
                                   const Step& step) {
   Units units;
   if (!find_chunks("a read", address, bytes, units)) return;
-  for (int unit = units.first; unit < units.first + units.count; ++unit) --held_[unit];
+  uint16_t* held = held_.data() + units.first;
+  for (int i = 0; i < units.count; ++i) --held[i];
   if (!check_races) return;
   if (reader == AsyncReader::kThread) return mark_read(units, thread, number_of(step));
   const int warpgroup = thread / kWarpgroupThreads;

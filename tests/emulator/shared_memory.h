@@ -88,10 +88,12 @@ class SharedMemory {
   [[gnu::cold]] bool check_unit_to_read(int unit, int thread);
   [[gnu::cold]] bool check_unit_to_write(int unit, int thread);
   bool check_write(const Units& units, int thread);
+  bool check_write_here(const Units& units, int thread);
   bool check_reads_before_write(const Units& units, int warp, int thread);
   bool refuse(const std::string& why);
   std::string writer_of(int unit) const;
   void mark_written(const Units& units, int32_t clock, int thread, uint16_t step);
+  void mark_written_here(const Units& units, int32_t clock, int thread, uint16_t step);
   void clear(int bytes, int num_warps);
   void use_async_proxy();
   bool find_chunks(const char* access, const void* address, int bytes, Units& units);
@@ -99,6 +101,17 @@ class SharedMemory {
   bool check_not_held(const Units& units);
   bool check_tensor_reads(const Units& units, int thread);
   void mark_read(const Units& units, int thread, uint16_t step);
+  void mark_read_here(const Units& units, int thread, uint16_t step);
+  bool written_alike(int unit) const;
+  struct KnownWrite {
+    int32_t clock = -1;
+    int32_t fences;
+    int16_t writer;
+    int16_t reader;
+  };
+  KnownWrite write_known_by(int unit, int reader, bool all) const;
+  size_t known_at(int unit) const;
+  bool is_known(int unit, int reader, bool all) const;
 
   std::vector<char> memory_;
   char* data_ = nullptr;
@@ -127,6 +140,9 @@ class SharedMemory {
   std::vector<uint16_t> held_;            // of each unit, its reads under way
   std::vector<uint16_t> held_step_;       // and the latest of them
   std::vector<int32_t> fences_at_write_;  // how many fences its last writer had called before
+  static constexpr int kChunkUnits = 16 / kUnitBytes;
+  static constexpr size_t kKnownWrites = 1024;
+  std::vector<KnownWrite> known_writes_;  // that come before a reader, some of them
   // Of each warpgroup and unit, the clock at which its tensor cores last read, and where.
   struct TensorReads {
     std::vector<int32_t> clock;

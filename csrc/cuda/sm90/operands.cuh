@@ -80,6 +80,22 @@ SA_DEVICE void start_ab(Accumulators<1, kTilesN>& acc, const uint32_t (&a)[kStep
   }
 }
 
+// acc (+)= A B:  A rows [a_row, a_row + 64) of a tile, all its columns; B all rows, columns
+// [b_col, b_col + 8 kTilesN).
+template <int kTilesN, class TileA, class TileB>
+SA_DEVICE void start_ab(Accumulators<1, kTilesN>& acc, const TileA& a_tile, int a_row,
+                        const TileB& b_tile, int b_col, bool accumulate) {
+  static_assert(TileA::kCols == TileB::kRows, "A's columns and B's rows are summed over");
+  const uint64_t a = Operand<TileA>::k_major(a_tile, a_row);
+  const uint64_t b = Operand<TileB>::mn_major(b_tile, 0, b_col);
+  SA_UNROLL
+  for (int k = 0; k < TileA::kCols / kStepDepth; ++k) {
+    primitives::wgmma_ss<typename TileA::Element, Major::kK, Major::kMn>(
+        acc.c[0], a + Operand<TileA>::k_major_step(k), b + Operand<TileB>::mn_major_step(k),
+        accumulate || k > 0);
+  }
+}
+
 // acc (+)= A^T B:  A columns [a_col, a_col + 64), B columns [b_col, b_col + 8 kTilesN), summed over
 // all rows of both.
 template <int kTilesN, class TileA, class TileB>

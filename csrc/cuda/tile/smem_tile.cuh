@@ -1,7 +1,8 @@
 // A matrix of 16-bit elements in shared memory, swizzled.
 //
-// Rows lie in slabs of 64 columns (128 bytes), or of 32 where the width is no multiple of 64. A row
-// is made of 16-byte chunks, the grain of cp.async and of ldmatrix, and chunk c of row r lies where
+// Rows lie in slabs of 64 columns (128 bytes), or of 32 where the width is no multiple of 64, or
+// where a part that begins at a slab shall. A row is made of 16-byte chunks, the grain of cp.async
+// and of ldmatrix, and chunk c of row r lies where
 //
 //     slab of 64:  chunk c ^ (r % 8)            row 0:  0 1 2 3 4 5 6 7
 //                                               row 1:  1 0 3 2 5 4 7 6
@@ -18,15 +19,16 @@ namespace sink_attention::cuda {
 
 constexpr int kChunkElems = 8;  // of 16 bits: 16 bytes
 
-template <class Element_, int kRows_, int kCols_>
+template <class Element_, int kRows_, int kCols_, int kSlabCols_ = kCols_ % 64 == 0 ? 64 : 32>
 struct SmemTile {
   using Element = Element_;
   static constexpr int kRows = kRows_;
   static constexpr int kCols = kCols_;
-  static constexpr int kSlabCols = kCols % 64 == 0 ? 64 : 32;
+  static constexpr int kSlabCols = kSlabCols_;
   static constexpr int kSlabChunks = kSlabCols / kChunkElems;
   static constexpr int kChunks = kCols / kChunkElems;  // of a row
   static_assert(sizeof(Element) == 2, "chunks are 8 elements");
+  static_assert(kSlabCols == 64 || kSlabCols == 32, "the two swizzles");
   static_assert(kCols % kSlabCols == 0, "whole slabs");
   static_assert(kRows % 8 == 0, "the swizzle repeats after 8 rows");
 

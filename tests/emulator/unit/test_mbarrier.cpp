@@ -142,10 +142,12 @@ void missing_order() {
     run_block(64, kSharedBytes, [](char* shared) {
       make(shared, {32});
       if (warp_idx() == 0) {
+        sync_named(1, 64);
         store_shared(word(shared, lane_idx()), 1, at("write"));
         mbarrier_arrive(barrier(shared));
       } else {
         mbarrier_wait(barrier(shared), 1);
+        sync_named(1, 64);
         load_shared(word(shared, lane_idx()), at("read"));
       }
     });
@@ -199,18 +201,26 @@ void misuse() {
        "waits"},
       [] {
         run_block(64, kSharedBytes, [](char* shared) {
-          make(shared, {2});
-          if (warp_idx() == 0) {
-            if (lane_idx() == 0) mbarrier_wait(barrier(shared), 0);
-          } else {
-            sync_named(1, 32);
-            if (lane_idx() == 0) {
-              mbarrier_arrive(barrier(shared));
-              mbarrier_init(barrier(shared), 2, at("again"));
-            }
+          make(shared, {2, 1});
+          if (thread_idx() == 0) {
+            mbarrier_arrive(barrier(shared, 1));  // no other thread runs before the wait
+            mbarrier_wait(barrier(shared), 0);
+          } else if (thread_idx() == 32) {
+            mbarrier_wait(barrier(shared, 1), 0);
+            mbarrier_init(barrier(shared), 2, at("again"));
           }
         });
       });
+  expect_fault("made anew in the middle of a phase",
+               {"mbarrier_init at again:1: the mbarrier of mbarrier_init at init:1 in the middle"},
+               [] {
+                 run_warp([](char* shared) {
+                   make(shared, {2});
+                   if (lane_idx() != 0) return;
+                   mbarrier_arrive(barrier(shared));
+                   mbarrier_init(barrier(shared), 2, at("again"));
+                 });
+               });
   expect_fault("a store into an mbarrier",
                {"store_shared at write:1: a write to shared byte 0, which is of the mbarrier of "
                 "thread 0 in mbarrier_init at init:1"},

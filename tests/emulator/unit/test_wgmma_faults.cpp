@@ -111,7 +111,9 @@ void uses_before_the_wait() {
 
 void registers_changed() {
   expect_fault("accumulators written before the wait",
-               {"wgmma_wait at wait:1: accumulators of wgmma_ss at product:1 were changed"}, [] {
+               {"wgmma_wait at wait:1: accumulators of wgmma_ss at product:1 were changed in "
+                "thread 77"},
+               [] {
                  run_filled([](char* shared) {
                    Acc acc;
                    wgmma_fence();
@@ -289,6 +291,37 @@ void shared_operands() {
                    }
                  });
                });
+  // One thread's word that its warpgroup's product has ended is enough, once it has.
+  const auto hand_back = [](bool early) {
+    run_block(160, kBytes + kBBytes + 16, [early](char* shared) {
+      auto* empty = reinterpret_cast<Mbarrier*>(shared + kBytes + kBBytes);
+      if (thread_idx() == 0) {
+        mbarrier_init(empty, 1);
+        fence_mbarrier_init();
+      }
+      if (warp_idx() < 4) fill(shared, kBytes + kBBytes);
+      fence_proxy_async();
+      sync_threads();
+      for (int round = 0; round < 2; ++round) {
+        if (warp_idx() < 4) {
+          Acc acc;
+          wgmma_fence();
+          start(acc, shared);
+          wgmma_commit();
+          if (early && round == 1 && thread_idx() == 37) mbarrier_arrive(empty);
+          wgmma_wait<0>();
+          if (!(early && round == 1) && thread_idx() == 37) mbarrier_arrive(empty);
+        } else if (lane_idx() == 9) {
+          mbarrier_wait(empty, round);
+          if (round == 1) store_shared(reinterpret_cast<int*>(shared + kBytes), 1, at("overwrite"));
+        }
+      }
+    });
+  };
+  expect_no_fault("an operand handed back by one thread", [&] { hand_back(false); });
+  expect_fault("an operand handed back before the wait",
+               {"store_shared at overwrite:1: a", "shared byte 8192", "wgmma_ss at product:1"},
+               [&] { hand_back(true); });
   expect_no_fault("an operand written after the wait", [] {
     run_filled([](char* shared) {
       Acc acc;

@@ -1,8 +1,6 @@
 // Hopper's backward: dense and varlen.
 #pragma once
 
-#include <stdexcept>
-
 #include "attention/problem.h"
 #include "cuda/backend.h"
 #include "cuda/tile/copy.cuh"
@@ -33,7 +31,7 @@ inline const char* why_not_flash_bwd(const attention::FlashBwdProblem& problem) 
                          rows_are_chunks(problem.dv, fwd.head_dim_v, problem.dv_stride_batch,
                                          problem.dv_stride_row, problem.dv_stride_head);
   if (!in_chunks) return "rows of q, k, v, dout, dk or dv are not in aligned parts of 16 bytes";
-  return "this build has no backward for sm_90a";
+  return nullptr;
 }
 
 inline bool takes_flash_bwd(const attention::FlashBwdProblem& problem) {
@@ -41,16 +39,13 @@ inline bool takes_flash_bwd(const attention::FlashBwdProblem& problem) {
 }
 
 // What flash_bwd needs for the same problem.
-inline int64_t flash_bwd_workspace_bytes(const attention::FlashBwdProblem&) {
-  throw std::logic_error("sm90::flash_bwd takes no problem");
-}
+int64_t flash_bwd_workspace_bytes(const attention::FlashBwdProblem& problem);
 
 // dq, dk, dv and ds_aux, as cuda::flash_bwd leaves them: common/bwd_rows runs from here, before and
 // after. Only for problems that are taken, with num_heads_q above 0 (batch and lengths may be 0,
 // and all gradients must then be right too) and device.arch == 90; `workspace` as backend.h says:
 // aligned to 256 bytes, contents not set. Throws std::runtime_error where a launch fails.
-inline void flash_bwd(const attention::FlashBwdProblem&, const Device&, void*, Stream) {
-  throw std::logic_error("sm90::flash_bwd takes no problem");
-}
+void flash_bwd(const attention::FlashBwdProblem& problem, const Device& device, void* workspace,
+               Stream stream);
 
 }  // namespace sink_attention::cuda::sm90

@@ -1,0 +1,53 @@
+// Starts the backward kernel of one head_dim class.
+#pragma once
+
+#include "cuda/sm90/flash_bwd/kernel.cuh"
+#include "cuda/sm90/flash_bwd/problem.h"
+#include "cuda/sm90/tensor_maps.h"
+#include "primitives/launch.h"
+
+namespace sink_attention::cuda::sm90 {
+
+inline void set_map(const MapPlan& plan, bool wanted, bool& has_map, primitives::TensorMap& map) {
+  has_map = wanted && plan.is_possible();
+  if (has_map) map = plan.encode();
+}
+
+// The boxes of K and V are blocks, those of Q and dO tiles.
+template <class Tiles>
+void set_maps(FlashBwdKernelProblem& problem) {
+  const attention::FlashBwdProblem& bwd = problem.bwd;
+  const attention::FlashFwdProblem& fwd = bwd.fwd;
+  constexpr int kSlabCols = Tiles::slab_cols(Tiles::kHeadDim);
+  constexpr int kSlabColsV = Tiles::slab_cols(Tiles::kHeadDimV);
+  set_map(plan_keys(fwd, false, kSlabCols, Tiles::kBlockN), true, problem.has_k_map, problem.k_map);
+  set_map(plan_keys(fwd, true, kSlabColsV, Tiles::kBlockN), true, problem.has_v_map, problem.v_map);
+  const bool boxes = rows_are_boxes(fwd, Tiles::kBlockM);
+  set_map(plan_packed_rows(fwd, fwd.q, fwd.q_stride_batch, fwd.q_stride_row, fwd.q_stride_head,
+                           fwd.head_dim, kSlabCols, Tiles::kBlockM),
+          boxes, problem.has_q_map, problem.q_map);
+  set_map(plan_packed_rows(fwd, bwd.dout, bwd.dout_stride_batch, bwd.dout_stride_row,
+                           bwd.dout_stride_head, fwd.head_dim_v, kSlabColsV, Tiles::kBlockM),
+          boxes, problem.has_dout_map, problem.dout_map);
+}
+
+// Bfloat16 or float16.
+template <int kHeadDim, int kHeadDimV>
+void launch_flash_bwd(FlashBwdKernelProblem problem, Stream stream) {
+  using Tiles = FlashBwdTilesOf<kHeadDim, kHeadDimV>;
+  const attention::FlashFwdProblem& fwd = problem.bwd.fwd;
+  problem.num_key_blocks = static_cast<int>((fwd.seqlen_k + Tiles::kBlockN - 1) / Tiles::kBlockN);
+  // Blocks of keys of one sequence follow each other in the first dimension: they start in their
+  // order, which waiting for turns relies on.
+  const primitives::Index3 grid{static_cast<int>(problem.num_key_blocks * fwd.batch),
+                                static_cast<int>(fwd.num_heads_kv), 1};
+  if (grid.x <= 0) return;
+  set_maps<Tiles>(problem);
+  if (fwd.dtype == attention::DataType::kBFloat16) {
+    primitives::launch<FlashBwdKernel<attention::BFloat16, Tiles>>(problem, grid, stream);
+  } else {
+    primitives::launch<FlashBwdKernel<attention::Float16, Tiles>>(problem, grid, stream);
+  }
+}
+
+}  // namespace sink_attention::cuda::sm90

@@ -1,0 +1,111 @@
+// Hopper's backward.
+#include "backward.h"
+
+namespace sink_attention::tests {
+namespace {
+
+Options hopper() {
+  Options options;
+  options.arch = 90;
+  return options;
+}
+
+// Each head_dim class, full and partial, with lengths on both sides of a block's edge, groups of
+// which a tile is a multiple or not, and all else varied along.
+void check_head_dims() {
+  constexpr int64_t kDims[][2] = {{64, 64},   {96, 96},   {128, 128}, {192, 128},
+                                  {192, 192}, {256, 256}, {40, 64},   {72, 40},
+                                  {104, 120}, {136, 72},  {160, 184}, {200, 256}};
+  unsigned seed = 100;
+  for (const auto& dims : kDims) {
+    for (const DataType dtype : {DataType::kBFloat16, DataType::kFloat16}) {
+      ++seed;
+      const bool causal = seed % 2 == 0;
+      const bool boxes = seed % 4 < 2;
+      Spec spec =
+          make_spec(causal ? 70 : 49, causal ? 129 : 200, boxes ? 4 : 3, 1, dims[0], dims[1]);
+      spec.layout = seed % 8 < 4 ? Layout::kDense : Layout::kVarlen;
+      spec.dtype = dtype;
+      spec.window_right = causal ? 0 : -1;
+      spec.window_left = seed % 3 == 0 ? 40 : -1;
+      spec.softcap = seed % 5 == 0 ? 1.5 : 0.0;
+      spec.seqused_k = seed % 8 == 2;
+      spec.sink = 0.5;
+      Options options = hopper();
+      options.with_dlse = causal;
+      options.deterministic = seed % 3 == 1;
+      check_backward(spec, options, seed);
+    }
+  }
+}
+
+// Lengths x windows, sink tokens, dense and varlen, with all else varied along.
+void check_grid(Layout layout, DataType dtype) {
+  constexpr int64_t kDims[][2] = {{64, 64}, {40, 64}, {48, 8}, {80, 40}, {128, 128}};
+  unsigned seed = 0;
+  for (Spec spec : make_specs(layout, dtype)) {
+    ++seed;
+    spec.head_dim = kDims[seed % std::size(kDims)][0];
+    spec.head_dim_v = kDims[seed % std::size(kDims)][1];
+    Options options = hopper();
+    options.with_dlse = seed % 2 == 0;
+    options.deterministic = seed % 3 == 0;
+    check_backward(spec, options, seed);
+  }
+}
+
+void check_groups_and_scales() {
+  unsigned seed = 500;
+  constexpr int64_t kHeads[][2] = {{1, 1}, {6, 2}, {8, 1}, {16, 2}, {40, 1}, {64, 1}};
+  constexpr double kScales[] = {NAN, 0.0, -0.25, NAN, 0.5, -0.1};
+  for (size_t i = 0; i < std::size(kHeads); ++i) {
+    ++seed;
+    Spec spec = make_spec(75, 290, kHeads[i][0], kHeads[i][1], i % 3 == 0 ? 128 : 64, 64);
+    spec.window_left = 31;
+    spec.window_right = 0;
+    spec.num_sink_tokens = i % 2 == 0 ? 5 : 0;
+    spec.sink = i % 2 == 0 ? 1.0 : 1e4;
+    spec.s_aux_dtype = DataType::kFloat64;
+    spec.layout = i % 4 < 2 ? Layout::kDense : Layout::kVarlen;
+    Options options = hopper();
+    options.softmax_scale = kScales[i];
+    options.deterministic = i % 2 == 1;
+    check_backward(spec, options, seed);
+  }
+}
+
+// The same under several orders of warps, with more blocks at once than there are turns to wait.
+void check_seeds() {
+  for (const int64_t dim : {64, 96, 128, 192, 256}) {
+    Spec spec = make_spec(150, 300, 2, 1, dim, dim);
+    spec.window_right = 0;
+    spec.window_left = 100;
+    spec.num_sink_tokens = 3;
+    spec.sink = 0.5;
+    for (const bool deterministic : {false, true}) {
+      for (unsigned seed = 1; seed <= 3; ++seed) {
+        Options options = hopper();
+        options.deterministic = deterministic;
+        check_backward(spec, options, seed);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+SA_SUITE(emulated_sm90_bwd) {
+  check_head_dims();
+  check_groups_and_scales();
+  check_seeds();
+  for (const int64_t dim : {64, 192}) {
+    Spec spec = make_spec(140, 500, 2, 1, dim, dim);
+    spec.window_right = 0;
+    spec.sink = 0.5;
+    check_repeats_bitwise(spec, hopper());
+  }
+  check_grid(Layout::kDense, DataType::kBFloat16);
+  check_grid(Layout::kVarlen, DataType::kFloat16);
+}
+
+}  // namespace sink_attention::tests

@@ -1,0 +1,103 @@
+// The registers of warpgroups.
+#include "emulated.h"
+
+namespace sink_attention::tests {
+namespace {
+
+void run(int warpgroups, const std::function<void(char*)>& body) {
+  run_block(128 * warpgroups, 128, body);
+}
+
+void budgets() {
+  expect_no_fault("a producer gives, two consumers take", [] {
+    run(3, [](char*) {
+      check(warpgroup_idx() == thread_idx() / 128, "warpgroup of thread ", thread_idx());
+      if (warpgroup_idx() == 0) {
+        give_registers<24>();
+      } else {
+        take_registers<240>();
+      }
+    });
+  });
+  // 512 threads are launched with 128 each.
+  expect_no_fault("three consumers", [] {
+    run(4, [](char*) {
+      if (warpgroup_idx() == 0) {
+        give_registers<32>();
+      } else {
+        take_registers<160>();
+      }
+    });
+  });
+  expect_fault("more than there are",
+               {"deadlock", "take_registers at take:1",
+                "has 168 registers a thread and waits for 256", "of 65536 are in use"},
+               [] {
+                 run(3, [](char*) {
+                   if (warpgroup_idx() == 0) {
+                     give_registers<24>();
+                   } else {
+                     take_registers<256>(at("take"));
+                   }
+                 });
+               });
+  expect_fault("nobody gives", {"deadlock", "take_registers at take:1"}, [] {
+    run(3, [](char*) {
+      if (warpgroup_idx() != 0) take_registers<240>(at("take"));
+    });
+  });
+}
+
+void misuse() {
+  expect_fault("no multiple of 8", {"give_registers at give:1: 28 registers, not a multiple of 8"},
+               [] { run(1, [](char*) { give_registers<28>(at("give")); }); });
+  expect_fault("too few", {"give_registers at give:1: 16 registers, not a multiple of 8 from 24"},
+               [] { run(1, [](char*) { give_registers<16>(at("give")); }); });
+  expect_fault("too many", {"take_registers at take:1: 264 registers"},
+               [] { run(1, [](char*) { take_registers<264>(at("take")); }); });
+  expect_fault("a gift that takes", {"give_registers at give:1: keeps 240 registers of 168"},
+               [] { run(3, [](char*) { give_registers<240>(at("give")); }); });
+  expect_fault("a demand that gives", {"take_registers at take:1: takes 32 registers and has 168"},
+               [] { run(3, [](char*) { take_registers<32>(at("take")); }); });
+  expect_fault("twice",
+               {"take_registers at take:1: the second change of registers, after give_registers at "
+                "give:1"},
+               [] {
+                 run(1, [](char*) {
+                   give_registers<32>(at("give"));
+                   take_registers<64>(at("take"));
+                 });
+               });
+  expect_fault("three warps of four",
+               {"give_registers at give:1: warp", "came, and warp 2 of its warpgroup did not"}, [] {
+                 run(2, [](char*) {
+                   if (warp_idx() != 2) give_registers<32>(at("give"));
+                 });
+               });
+  expect_fault("warps of one warpgroup at two places",
+               {"the warps of a warpgroup part: warp", "registers at "}, [] {
+                 run(1, [](char*) {
+                   if (warp_idx() == 1) {
+                     give_registers<32>(at("one"));
+                   } else {
+                     give_registers<32>(at("another"));
+                   }
+                 });
+               });
+  expect_fault("lanes of a warp", {"deadlock", "31 lanes give_registers at give:1"}, [] {
+    run(1, [](char*) {
+      if (lane_idx() != 31) give_registers<32>(at("give"));
+    });
+  });
+  expect_fault("no whole warpgroup", {"give_registers at give:1: warp", "is of no whole warpgroup"},
+               [] { run_block(64, 128, [](char*) { give_registers<32>(at("give")); }); });
+}
+
+}  // namespace
+
+SA_SUITE(emulated_warpgroup) {
+  budgets();
+  misuse();
+}
+
+}  // namespace sink_attention::tests

@@ -72,11 +72,12 @@ def quantise_inputs(
 
 
 def kernel_family(backend: Backend, case: PagedCase, stored: torch.dtype) -> str:
-    """Whose CUDA kernels read such a cache, if its rows are aligned."""
+    """Whose CUDA kernels read such a cache, if its rows are aligned and max_seqlen_q is not given."""
+    longest = sum(case.seqlens_q) if case.packed_q else max(case.seqlens_q)
     arch = EMULATED.get(backend.name) or support.cuda_arch()
     dtype, kv_dtype = (str(d).removeprefix("torch.") for d in (case.dtype, stored))
     return ops.cuda_kernel_family(
-        dtype, kv_dtype, max(case.seqlens_q), case.num_heads_q, case.num_heads_kv, case.head_dim,
+        dtype, kv_dtype, longest, case.num_heads_q, case.num_heads_kv, case.head_dim,
         case.dim_v, True, case.num_splits, False, False, arch,
     )  # fmt: skip
 

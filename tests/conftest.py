@@ -96,6 +96,7 @@ SLOW_WHEN_EMULATED = {
 # computed by the others, which emulated-sm80 has tested. So only files whose calls reach them.
 HOPPER_FILES = {
     "test_batch_invariance.py",
+    "test_decode.py",
     "test_dense.py",
     "test_edges.py",
     "test_fuzz.py",

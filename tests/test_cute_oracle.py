@@ -17,7 +17,7 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"
 SUITES = [
-    *("cute_mma", "cute_ldmatrix", "cute_fragments", "cute_tiles"),
+    *("cute_mma", "cute_ldmatrix", "cute_fragments", "cute_tiles", "cute_tma"),
     *("cute_wgmma_operands", "cute_wgmma_tiles", "cute_wgmma_fragments"),
 ]
 

@@ -75,6 +75,7 @@ def describe() -> dict[str, str]:
         "nvcc": nvcc[1] if nvcc else "none",
         "compute-sanitizer": sanitizer[1] if sanitizer else "none",
         "architectures": os.environ.get("TORCH_CUDA_ARCH_LIST", "those of the cards found"),
+        "kernels forced": os.environ.get("SINK_ATTENTION_CUDA_KERNELS") or "none",
         "python": platform.python_version(),
         "system": platform.platform(),
         "cores": str(os.cpu_count()),

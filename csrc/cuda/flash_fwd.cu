@@ -16,11 +16,7 @@ namespace {
 using attention::DataType;
 using attention::FlashFwdProblem;
 
-constexpr int64_t kAlignment = 256;
 constexpr int kMinSplitKeys = 256;  // fewer keys a split are not worth the merge
-constexpr int kMaxSplits = 64;
-
-int64_t round_up(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 int64_t group_of(const FlashFwdProblem& problem) {
   return problem.num_heads_q / problem.num_heads_kv;
@@ -86,15 +82,6 @@ Plan make_plan(const FlashFwdProblem& problem, const Device& device) {
 
 // ---- sm80 ----
 
-int64_t partial_rows(const FlashFwdProblem& problem, int num_splits) {
-  return num_splits == 1 ? 0 : num_splits * problem.num_heads_q * problem.total_q;
-}
-
-int64_t sm80_workspace_bytes(const FlashFwdProblem& problem, int num_splits) {
-  const int64_t rows = partial_rows(problem, num_splits);
-  return round_up(rows * 2 * sizeof(float)) + round_up(rows * problem.head_dim_v * sizeof(float));
-}
-
 void run_sm80(const FlashFwdProblem& problem, const Plan& plan, void* workspace, Stream stream) {
   sm80::FlashFwdKernelProblem kernel_problem{};
   kernel_problem.problem = problem;
@@ -110,12 +97,9 @@ void run_sm80(const FlashFwdProblem& problem, const Plan& plan, void* workspace,
       rows_are_chunks(problem.out, problem.head_dim_v, problem.out_stride_batch,
                       problem.out_stride_row, problem.out_stride_head);
   kernel_problem.num_splits = plan.num_splits;
-  if (plan.num_splits > 1) {
-    const int64_t state_bytes = partial_rows(problem, plan.num_splits) * 2 * sizeof(float);
-    kernel_problem.partial_state = static_cast<float*>(workspace);
-    kernel_problem.partial_out =
-        reinterpret_cast<float*>(static_cast<char*>(workspace) + round_up(state_bytes));
-  }
+  const Partials partials = partials_in(workspace, problem, plan.num_splits);
+  kernel_problem.partial_state = partials.state;
+  kernel_problem.partial_out = partials.out;
   const int64_t dim = problem.head_dim;
   const int64_t dim_v = problem.head_dim_v;
   const int64_t larger = std::max(dim, dim_v);
@@ -135,8 +119,7 @@ void run_sm80(const FlashFwdProblem& problem, const Plan& plan, void* workspace,
     sm80::flash_fwd_hdim256(kernel_problem, plan.decode, stream);
   }
   if (plan.num_splits > 1) {
-    combine(problem, plan.num_splits, kernel_problem.partial_state, kernel_problem.partial_out,
-            stream);
+    combine(problem, plan.num_splits, partials, stream);
   }
 }
 
@@ -173,7 +156,7 @@ int64_t flash_fwd_workspace_bytes(const FlashFwdProblem& problem, const Device& 
     case Family::kSimt:
       return 0;
     case Family::kSm80:
-      return sm80_workspace_bytes(problem, plan.num_splits);
+      return partials_bytes(problem, plan.num_splits);
     case Family::kSm90:
       return sm90_workspace_bytes(problem, plan, device);
   }

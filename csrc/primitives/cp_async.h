@@ -3,6 +3,7 @@
 //   void cp_async_16(void* shared, const void* global, bool valid)
 //        starts a copy of 16 bytes, both addresses aligned to 16; where !valid it reads nothing and
 //        writes zeros
+//   void cp_async_4(...)           the same of 4 bytes
 //   void cp_async_commit()         closes the group of the copies started since the last commit
 //   void cp_async_wait<kPending>() waits until at most the kPending latest groups of this thread
 //   are

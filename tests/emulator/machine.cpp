@@ -391,17 +391,17 @@ static bool arrive(int id, int num_threads, bool waits, const Step& step) {
   }
   Barrier& barrier = block.barriers[id];
   auto& mine = barrier.warps[me.thread_idx / kLanes];
-  const Arrival here{me.thread_idx, step};
   if (barrier.arrived++ == 0) {
-    barrier.first = here;
+    barrier.first = {me.thread_idx, step};
     barrier.expected = num_threads;
   }
-  if (mine.arrived++ == 0) mine.first = here;
+  if (mine.arrived++ == 0) mine.first = {me.thread_idx, step};
   mine.waits = waits;
   const Arrival& model = id == 0 ? barrier.first : mine.first;
   if (!same(model.step, step) || barrier.expected != num_threads) {
     fault(step, "threads meet at different barriers: " +
-                    difference(barrier.expected == num_threads ? model : barrier.first, here));
+                    difference(barrier.expected == num_threads ? model : barrier.first,
+                               {me.thread_idx, step}));
   }
   if (!waits) {
     barrier.some_went_on = true;
@@ -449,65 +449,6 @@ void wait_until_equal(const int* turn, int value, const Step& step) {
   me.turn = turn;
   me.awaited = value;
   wait_here(step);
-}
-
-void check_global(const void* address, int bytes, Access access, const Step& step) {
-  if (is_accessible(address, bytes, access)) return;
-  fault(step, why_not_accessible(address, bytes, access));
-}
-
-void read_shared(const void* address, int bytes, const Step& step) {
-  SharedMemory& shared = block_of(*running).shared;
-  if (!shared.read(address, bytes, running->thread_idx, step)) fault(step, shared.error());
-}
-
-void write_shared(const void* address, int bytes, const Step& step) {
-  SharedMemory& shared = block_of(*running).shared;
-  if (!shared.write(address, bytes, running->thread_idx, step)) fault(step, shared.error());
-}
-
-void begin_async_read(const void* shared, int bytes, AsyncReader reader, const Step& step) {
-  SharedMemory& memory = block_of(*running).shared;
-  if (!memory.begin_async_read(shared, bytes, reader, running->thread_idx, step)) {
-    fault(step, memory.error());
-  }
-}
-
-void end_async_read(const void* shared, int bytes, AsyncReader reader, const Step& step) {
-  block_of(*running).shared.end_async_read(shared, bytes, reader, running->thread_idx, step);
-}
-
-void fence_async_proxy() { block_of(*running).shared.fence_async_proxy(running->thread_idx); }
-
-void start_copy(void* shared, const void* global, int bytes, bool valid, const Step& step) {
-  Copy copy{static_cast<char*>(shared), bytes, step, {}};
-  if (valid) {
-    check_global(global, bytes, Access::kRead, step);
-    memcpy(copy.data, global, bytes);
-  }
-  SharedMemory& memory = block_of(*running).shared;
-  if (!memory.start_copy(copy, running->thread_idx)) fault(step, memory.error());
-  running->copies.copies.push_back(copy);
-  ++running->copies.open;
-}
-
-void commit_copies() {
-  CopyQueue& queue = running->copies;
-  queue.groups.push_back(queue.open);
-  queue.open = 0;
-}
-
-void wait_for_copies(int pending) {
-  CopyQueue& queue = running->copies;
-  const int groups = static_cast<int>(queue.groups.size()) - pending;
-  int finished = 0;
-  for (int i = 0; i < groups; ++i) finished += queue.groups[i];
-  for (int i = 0; i < finished; ++i) {
-    block_of(*running).shared.finish_copy(queue.copies[i], running->thread_idx);
-  }
-  if (groups <= 0) return;
-  queue.copies.erase(queue.copies.begin(), queue.copies.begin() + finished);
-  queue.groups.erase(queue.groups.begin(), queue.groups.begin() + groups);
 }
 
 }  // namespace emulator

@@ -21,6 +21,7 @@
 #include "emulator/fiber.h"
 #include "emulator/global_memory.h"
 #include "emulator/mbarriers.h"
+#include "emulator/poison.h"
 #include "emulator/registers.h"
 #include "emulator/shared_memory.h"
 #include "emulator/step.h"

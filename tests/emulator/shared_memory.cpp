@@ -162,7 +162,9 @@ bool SharedMemory::check_reads_before_write(const Units& units, int warp, int th
   return true;
 }
 
-void SharedMemory::mark_read(const Units& units, int thread, uint16_t step) {
+// Both are in every access's way, and called from shared_async.cpp too.
+[[gnu::always_inline]] inline void SharedMemory::mark_read_here(const Units& units, int thread,
+                                                                uint16_t step) {
   Reads& reads = reads_[warp_of(thread)];
   const int32_t now = clocks_.now(thread);
   const uint32_t lane = lane_bit(thread);
@@ -193,11 +195,17 @@ bool SharedMemory::read(const void* address, int bytes, int thread, const Step& 
       if (!check_unit_to_read(unit, thread)) return false;
     }
   }
-  if (check_races) mark_read(units, thread, number_of(step));
+  if (check_races) mark_read_here(units, thread, number_of(step));
   return true;
 }
 
-void SharedMemory::mark_written(const Units& units, int32_t clock, int thread, uint16_t step) {
+void SharedMemory::mark_read(const Units& units, int thread, uint16_t step) {
+  mark_read_here(units, thread, step);
+}
+
+[[gnu::always_inline]] inline void SharedMemory::mark_written_here(const Units& units,
+                                                                   int32_t clock, int thread,
+                                                                   uint16_t step) {
   std::fill_n(write_clock_.begin() + units.first, units.count, clock);
   std::fill_n(writer_.begin() + units.first, units.count, static_cast<int16_t>(thread));
   std::fill_n(write_step_.begin() + units.first, units.count, step);
@@ -208,7 +216,7 @@ void SharedMemory::mark_written(const Units& units, int32_t clock, int thread, u
 }
 
 // Whether `thread` may write to all units now.
-bool SharedMemory::check_write(const Units& units, int thread) {
+[[gnu::always_inline]] inline bool SharedMemory::check_write_here(const Units& units, int thread) {
   const WarpClock& clock = clocks_.of_warp(warp_of(thread));
   const int32_t* written = write_clock_.data() + units.first;
   const int32_t* last_read = read_clock_.data() + units.first;
@@ -233,9 +241,17 @@ bool SharedMemory::write(const void* address, int bytes, int thread, const Step&
   Units units;
   if (!find("a write", address, bytes, units)) return false;
   if (async_ && !check_not_held(units)) return false;
-  if (!check_write(units, thread)) return false;
-  mark_written(units, clocks_.now(thread), thread, number_of(step));
+  if (!check_write_here(units, thread)) return false;
+  mark_written_here(units, clocks_.now(thread), thread, number_of(step));
   return true;
+}
+
+bool SharedMemory::check_write(const Units& units, int thread) {
+  return check_write_here(units, thread);
+}
+
+void SharedMemory::mark_written(const Units& units, int32_t clock, int thread, uint16_t step) {
+  mark_written_here(units, clock, thread, step);
 }
 
 bool SharedMemory::start_copy(const Copy& copy, int thread) {

@@ -88,10 +88,12 @@ class SharedMemory {
   [[gnu::cold]] bool check_unit_to_read(int unit, int thread);
   [[gnu::cold]] bool check_unit_to_write(int unit, int thread);
   bool check_write(const Units& units, int thread);
+  bool check_write_here(const Units& units, int thread);
   bool check_reads_before_write(const Units& units, int warp, int thread);
   bool refuse(const std::string& why);
   std::string writer_of(int unit) const;
   void mark_written(const Units& units, int32_t clock, int thread, uint16_t step);
+  void mark_written_here(const Units& units, int32_t clock, int thread, uint16_t step);
   void clear(int bytes, int num_warps);
   void use_async_proxy();
   bool find_chunks(const char* access, const void* address, int bytes, Units& units);
@@ -99,6 +101,7 @@ class SharedMemory {
   bool check_not_held(const Units& units);
   bool check_tensor_reads(const Units& units, int thread);
   void mark_read(const Units& units, int thread, uint16_t step);
+  void mark_read_here(const Units& units, int thread, uint16_t step);
   bool written_alike(int unit) const;
   struct KnownWrite {
     int32_t clock = -1;

@@ -21,12 +21,12 @@ std::string thread_name(int lane) { return "thread " + std::to_string(threads_be
 //   col = i / 4 * 8 + threadID_in_group * 2 + i % 2
 // of a warp; warp w holds rows 16 w .... Visits pairs of a lane's numbers and their neighbours
 // among the sums.
-template <class Visit>
-void for_each_pair(float* const* lanes, float* sums, int n, Visit visit) {
+template <class Sum, class Visit>
+void for_each_pair(float* const* lanes, Sum* sums, int n, Visit visit) {
   for (int thread = 0; thread < kWarpgroupThreads; ++thread) {
     const int row = thread / 32 * 16 + thread % 32 / 4;
     float* number = lanes[thread];
-    float* sum = sums + row * n + thread % 4 * 2;
+    Sum* sum = sums + row * n + thread % 4 * 2;
     for (int col = 0; col < n; col += 8, number += 4, sum += 8) {
       visit(number, sum);
       visit(number + 2, sum + 8 * n);
@@ -225,15 +225,20 @@ void WarpgroupProducts::finish(const Product& product) {
 
 void WarpgroupProducts::give_back(const Accumulation& accumulation) {
   const uint32_t poison[2] = {accumulation.poison, accumulation.poison};
-  bool untouched = true;
-  auto* sums = const_cast<float*>(accumulation.sums.data());
-  for_each_pair(accumulation.lanes, sums, accumulation.n, [&](float* number, const float* sum) {
-    untouched &= memcmp(number, poison, sizeof(poison)) == 0;
-    memcpy(number, sum, 2 * sizeof(float));
-  });
-  if (untouched) return;
-  fault(*current().step,
-        "accumulators of " + describe(accumulation.first) + " were changed before this wait");
+  const float* changed = nullptr;
+  for_each_pair(accumulation.lanes, accumulation.sums.data(), accumulation.n,
+                [&](float* number, const float* sum) {
+                  if (memcmp(number, poison, sizeof(poison)) != 0) changed = number;
+                  memcpy(number, sum, 2 * sizeof(float));
+                });
+  if (changed == nullptr) return;
+  int lane = 0;
+  while (changed < accumulation.lanes[lane] ||
+         changed >= accumulation.lanes[lane] + accumulation.n / 2) {
+    ++lane;
+  }
+  fault(*current().step, "accumulators of " + describe(accumulation.first) + " were changed in " +
+                             thread_name(lane) + " before this wait");
 }
 
 WarpgroupProducts& warpgroup_products() {

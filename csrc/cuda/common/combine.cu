@@ -3,13 +3,43 @@
 #include "primitives/launch.h"
 
 namespace sink_attention::cuda {
+namespace {
 
-void combine(const attention::FlashFwdProblem& problem, int num_splits, const float* partial_state,
-             const float* partial_out, void* stream) {
-  constexpr int kRows = CombineKernel<attention::BFloat16>::kRowsPerBlock;
+constexpr int64_t kAlignment = 256;
+constexpr int kManySplits = 8;  // what one warp has under way at once
+
+int64_t round_up(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+int64_t partial_rows(const attention::FlashFwdProblem& problem, int num_splits) {
+  return num_splits == 1 ? 0 : num_splits * problem.num_heads_q * problem.total_q;
+}
+
+int64_t state_bytes(const attention::FlashFwdProblem& problem, int num_splits) {
+  return round_up(partial_rows(problem, num_splits) * 2 * sizeof(float));
+}
+
+}  // namespace
+
+int64_t partials_bytes(const attention::FlashFwdProblem& problem, int num_splits) {
+  return state_bytes(problem, num_splits) +
+         round_up(partial_rows(problem, num_splits) * problem.head_dim_v * sizeof(float));
+}
+
+Partials partials_in(void* workspace, const attention::FlashFwdProblem& problem, int num_splits) {
+  if (num_splits == 1) return {nullptr, nullptr};
+  char* base = static_cast<char*>(workspace);
+  return {reinterpret_cast<float*>(base),
+          reinterpret_cast<float*>(base + state_bytes(problem, num_splits))};
+}
+
+void combine(const attention::FlashFwdProblem& problem, int num_splits, const Partials& partials,
+             void* stream) {
+  using Kernel = CombineKernel<attention::BFloat16>;
+  const bool block_per_row = num_splits > kManySplits;
+  const int tile_rows = block_per_row ? 1 : Kernel::kRowsPerBlock;
   const int64_t rows = problem.seqlen_q * (problem.num_heads_q / problem.num_heads_kv);
-  const int num_tiles = static_cast<int>((rows + kRows - 1) / kRows);
-  const CombineProblem parts{problem, num_tiles, num_splits, partial_state, partial_out};
+  const int num_tiles = static_cast<int>((rows + tile_rows - 1) / tile_rows);
+  const CombineProblem parts{problem, num_tiles, num_splits, block_per_row, partials};
   const primitives::Index3 grid{static_cast<int>(num_tiles * problem.batch),
                                 static_cast<int>(problem.num_heads_kv), 1};
   if (problem.dtype == attention::DataType::kBFloat16) {

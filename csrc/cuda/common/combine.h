@@ -1,11 +1,24 @@
-// Joins partial results (combine.cuh).
+// Joins partial results (combine.cuh), and where they lie meanwhile.
 #pragma once
 
 #include "attention/problem.h"
 
 namespace sink_attention::cuda {
 
-void combine(const attention::FlashFwdProblem& problem, int num_splits, const float* partial_state,
-             const float* partial_out, void* stream);
+constexpr int kMaxSplits = 64;
+
+// [num_splits][num_heads_q][total_q]: the state (maximum and sum, base 2; two floats) and the
+// undivided output (head_dim_v floats) of each row, without the sink. Null where nothing is split.
+struct Partials {
+  float* state;
+  float* out;
+};
+
+// Of a workspace that is aligned to 256 bytes.
+int64_t partials_bytes(const attention::FlashFwdProblem& problem, int num_splits);
+Partials partials_in(void* workspace, const attention::FlashFwdProblem& problem, int num_splits);
+
+void combine(const attention::FlashFwdProblem& problem, int num_splits, const Partials& partials,
+             void* stream);
 
 }  // namespace sink_attention::cuda

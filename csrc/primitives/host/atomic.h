@@ -1,7 +1,6 @@
 #pragma once
 
 #include "emulator/machine.h"
-#include "emulator/poison.h"
 
 namespace sink_attention::primitives {
 

@@ -1,7 +1,6 @@
 #pragma once
 
-#include "emulator/poison.h"
-#include "emulator/wgmma_groups.h"
+#include "emulator/machine.h"
 
 namespace sink_attention::primitives {
 

@@ -2,7 +2,7 @@
 
 #include <cmath>
 
-#include "emulator/poison.h"
+#include "emulator/machine.h"
 
 namespace sink_attention::primitives {
 

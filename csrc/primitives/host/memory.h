@@ -3,7 +3,6 @@
 #include <cstring>
 
 #include "emulator/machine.h"
-#include "emulator/poison.h"
 
 namespace sink_attention::primitives {
 

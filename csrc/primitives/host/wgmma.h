@@ -4,8 +4,6 @@
 #include <type_traits>
 
 #include "emulator/machine.h"
-#include "emulator/poison.h"
-#include "emulator/wgmma_groups.h"
 
 namespace sink_attention::primitives {
 

@@ -9,6 +9,12 @@ SA_DEVICE void cp_async_16(void* shared, const void* global, bool valid) {
                "l"(global), "r"(valid ? 16 : 0)
                : "memory");
 }
+SA_DEVICE void cp_async_4(void* shared, const void* global, bool valid) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(address), "l"(global),
+               "r"(valid ? 4 : 0)
+               : "memory");
+}
 SA_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 template <int kPending>
 SA_DEVICE void cp_async_wait() {

@@ -111,7 +111,9 @@ void uses_before_the_wait() {
 
 void registers_changed() {
   expect_fault("accumulators written before the wait",
-               {"wgmma_wait at wait:1: accumulators of wgmma_ss at product:1 were changed"}, [] {
+               {"wgmma_wait at wait:1: accumulators of wgmma_ss at product:1 were changed in "
+                "thread 77"},
+               [] {
                  run_filled([](char* shared) {
                    Acc acc;
                    wgmma_fence();

@@ -279,11 +279,9 @@ struct FlashFwdKernel {
     const Place again = find_place(kernel_problem, primitives::opaque(primitives::block_idx().x),
                                    primitives::opaque(primitives::block_idx().y));
     const PackedRows result_rows = packed_rows(problem, again.batch_idx, again.kv_head);
-    Results{kernel_problem,
-            result_rows,
+    Results{{kernel_problem, result_rows, again.split,
+             cache_scale(problem.v_scale, problem, again.kv_head)},
             again.row_begin,
-            again.split,
-            cache_scale(problem.v_scale, problem, again.kv_head),
             primitives::load_shared(&storage.work.scale.to_log2)}
         .write(storage.results, out, states, warp_row, warp_n);
   }

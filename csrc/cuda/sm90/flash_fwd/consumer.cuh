@@ -37,7 +37,7 @@ struct FlashFwdConsumer {
 
   SA_DEVICE void run() {
     using primitives::load_shared;
-    if (Tiles::kTakeTurns && warpgroup == 0) pass_turn_to(0);
+    if (Tiles::kTakeTurns && warpgroup == Tiles::kConsumers - 1) pass_turn();  // the first
     typename Ring<1>::Place q_at;
     typename KRing::Place at;
     for (int idx = primitives::block_idx().x; idx < problem.num_works;
@@ -45,7 +45,7 @@ struct FlashFwdConsumer {
       WorkWriter<Tiles>{problem, work()}.write(idx, warpgroup * 64, 64);
       if (load_shared(&work().row_begin) < load_shared(&work().num_rows)) attend(q_at, at);
     }
-    if (Tiles::kTakeTurns && warpgroup == 0) wait_for_turn();
+    if (Tiles::kTakeTurns && warpgroup == 0) wait_for_turn();  // nobody is left to take the last
   }
 
  private:
@@ -57,11 +57,9 @@ struct FlashFwdConsumer {
   SA_DEVICE void wait_for_turn() const {
     primitives::sync_named(kFirstTurn + warpgroup, 2 * primitives::kWarpgroupSize);
   }
-  SA_DEVICE void pass_turn_to(int next) const {
-    primitives::arrive_named(kFirstTurn + next, 2 * primitives::kWarpgroupSize);
-  }
   SA_DEVICE void pass_turn() const {
-    pass_turn_to(warpgroup == Tiles::kConsumers - 1 ? 0 : warpgroup + 1);
+    const int next = warpgroup == Tiles::kConsumers - 1 ? 0 : warpgroup + 1;
+    primitives::arrive_named(kFirstTurn + next, 2 * primitives::kWarpgroupSize);
   }
   // What this warp's products have read may be overwritten.
   SA_DEVICE void release(primitives::Mbarrier* empty) const {

@@ -1,11 +1,10 @@
 // Hopper's decode: few query rows over a paged cache, whose keys are split among warps and blocks.
 #pragma once
 
-#include <stdexcept>
-
+#include "attention/paged_kv.h"
 #include "attention/problem.h"
 #include "cuda/backend.h"
-#include "cuda/tile/copy.cuh"
+#include "cuda/sm90/paged_attn/launch.h"
 
 namespace sink_attention::cuda::sm90 {
 
@@ -19,7 +18,20 @@ inline const char* why_not_decode(const attention::FlashFwdProblem& problem) {
   if (problem.dtype != DataType::kBFloat16 && problem.dtype != DataType::kFloat16) {
     return "q is neither bfloat16 nor float16";
   }
-  return "this build has no decode for sm_90a";
+  if (packed_rows_of(problem) > kManyRows) {
+    return "a kv head's query heads times seqlen_q are more than 64 rows";
+  }
+  const int64_t bytes = attention::bytes_of(problem.kv_dtype);
+  const auto are_chunks = [bytes](const void* base, int64_t dims_and_strides) {
+    return (reinterpret_cast<uintptr_t>(base) | dims_and_strides * bytes) % 16 == 0;
+  };
+  if (!are_chunks(problem.k, problem.head_dim | problem.k_stride_batch | problem.k_stride_row |
+                                 problem.k_stride_head) ||
+      !are_chunks(problem.v, problem.head_dim_v | problem.v_stride_batch | problem.v_stride_row |
+                                 problem.v_stride_head)) {
+    return "rows of k or v are not in aligned parts of 16 bytes";
+  }
+  return nullptr;
 }
 
 inline bool takes_decode(const attention::FlashFwdProblem& problem) {
@@ -27,17 +39,14 @@ inline bool takes_decode(const attention::FlashFwdProblem& problem) {
 }
 
 // What decode needs for the same problem on the same device; it may be 0.
-inline int64_t decode_workspace_bytes(const attention::FlashFwdProblem&, const Device&) {
-  throw std::logic_error("sm90::decode takes no problem");
-}
+int64_t decode_workspace_bytes(const attention::FlashFwdProblem& problem, const Device& device);
 
 // out and lse of each row that a sequence has, sink included. Owns its splits (problem.num_splits
 // of them, or by shapes and device.num_sms where that is 0) and joins them (common/combine.h). Only
 // for problems that are taken, with batch, seqlen_q and num_heads_q above 0 and device.arch == 90;
 // `workspace` as backend.h says: aligned to 256 bytes, contents not set. Throws std::runtime_error
 // where a launch fails.
-inline void decode(const attention::FlashFwdProblem&, const Device&, void*, Stream) {
-  throw std::logic_error("sm90::decode takes no problem");
-}
+void decode(const attention::FlashFwdProblem& problem, const Device& device, void* workspace,
+            Stream stream);
 
 }  // namespace sink_attention::cuda::sm90

@@ -1,0 +1,16 @@
+// Four 8-bit numbers of a register made Float16 ones, which hold all of them exactly; NaN stays NaN
+// (compute capability 8.9 and later).
+//
+//   template <class Stored>  Float8E4M3 or Int8
+//   void widen(uint32_t four, uint32_t& low, uint32_t& high)    bytes 0 and 1, bytes 2 and 3
+//   uint32_t swap_middle_bytes(uint32_t four)                   bytes 0, 2, 1, 3
+#pragma once
+
+#include "attention/numeric.h"
+#include "primitives/simt.h"
+
+#if defined(SA_EMULATE)
+#include "primitives/host/widen.h"
+#else
+#include "primitives/ptx/widen.h"
+#endif

@@ -1,0 +1,151 @@
+"""Few query rows over a cache, in every head_dim class, element type and number of rows that kernels
+for decode have tiles for; windows, sink tokens and pages that end anywhere in a block of keys.
+
+On Hopper these are csrc/cuda/sm90/paged_attn, elsewhere sm80's decode and prefill tiles.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import cases
+import emulated
+import pytest
+import tolerance
+import torch
+from cases import FLOAT8, HALF_DTYPES, PagedCase, heads
+from conftest import BACKENDS, Backend
+from test_paged import attend, check_paged
+from test_quantised_cache import INT8, check_read, expected, quantise_inputs
+
+# (head_dim, head_dim_v): each class, full and padded
+DIMS = ((32, 16), (64, 64), (80, 48), (96, 96), (128, 128), (192, 128), (144, 160), (192, 192),
+        (256, 256))  # fmt: skip
+CACHES = ((None, ""), (FLOAT8, "head"), (FLOAT8, "token"), (INT8, "tensor"), (INT8, "token"))
+# One group of 16 query heads; 5 positions of 8 heads; 64 rows; 17 of which one is another warp's.
+ROWS = ((1, heads(16, 1)), (5, heads(8, 1)), (8, heads(8, 1)), (17, heads(2, 2)))
+MASKS = (
+    {"causal": True},
+    {"causal": True, "window_size": (127, 0)},
+    {"causal": True, "window_size": (40, 0), "num_sink_tokens": 4},
+    {"window_size": (200, 7), "softcap": 15.0},
+)
+
+
+def decode_cases(seed: int) -> list[tuple[PagedCase, torch.dtype | None, str]]:
+    """Each pair of dims and cache once; the rest in turn."""
+    drawn = []
+    for i, dims in enumerate(DIMS):
+        for j, (stored, kind) in enumerate(CACHES):
+            n = i * len(CACHES) + j
+            seqlen_q, head_counts = ROWS[(n + i) % len(ROWS)]
+            fields: dict[str, Any] = dict(MASKS[(n // 2) % len(MASKS)]) | head_counts
+            case = PagedCase(
+                seqlens_q=(seqlen_q,) * 2,
+                seqlens_k=((300, 129), (65, 320), (257, 0))[n % 3],
+                head_dim=dims[0],
+                head_dim_v=dims[1],
+                dtype=HALF_DTYPES[(i + j) % 2],
+                page_size=(16, 64, 128, 48, 1, 32)[n % 6],
+                packed_q=n % 4 == 1,
+                heads_first=n % 5 == 2,
+                num_splits=(0, 3, 40)[n % 3],
+                sink=("normal", "mixed", "none")[n % 3],
+                seed=seed + n,
+                **fields,
+            )
+            drawn.append((case, stored, kind))
+    return drawn
+
+
+@pytest.mark.parametrize(("case", "stored", "kind"), decode_cases(1), ids=str)
+def test_decode(backend: Backend, case: PagedCase, stored: torch.dtype | None, kind: str) -> None:
+    if stored is None:
+        check_paged(backend, case)
+    else:
+        check_read(backend, case, kind, stored)
+
+
+@pytest.mark.parametrize("stored", [None, FLOAT8, INT8], ids=str)
+@pytest.mark.parametrize("seqlen_q", [1, 4])
+def test_many_splits(backend: Backend, stored: torch.dtype | None, seqlen_q: int) -> None:
+    """More of them than blocks of keys: some see none. Joined by one warp, and by four."""
+    for num_splits in (2, 8, 9, 33, 64):
+        case = PagedCase(
+            seqlens_q=(seqlen_q,) * 3,
+            seqlens_k=(700, 1, 0) if seqlen_q == 1 else (700, 64, 5),
+            num_heads_q=8,
+            dtype=torch.bfloat16,
+            causal=True,
+            sink="mixed",
+            num_splits=num_splits,
+        )
+        if stored is None:
+            check_paged(backend, case)
+        else:
+            check_read(backend, case, "token", stored)
+
+
+@pytest.mark.parametrize("stored", [FLOAT8, INT8], ids=str)
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+def test_token_scales_of_many_sizes(
+    backend: Backend, dtype: torch.dtype, stored: torch.dtype
+) -> None:
+    """Values whose scales grow and shrink along a sequence by powers of 10, and queries as small and
+    as large as they come."""
+    case = PagedCase(seqlens_q=(2,), seqlens_k=(300,), num_heads_q=8, dtype=dtype, causal=True)
+    plain = cases.make_paged(case, backend.device)
+    sizes = 10.0 ** torch.tensor([-3.0, 1.0, -2.0, 2.0, 0.0])
+    rows = torch.arange(300) // 60
+    factor = sizes[rows].to(plain.v[0])[:, None, None]
+    table = plain.block_table[0].cpu()
+    v_cache = plain.v_cache.clone()
+    for j in range(300):
+        v_cache[table[j // 16], j % 16] *= factor[j].to(v_cache)
+    q = plain.q.clone()
+    q[:, 0] *= 1e-3
+    q[:, 1] *= 8.0
+    plain = replace(plain, q=q, v=[plain.v[0] * factor], v_cache=v_cache)
+    inputs = quantise_inputs(case, plain, "token", stored)
+    exact = expected(case, inputs, inputs.k, inputs.v)
+    rounded = [[x.to(dtype).double() for x in tokens] for tokens in (inputs.k, inputs.v)]
+    actual = attend(backend, case, inputs)
+    # Whether k is rounded to q's dtype, as it is by some kernels, decides only about lse.
+    either = exact if backend.name in ("cpu", "emulated-sm90") else expected(case, inputs, *rounded)
+    tolerance.check(actual, either)
+
+
+@pytest.mark.skipif("emulated-sm90" not in BACKENDS, reason="make emulator")
+@pytest.mark.parametrize("stored", [None, FLOAT8, INT8], ids=str)
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("seqlen_q", [1, 7])
+def test_order_of_warps_does_not_matter(
+    seqlen_q: int, page_size: int, stored: torch.dtype | None
+) -> None:
+    """Hopper's kernels under other orders of warps and of arriving copies: the same bits."""
+    case = PagedCase(
+        seqlens_q=(seqlen_q,) * 2,
+        seqlens_k=(330, 70),
+        num_heads_q=8,
+        page_size=page_size,
+        dtype=torch.bfloat16,
+        causal=True,
+        window_size=(250, 0),
+        num_sink_tokens=3,
+        num_splits=2,
+    )
+    inputs = cases.make_paged(case, "cpu")
+    if stored is not None:
+        inputs = quantise_inputs(case, inputs, "token", stored)
+    results = []
+    for seed in range(1, 5):
+        with emulated.emulated(seed=seed, arch=90):
+            before = emulated.blocks_run()
+            results.append(attend(BACKENDS["emulated-sm90"], case, inputs))
+            blocks = Counter(emulated.blocks_run()) - before
+        assert blocks["sm90"] == 2 * 2 * case.num_heads_kv and blocks["sm80"] == 0
+    for result in results[1:]:
+        assert torch.equal(result.out, results[0].out)
+        assert torch.equal(result.lse, results[0].lse)

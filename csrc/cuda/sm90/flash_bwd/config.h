@@ -20,17 +20,13 @@
 
 namespace sink_attention::cuda::sm90 {
 
-template <int kHeadDim_, int kHeadDimV_, int kColumnGroups_, int kBlockM_, int kStages_,
-          bool kEarlyValues_>
+template <int kHeadDim_, int kHeadDimV_, int kColumnGroups_, int kBlockM_, int kStages_>
 struct FlashBwdTiles {
   static constexpr int kHeadDim = kHeadDim_;    // of Q and K, zero-padded to it in shared memory
   static constexpr int kHeadDimV = kHeadDimV_;  // of V and dO
   static constexpr int kColumnGroups = kColumnGroups_;
   static constexpr int kBlockM = kBlockM_;
   static constexpr int kStages = kStages_;  // of Q and of dO under way or in use
-  // Whether dV's product starts before dS is computed, and hides it: P^T's operands then wait in
-  // registers beside S and dP.
-  static constexpr bool kEarlyValues = kEarlyValues_;
 
   static constexpr int kConsumers = 2;  // warpgroups
   static constexpr int kConsumerWarps = 4 * kConsumers;
@@ -60,17 +56,17 @@ struct FlashBwdTiles {
 };
 
 // clang-format off
-//                                           column  rows          dV
-//                                 dims      groups  a tile stages early
+//                                           column  rows
+//                                 dims      groups  a tile stages
 template <int kHeadDim, int kHeadDimV>
 struct FlashBwdTilesOf;
-template <> struct FlashBwdTilesOf<64, 64>   : FlashBwdTiles<64, 64,    1, 128, 2, false> {};
-template <> struct FlashBwdTilesOf<96, 96>   : FlashBwdTiles<96, 96,    1,  64, 2, true> {};
-template <> struct FlashBwdTilesOf<128, 128> : FlashBwdTiles<128, 128,  1,  64, 2, true> {};
-template <> struct FlashBwdTilesOf<192, 128> : FlashBwdTiles<192, 128,  2,  64, 2, true> {};
-template <> struct FlashBwdTilesOf<192, 192> : FlashBwdTiles<192, 192,  2,  64, 2, true> {};
+template <> struct FlashBwdTilesOf<64, 64>   : FlashBwdTiles<64, 64,    1, 128, 2> {};
+template <> struct FlashBwdTilesOf<96, 96>   : FlashBwdTiles<96, 96,    1,  64, 2> {};
+template <> struct FlashBwdTilesOf<128, 128> : FlashBwdTiles<128, 128,  1,  64, 2> {};
+template <> struct FlashBwdTilesOf<192, 128> : FlashBwdTiles<192, 128,  2,  64, 2> {};
+template <> struct FlashBwdTilesOf<192, 192> : FlashBwdTiles<192, 192,  2,  64, 2> {};
 // One stage: K, V, Q and dO take 32 KB each, dQ 64 KB.
-template <> struct FlashBwdTilesOf<256, 256> : FlashBwdTiles<256, 256,  2,  64, 1, true> {};
+template <> struct FlashBwdTilesOf<256, 256> : FlashBwdTiles<256, 256,  2,  64, 1> {};
 // clang-format on
 
 }  // namespace sink_attention::cuda::sm90

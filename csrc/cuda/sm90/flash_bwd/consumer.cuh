@@ -5,7 +5,14 @@
 //     products      S   dP .........  dV ...............  |  dQ   dK .............
 //     arithmetic        P = exp2(S)   dS = P (dP - delta) |       dQ to its buffer
 //
-// The next tile's S does not start before: nvcc serialises products that run over a loop's end.
+// Where a warpgroup has 128 rows at a time, P and dS would not fit into registers twice, as numbers
+// and as operands. Then both halves of the rows take turns:
+//
+//     products      S   dP of 0   dV of 0 ........   dP of 1   dV of 1 .  |  dQ   dK ..........
+//     arithmetic        P of 0    P of 1   dS of 0             dS of 1    |       dQ to its buffer
+//
+// The next tile's S does not start before this one is done: nvcc serialises products that run over
+// a loop's end. Under a softcap dS takes the scores too, and comes with P.
 //
 // dS, and P where two warpgroups share keys, pass through shared memory, and so all consumers wait
 // for each other:
@@ -34,7 +41,12 @@ template <class Element, class Tiles>
 struct FlashBwdConsumer {
   using Storage = FlashBwdStorage<Element, Tiles>;
   using Scores = Accumulators<1, Tiles::kGroupRows / 8>;
-  using ScoreOperands = OperandsA<1, Tiles::kGroupRows / 16>;
+  // Of a tile's rows, those whose weights are in work at a time.
+  static constexpr int kParts = Tiles::kGroupRows > 64 ? 2 : 1;
+  static constexpr int kPartRows = Tiles::kGroupRows / kParts;
+  static constexpr int kPartTiles = kPartRows / 8;
+  using PartScores = Accumulators<1, kPartTiles>;
+  using PartOperands = OperandsA<1, kPartTiles / 2>;
   static constexpr int kBarrier = 1;  // the consumers' named barrier
 
   const FlashBwdKernelProblem& problem;
@@ -107,45 +119,47 @@ struct FlashBwdConsumer {
   // The i-th tile that is visited.
   template <bool kCapped, int kDqCols>
   SA_DEVICE void add_tile(int i, int dq_row, int dq_col) {
-    constexpr bool kEarlyValues = Tiles::kEarlyValues && !kCapped;
     const int stage = primitives::opaque(i % Tiles::kStages);
     Scores s;
-    Scores dp;
+    PartScores dp[kParts];
     storage.q_ring.wait_until_full(place<Tiles::kStages>(i));
     primitives::wgmma_fence();
     start_abt(s, storage.k, first_key(), storage.q[stage].tile, first_row(), false);
     primitives::wgmma_commit();
     storage.dout_ring.wait_until_full(place<Tiles::kStages>(i));
-    primitives::wgmma_fence();
-    start_abt(dp, storage.v, first_key(), storage.dout[stage].tile, first_row(), false);
-    primitives::wgmma_commit();
+    start_dp<0>(dp[0], stage);
 
-    ScoreOperands p;
-    ScoreOperands ds;
+    PartOperands p[kParts];
+    PartOperands ds[kParts];
     const bool masked = primitives::load_shared(&storage.is_masked[stage]) != 0;
-    if constexpr (kEarlyValues) {
-      primitives::wgmma_wait<1>();
-      primitives::wgmma_hold(s.c[0]);
-      to_weights(s, storage.lse_log2[stage] + first_row(), problem.to_log2, lane());
-      if (masked) hide_unseen(s, stage);
-      to_operands<Element>(s, p.a[0]);
-      start_values(p, i);
-      primitives::wgmma_wait<1>();
-      primitives::wgmma_hold(dp.c[0]);
-      to_gradients(s, dp, storage.delta[stage] + first_row(), lane());
-      if (masked) hide_unseen(dp, stage);
-      to_operands<Element>(dp, ds.a[0]);
-    } else {
-      primitives::wgmma_wait<0>();
-      primitives::wgmma_hold(s.c[0]);
-      primitives::wgmma_hold(dp.c[0]);
-      if (masked) {
-        differentiate<true, kCapped>(s, dp, stage, p, ds);
-      } else {
-        differentiate<false, kCapped>(s, dp, stage, p, ds);
+    if constexpr (kCapped) {
+      differentiate_capped<0>(s, dp[0], stage, masked);
+      start_values<0>(s, p, stage, i);
+      to_operands<Element>(dp[0], ds[0].a[0]);
+      if constexpr (kParts == 2) {
+        start_dp<1>(dp[1], stage);
+        differentiate_capped<1>(s, dp[1], stage, masked);
+        start_values<1>(s, p, stage, i);
+        to_operands<Element>(dp[1], ds[1].a[0]);
       }
-      start_values(p, i);
+    } else {
+      primitives::wgmma_wait<1>();
+      primitives::wgmma_hold(s.c[0]);
+      weigh<0>(s, stage, masked);
+      start_values<0>(s, p, stage, i);
+      if constexpr (kParts == 2) weigh<1>(s, stage, masked);
+      primitives::wgmma_wait<1>();
+      differentiate<0>(s, dp[0], stage, masked);
+      to_operands<Element>(dp[0], ds[0].a[0]);
+      if constexpr (kParts == 2) {
+        start_dp<1>(dp[1], stage);
+        start_values<1>(s, p, stage, i);
+        primitives::wgmma_wait<1>();
+        differentiate<1>(s, dp[1], stage, masked);
+        to_operands<Element>(dp[1], ds[1].a[0]);
+      }
     }
+
     auto& ds_tile = storage.scores[Tiles::kSharesKeys ? 0 : i % 2].tile;
     leave_scores(ds, ds_tile);
     Accumulators<1, kDqCols / 8> dq;
@@ -155,7 +169,10 @@ struct FlashBwdConsumer {
     if constexpr (Tiles::kSharesKeys) {
       start_ab(dk, ds_tile, 0, storage.q[stage].tile, first_col(), i > 0);
     } else {
-      start_ab(dk, ds.a[0], storage.q[stage].tile, 0, 0, i > 0);
+      SA_UNROLL
+      for (int part = 0; part < kParts; ++part) {
+        start_ab(dk, ds[part].a[0], storage.q[stage].tile, part * kPartRows, 0, part > 0 || i > 0);
+      }
     }
     primitives::wgmma_commit();
 
@@ -175,36 +192,83 @@ struct FlashBwdConsumer {
     return {i % kStages, i / kStages % 2};
   }
 
-  SA_DEVICE void hide_unseen(Scores& numbers, int stage) const {
-    hide(numbers, storage.window[stage] + first_row(), block.sink_end(), lane_key(), lane());
+  // Steps of the kPart'th part of a tile's rows.
+
+  template <int kPart>
+  SA_DEVICE int part_row() const {
+    return first_row() + kPart * kPartRows;
   }
 
-  template <bool kMasked, bool kCapped>
-  SA_DEVICE void differentiate(const Scores& s, const Scores& dp, int stage, ScoreOperands& p,
-                               ScoreOperands& ds) const {
-    to_operands_of_both<kMasked, kCapped, Element>(
-        s, dp, storage.lse_log2[stage] + first_row(), storage.delta[stage] + first_row(),
-        problem.to_log2, problem.to_tanh, storage.window[stage] + first_row(),
-        kMasked ? block.sink_end() : 0, lane_key(), lane(), p, ds);
+  template <int kPart>
+  SA_DEVICE void start_dp(PartScores& dp, int stage) const {
+    primitives::wgmma_fence();
+    start_abt(dp, storage.v, first_key(), storage.dout[stage].tile, part_row<kPart>(), false);
+    primitives::wgmma_commit();
+  }
+
+  template <int kPart>
+  SA_DEVICE void weigh(Scores& s, int stage, bool masked) const {
+    to_weights<kPart * kPartTiles, kPartTiles>(s, storage.lse_log2[stage] + part_row<kPart>(),
+                                               problem.to_log2, lane());
+    if (masked) hide_unseen<kPart, kPart * kPartTiles>(s, stage);
+  }
+
+  template <int kPart>
+  SA_DEVICE void differentiate(const Scores& weights, PartScores& dp, int stage,
+                               bool masked) const {
+    primitives::wgmma_hold(dp.c[0]);
+    to_gradients<kPart * kPartTiles>(weights, dp, storage.delta[stage] + part_row<kPart>(), lane());
+    if (masked) hide_unseen<kPart, 0>(dp, stage);
+  }
+
+  template <int kPart>
+  SA_DEVICE void differentiate_capped(Scores& s, PartScores& dp, int stage, bool masked) const {
+    primitives::wgmma_wait<0>();
+    if constexpr (kPart == 0) primitives::wgmma_hold(s.c[0]);
+    primitives::wgmma_hold(dp.c[0]);
+    to_capped_weights_and_gradients<kPart * kPartTiles>(
+        s, dp, storage.lse_log2[stage] + part_row<kPart>(),
+        storage.delta[stage] + part_row<kPart>(), problem.to_log2, problem.to_tanh, lane());
+    if (masked) {
+      hide_unseen<kPart, kPart * kPartTiles>(s, stage);
+      hide_unseen<kPart, 0>(dp, stage);
+    }
+  }
+
+  template <int kPart, int kFirst, class AnyScores>
+  SA_DEVICE void hide_unseen(AnyScores& numbers, int stage) const {
+    hide<kFirst, kPartTiles>(numbers, storage.window[stage] + part_row<kPart>(), block.sink_end(),
+                             lane_key(), lane());
   }
 
   // dV += P^T dO, of which P^T stays in `p` or goes through shared memory.
-  SA_DEVICE void start_values(ScoreOperands& p, int i) {
+  template <int kPart>
+  SA_DEVICE void start_values(const Scores& weights, PartOperands (&p)[kParts], int stage, int i) {
+    SA_UNROLL
+    for (int k = 0; k < kPartTiles / 2; ++k) {
+      to_operand_a<Element>(weights, 0, kPart * kPartTiles / 2 + k, p[kPart].a[0][k]);
+    }
+    const auto& dout = storage.dout[stage].tile;
     if constexpr (Tiles::kSharesKeys) {
       auto& p_tile = storage.scores[Storage::kTilesDs + i % 2].tile;
       leave_scores(p, p_tile);
       primitives::wgmma_fence();
-      start_ab(dv, p_tile, 0, storage.dout[i % Tiles::kStages].tile, first_col_v(), i > 0);
+      start_ab(dv, p_tile, 0, dout, first_col_v(), i > 0);
     } else {
       primitives::wgmma_fence();
-      start_ab(dv, p.a[0], storage.dout[i % Tiles::kStages].tile, 0, 0, i > 0);
+      start_ab(dv, p[kPart].a[0], dout, kPart * kPartRows, 0, kPart > 0 || i > 0);
     }
     primitives::wgmma_commit();
   }
 
   // Writes this warpgroup's part of a tile of scores; after it all of the tile is there.
-  SA_DEVICE void leave_scores(ScoreOperands& operands, typename Storage::ScoreTile& tile) const {
-    store_operands_a(operands, tile, first_key() + 16 * warp(), first_row(), lane());
+  SA_DEVICE void leave_scores(PartOperands (&parts)[kParts],
+                              typename Storage::ScoreTile& tile) const {
+    SA_UNROLL
+    for (int part = 0; part < kParts; ++part) {
+      store_operands_a(parts[part], tile, first_key() + 16 * warp(), first_row() + part * kPartRows,
+                       lane());
+    }
     primitives::fence_proxy_async();
     primitives::sync_named(kBarrier, Tiles::kConsumerThreads);
   }

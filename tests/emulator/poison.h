@@ -25,11 +25,15 @@ inline void refuse_poison(float value, const char* name, Site site) {
   if (is_poison(bits)) poison_found(bits, {name, site});
 }
 
-// A value that is stored or goes to another lane. Numbers are stored as floats or in aggregates of
-// 4-byte words; two 16-bit elements have been packed, and refused there.
+// Floats: one, or a struct of them with a member x. Words of other types may hold anything, two
+// 16-bit elements too, which were refused when they were packed.
+template <class T>
+concept Floats = std::is_same_v<T, float> || std::is_same_v<decltype(T::x), float>;
+
+// A value that is stored or goes to another lane.
 template <class T>
 void refuse_poison_in(const T& value, const char* name, Site site) {
-  if constexpr (std::is_same_v<T, float> || (std::is_class_v<T> && sizeof(T) % 4 == 0)) {
+  if constexpr (Floats<T>) {
     for (size_t i = 0; i < sizeof(T); i += 4) {
       float word;
       memcpy(&word, reinterpret_cast<const char*>(&value) + i, sizeof(word));

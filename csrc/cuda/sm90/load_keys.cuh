@@ -1,10 +1,9 @@
 // A block of keys or values into shared memory, by one warp: box by box where all of the block's
 // keys may be read, else chunk by chunk with zeros for the others.
 //
-// What lies beyond a sequence's keys may be anything, NaNs too, and must not reach a product: a
-// weight of 0 does not hide it. TMA writes zeros only for what lies outside of the tensor. Pages
-// that no query sees may be gone; their boxes are asked for beyond the last page, which makes them
-// zeros too.
+// What no query of a sequence sees, beyond its keys or before all windows, may be anything, NaNs too,
+// or pages that are gone, and must not reach a product: a weight of 0 does not hide it. TMA writes
+// zeros only for what lies outside of the tensor.
 #pragma once
 
 #include "cuda/tile/copy.cuh"
@@ -24,13 +23,15 @@ struct KeyBoxes {
   int first_row;                     // of key 0; 0 with a block table
   int kv_head;
   int batch_idx;    // meaningless with a block table
-  int num_pages;    // of the cache
   bool to_the_end;  // no key lies beyond the sequence's but outside of the tensor
 
-  // Whether all keys of a block may be asked for: none lies beyond the sequence.
+  // Whether all keys of a block may be asked for: some query sees each of them.
   template <bool kValues>
   SA_DEVICE bool hold(const KeySource<kValues>& source, int first_key, int keys) const {
-    return map != nullptr && (to_the_end || first_key + keys <= source.end);
+    if (map == nullptr) return false;
+    const int end = first_key + keys;
+    return end <= source.sink_end ||
+           (source.begin <= first_key && (to_the_end || end <= source.end));
   }
 };
 
@@ -44,7 +45,6 @@ SA_DEVICE KeyBoxes key_boxes(const KeySource<kValues>& source, const primitives:
           paged ? 0 : k_row,
           kv_head,
           k_batch,
-          static_cast<int>(problem.num_pages),
           !paged && problem.cu_seqlens_k == nullptr && problem.seqused_k == nullptr};
 }
 
@@ -74,10 +74,8 @@ SA_DEVICE void start_boxes(Tile& tile, const KeySource<kValues>& source, const K
   for (int row = lane * boxes.rows; row < Tile::kRows; row += primitives::kWarpSize * boxes.rows) {
     const int key = first_key + row;
     const int page = key / page_size;
-    const bool is_seen =
-        key < source.sink_end || (key + boxes.rows > source.begin && key < source.end);
     int at[4] = {0, key - page * page_size, boxes.kv_head,
-                 is_seen ? primitives::load_global(source.pages + page) : boxes.num_pages};
+                 primitives::load_global(source.pages + page)};
     SA_ROLLED
     for (int slab = 0; slab < kSlabs<Tile>; ++slab) {
       at[0] = slab * Tile::kSlabCols;

@@ -65,7 +65,7 @@ struct FlashFwdProducer {
                                     nullptr,
                                     load_shared(&work.sink_end),
                                     load_shared(&work.key_begin),
-                                    load_shared(&work.seqlen_k)};
+                                    load_shared(&work.key_end)};
     const bool in_boxes = kValues ? problem.v_in_boxes : problem.k_in_boxes;
     const KeyBoxes boxes = key_boxes(
         source, in_boxes ? (kValues ? &problem.v_map : &problem.k_map) : nullptr, problem.box_rows,

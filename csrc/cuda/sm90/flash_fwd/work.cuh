@@ -34,8 +34,9 @@ struct Work {
   const int32_t* pages;  // the sequence's row of the block table, or null
   const char* k_base;    // as KeySource has them
   const char* v_base;
-  int sink_end;  // keys [0, sink_end) and [key_begin, seqlen_k) may be loaded
+  int sink_end;  // keys [0, sink_end) and [key_begin, key_end) may be loaded
   int key_begin;
+  int key_end;
   // For a warp that computes: blocks of keys that its warpgroup's rows all see whole.
   int full_begin;
   int full_end;
@@ -134,13 +135,14 @@ struct WorkWriter {
     store(work.full_end, static_cast<int>(attention::max_of(full.end, 0)) / Tiles::kBlockN);
   }
 
-  // The keys that may be loaded. Without a block table all of the sequence's are there; with one
-  // those before a window may be gone.
+  // The keys that some query of the sequence sees. Those that only other tiles' rows see are there
+  // too: boxes need not end where this tile's rows do.
   SA_DEVICE void write_loaded() const {
-    attention::KeySet keys{0, {0, 0}};
-    if (kernel_problem.problem.block_table != nullptr) keys = visible();
+    const attention::KeySet keys =
+        mask().visible_keys(0, load(work.num_rows) / kernel_problem.group);
     store(work.sink_end, static_cast<int>(keys.sink_end));
     store(work.key_begin, static_cast<int>(keys.window.begin));
+    store(work.key_end, static_cast<int>(keys.window.end));
   }
 
   template <bool kValues>

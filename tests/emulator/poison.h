@@ -25,11 +25,18 @@ inline void refuse_poison(float value, const char* name, Site site) {
   if (is_poison(bits)) poison_found(bits, {name, site});
 }
 
+// Vectors of doubles, whose halves may be any word.
+template <class T>
+struct HoldsDoubles : std::false_type {};
+template <template <class> class Vector>
+struct HoldsDoubles<Vector<double>> : std::true_type {};
+
 // A value that is stored or goes to another lane. Numbers are stored as floats or in aggregates of
 // 4-byte words; two 16-bit elements have been packed, and refused there.
 template <class T>
 void refuse_poison_in(const T& value, const char* name, Site site) {
-  if constexpr (std::is_same_v<T, float> || (std::is_class_v<T> && sizeof(T) % 4 == 0)) {
+  if constexpr (std::is_same_v<T, float> ||
+                (std::is_class_v<T> && sizeof(T) % 4 == 0 && !HoldsDoubles<T>::value)) {
     for (size_t i = 0; i < sizeof(T); i += 4) {
       float word;
       memcpy(&word, reinterpret_cast<const char*>(&value) + i, sizeof(word));

@@ -4,7 +4,8 @@
 // the block's keys lies beyond the sequence and none that no query sees shares a box with one that
 // is seen: what such slots hold may be anything. Boxes of unseen keys are asked for beyond the last
 // page, which makes them zeros. Other blocks are copied chunk by chunk (cp.async), with zeros for
-// what may not be read; so are the scales of tokens.
+// what may not be read; so are the scales of tokens. For those a lane looks up where some of the
+// block's keys lie, a block ahead, and tells the others.
 //
 // cp.async has to be waited for by the lanes that started it, before the block is announced. So
 // that one such block does not hold up the next ones' copies, it is announced kAhead blocks later:
@@ -56,6 +57,10 @@ struct DecodeProducer {
   uint32_t in_boxes = 0;  // and comes in boxes
 
   SA_DEVICE void run() {
+    if (kernel_problem.box_rows > 0 && lane == 0) {
+      primitives::prefetch_tensor_map(&kernel_problem.k_map);
+      primitives::prefetch_tensor_map(&kernel_problem.v_map);
+    }
     const int box_rows = kernel_problem.box_rows;
     const int page_size = static_cast<int>(kernel_problem.problem.page_size);
     const int boxes = box_rows == 0 ? 1 : kBlockN / box_rows;  // of a block
@@ -137,8 +142,7 @@ struct DecodeProducer {
   // Starts the copies of a block; of boxes, `slab`, `row`, `slot` and `page` are this lane's.
   template <bool kValues>
   SA_DEVICE void load(const KeySource<kValues>& source, const primitives::TensorMap& map,
-                      bool by_engine, int slab, int row, int slot, int page,
-                      const Places& places) {
+                      bool by_engine, int slab, int row, int slot, int page, const Places& places) {
     using Tile = typename Storage::template Tile<kValues>;
     static_assert(kBlockN / 16 * Tile::kSlabs <= kWarpSize, "a lane starts one box");
     storage.ring.wait_until_empty(at);
@@ -176,9 +180,8 @@ struct DecodeProducer {
       const int64_t numbers =
           places.page[i] * source.page_stride() + places.slot[i] * source.row_stride();
       const uint32_t offset =
-          places.page[i] < 0
-              ? kNowhere
-              : static_cast<uint32_t>(numbers * Tiles::kStoredBytes / kChunkBytes);
+          places.page[i] < 0 ? kNowhere
+                             : static_cast<uint32_t>(numbers * Tiles::kStoredBytes / kChunkBytes);
       // 32 rows, whose chunks the lanes take in turn.
       for (int j = 0; j < kChunks; ++j) {
         const int number = j * kWarpSize + lane;

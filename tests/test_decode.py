@@ -1,5 +1,5 @@
-"""Few query rows over a cache, in every head_dim class, element type and number of rows that kernels
-for decode have tiles for; windows, sink tokens and pages that end anywhere in a block of keys.
+"""Few query rows over a cache, in every head_dim class, element type and number of rows that
+kernels for decode have tiles for; windows, sink tokens and pages that end within a block of keys.
 
 On Hopper these are csrc/cuda/sm90/paged_attn, elsewhere sm80's decode and prefill tiles.
 """
@@ -25,8 +25,9 @@ from test_quantised_cache import INT8, check_read, expected, quantise_inputs, re
 DIMS = ((32, 16), (64, 64), (80, 48), (96, 96), (128, 128), (192, 128), (144, 160), (192, 192),
         (256, 256))  # fmt: skip
 CACHES = ((None, ""), (FLOAT8, "head"), (FLOAT8, "token"), (INT8, "tensor"), (INT8, "token"))
-# One group of 16 query heads; 5 positions of 8 heads; 64 rows; 17 of which one is another warp's.
-ROWS = ((1, heads(16, 1)), (5, heads(8, 1)), (8, heads(8, 1)), (17, heads(2, 2)))
+# Up to 16 rows, and up to 64: 17 rows have one that is another warp's.
+FEW_ROWS = ((1, heads(16, 1)), (3, heads(4, 2)), (2, heads(8, 1)))
+MANY_ROWS = ((5, heads(8, 1)), (8, heads(8, 1)), (17, heads(2, 2)))
 MASKS = (
     {"causal": True},
     {"causal": True, "window_size": (127, 0)},
@@ -35,13 +36,15 @@ MASKS = (
 )
 
 
-def decode_cases(seed: int) -> list[tuple[PagedCase, torch.dtype | None, str]]:
+def decode_cases(
+    rows: tuple[tuple[int, dict[str, int]], ...], seed: int
+) -> list[tuple[PagedCase, torch.dtype | None, str]]:
     """Each pair of dims and cache once; the rest in turn."""
     drawn = []
     for i, dims in enumerate(DIMS):
         for j, (stored, kind) in enumerate(CACHES):
             n = i * len(CACHES) + j
-            seqlen_q, head_counts = ROWS[(n + i) % len(ROWS)]
+            seqlen_q, head_counts = rows[(n + i) % len(rows)]
             fields: dict[str, Any] = dict(MASKS[(n // 2) % len(MASKS)]) | head_counts
             case = PagedCase(
                 seqlens_q=(seqlen_q,) * 2,
@@ -61,7 +64,9 @@ def decode_cases(seed: int) -> list[tuple[PagedCase, torch.dtype | None, str]]:
     return drawn
 
 
-@pytest.mark.parametrize(("case", "stored", "kind"), decode_cases(1), ids=str)
+@pytest.mark.parametrize(
+    ("case", "stored", "kind"), decode_cases(FEW_ROWS, 1) + decode_cases(MANY_ROWS, 101), ids=str
+)
 def test_decode(backend: Backend, case: PagedCase, stored: torch.dtype | None, kind: str) -> None:
     if stored is None:
         check_paged(backend, case)
@@ -116,8 +121,7 @@ def test_many_splits(backend: Backend, stored: torch.dtype | None, seqlen_q: int
 def test_token_scales_of_many_sizes(
     backend: Backend, dtype: torch.dtype, stored: torch.dtype
 ) -> None:
-    """Values whose scales grow and shrink along a sequence by powers of 10, and queries as small and
-    as large as they come."""
+    """Values whose scales grow and shrink along a sequence by powers of 10; q of all sizes."""
     case = PagedCase(seqlens_q=(2,), seqlens_k=(300,), num_heads_q=8, dtype=dtype, causal=True)
     plain = cases.make_paged(case, backend.device)
     sizes = 10.0 ** torch.tensor([-3.0, 1.0, -2.0, 2.0, 0.0])

@@ -76,7 +76,7 @@ struct CombineKernel {
       }
       return;
     }
-    auto* partial = reinterpret_cast<float(*)[kMaxCols]>(shared);
+    auto* partial = reinterpret_cast<float (*)[kMaxCols]>(shared);
     const int begin = parts.num_splits * warp / kWarps;
     const int end = parts.num_splits * (warp + 1) / kWarps;
     for (int first = 0; first < cols; first += 2 * kWarpSize) {

@@ -92,25 +92,30 @@ SA_DEVICE void write_merged_rows(const RowExchange<kParts, kRows, kCols>& exchan
       merged.sum += parts[part].sum * factor[part];
     }
     float scale = results.value_scale;
+    float* partial = nullptr;
+    Element* out = nullptr;
     if (kernel_problem.num_splits == 1) {
       scale = results.finish_row(packed_row, merged, lane == 0);
-    } else if (lane == 0) {
-      results.write_state(results.partial_index(packed_row), merged);
+      out = results.template out_row<Element>(packed_row);
+    } else {
+      const int64_t index = results.partial_index(packed_row);
+      if (lane == 0) results.write_state(index, merged);
+      partial = kernel_problem.partial_out + index * cols;
     }
-    for (int col = lane; col < cols; col += primitives::kWarpSize) {
+    SA_UNROLL
+    for (int first = 0; first < kCols; first += primitives::kWarpSize) {
+      const int col = first + lane;
+      if (col >= cols) break;
       float sum = 0.0f;
       SA_UNROLL
       for (int part = 0; part < kParts; ++part) {
         sum += primitives::load_shared(&exchange.out[part][row][col]) * factor[part];
       }
-      if (kernel_problem.num_splits == 1) {
-        const uint32_t pair = primitives::pack<Element>(sum * scale, 0.0f);
-        primitives::store_global(results.template out_row<Element>(packed_row) + col,
-                                 Element{static_cast<uint16_t>(pair)});
+      if (partial != nullptr) {
+        primitives::store_global(partial + col, sum * scale);
       } else {
-        primitives::store_global(
-            kernel_problem.partial_out + results.partial_index(packed_row) * cols + col,
-            sum * scale);
+        const uint32_t pair = primitives::pack<Element>(sum * scale, 0.0f);
+        primitives::store_global(out + col, Element{static_cast<uint16_t>(pair)});
       }
     }
   }

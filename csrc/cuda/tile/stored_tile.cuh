@@ -1,4 +1,5 @@
-// Rows of keys or values in shared memory as they are stored, of 16 or of 8 bits a number, swizzled.
+// Rows of keys or values in shared memory as they are stored, of 16 or of 8 bits a number,
+// swizzled.
 //
 // A row's 16-byte chunks lie in slabs of 128 bytes a row, or of 64 or 32 where that is what divides
 // the row, permuted as a copy engine's box of that width is (primitives/tma.h), so that a slab is

@@ -63,6 +63,21 @@ SA_SUITE(emulated_cp_async) {
     });
   });
 
+  expect_no_fault("four bytes a lane, every other lane's zeros", [&] {
+    VisibleBuffers buffers({source.readable()});
+    run_warp([&](char* shared) {
+      const int thread = thread_idx();
+      cp_async_4(shared + 4 * thread, &source[thread], thread % 2 == 0);
+      cp_async_commit();
+      cp_async_wait<0>();
+      sync_warp();
+      const int other = 31 - thread;
+      check(load_shared(reinterpret_cast<const uint32_t*>(shared + 4 * other)) ==
+                (other % 2 == 0 ? source[other] : 0u),
+            "four bytes of lane ", other);
+    });
+  });
+
   // A group without copies counts as one: wait<1> leaves it under way, not the one before it.
   expect_no_fault("an empty group", [&] {
     VisibleBuffers buffers({source.readable()});

@@ -4,6 +4,7 @@
 #include <random>
 
 #include "emulated.h"
+#include "primitives/widen.h"
 
 namespace sink_attention::tests {
 namespace {
@@ -63,6 +64,39 @@ void check_ties(const char* name, float tie_to_even, float even, float tie_up, f
   check(std::isnan(low) && high == 0 && std::signbit(high), name, " NaN and -0");
 }
 
+float value_of(attention::Int8 number) { return number.bits; }
+float value_of(attention::Float8E4M3 number) {
+  const int exponent = number.bits >> 3 & 15;
+  const int mantissa = number.bits & 7;
+  if (exponent == 15 && mantissa == 7) return NAN;
+  const float magnitude = exponent == 0
+                              ? std::ldexp(static_cast<float>(mantissa), -9)
+                              : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
+  return (number.bits & 0x80) != 0 ? -magnitude : magnitude;
+}
+
+// Each byte in each place.
+template <class Stored>
+void check_widening(const char* name) {
+  for (uint32_t byte = 0; byte < 256; ++byte) {
+    uint8_t bytes[4];
+    for (uint32_t i = 0; i < 4; ++i) bytes[i] = static_cast<uint8_t>(byte + 67 * i);
+    uint32_t four = 0;
+    memcpy(&four, bytes, sizeof(four));
+    uint32_t pairs[2];
+    widen<Stored>(four, pairs[0], pairs[1]);
+    for (int i = 0; i < 4; ++i) {
+      Stored stored;
+      memcpy(&stored, &bytes[i], 1);
+      float found[2];
+      unpack<attention::Float16>(pairs[i / 2], found[0], found[1]);
+      const float expected = value_of(stored);
+      check(found[i % 2] == expected || (std::isnan(found[i % 2]) && std::isnan(expected)), name,
+            " widen: byte ", i, " of ", four, ": ", found[i % 2], " for ", expected);
+    }
+  }
+}
+
 }  // namespace
 
 SA_SUITE(emulated_numbers) {
@@ -70,6 +104,10 @@ SA_SUITE(emulated_numbers) {
   check_conversions<attention::Float16>("float16", 65504.0f);
   check_ties<attention::BFloat16>("bfloat16", 1 + 0x1p-8f, 1.0f, 1 + 3 * 0x1p-8f, 1 + 0x1p-6f);
   check_ties<attention::Float16>("float16", 1 + 0x1p-11f, 1.0f, 1 + 3 * 0x1p-11f, 1 + 0x1p-9f);
+
+  check_widening<attention::Float8E4M3>("float8");
+  check_widening<attention::Int8>("int8");
+  check(swap_middle_bytes(0x44332211u) == 0x44223311u, "bytes 0, 2, 1, 3");
 
   check(exp2_approx(0.0f) == 1.0f, "exp2(0)");
   check(exp2_approx(-INFINITY) == 0.0f, "exp2(-inf)");

@@ -75,9 +75,11 @@ struct FlashFwdResults : RowResults<FlashFwdKernelProblem> {
       }
     }
     primitives::sync_threads();  // the tile is complete
-    store_tile<kThreads>(
-        tile, static_cast<int>(kernel_problem.problem.head_dim_v), kernel_problem.out_in_chunks,
-        [&](int row) { return is_row(row_begin + row) ? out_row<Element>(row_begin + row) : nullptr; });
+    store_tile<kThreads>(tile, static_cast<int>(kernel_problem.problem.head_dim_v),
+                         kernel_problem.out_in_chunks, [&](int row) {
+                           return is_row(row_begin + row) ? out_row<Element>(row_begin + row)
+                                                          : nullptr;
+                         });
   }
 
   SA_DEVICE void write_partial(const Out& out, const States& states, int warp_row) const {

@@ -6,14 +6,15 @@
 //
 // Bytes in flight. An SM gets 25 bytes/ns (H100) to 36 bytes/ns (H200) of the memory's bandwidth,
 // and a loaded memory answers after about 1 us: with less than 36 KB under way it idles. A ring of
-// 96 KB a block, two blocks an SM, has four to five times that, so that an SM still has enough while
-// one of its blocks starts, ends, or waits for the lengths and the block table that lead to its
-// keys. Caches of 8 bits stay so in the ring, and a block of theirs has twice as many keys.
+// 96 KB a block, two blocks an SM, has four to five times that, so that an SM still has enough
+// while one of its blocks starts, ends, or waits for the lengths and the block table that lead to
+// its keys. Caches of 8 bits stay so in the ring, and a block of theirs has twice as many keys.
 //
-// Registers. A block of 5 warps leaves some quarter of the SM with 3 warps of two blocks, which then
-// have 168 registers each; so has one of 9 warps. That is enough up to head_dim 192 if q, an operand
-// of each step of the scores, is kept in registers only where the output is small. At head_dim 256
-// the output alone takes 128: there an SM has one block of 5 warps, with 255, and a larger ring.
+// Registers. A block of 5 warps leaves some quarter of the SM with 3 warps of two blocks, which
+// then have 168 registers each; so has one of 9 warps. That is enough up to head_dim 192 if q, an
+// operand of each step of the scores, is kept in registers only where the output is small. At
+// head_dim 256 the output alone takes 128: there an SM has one block of 5 warps, with 255, and a
+// larger ring.
 //
 // Few rows: one token's group of query heads. Many rows: several tokens a sequence (speculative
 // decoding), four times 16 rows, so that keys are still read once. Warps without rows do nothing.

@@ -50,14 +50,14 @@ struct DecodeConsumer {
       load_queries_to_half(storage.q, storage.q_factors, problem, rows, kernel_problem.q_in_chunks,
                            warp, Tiles::kConsumerWarps);
     } else {
-      load_tile<kThreads>(storage.q, static_cast<int>(problem.head_dim), kernel_problem.q_in_chunks,
-                          [&](int row) {
-                            return row < rows.num_rows
-                                       ? static_cast<const Element*>(problem.q) +
-                                             rows.offset(row, problem.q_stride_batch,
-                                                         problem.q_stride_row, problem.q_stride_head)
-                                       : nullptr;
-                          });
+      load_tile<kThreads>(
+          storage.q, static_cast<int>(problem.head_dim), kernel_problem.q_in_chunks, [&](int row) {
+            return row < rows.num_rows
+                       ? static_cast<const Element*>(problem.q) +
+                             rows.offset(row, problem.q_stride_batch, problem.q_stride_row,
+                                         problem.q_stride_head)
+                       : nullptr;
+          });
       primitives::cp_async_commit();
       primitives::cp_async_wait<0>();
     }
@@ -78,8 +78,8 @@ struct DecodeConsumer {
     if constexpr (kWidens) {
       SA_UNROLL
       for (int half = 0; half < 2; ++half) {
-        factor[half] = primitives::load_shared(storage.q_factors + warp_row +
-                                               accumulator_row(lane, 2 * half));
+        factor[half] =
+            primitives::load_shared(storage.q_factors + warp_row + accumulator_row(lane, 2 * half));
       }
     }
     OperandsA<1, kKeepsQueries ? kTilesK : 1> queries;
@@ -130,8 +130,8 @@ struct DecodeConsumer {
       float* numbers = exchange.out[part][row];
       SA_UNROLL
       for (int n = 0; n < Out::kTilesN; n += 2) {
-        const float(&left)[4] = out.c[0][n];
-        const float(&right)[4] = out.c[0][n + 1];
+        const float (&left)[4] = out.c[0][n];
+        const float (&right)[4] = out.c[0][n + 1];
         if constexpr (kWidens) {  // even and odd columns
           primitives::store_shared(
               reinterpret_cast<primitives::Float4*>(numbers + 8 * n + lane % 4 * 4),

@@ -15,8 +15,8 @@ constexpr int64_t kMinSplitKeys = 128;
 
 // Blocks that the card runs at once.
 int64_t slots_of(const FlashFwdProblem& problem, const Device& device) {
-  const bool two = packed_rows_of(problem) <= kFewRows &&
-                   std::max(problem.head_dim, problem.head_dim_v) <= 192;
+  const bool two =
+      packed_rows_of(problem) <= kFewRows && std::max(problem.head_dim, problem.head_dim_v) <= 192;
   return std::max<int64_t>(device.num_sms * (two ? 2 : 1), 1);
 }
 
@@ -29,7 +29,8 @@ double duration(int64_t blocks, int64_t splits, int64_t slots) {
 // Lengths in device memory are not known here: the longest that there can be counts. A split of a
 // shorter sequence has fewer keys, or none and ends at once.
 int choose_splits(const FlashFwdProblem& problem, const Device& device) {
-  if (problem.num_splits > 0) return static_cast<int>(std::min<int64_t>(problem.num_splits, kMaxSplits));
+  if (problem.num_splits > 0)
+    return static_cast<int>(std::min<int64_t>(problem.num_splits, kMaxSplits));
   int64_t keys = problem.seqlen_k;
   if (problem.window_left >= 0) {
     keys = std::min(keys, problem.window_left + problem.seqlen_q +

@@ -31,6 +31,14 @@ inline const char* why_not_decode(const attention::FlashFwdProblem& problem) {
                                  problem.v_stride_head)) {
     return "rows of k or v are not in aligned parts of 16 bytes";
   }
+  const auto chunks = [&](int64_t stride_page, int64_t stride_slot) {
+    return (problem.num_pages * stride_page + problem.page_size * stride_slot) * bytes / 16;
+  };
+  constexpr int64_t kMaxChunks = (int64_t{1} << 32) - 1;
+  if (chunks(problem.k_stride_batch, problem.k_stride_row) >= kMaxChunks ||
+      chunks(problem.v_stride_batch, problem.v_stride_row) >= kMaxChunks) {
+    return "a cache has 64 GiB or more";
+  }
   return nullptr;
 }
 

@@ -14,8 +14,8 @@
 // columns of 16 j to 16 j + 15, accumulator 2 j + 1 the odd ones.
 //
 // q is rounded to Float16 too, after each row has been multiplied by a power of 2 that brings its
-// largest number to 2^15 and more: numbers 29 powers of 2 below are still exact in bfloat16, and what
-// is lost of smaller ones is 2^-40 of the largest.
+// largest number to 2^15 and more: numbers 29 powers of 2 below are still exact in bfloat16, and
+// what is lost of smaller ones is 2^-40 of the largest.
 #pragma once
 
 #include "cuda/tile/copy.cuh"
@@ -153,8 +153,8 @@ SA_DEVICE void multiply_stored_values(Accumulators<1, kTilesN>& acc,
     SA_UNROLL
     for (int chunk = 0; chunk < Tile::kChunks; chunk += 2) {
       uint32_t r[4];  // (keys 0 - 7, chunk), (8 - 15, chunk), (0 - 7, chunk + 1), (8 - 15, ...)
-      primitives::ldmatrix_x4_trans(
-          r, tile.chunk(first_key + 16 * k + lane % 16, chunk + lane / 16));
+      primitives::ldmatrix_x4_trans(r,
+                                    tile.chunk(first_key + 16 * k + lane % 16, chunk + lane / 16));
       SA_UNROLL
       for (int i = 0; i < 2; ++i) {
         uint32_t even[2];

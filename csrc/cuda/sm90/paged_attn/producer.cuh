@@ -4,7 +4,8 @@
 // the block's keys lies beyond the sequence and none that no query sees shares a box with one that
 // is seen: what such slots hold may be anything. Boxes of unseen keys are asked for beyond the last
 // page, which makes them zeros. Other blocks are copied chunk by chunk (cp.async), with zeros for
-// what may not be read; so are the scales of tokens.
+// what may not be read; so are the scales of tokens. For those a lane looks up where some of the
+// block's keys lie, a block ahead, and tells the others.
 //
 // cp.async has to be waited for by the lanes that started it, before the block is announced. So
 // that one such block does not hold up the next ones' copies, it is announced kAhead blocks later:
@@ -32,6 +33,15 @@ struct DecodeProducer {
   static constexpr int kBlockN = Tiles::kBlockN;
   static constexpr int kWarpSize = primitives::kWarpSize;
 
+  static constexpr int kLaneKeys = kBlockN / kWarpSize;  // of a block, a lane's
+
+  // Where the keys lane, lane + 32, ... of a block lie.
+  struct Places {
+    int page[kLaneKeys];  // -1: not to be read
+    int slot[kLaneKeys];
+  };
+  static constexpr uint32_t kNowhere = 0xffffffffu;
+
   const DecodeKernelProblem& kernel_problem;
   Storage& storage;
   const DecodeWalk& walk;
@@ -47,22 +57,38 @@ struct DecodeProducer {
   uint32_t in_boxes = 0;  // and comes in boxes
 
   SA_DEVICE void run() {
-    const int boxes =
-        kernel_problem.box_rows == 0 ? 0 : kBlockN / kernel_problem.box_rows;  // of a block
-    // Lane l holds the page of box l of 32; the next 32 are on their way.
+    if (kernel_problem.box_rows > 0 && lane == 0) {
+      primitives::prefetch_tensor_map(&kernel_problem.k_map);
+      primitives::prefetch_tensor_map(&kernel_problem.v_map);
+    }
+    const int box_rows = kernel_problem.box_rows;
+    const int page_size = static_cast<int>(kernel_problem.problem.page_size);
+    const int boxes = box_rows == 0 ? 1 : kBlockN / box_rows;  // of a block
+    // This lane starts box `box` of slab `slab`.
+    const int slab = lane / boxes;
+    const int box = lane % boxes;
+    // It holds the page of the lane-th box of 32; those of the next 32 are on their way. So are the
+    // places of the next block's keys.
     int pages = 0;
-    int next_pages = boxes == 0 ? 0 : page_of_box(lane, boxes);
-    int box = 0;
+    int next_pages = box_rows == 0 ? 0 : page_of_box(lane, boxes);
+    int first_box = 0;
+    Places places{};
+    Places next = look_up(walk.begin);
     for (int idx = walk.begin; idx < walk.end; ++idx) {
-      if (boxes > 0 && box % kWarpSize == 0) {
-        pages = next_pages;
-        next_pages = page_of_box(box + kWarpSize + lane, boxes);
-      }
       const int first_key = walk.blocks.block(idx) * kBlockN;
-      const int page = primitives::shfl(pages, (box + (boxes == 0 ? 0 : lane % boxes)) % kWarpSize);
-      load(keys, kernel_problem.k_map, first_key, boxes, page);
-      load(values, kernel_problem.v_map, first_key, boxes, page);
-      box += boxes;
+      const bool by_engine = comes_in_boxes(first_key);
+      places = next;
+      next = look_up(idx + 1);
+      if (box_rows > 0 && first_box % kWarpSize == 0) {
+        pages = next_pages;
+        next_pages = page_of_box(first_box + kWarpSize + lane, boxes);
+      }
+      const int page = primitives::shfl(pages, (first_box + box) % kWarpSize);
+      const int row = box * box_rows;
+      const int slot = by_engine ? (first_key + row) % page_size : 0;
+      load(keys, kernel_problem.k_map, by_engine, slab, row, slot, page, places);
+      load(values, kernel_problem.v_map, by_engine, slab, row, slot, page, places);
+      first_box += boxes;
     }
     for (int i = 0; i < kAhead; i += 2) {
       settle<false>(false, false);
@@ -84,89 +110,101 @@ struct DecodeProducer {
     return primitives::load_global(keys.pages + key / page_size);
   }
 
+  SA_DEVICE bool comes_in_boxes(int first_key) const {
+    return kernel_problem.box_rows > 0 && first_key + kBlockN <= keys.end &&
+           is_between_boxes(keys.begin, first_key) && is_between_boxes(keys.sink_end, first_key);
+  }
   SA_DEVICE bool is_between_boxes(int key, int first_key) const {
-    return key <= first_key || key >= first_key + kBlockN || key % kernel_problem.box_rows == 0;
+    return key <= first_key || key >= first_key + kBlockN ||
+           (key & (kernel_problem.box_rows - 1)) == 0;
   }
 
-  // Starts the copies of a block. `page`: of box lane % boxes.
+  // The places of block number idx's keys, where they are needed.
+  SA_DEVICE Places look_up(int idx) const {
+    Places places{};
+    if (idx >= walk.end) return places;
+    const int first_key = walk.blocks.block(idx) * kBlockN;
+    const bool has_scales =
+        Storage::kWidens && (keys.scales != nullptr || values.scales != nullptr);
+    if (!has_scales && comes_in_boxes(first_key)) return places;
+    const int page_size = static_cast<int>(kernel_problem.problem.page_size);
+    SA_UNROLL
+    for (int i = 0; i < kLaneKeys; ++i) {
+      const int key = first_key + i * kWarpSize + lane;
+      const int entry = key / page_size;
+      places.slot[i] = key - entry * page_size;
+      places.page[i] = -1;
+      if (keys.is_readable(key)) places.page[i] = primitives::load_global(keys.pages + entry);
+    }
+    return places;
+  }
+
+  // Starts the copies of a block; of boxes, `slab`, `row`, `slot` and `page` are this lane's.
   template <bool kValues>
   SA_DEVICE void load(const KeySource<kValues>& source, const primitives::TensorMap& map,
-                      int first_key, int boxes, int page) {
+                      bool by_engine, int slab, int row, int slot, int page, const Places& places) {
+    using Tile = typename Storage::template Tile<kValues>;
+    static_assert(kBlockN / 16 * Tile::kSlabs <= kWarpSize, "a lane starts one box");
     storage.ring.wait_until_empty(at);
-    auto& tile = storage.template tile<kValues>(at.stage);
+    Tile& tile = storage.template tile<kValues>(at.stage);
     primitives::Mbarrier* full = &storage.ring.full[at.stage];
-    const bool by_engine = boxes > 0 && first_key + kBlockN <= source.end &&
-                           is_between_boxes(source.begin, first_key) &&
-                           is_between_boxes(source.sink_end, first_key);
     bool has_chunks = !by_engine;
     if constexpr (Storage::kWidens) {
       if (source.scales != nullptr) {
-        copy_scales(source, storage.scales[at.stage], first_key);
+        copy_scales(source, storage.scales[at.stage], places);
         has_chunks = true;
       }
     }
     if (by_engine) {
-      if (!has_chunks && lane == 0) primitives::mbarrier_arrive_expect_tx(full, tile.kBytes);
-      start_boxes(tile, map, first_key, boxes, page, full);
+      if (!has_chunks && lane == 0) primitives::mbarrier_arrive_expect_tx(full, Tile::kBytes);
+      if (slab < Tile::kSlabs) {
+        const int first[4] = {slab * (Tile::kSlabBytes / Tiles::kStoredBytes), slot, kv_head, page};
+        primitives::tma_load<4>(tile.data + (slab * Tile::kRows + row) * Tile::kSlabBytes, &map,
+                                full, first);
+      }
     } else {
-      copy_chunks(tile, source, first_key);
+      copy_chunks(tile, source, places);
     }
     at.advance();
     settle<kValues>(has_chunks, by_engine);
   }
 
-  template <class Tile>
-  SA_DEVICE void start_boxes(Tile& tile, const primitives::TensorMap& map, int first_key, int boxes,
-                             int page, primitives::Mbarrier* full) const {
-    static_assert(kBlockN / 16 * Tile::kSlabs <= kWarpSize, "a lane starts one box");
-    const int slab = lane / boxes;
-    if (slab >= Tile::kSlabs) return;
-    const int row = lane % boxes * kernel_problem.box_rows;
-    const int page_size = static_cast<int>(kernel_problem.problem.page_size);
-    const int at[4] = {slab * (Tile::kSlabBytes / Tiles::kStoredBytes),
-                       (first_key + row) % page_size, kv_head, page};
-    primitives::tma_load<4>(tile.data + (slab * Tile::kRows + row) * Tile::kSlabBytes, &map, full,
-                            at);
-  }
-
   template <class Tile, bool kValues>
-  SA_DEVICE void copy_chunks(Tile& tile, const KeySource<kValues>& source, int first_key) const {
-    constexpr int kCount = Tile::kRows * Tile::kChunks;
-    static_assert(kCount % (4 * kWarpSize) == 0);
+  SA_DEVICE void copy_chunks(Tile& tile, const KeySource<kValues>& source,
+                             const Places& places) const {
+    constexpr int kChunks = Tile::kChunks;
     const int row_bytes = source.dim() * Tiles::kStoredBytes;
-    // Four at a time, so that their pages are looked up together.
-    for (int i = lane; i < kCount; i += 4 * kWarpSize) {
-      const Number* numbers[4];
-      SA_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        numbers[j] = source.template row<Number>(first_key + (i + j * kWarpSize) / Tile::kChunks);
-      }
-      SA_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const int row = (i + j * kWarpSize) / Tile::kChunks;
-        const int chunk = (i + j * kWarpSize) % Tile::kChunks;
-        const bool valid = numbers[j] != nullptr && chunk * kChunkBytes < row_bytes;
-        const char* bytes =
-            valid ? reinterpret_cast<const char*>(numbers[j]) + chunk * kChunkBytes : source.base;
-        primitives::cp_async_16(tile.chunk(row, chunk), bytes, valid);
+    SA_UNROLL
+    for (int i = 0; i < kLaneKeys; ++i) {
+      // Of this lane's key, in chunks from the tensor's first; they are fewer than 2^32 (entry.h).
+      const int64_t numbers =
+          places.page[i] * source.page_stride() + places.slot[i] * source.row_stride();
+      const uint32_t offset =
+          places.page[i] < 0 ? kNowhere
+                             : static_cast<uint32_t>(numbers * Tiles::kStoredBytes / kChunkBytes);
+      // 32 rows, whose chunks the lanes take in turn.
+      for (int j = 0; j < kChunks; ++j) {
+        const int number = j * kWarpSize + lane;
+        const int chunk = number % kChunks;
+        const uint32_t row_offset = primitives::shfl(offset, number / kChunks);
+        const bool valid = row_offset != kNowhere && chunk * kChunkBytes < row_bytes;
+        const int64_t from = valid ? int64_t{row_offset} + chunk : 0;
+        primitives::cp_async_16(tile.chunk(i * kWarpSize + number / kChunks, chunk),
+                                source.base + from * kChunkBytes, valid);
       }
     }
   }
 
   template <bool kValues>
-  SA_DEVICE void copy_scales(const KeySource<kValues>& source, float* scales, int first_key) const {
-    const int page_size = static_cast<int>(kernel_problem.problem.page_size);
+  SA_DEVICE void copy_scales(const KeySource<kValues>& source, float* scales,
+                             const Places& places) const {
     SA_UNROLL
-    for (int i = 0; i < kBlockN; i += kWarpSize) {
-      const int key = first_key + i + lane;
-      const bool valid = source.is_readable(key);
-      const float* scale = source.scales;
-      if (valid) {
-        const int page = key / page_size;
-        scale += primitives::load_global(source.pages + page) * source.scale_stride_page() +
-                 (key - page * page_size) * source.scale_stride_slot();
-      }
-      primitives::cp_async_4(scales + i + lane, scale, valid);
+    for (int i = 0; i < kLaneKeys; ++i) {
+      const bool valid = places.page[i] >= 0;
+      const int64_t offset = valid ? places.page[i] * source.scale_stride_page() +
+                                         places.slot[i] * source.scale_stride_slot()
+                                   : 0;
+      primitives::cp_async_4(scales + i * kWarpSize + lane, source.scales + offset, valid);
     }
   }
 

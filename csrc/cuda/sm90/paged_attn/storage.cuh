@@ -51,9 +51,11 @@ struct DecodeWalk {
 
 SA_DEVICE DecodeWalk decode_walk(const attention::BlockList<int>& blocks, int split,
                                  int num_splits) {
-  const int64_t count = blocks.count();
-  return {blocks, static_cast<int>(count * split / num_splits),
-          static_cast<int>(count * (split + 1) / num_splits)};
+  const auto count = static_cast<uint32_t>(blocks.count());  // 2^25 at most: 64 keys and more each
+  const auto first = static_cast<uint32_t>(split);
+  const auto parts = static_cast<uint32_t>(num_splits);
+  return {blocks, static_cast<int>(count * first / parts),
+          static_cast<int>(count * (first + 1) / parts)};
 }
 
 }  // namespace sink_attention::cuda::sm90

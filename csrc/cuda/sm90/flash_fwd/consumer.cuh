@@ -34,6 +34,7 @@ struct FlashFwdConsumer {
   const FlashFwdKernelProblem& problem;
   Storage& storage;
   int warpgroup;
+  int warp;  // of the block
 
   SA_DEVICE void run() {
     using primitives::load_shared;
@@ -49,10 +50,8 @@ struct FlashFwdConsumer {
   }
 
  private:
-  SA_DEVICE Work& work() const { return storage.work[primitives::warp_idx()]; }
-  SA_DEVICE int warp_row() const {  // in the tile
-    return warpgroup * 64 + primitives::warp_idx() % 4 * 16;
-  }
+  SA_DEVICE Work& work() const { return storage.work[warp]; }
+  SA_DEVICE int warp_row() const { return 16 * warp; }  // in the tile
   // Of a turn's barrier one warpgroup waits, and the one before it arrives.
   SA_DEVICE void wait_for_turn() const {
     primitives::sync_named(kFirstTurn + warpgroup, 2 * primitives::kWarpgroupSize);
@@ -139,16 +138,15 @@ struct FlashFwdConsumer {
   // Leaves in shared memory which keys each of the warp's rows sees; lanes 0 - 15 a row each.
   SA_DEVICE void note_bounds() {
     using primitives::load_shared;
-    const Work& own = work();  // warp_idx() is for all lanes
     const int row = warp_row() + primitives::lane_idx();
     if (primitives::lane_idx() < 16) {
-      const int packed_row = load_shared(&own.row_begin) + row;
-      const int num_rows = load_shared(&own.num_rows);
+      const int packed_row = load_shared(&work().row_begin) + row;
+      const int num_rows = load_shared(&work().num_rows);
       KeyBounds bounds{0, 0};
       if (packed_row < num_rows) {
         const int group = problem.group;
         const attention::Mask mask =
-            attention::make_mask(problem.problem, num_rows / group, load_shared(&own.seqlen_k));
+            attention::make_mask(problem.problem, num_rows / group, load_shared(&work().seqlen_k));
         const attention::Range keys = mask.window_keys(packed_row / group);
         bounds = {static_cast<int>(keys.begin), static_cast<int>(keys.end)};
       }

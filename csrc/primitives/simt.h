@@ -8,7 +8,8 @@
 //   int lane_idx()     thread_idx() % 32
 //   int thread_idx_anew(), lane_idx_anew()    the same; what is computed from them is computed
 //                      where they are called, not kept in registers from an earlier place
-//   int warp_idx()     thread_idx() / 32, the same register for all lanes of a warp
+//   int warp_idx()     thread_idx() / 32, the same register for all lanes of a warp, all of
+//                      which call
 //   Index3 block_idx(), grid_dim()
 //   int opaque(int x)  x, of which the compiler knows nothing: what is computed from it is computed
 //                      there, and not kept in registers from before a loop

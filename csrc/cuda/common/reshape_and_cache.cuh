@@ -198,9 +198,8 @@ struct ReshapeAndCacheKernel {
     load_slots(problem, storage, first, count);
     primitives::sync_threads();  // each slot is one thread's to load and all threads' to read
     const uint32_t mine = find_rewritten(problem, storage, first, count);
-    if (primitives::lane_idx() == 0) {
-      primitives::store_shared(&storage.rewritten[primitives::warp_idx()], mine);
-    }
+    const int warp = primitives::warp_idx();  // by all lanes
+    if (primitives::lane_idx() == 0) primitives::store_shared(&storage.rewritten[warp], mine);
     primitives::sync_threads();  // what each warp has found is all threads' to read
     uint32_t rewritten = 0;
     SA_UNROLL

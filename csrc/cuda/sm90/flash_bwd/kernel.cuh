@@ -42,6 +42,7 @@ struct FlashBwdKernel {
       block.describe(storage.info);
       init_barriers(storage);
     }
+    if (primitives::thread_idx() == primitives::kWarpSize) prefetch_maps(problem);
     primitives::sync_threads();  // all threads know the block, and may use its barriers
     if (block.num_keys() <= 0) return;
     const int warpgroup = primitives::warpgroup_idx();
@@ -59,6 +60,12 @@ struct FlashBwdKernel {
     }
   }
 
+  static SA_DEVICE void prefetch_maps(const Problem& problem) {
+    if (problem.has_k_map) primitives::prefetch_tensor_map(&problem.k_map);
+    if (problem.has_q_map) primitives::prefetch_tensor_map(&problem.q_map);
+    if (problem.has_v_map) primitives::prefetch_tensor_map(&problem.v_map);
+    if (problem.has_dout_map) primitives::prefetch_tensor_map(&problem.dout_map);
+  }
   static SA_DEVICE void init_barriers(Storage& storage) {
     storage.q_ring.init(kLoadArrivals, Tiles::kConsumerWarps);
     storage.dout_ring.init(kLoadArrivals, Tiles::kConsumerWarps);

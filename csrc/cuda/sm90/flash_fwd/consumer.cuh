@@ -34,6 +34,7 @@ struct FlashFwdConsumer {
   const FlashFwdKernelProblem& problem;
   Storage& storage;
   int warpgroup;
+  int warp;  // of the block
 
   SA_DEVICE void run() {
     using primitives::load_shared;
@@ -49,10 +50,8 @@ struct FlashFwdConsumer {
   }
 
  private:
-  SA_DEVICE Work& work() const { return storage.work[primitives::warp_idx()]; }
-  SA_DEVICE int warp_row() const {  // in the tile
-    return warpgroup * 64 + primitives::warp_idx() % 4 * 16;
-  }
+  SA_DEVICE Work& work() const { return storage.work[warp]; }
+  SA_DEVICE int warp_row() const { return 16 * warp; }  // in the tile
   // Of a turn's barrier one warpgroup waits, and the one before it arrives.
   SA_DEVICE void wait_for_turn() const {
     primitives::sync_named(kFirstTurn + warpgroup, 2 * primitives::kWarpgroupSize);

@@ -32,14 +32,15 @@ struct FlashFwdKernel {
     }
     primitives::sync_threads();  // the barriers are there for all
     const int warpgroup = primitives::warpgroup_idx();
+    const int warp = primitives::warp_idx();
     if (warpgroup == Tiles::kConsumers) {
       primitives::give_registers<Tiles::kProducerRegisters>();
-      if (primitives::warp_idx() % 4 == 0) {
+      if (warp % 4 == 0) {
         FlashFwdProducer<Element, Tiles>{problem, storage}.run();
       }
     } else {
       primitives::take_registers<Tiles::kConsumerRegisters>();
-      FlashFwdConsumer<Element, Tiles>{problem, storage, warpgroup}.run();
+      FlashFwdConsumer<Element, Tiles>{problem, storage, warpgroup, warp}.run();
     }
   }
 };

@@ -41,7 +41,8 @@ void grant(Block& block) {
   for (size_t warp = 0; warp < block.registers.warps.size(); ++warp) {
     Registers::Warp& waits = block.registers.warps[warp];
     if (waits.wanted == 0) continue;
-    if (block.registers.in_use() + (waits.wanted - waits.count) * 32 > block.registers.all) continue;
+    if (block.registers.in_use() + (waits.wanted - waits.count) * 32 > block.registers.all)
+      continue;
     waits.count = waits.wanted;
     waits.wanted = 0;
     for (int lane = 0; lane < 32; ++lane) {

@@ -32,9 +32,6 @@ DECODE = CACHE | {"seqlen_q": 1}
 BACKWARD = FORWARD | {"backward": True}
 QUANTISED = {"kv_dtype": "float8_e4m3fn"}
 
-# Hopper's kernels that this tree has, by their folders.
-HOPPER = {path.parent.name for path in (ROOT / "csrc" / "cuda" / "sm90").glob("*/*.cu")}
-
 # (a call, whose kernels run it on Hopper; elsewhere sm80's do, or simt's)
 TABLE = [
     (FORWARD, "sm90"),
@@ -68,12 +65,6 @@ def differing(call: dict[str, Any]) -> str:
     return "-".join([kind, *(f"{k}={v}" for k, v in call.items() if v != base[k])])
 
 
-def folder_of(call: dict[str, Any]) -> str:
-    if call["backward"]:
-        return "flash_bwd"
-    return "paged_attn" if call["seqlen_q"] == 1 and call["num_splits"] != 1 else "flash_fwd"
-
-
 @pytest.fixture
 def set_cuda_kernels() -> Iterator[Callable[[str], None]]:
     """ops.set_cuda_kernels of the emulated device, for the length of a test."""
@@ -95,8 +86,6 @@ def test_the_card_and_the_call_choose(
     call: dict[str, Any], on_hopper: str, set_cuda_kernels: Callable[[str], None]
 ) -> None:
     elsewhere = "simt" if on_hopper == "simt" else "sm80"
-    if on_hopper == "sm90" and folder_of(call) not in HOPPER:
-        on_hopper = "sm80"
     expected = {arch: on_hopper if arch == 90 else elsewhere for arch in CARDS}
     assert {arch: family(call, arch) for arch in CARDS} == expected
     set_cuda_kernels("sm80")  # the kernels for all cards: never those for one
@@ -153,13 +142,13 @@ def families_run(call: Callable[[], None]) -> set[str]:
     return set(emulated.blocks_run() - before) - {"common"}
 
 
-CALLS: dict[str, tuple[Callable[[], None], set[str]]] = {  # and the folders of their kernels
-    "forward": (attend, {"flash_fwd"}),
-    "backward": (lambda: attend(backward=True), {"flash_fwd", "flash_bwd"}),
-    "prefill": (lambda: attend_cache(40, 0), {"flash_fwd"}),
-    "decode": (lambda: attend_cache(1, 0), {"paged_attn"}),
-    "decode in two parts": (lambda: attend_cache(1, 2), {"paged_attn"}),
-    "decode in prefill's order": (lambda: attend_cache(1, 1), {"flash_fwd"}),
+CALLS: dict[str, Callable[[], None]] = {
+    "forward": attend,
+    "backward": lambda: attend(backward=True),
+    "prefill": lambda: attend_cache(40, 0),
+    "decode": lambda: attend_cache(1, 0),
+    "decode in two parts": lambda: attend_cache(1, 2),
+    "decode in prefill's order": lambda: attend_cache(1, 1),
 }
 
 
@@ -167,10 +156,8 @@ CALLS: dict[str, tuple[Callable[[], None], set[str]]] = {  # and the folders of 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("arch", [80, 90, 120])
 def test_the_family_that_is_named_runs(name: str, arch: int) -> None:
-    call, folders = CALLS[name]
-    expected = {"sm90" if arch == 90 and folder in HOPPER else "sm80" for folder in folders}
     with emulated.emulated(arch=arch):
-        assert families_run(call) == expected
+        assert families_run(CALLS[name]) == {"sm90" if arch == 90 else "sm80"}
 
 
 @needs_emulator
@@ -178,12 +165,11 @@ def test_a_process_can_switch(set_cuda_kernels: Callable[[str], None]) -> None:
     """Results agree within rounding, and a refused call leaves the next ones alone."""
     q = torch.randn(1, 70, 2, 64).bfloat16()
     results = []
-    best = "sm90" if "flash_fwd" in HOPPER else "sm80"
-    for name in ("sm80", best, ""):
+    for name in ("sm80", "sm90", ""):
         with emulated.emulated(arch=90):
             set_cuda_kernels(name)
             assert ops.cuda_kernels() == name
-            assert families_run(attend) == {name or best}
+            assert families_run(attend) == {name or "sm90"}
             results.append(sink_attention_ext.flash_attn_func(q, q, q, causal=True).float())
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=2e-2, atol=2e-2)

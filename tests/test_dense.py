@@ -41,6 +41,7 @@ PEER_FIELDS = {
 
 
 def check_dense(backend: Backend, case: DenseCase) -> None:
+    case = backend.fitting(case)
     actual = oracle.run(backend.flash_attn, cases.make_dense(case, backend.device), case.options())
     tolerance.check(actual, oracle.expected(case), case.softcap)
 
@@ -314,8 +315,8 @@ def test_visible_keys_exactly(
     seqlen_q, seqlen_k = seqlens
     case = DenseCase(seqlen_q=seqlen_q, seqlen_k=seqlen_k, **mask)
     visible = cases.is_visible_literally(case)
-    q = torch.zeros(1, seqlen_q, 2, 4, dtype=dtype, device=backend.device)
-    k = torch.randn(1, seqlen_k, 1, 4, device=backend.device).to(dtype)
+    q = torch.zeros(1, seqlen_q, 2, 8, dtype=dtype, device=backend.device)
+    k = torch.randn(1, seqlen_k, 1, 8, device=backend.device).to(dtype)
     v = torch.eye(seqlen_k, 256, dtype=dtype, device=backend.device)[None, :, None]
     v.requires_grad_()
     out, lse = backend.flash_attn(q, k, v, **case.options())

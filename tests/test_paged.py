@@ -42,6 +42,7 @@ def attend(
 
 
 def check_paged(backend: Backend, case: PagedCase) -> None:
+    case = backend.fitting(case)
     actual = attend(backend, case, cases.make_paged(case, backend.device))
     tolerance.check(actual, oracle.expected_paged(case), case.softcap)
 

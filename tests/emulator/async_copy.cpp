@@ -124,6 +124,16 @@ void wait_for_bulk(int pending) {
   }
 }
 
+void check_sums_are_made(const Step& step) {
+  const BulkQueue& queue = current().bulk;
+  const auto refuse = [&](const BulkQueue::Group& group) {
+    if (group.empty()) return;
+    fault(step, "before bulk_wait waited for the sum of " + describe(group.front()->step));
+  };
+  for (const BulkQueue::Group& group : queue.groups) refuse(group);
+  refuse(queue.open);
+}
+
 void check_end_of_copies(bool last_of_block) {
   const Thread& thread = current();
   for (const BulkQueue::Group& group : thread.bulk.groups) {

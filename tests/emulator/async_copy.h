@@ -53,6 +53,9 @@ void start_bulk_add(float* global, const float* shared, int bytes, const Step& s
 void commit_bulk();
 void wait_for_bulk_reads(int pending);
 void wait_for_bulk(int pending);
+// Faults if the thread tells other blocks that it is done (`step`) before bulk_wait has waited for
+// all its sums.
+void check_sums_are_made(const Step& step);
 // Faults if copies are left that nobody has waited for: of this thread, or, as it is its block's
 // last, of the block.
 void check_end_of_copies(bool last_of_block);

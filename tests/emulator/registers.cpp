@@ -7,7 +7,7 @@
 namespace emulator {
 namespace {
 
-constexpr int kAll = 65536;
+constexpr int kFile = 65536;  // of a multiprocessor
 constexpr int kMost = 256;
 constexpr int kFewest = 24;
 constexpr int kStep = 8;
@@ -41,7 +41,8 @@ void grant(Block& block) {
   for (size_t warp = 0; warp < block.registers.warps.size(); ++warp) {
     Registers::Warp& waits = block.registers.warps[warp];
     if (waits.wanted == 0) continue;
-    if (block.registers.in_use() + (waits.wanted - waits.count) * 32 > kAll) continue;
+    if (block.registers.in_use() + (waits.wanted - waits.count) * 32 > block.registers.all)
+      continue;
     waits.count = waits.wanted;
     waits.wanted = 0;
     for (int lane = 0; lane < 32; ++lane) {
@@ -54,8 +55,9 @@ void grant(Block& block) {
 }  // namespace
 
 void Registers::start(int num_warps) {
-  const int each = std::min(kAll / (num_warps * 32) / kStep * kStep, kMost);
+  const int each = std::min(kFile / (num_warps * 32) / kStep * kStep, kMost);
   warps.assign(num_warps, Warp{each});
+  all = in_use();
 }
 
 int Registers::in_use() const {
@@ -70,7 +72,7 @@ std::string Registers::describe_waiting() const {
     if (warps[warp].wanted == 0) continue;
     text += "; warp " + std::to_string(warp) + " has " + std::to_string(warps[warp].count) +
             " registers a thread and waits for " + std::to_string(warps[warp].wanted) + ", " +
-            std::to_string(in_use()) + " of " + std::to_string(kAll) + " are in use";
+            std::to_string(in_use()) + " of " + std::to_string(all) + " are in use";
   }
   return text;
 }

@@ -20,6 +20,7 @@ struct Registers {
     Step step{};  // where
   };
   std::vector<Warp> warps;
+  int all = 0;  // what the block was launched with; what is over of the file is nobody's
 
   void start(int num_warps);
   int in_use() const;

@@ -15,6 +15,7 @@ SA_DEVICE void wait_for_turn(const int* turn, int mine, emulator::Site site = em
 }
 SA_DEVICE void pass_turn(int* turn, int next, emulator::Site site = emulator::here()) {
   emulator::check_global(turn, sizeof(int), emulator::Access::kWrite, {"pass_turn", site});
+  emulator::check_sums_are_made({"pass_turn", site});
   *turn = next;
 }
 

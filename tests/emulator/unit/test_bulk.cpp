@@ -179,6 +179,28 @@ void sum_faults() {
                    bulk_wait_read<0>();
                  });
                });
+  DeviceArray<int> turn("turn", 1);
+  expect_fault("a turn that is passed on before the sum is made",
+               {"pass_turn at pass:1: before bulk_wait waited for the sum of bulk_reduce_add at "
+                "add:1"},
+               [&] {
+                 const VisibleBuffers turns({sums.writable(), turn.writable()});
+                 by_one_thread([&](char* shared) {
+                   add(shared);
+                   bulk_commit();
+                   bulk_wait_read<0>();
+                   pass_turn(&turn[0], 1, at("pass"));
+                 });
+               });
+  expect_no_fault("a turn that is passed on after the sum", [&] {
+    const VisibleBuffers turns({sums.writable(), turn.writable()});
+    by_one_thread([&](char* shared) {
+      add(shared);
+      bulk_commit();
+      bulk_wait<0>();
+      pass_turn(&turn[0], 1);
+    });
+  });
   expect_fault("sums that are never committed",
                {"bulk_reduce_add at add:1: the thread ended before bulk_commit"}, [&] {
                  by_one_thread([&](char* shared) {

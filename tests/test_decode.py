@@ -1,5 +1,6 @@
-"""Few query rows over a cache, in every head_dim class, element type and number of rows that kernels
-for decode have tiles for; windows, sink tokens and pages that end anywhere in a block of keys.
+"""Few query rows over a cache, in every head_dim class, element type and number of rows that
+kernels for decode have tiles for; windows, sink tokens and pages that end anywhere in a block of
+keys.
 
 On Hopper these are csrc/cuda/sm90/paged_attn, elsewhere sm80's decode and prefill tiles.
 """
@@ -116,8 +117,8 @@ def test_many_splits(backend: Backend, stored: torch.dtype | None, seqlen_q: int
 def test_token_scales_of_many_sizes(
     backend: Backend, dtype: torch.dtype, stored: torch.dtype
 ) -> None:
-    """Values whose scales grow and shrink along a sequence by powers of 10, and queries as small and
-    as large as they come."""
+    """Values whose scales grow and shrink along a sequence by powers of 10, and queries as small
+    and as large as they come."""
     case = PagedCase(seqlens_q=(2,), seqlens_k=(300,), num_heads_q=8, dtype=dtype, causal=True)
     plain = cases.make_paged(case, backend.device)
     sizes = 10.0 ** torch.tensor([-3.0, 1.0, -2.0, 2.0, 0.0])

@@ -72,7 +72,7 @@ def quantise_inputs(
 
 
 def kernel_family(backend: Backend, case: PagedCase, stored: torch.dtype) -> str:
-    """Whose CUDA kernels read such a cache, if its rows are aligned and max_seqlen_q is not given."""
+    """Whose CUDA kernels read such a cache: its rows are aligned, max_seqlen_q is not given."""
     longest = sum(case.seqlens_q) if case.packed_q else max(case.seqlens_q)
     arch = EMULATED.get(backend.name) or support.cuda_arch()
     dtype, kv_dtype = (str(d).removeprefix("torch.") for d in (case.dtype, stored))

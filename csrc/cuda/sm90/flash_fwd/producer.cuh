@@ -67,9 +67,11 @@ struct FlashFwdProducer {
                                     load_shared(&work.key_begin),
                                     load_shared(&work.key_end)};
     const bool in_boxes = kValues ? problem.v_in_boxes : problem.k_in_boxes;
-    const KeyBoxes boxes = key_boxes(
+    KeyBoxes boxes = key_boxes(
         source, in_boxes ? (kValues ? &problem.v_map : &problem.k_map) : nullptr, problem.box_rows,
         load_shared(&work.k_row), load_shared(&work.k_batch), load_shared(&work.kv_head));
+    // With a block table boxes need pages, which keys beyond the sequence's need not have.
+    boxes.may_be_anything = !kValues && source.pages == nullptr;
     load_keys(tile, source, boxes, blocks_of_work(work).block(idx) * Tiles::kBlockN, full,
               primitives::lane_idx());
   }

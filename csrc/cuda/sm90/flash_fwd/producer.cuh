@@ -19,10 +19,9 @@ struct FlashFwdProducer {
     if (primitives::lane_idx() == 0) prefetch_maps();
     typename Ring<1>::Place q_at;
     typename KRing::Place at;  // K's and V's
-    for (int idx = primitives::block_idx().x; idx < problem.num_works;
-         idx += primitives::grid_dim().x) {
+    for (int round = 0; work_of_round(round) < problem.num_works; ++round) {
       const WorkWriter<Tiles> writer{problem, work()};
-      writer.write(idx, 0, Tiles::kBlockM);
+      writer.write(work_of_round(round), 0, Tiles::kBlockM);
       const int count = blocks_of_work(work()).count();
       if (count == 0) continue;
       writer.write_sources();

@@ -1,9 +1,10 @@
 // A block of keys or values into shared memory, by one warp: box by box where all of the block's
 // keys may be read, else chunk by chunk with zeros for the others.
 //
-// What no query of a sequence sees, beyond its keys or before all windows, may be anything, NaNs too,
-// or pages that are gone, and must not reach a product: a weight of 0 does not hide it. TMA writes
-// zeros only for what lies outside of the tensor.
+// What no query of a sequence sees, beyond its keys or before all windows, may be anything, NaNs
+// too, or pages that are gone, and must not reach a product: a weight of 0 does not hide it. TMA
+// writes zeros only for what lies outside of the tensor. The forward's scores are the exception,
+// which a mask replaces whatever they are.
 #pragma once
 
 #include "cuda/tile/copy.cuh"
@@ -22,13 +23,15 @@ struct KeyBoxes {
   int rows;                          // keys of a box
   int first_row;                     // of key 0; 0 with a block table
   int kv_head;
-  int batch_idx;    // meaningless with a block table
-  bool to_the_end;  // no key lies beyond the sequence's but outside of the tensor
+  int batch_idx;                 // meaningless with a block table
+  bool to_the_end;               // no key lies beyond the sequence's but outside of the tensor
+  bool may_be_anything = false;  // the unseen keys' products, if the tensor has them, are replaced
 
   // Whether all keys of a block may be asked for: some query sees each of them.
   template <bool kValues>
   SA_DEVICE bool hold(const KeySource<kValues>& source, int first_key, int keys) const {
     if (map == nullptr) return false;
+    if (may_be_anything) return true;
     const int end = first_key + keys;
     return end <= source.sink_end ||
            (source.begin <= first_key && (to_the_end || end <= source.end));
@@ -40,12 +43,9 @@ SA_DEVICE KeyBoxes key_boxes(const KeySource<kValues>& source, const primitives:
                              int rows, int k_row, int k_batch, int kv_head) {
   const attention::FlashFwdProblem& problem = source.problem;
   const bool paged = problem.block_table != nullptr;
-  return {map,
-          rows,
-          paged ? 0 : k_row,
-          kv_head,
-          k_batch,
-          !paged && problem.cu_seqlens_k == nullptr && problem.seqused_k == nullptr};
+  return {
+      map,     rows,    paged ? 0 : k_row,
+      kv_head, k_batch, !paged && problem.cu_seqlens_k == nullptr && problem.seqused_k == nullptr};
 }
 
 template <class Tile>

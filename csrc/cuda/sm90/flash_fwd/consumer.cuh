@@ -41,9 +41,8 @@ struct FlashFwdConsumer {
     if (Tiles::kTakeTurns && warpgroup == Tiles::kConsumers - 1) pass_turn();  // the first
     typename Ring<1>::Place q_at;
     typename KRing::Place at;
-    for (int idx = primitives::block_idx().x; idx < problem.num_works;
-         idx += primitives::grid_dim().x) {
-      WorkWriter<Tiles>{problem, work()}.write(idx, warpgroup * 64, 64);
+    for (int round = 0; work_of_round(round) < problem.num_works; ++round) {
+      WorkWriter<Tiles>{problem, work()}.write(work_of_round(round), warpgroup * 64, 64);
       if (load_shared(&work().row_begin) < load_shared(&work().num_rows)) attend(q_at, at);
     }
     if (Tiles::kTakeTurns && warpgroup == 0) wait_for_turn();  // nobody is left to take the last

@@ -1,6 +1,6 @@
 // The forward on Hopper: warpgroups that compute, fed by one that copies.
 //
-// Thread block x stays for works x, x + blocks, ... (work.cuh). Warpgroups 0 ... kConsumers - 1
+// Thread blocks stay for many works (work.cuh). Of their warpgroups 0 ... kConsumers - 1
 // compute, 64 rows each (consumer.cuh); of the last one, warp 0 copies (producer.cuh) and the
 // others leave. All they share are the rings: a stage's contents and its two barriers.
 #pragma once

@@ -22,6 +22,7 @@ struct FlashFwdKernelProblem {
   int group;      // num_heads_q / num_heads_kv
   int num_tiles;  // of rows, of the longest sequence and one kv head
   int num_works;  // num_tiles * batch * num_heads_kv
+  int section;    // sequences' kv heads whose tiles are worked on before those of others
 };
 
 using Stream = void*;

@@ -19,10 +19,9 @@ struct FlashFwdProducer {
     if (primitives::lane_idx() == 0) prefetch_maps();
     typename Ring<1>::Place q_at;
     typename KRing::Place at;  // K's and V's
-    for (int idx = primitives::block_idx().x; idx < problem.num_works;
-         idx += primitives::grid_dim().x) {
+    for (int round = 0; work_of_round(round) < problem.num_works; ++round) {
       const WorkWriter<Tiles> writer{problem, work()};
-      writer.write(idx, 0, Tiles::kBlockM);
+      writer.write(work_of_round(round), 0, Tiles::kBlockM);
       const int count = blocks_of_work(work()).count();
       if (count == 0) continue;
       writer.write_sources();
@@ -67,9 +66,11 @@ struct FlashFwdProducer {
                                     load_shared(&work.key_begin),
                                     load_shared(&work.key_end)};
     const bool in_boxes = kValues ? problem.v_in_boxes : problem.k_in_boxes;
-    const KeyBoxes boxes = key_boxes(
+    KeyBoxes boxes = key_boxes(
         source, in_boxes ? (kValues ? &problem.v_map : &problem.k_map) : nullptr, problem.box_rows,
         load_shared(&work.k_row), load_shared(&work.k_batch), load_shared(&work.kv_head));
+    // With a block table boxes need pages, which keys beyond the sequence's need not have.
+    boxes.may_be_anything = !kValues && source.pages == nullptr;
     load_keys(tile, source, boxes, blocks_of_work(work).block(idx) * Tiles::kBlockN, full,
               primitives::lane_idx());
   }

@@ -1,9 +1,12 @@
 // The pieces of work: a tile of rows of one sequence and kv head each.
 //
-// Thread blocks stay, as many as multiprocessors, and take works idx, idx + blocks, ... All tiles
-// of one rank, counted from the end of the longest sequence, come before those of the next: under a
-// causal mask the longest first, so that the last ones to finish are short; and at one time blocks
-// work on few heads' keys, which then are in L2.
+// Thread blocks stay, as many as multiprocessors, and take a work of each round of as many works,
+// every other round in reverse: who got a long one gets a short one next.
+//
+// The sequences' kv heads are cut into sections, one after the other, whose keys and values fit
+// into L2. Of a section, all tiles of one rank, counted from the end of the longest sequence, come
+// before those of the next: under a causal mask the longest first, so that the last ones to finish
+// are short.
 //
 // What a warp must know of its work lies in shared memory, a copy for each warp, since warps are
 // not all at the same work, and since accumulators leave no registers for it.
@@ -41,6 +44,13 @@ struct Work {
   int full_begin;
   int full_end;
 };
+
+// The number of this block's work in a round.
+SA_DEVICE int work_of_round(int round) {
+  const int blocks = primitives::grid_dim().x;
+  const int block = primitives::block_idx().x;
+  return round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
+}
 
 // How a warp's description of its work is written: by lane 0, in steps, each of which reads again
 // what the ones before it left, so that the warp that copies does with its few registers.
@@ -88,9 +98,13 @@ struct WorkWriter {
   SA_DEVICE void write_place(int idx) const {
     const attention::FlashFwdProblem& problem = kernel_problem.problem;
     const int num_heads = static_cast<int>(problem.num_heads_kv);
-    const int sequences_and_heads = kernel_problem.num_works / kernel_problem.num_tiles;
-    const int rank = idx / sequences_and_heads;
-    const int rest = idx - rank * sequences_and_heads;
+    const int all = kernel_problem.num_works / kernel_problem.num_tiles;
+    const int section = idx / (kernel_problem.section * kernel_problem.num_tiles);
+    const int first = section * kernel_problem.section;
+    const int count = kernel_problem.section < all - first ? kernel_problem.section : all - first;
+    const int in_section = idx - first * kernel_problem.num_tiles;
+    const int rank = in_section / count;
+    const int rest = first + in_section - rank * count;
     const int batch_idx = rest / num_heads;
     const attention::SeqlenInfo info = attention::seqlen_info(problem, batch_idx);
     store(work.batch_idx, batch_idx);

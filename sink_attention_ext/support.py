@@ -82,7 +82,9 @@ def supports(
     """Whether this build computes attention for such inputs.
 
     Args:
-        dtype: of q (and of k and v, unless kv_dtype says otherwise).
+        dtype: of q (and of k and v, unless kv_dtype says otherwise). float8_e4m3fn: the kernel is
+            "cuda/sm90" on a card of compute capability 9.0 for head dims that are multiples of 16,
+            else what computes it on dequantised numbers.
         head_dim: of q and k.
         head_dim_v: of v; None is head_dim.
         num_heads_q: query heads.
@@ -120,8 +122,12 @@ def supports(
         return _no(
             f"this build has no {device_type.upper()} kernels: it has {', '.join(ops.BACKENDS)}"
         )
-    if dtype not in checks.FLOAT_DTYPES:
-        return _no(f"dtype is float64, float32, float16 or bfloat16, not {dtype}")
+    if dtype == checks.FLOAT8 and (paged or backward):
+        return _no("float8_e4m3fn q, k and v are for the forward without a key-value cache")
+    if dtype not in (*checks.FLOAT_DTYPES, checks.FLOAT8):
+        return _no(
+            f"dtype is float64, float32, float16, bfloat16 or float8_e4m3fn, not {dtype}"
+        )
     if s_aux_dtype is not None and s_aux_dtype not in checks.FLOAT_DTYPES:
         return _no(f"s_aux_dtype is float64, float32, float16 or bfloat16, not {s_aux_dtype}")
     for name, size in (("head_dim", head_dim), ("head_dim_v", head_dim_v)):

@@ -5,7 +5,8 @@
 #include <optional>
 #include <string>
 
-#include "cuda/backend.h"
+#include "cuda/flash_fwd_float8.h"
+#include "torch/checks.h"
 
 namespace sink_attention::binding {
 
@@ -32,6 +33,14 @@ inline std::string cuda_kernel_family(const std::string& dtype, const std::strin
       describe_problem(dtype, kv_dtype, seqlen_q, num_heads_q, num_heads_kv, head_dim, head_dim_v,
                        paged, num_splits, tree_mask);
   const cuda::Device device{1, static_cast<int>(arch), forced_cuda_family()};
+  if (fwd.dtype == DataType::kFloat8E4M3) {
+    check(!backward && !paged, "float8 q, k and v are for the dense and varlen forward only");
+    if (cuda::takes_flash_fwd_float8({fwd, {}, {}, {}}, device)) {
+      return cuda::family_name(cuda::Family::kSm90);
+    }
+    return cuda_kernel_family("bfloat16", "bfloat16", seqlen_q, num_heads_q, num_heads_kv, head_dim,
+                              head_dim_v, paged, num_splits, tree_mask, backward, arch);
+  }
   if (!backward) return cuda::family_name(cuda::flash_fwd_family(fwd, device));
   attention::FlashBwdProblem bwd{};
   bwd.fwd = fwd;

@@ -4,6 +4,7 @@
 // What a kernel must write is NaN before, and a kernel may touch nothing but its operands'
 // elements.
 #include "cuda/backend.h"
+#include "cuda/flash_fwd_float8.h"
 #include "emulator/machine.h"
 #include "torch/cuda_kernels.h"
 #include "torch/op_namespace.h"
@@ -68,6 +69,15 @@ struct EmulatedBackend {
                        cuda::flash_fwd_workspace_bytes(problem, device()), workspace);
     const Visible visible(all);
     cuda::flash_fwd(problem, device(), workspace, nullptr);
+  }
+  static bool takes_float8(const attention::FlashFwdFloat8Problem& problem, const Tensor&) {
+    return cuda::takes_flash_fwd_float8(problem, device());
+  }
+  static void flash_fwd_float8(const attention::FlashFwdFloat8Problem& problem,
+                               const Operands& operands) {
+    if (problem.fwd.cu_seqlens_q == nullptr) poison(operands);
+    const Visible visible(operands);
+    cuda::flash_fwd_float8(problem, device(), nullptr);
   }
   static void flash_bwd(const attention::FlashBwdProblem& problem, const Operands& operands) {
     if (problem.fwd.cu_seqlens_q == nullptr) poison(operands);

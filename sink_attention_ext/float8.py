@@ -62,10 +62,11 @@ def _flash_attn_float8_fwd(
     if results:
         return tuple(results)
     *options, num_sink_tokens = options
-    out, lse = ops.flash_attn_fwd(
-        dequantise(q, q_descale), dequantise(k, k_descale), dequantise(v, v_descale), s_aux,
-        *options, False, num_sink_tokens,
-    )  # fmt: skip
+    with torch.autocast(q.device.type, enabled=False):
+        out, lse = ops.flash_attn_fwd(
+            dequantise(q, q_descale), dequantise(k, k_descale), dequantise(v, v_descale), s_aux,
+            *options, False, num_sink_tokens,
+        )  # fmt: skip
     return out.bfloat16(), lse
 
 
@@ -79,11 +80,12 @@ def _flash_attn_float8_varlen_fwd(
     if results:
         return tuple(results)
     *options, num_sink_tokens = options
-    out, lse = ops.flash_attn_varlen_fwd(
-        dequantise(q, q_descale, cu_seqlens_q), dequantise(k, k_descale, cu_seqlens_k),
-        dequantise(v, v_descale, cu_seqlens_k), cu_seqlens_q, cu_seqlens_k,
-        *options, False, num_sink_tokens,
-    )  # fmt: skip
+    with torch.autocast(q.device.type, enabled=False):
+        out, lse = ops.flash_attn_varlen_fwd(
+            dequantise(q, q_descale, cu_seqlens_q), dequantise(k, k_descale, cu_seqlens_k),
+            dequantise(v, v_descale, cu_seqlens_k), cu_seqlens_q, cu_seqlens_k,
+            *options, False, num_sink_tokens,
+        )  # fmt: skip
     return out.bfloat16(), lse
 
 

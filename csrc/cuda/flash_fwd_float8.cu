@@ -1,13 +1,11 @@
 // The float8 forward's entry: whether there are kernels.
-#include "cuda/flash_fwd_float8.h"
-
 #include "cuda/family.h"
-#include "cuda/sm90/flash_fwd_float8/entry.h"
+#include "cuda/flash_fwd_float8.h"
+#include "cuda/sm90/flash_fwd_fp8/entry.h"
 
 namespace sink_attention::cuda {
 
-bool takes_flash_fwd_float8(const attention::FlashFwdFloat8Problem& problem,
-                            const Device& device) {
+bool takes_flash_fwd_float8(const attention::FlashFwdFloat8Problem& problem, const Device& device) {
   const char* why_not = why_not_sm90(device);
   if (why_not == nullptr) why_not = sm90::why_not_flash_fwd_float8(problem);
   if (why_not == nullptr) return true;

@@ -1,5 +1,5 @@
-// Four 8-bit numbers of a register: made Float16 ones, which hold all of them exactly (NaN stays NaN;
-// compute capability 8.9 and later), or put in another order.
+// Four 8-bit numbers of a register: made Float16 ones, which hold all of them exactly (NaN stays
+// NaN; compute capability 8.9 and later), or put in another order.
 //
 //   template <class Stored>  Float8E4M3 or Int8
 //   void widen(uint32_t four, uint32_t& low, uint32_t& high)    bytes 0 and 1, bytes 2 and 3

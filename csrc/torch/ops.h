@@ -8,7 +8,8 @@
 //                                       graph, so that nothing may wait for the device
 //     may_leave_rows(problem, extent)   whether there may be rows that no sequence has
 //     takes_float8(problem, tensor)     whether it has kernels for float8 q, k and v
-//     flash_fwd, flash_fwd_float8, flash_bwd, reshape_and_cache, merge_attn_states(problem, operands)
+//     flash_fwd, flash_fwd_float8, flash_bwd, reshape_and_cache, merge_attn_states(problem,
+//     operands)
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -57,9 +58,9 @@ struct Ops {
                   q, {q.size(0), q.size(1), problem.num_heads_q, problem.head_dim_v}, out_type),
               torch::stable::new_empty(q, {q.size(0), problem.num_heads_q, q.size(1)}, lse_type)};
     }
-    return {torch::stable::new_empty(q, {q.size(0), problem.num_heads_q, problem.head_dim_v},
-                                     out_type),
-            torch::stable::new_empty(q, {problem.num_heads_q, q.size(0)}, lse_type)};
+    return {
+        torch::stable::new_empty(q, {q.size(0), problem.num_heads_q, problem.head_dim_v}, out_type),
+        torch::stable::new_empty(q, {problem.num_heads_q, q.size(0)}, lse_type)};
   }
 
   // Rows of q beyond the last sequence: out = 0, lse = -inf. The backend writes those of sequences
@@ -205,22 +206,20 @@ struct Ops {
     check(cu_seqlens_q.has_value() == cu_seqlens_k.has_value() && (cu_seqlens_q || !seqused_k),
           "cu_seqlens_q and cu_seqlens_k come together, and seqused_k with them");
     attention::FlashFwdFloat8Problem problem = make_float8_problem(
-        cu_seqlens_q
-            ? checked_varlen_problem(
-                  q, k, v, s_aux,
-                  {*cu_seqlens_q, *cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k}, mask,
-                  Numbers::kFloat8)
-            : make_dense_problem(q, k, v, s_aux, mask, Numbers::kFloat8),
+        cu_seqlens_q ? checked_varlen_problem(
+                           q, k, v, s_aux,
+                           {*cu_seqlens_q, *cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k},
+                           mask, Numbers::kFloat8)
+                     : make_dense_problem(q, k, v, s_aux, mask, Numbers::kFloat8),
         q, {q_descale, k_descale, v_descale});
     if (!Backend::takes_float8(problem, q)) return {};
     Forward results = new_results(q, problem.fwd);
     set_results(problem.fwd, q, results.out, results.lse);
     fill_unused_rows(problem.fwd, {q.size(0), 0, 0}, results);
-    Backend::flash_fwd_float8(
-        problem, {{q, k, v},
-                  {&q_descale, &k_descale, &v_descale, &cu_seqlens_q, &cu_seqlens_k, &seqused_k,
-                   &s_aux},
-                  {results.out, results.lse}});
+    Backend::flash_fwd_float8(problem, {{q, k, v},
+                                        {&q_descale, &k_descale, &v_descale, &cu_seqlens_q,
+                                         &cu_seqlens_k, &seqused_k, &s_aux},
+                                        {results.out, results.lse}});
     return {results.out, results.lse};
   }
 

@@ -1,6 +1,6 @@
 // Every op's schema. flash_attn_float8_fwd and its varlen twin are computed in Python
-// (sink_attention_ext/float8.py), by flash_attn_float8_kernel where that has results. Fake kernels, autograd and autocast rules are registered in Python
-// (sink_attention_ext/ops.py).
+// (sink_attention_ext/float8.py), by flash_attn_float8_kernel where that has results. Fake kernels,
+// autograd and autocast rules are registered in Python (sink_attention_ext/ops.py).
 #include <torch/csrc/stable/library.h>
 
 #include "torch/op_namespace.h"

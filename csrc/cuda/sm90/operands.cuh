@@ -152,8 +152,8 @@ SA_DEVICE void to_operands(const Accumulators<1, kTilesN>& weights, uint32_t (&a
 }
 
 // Rounded to float8, a step of 32 columns each. A lane has columns 4 t ... 4 t + 3 of a half of an
-// operand, t = lane % 4, and of two accumulators columns 2 t and 2 t + 1 each; those take the places
-// of these. So within 16 columns the order in which they are summed over is
+// operand, t = lane % 4, and of two accumulators columns 2 t and 2 t + 1 each; those take the
+// places of these. So within 16 columns the order in which they are summed over is
 //
 //     place 4 t + i   is column   2 t + i   (i = 0, 1),   8 + 2 t + i - 2   (i = 2, 3)
 //

@@ -135,8 +135,7 @@ struct FlashFwdConsumer {
     start_abt(s, storage.q, warpgroup * 64, storage.k[stage], 0, false);
     primitives::wgmma_commit();
   }
-  SA_DEVICE void start_output(Accumulators<1, kTilesV>& out,
-                              const Weights& p, int stage) {
+  SA_DEVICE void start_output(Accumulators<1, kTilesV>& out, const Weights& p, int stage) {
     if constexpr (Storage::kTransposesValues) {
       start_abt(out, p, storage.v[stage], true);
     } else {
@@ -227,14 +226,13 @@ struct FlashFwdConsumer {
         primitives::store_global(lse, result.lse);
       }
     }
-    store_rows<Out>(out, scale, 0, problem.out_cols, problem.out_in_chunks,
-                        lane, [&](int half) -> Out* {
-                          const int row = first_row + accumulator_row(lane, 2 * half);
-                          if (row >= rows.num_rows) return nullptr;
-                          return static_cast<Out*>(fwd.out) +
-                                 rows.offset(row, fwd.out_stride_batch, fwd.out_stride_row,
-                                             fwd.out_stride_head);
-                        });
+    store_rows<Out>(
+        out, scale, 0, problem.out_cols, problem.out_in_chunks, lane, [&](int half) -> Out* {
+          const int row = first_row + accumulator_row(lane, 2 * half);
+          if (row >= rows.num_rows) return nullptr;
+          return static_cast<Out*>(fwd.out) +
+                 rows.offset(row, fwd.out_stride_batch, fwd.out_stride_row, fwd.out_stride_head);
+        });
   }
 };
 

@@ -2,7 +2,7 @@
 //
 // Thread block x stays for works x, x + blocks, ... (work.cuh). Warpgroups 0 ... kConsumers - 1
 // compute, 64 rows each (consumer.cuh); of the last one, warp 0 copies (producer.cuh) and the
-// others leave, or for float8 transpose what was copied of V (flash_fwd_float8/transposer.cuh). All
+// others leave, or for float8 transpose what was copied of V (flash_fwd_fp8/transposer.cuh). All
 // they share are the rings: a stage's contents and its two barriers.
 #pragma once
 

@@ -23,7 +23,8 @@ void make_maps(FlashFwdKernelProblem& kernel_problem) {
       paged ? rows_of_box(problem.page_size, Tiles::kBlockN & -Tiles::kBlockN) : Tiles::kBlockN;
   const bool long_enough = kernel_problem.box_rows >= kMinBoxRows;
   const MapPlan k = plan_keys(problem, false, Storage::KTile::kSlabCols, kernel_problem.box_rows);
-  const MapPlan v = plan_keys(problem, true, Storage::LoadedVTile::kSlabCols, kernel_problem.box_rows);
+  const MapPlan v =
+      plan_keys(problem, true, Storage::LoadedVTile::kSlabCols, kernel_problem.box_rows);
   kernel_problem.k_in_boxes = long_enough && k.is_possible();
   kernel_problem.v_in_boxes = long_enough && v.is_possible();
   if (kernel_problem.k_in_boxes) kernel_problem.k_map = k.encode();

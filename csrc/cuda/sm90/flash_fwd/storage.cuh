@@ -14,7 +14,7 @@ struct alignas(8) KeyBounds {  // of the keys in a row's window
   int end;
 };
 
-// That of bfloat16 and float16, and what consumers do for them; flash_fwd_float8/storage.cuh has
+// That of bfloat16 and float16, and what consumers do for them; flash_fwd_fp8/storage.cuh has
 // float8's.
 template <class Element, class Tiles>
 struct FlashFwdStorage {

@@ -88,9 +88,9 @@ struct FlashFwdStorage<attention::Float8E4M3, Tiles> {
   SA_DEVICE float descale(const attention::Descale& descale) const {
     if (descale.data == nullptr) return 1.0f;
     const Work& mine = work[primitives::warp_idx()];
-    return primitives::load_global(
-        descale.data + primitives::load_shared(&mine.batch_idx) * descale.stride_batch +
-        primitives::load_shared(&mine.kv_head) * descale.stride_head);
+    return primitives::load_global(descale.data +
+                                   primitives::load_shared(&mine.batch_idx) * descale.stride_batch +
+                                   primitives::load_shared(&mine.kv_head) * descale.stride_head);
   }
 };
 

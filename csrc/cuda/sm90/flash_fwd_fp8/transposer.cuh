@@ -13,7 +13,7 @@
 // then lie in different banks.
 #pragma once
 
-#include "cuda/sm90/flash_fwd_float8/storage.cuh"
+#include "cuda/sm90/flash_fwd_fp8/storage.cuh"
 #include "primitives/ldmatrix.h"
 #include "primitives/widen.h"
 
@@ -74,7 +74,7 @@ struct FlashFwdTransposer {
         const int odd = odd_first != (pass == 1);
         SA_UNROLL
         for (int group = 0; group < Tiles::kBlockN / 16; ++group) {  // of 16 keys
-          const uint32_t(&pair)[4] = keys[group / 2];
+          const uint32_t (&pair)[4] = keys[group / 2];
           const int first = group % 2 * 2;
           const uint32_t four = primitives::select_bytes(pair[first], pair[first + 1],
                                                          odd != 0 ? kOddBytes : kEvenBytes);

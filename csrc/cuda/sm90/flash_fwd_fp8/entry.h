@@ -18,8 +18,7 @@ inline const char* why_not_flash_fwd_float8(const attention::FlashFwdFloat8Probl
   if (fwd.block_table != nullptr || fwd.tree_mask != nullptr) return "it is over a paged cache";
   if (!in_chunks(fwd.q, fwd.head_dim, fwd.q_stride_batch, fwd.q_stride_row, fwd.q_stride_head) ||
       !in_chunks(fwd.k, fwd.head_dim, fwd.k_stride_batch, fwd.k_stride_row, fwd.k_stride_head) ||
-      !in_chunks(fwd.v, fwd.head_dim_v, fwd.v_stride_batch, fwd.v_stride_row,
-                 fwd.v_stride_head)) {
+      !in_chunks(fwd.v, fwd.head_dim_v, fwd.v_stride_batch, fwd.v_stride_row, fwd.v_stride_head)) {
     return "rows of q, k or v are not in aligned parts of 16 bytes";
   }
   return nullptr;

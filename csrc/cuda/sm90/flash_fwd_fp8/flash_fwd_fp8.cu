@@ -1,7 +1,7 @@
 // The float8 forward's entry: which head_dim class.
 #include <algorithm>
 
-#include "cuda/sm90/flash_fwd_float8/entry.h"
+#include "cuda/sm90/flash_fwd_fp8/entry.h"
 
 namespace sink_attention::cuda::sm90 {
 

@@ -1,4 +1,4 @@
-#include "cuda/sm90/flash_fwd_float8/launch.cuh"
+#include "cuda/sm90/flash_fwd_fp8/launch.cuh"
 
 namespace sink_attention::cuda::sm90 {
 

@@ -2,9 +2,9 @@
 #pragma once
 
 #include "cuda/sm90/flash_fwd/launch.cuh"
-#include "cuda/sm90/flash_fwd_float8/config.h"
-#include "cuda/sm90/flash_fwd_float8/entry.h"
-#include "cuda/sm90/flash_fwd_float8/transposer.cuh"
+#include "cuda/sm90/flash_fwd_fp8/config.h"
+#include "cuda/sm90/flash_fwd_fp8/entry.h"
+#include "cuda/sm90/flash_fwd_fp8/transposer.cuh"
 
 namespace sink_attention::cuda::sm90 {
 
@@ -12,11 +12,10 @@ namespace sink_attention::cuda::sm90 {
 // as many.
 inline attention::FlashFwdProblem in_pairs(attention::FlashFwdProblem problem) {
   problem.dtype = problem.kv_dtype = attention::DataType::kBFloat16;  // any of 16 bits
-  for (int64_t* count :
-       {&problem.head_dim, &problem.head_dim_v, &problem.q_stride_batch, &problem.q_stride_row,
-        &problem.q_stride_head, &problem.k_stride_batch, &problem.k_stride_row,
-        &problem.k_stride_head, &problem.v_stride_batch, &problem.v_stride_row,
-        &problem.v_stride_head}) {
+  for (int64_t* count : {&problem.head_dim, &problem.head_dim_v, &problem.q_stride_batch,
+                         &problem.q_stride_row, &problem.q_stride_head, &problem.k_stride_batch,
+                         &problem.k_stride_row, &problem.k_stride_head, &problem.v_stride_batch,
+                         &problem.v_stride_row, &problem.v_stride_head}) {
     *count /= 2;
   }
   return problem;

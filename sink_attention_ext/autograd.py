@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from sink_attention_ext import ops
+from sink_attention_ext import float8, ops
 
 # ---- attention: dense and varlen ----
 
@@ -261,13 +261,12 @@ def _register() -> torch.library.Library:
             f"{ops.NAMESPACE}::{name}", backward, setup_context=setup_context, lib=library
         )
     writers = ("reshape_and_cache", "reshape_and_cache.token_scales")
-    float8 = ("flash_attn_float8_fwd", "flash_attn_float8_varlen_fwd")
-    for name in ("paged_attn", "paged_attn.out", *float8, *writers):
+    for name in ("paged_attn", "paged_attn.out", *float8.OPERATORS, *writers):
         library.impl(name, _without_gradient(name), "Autograd")
     for name, cast in _AUTOCAST_RULES.items():
         for key in ("AutocastCPU", "AutocastCUDA"):
             library.impl(name, _autocast_kernel(name, cast, key), key)
-    for name in (*formulas, "paged_attn", *float8, *writers):
+    for name in (*formulas, "paged_attn", *float8.OPERATORS, *writers):
         torch.library.register_vmap(f"{ops.NAMESPACE}::{name}", _refuse_vmap(name), lib=library)
     return library
 

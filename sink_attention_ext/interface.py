@@ -35,7 +35,6 @@ import torch
 from torch import Tensor
 
 from sink_attention_ext import checks, ops
-from sink_attention_ext import float8 as float8  # registers what its operators do
 from sink_attention_ext.reference import WindowSize
 
 
@@ -83,8 +82,8 @@ def flash_attn_func(
 
     Returns:
         out (batch, seqlen_q, num_heads_q, head_dim_v) in the dtype of q, bfloat16 for float8; with
-        return_lse ``(out, lse)``, lse (batch, num_heads_q, seqlen_q) float32 (float64 for float64). The gradient
-        through lse is exact.
+        return_lse ``(out, lse)``, lse (batch, num_heads_q, seqlen_q) float32 (float64 for float64).
+        The gradient through lse is exact.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it. Nothing has been

@@ -82,8 +82,8 @@ def supports(
     """Whether this build computes attention for such inputs.
 
     Args:
-        dtype: of q (and of k and v, unless kv_dtype says otherwise). float8_e4m3fn is
-            for the forward without a cache.
+        dtype: of q (and of k and v, unless kv_dtype says otherwise). float8_e4m3fn is for the
+            forward without a cache.
         head_dim: of q and k.
         head_dim_v: of v; None is head_dim.
         num_heads_q: query heads.

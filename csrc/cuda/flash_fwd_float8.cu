@@ -1,6 +1,5 @@
 // The float8 forward's entry: whether there are kernels.
 #include "cuda/family.h"
-#include "cuda/flash_fwd_float8.h"
 #include "cuda/sm90/flash_fwd_fp8/entry.h"
 
 namespace sink_attention::cuda {

@@ -5,7 +5,7 @@
 #include <optional>
 #include <string>
 
-#include "cuda/flash_fwd_float8.h"
+#include "cuda/backend.h"
 #include "torch/checks.h"
 
 namespace sink_attention::binding {

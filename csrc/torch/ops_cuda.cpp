@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "cuda/backend.h"
-#include "cuda/flash_fwd_float8.h"
 #include "torch/cuda_kernels.h"
 #include "torch/op_namespace.h"
 #include "torch/ops.h"

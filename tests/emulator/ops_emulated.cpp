@@ -4,7 +4,6 @@
 // What a kernel must write is NaN before, and a kernel may touch nothing but its operands'
 // elements.
 #include "cuda/backend.h"
-#include "cuda/flash_fwd_float8.h"
 #include "emulator/machine.h"
 #include "torch/cuda_kernels.h"
 #include "torch/op_namespace.h"

@@ -293,3 +293,19 @@ def test_which_kernel(backend: Backend) -> None:
         answer = supports(dtype=FLOAT8, head_dim=64)
         assert answer.kernel == f"cpu/{ops.cpu_instruction_set()}"
         assert "forward" in supports(dtype=FLOAT8, head_dim=64, backward=True).reason
+
+
+def test_rounding_is_torchs(backend: Backend) -> None:
+    """What the kernels' twins round weights with (attention/numeric.h): every float16 number that
+    e4m3 has room for, as a cache stores it."""
+    halves = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    halves = halves[halves.abs() <= 448].view(-1, 1, 2)
+    tokens = halves.to(backend.device)
+    stored = torch.zeros(len(tokens), 1, 1, 2, dtype=FLOAT8, device=backend.device)
+    one = torch.ones((), device=backend.device)
+    slots = torch.arange(len(tokens), device=backend.device)
+    backend.reshape_and_cache(tokens, tokens, stored, stored.clone(), slots, one, one)
+    expected = halves.float().to(FLOAT8)
+    assert torch.equal(
+        stored.cpu().view(torch.uint8).flatten(), expected.view(torch.uint8).flatten()
+    )

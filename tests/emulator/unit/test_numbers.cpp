@@ -4,6 +4,7 @@
 #include <random>
 
 #include "emulated.h"
+#include "primitives/widen.h"
 
 namespace sink_attention::tests {
 namespace {

@@ -20,6 +20,7 @@ adds 2^-8 of the result at most, float32 what `assert_lse_close` allows the lse.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -309,3 +310,28 @@ def test_rounding_is_torchs(backend: Backend) -> None:
     assert torch.equal(
         stored.cpu().view(torch.uint8).flatten(), expected.view(torch.uint8).flatten()
     )
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_small_weights_count(backend: Backend, head_dim: int) -> None:
+    """600 keys of 2^-11 of the largest weight, which e4m3 would round to 0 if that were 1."""
+    q, k, v = (torch.ones(1, n, 1, head_dim).to(FLOAT8).to(backend.device) for n in (3, 601, 601))
+    k[:, 1:] = 0
+    v[:, 0] = 0
+    scale = 11 * math.log(2) / head_dim
+    out, lse = backend.flash_attn(q, k, v, softmax_scale=scale)
+    largest, others = 2.0**11, 600.0
+    expected = torch.full(out.shape, others / (largest + others))
+    torch.testing.assert_close(out.cpu().float(), expected, rtol=2.0**-8, atol=0.0)
+    assert_lse_close(lse.cpu(), torch.full(lse.shape, math.log(largest + others)).double())
+
+
+def test_the_same_bits_alone_and_in_chunks(backend: Backend) -> None:
+    q, k, v = (torch.randn(2, n, h, 64).to(FLOAT8) for n, h in ((150, 4), (300, 2), (300, 2)))
+    q, k, v = (x.to(backend.device) for x in (q, k, v))
+    factors = [torch.rand(2, 2, device=backend.device) + 0.5 for _ in range(3)]
+    options = {"causal": True, "window_size": (130, 0)}
+    out, lse = backend.flash_attn(q, k, v, **as_descales(factors), **options)
+    alone = as_descales([factor[1:] for factor in factors])
+    out_alone, lse_alone = backend.flash_attn(q[1:, -9:], k[1:], v[1:], **alone, **options)
+    assert torch.equal(out[1:, -9:], out_alone) and torch.equal(lse[1:, :, -9:], lse_alone)

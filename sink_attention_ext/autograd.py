@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from sink_attention_ext import ops
+from sink_attention_ext import float8, ops
 
 # ---- attention: dense and varlen ----
 
@@ -137,12 +137,14 @@ def _backward_merge_attn_states(
 # ---- what cannot be differentiated ----
 
 
-def refuse_gradient(function: str, *tensors: Any) -> None:
+def refuse_gradient(
+    function: str, *tensors: Any, instead: str = "flash_attn_func or flash_attn_varlen_func"
+) -> None:
     """Raises a RuntimeError if autograd would have to differentiate `function`."""
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
         raise RuntimeError(
             f"{function} is not differentiable, but one of its tensors requires grad: call it "
-            "under torch.no_grad(), or use flash_attn_func or flash_attn_varlen_func instead"
+            f"under torch.no_grad(), or use {instead} instead"
         )
 
 
@@ -259,12 +261,12 @@ def _register() -> torch.library.Library:
             f"{ops.NAMESPACE}::{name}", backward, setup_context=setup_context, lib=library
         )
     writers = ("reshape_and_cache", "reshape_and_cache.token_scales")
-    for name in ("paged_attn", "paged_attn.out", *writers):
+    for name in ("paged_attn", "paged_attn.out", *float8.OPERATORS, *writers):
         library.impl(name, _without_gradient(name), "Autograd")
     for name, cast in _AUTOCAST_RULES.items():
         for key in ("AutocastCPU", "AutocastCUDA"):
             library.impl(name, _autocast_kernel(name, cast, key), key)
-    for name in (*formulas, "paged_attn", *writers):
+    for name in (*formulas, "paged_attn", *float8.OPERATORS, *writers):
         torch.library.register_vmap(f"{ops.NAMESPACE}::{name}", _refuse_vmap(name), lib=library)
     return library
 

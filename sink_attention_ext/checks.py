@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sink_attention_ext import ops
-from sink_attention_ext.autograd import autocast_dtype
+from sink_attention_ext.autograd import autocast_dtype, refuse_gradient
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 FLOAT8 = torch.float8_e4m3fn
@@ -150,13 +150,24 @@ def check_heads(q: Tensor, k_name: str, k: Tensor, v_name: str, v: Tensor) -> No
 
 
 def check_qkv(q: Any, k: Any, v: Any, layouts: Sequence[Sequence[str]]) -> None:
-    """q, k and v of one call, dense or packed."""
-    for name, tensor, layout in (("q", q, layouts[0]), ("k", k, layouts[1]), ("v", v, layouts[2])):
+    """q, k and v of one call, dense or packed; all three of float8 or none."""
+    named = (("q", q), ("k", k), ("v", v))
+    for (name, tensor), layout in zip(named, layouts, strict=True):
         check_tensor(name, tensor, layout)
-        check_float_dtype(name, tensor)
+    if FLOAT8 in (q.dtype, k.dtype, v.dtype):
+        for name, tensor in named:
+            if tensor.dtype != FLOAT8:
+                raise TypeError(
+                    f"{name} must have dtype float8_e4m3fn where one of q, k and v has; got "
+                    f"{tensor.dtype}"
+                )
+    else:
+        for name, tensor in named:
+            check_float_dtype(name, tensor)
     check_backend("q", q)
-    for name, tensor in (("k", k), ("v", v)):
-        check_same_dtype(name, tensor, "q", q)
+    for name, tensor in named[1:]:
+        if q.dtype != FLOAT8:
+            check_same_dtype(name, tensor, "q", q)
         check_device(name, tensor, q.device)
     check_heads(q, "k", k, "v", v)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -167,6 +178,32 @@ def check_qkv(q: Any, k: Any, v: Any, layouts: Sequence[Sequence[str]]) -> None:
         check_size("v", v, 1, "seqlen_k", k.shape[1], "as k has")
     else:
         check_size("v", v, 0, "total_k", k.shape[0], "as k has")
+
+
+def check_descales(q: Tensor, batch: int, num_heads_kv: int, **descales: Any) -> None:
+    """q_descale, k_descale and v_descale, None or (batch, num_heads_kv), with a float8 q only."""
+    for name, descale in descales.items():
+        if descale is None:
+            continue
+        if q.dtype != FLOAT8:
+            raise TypeError(
+                f"{name} must be None unless q, k and v have dtype float8_e4m3fn; q has {q.dtype}"
+            )
+        check_tensor(name, descale, ("batch", "num_heads_kv"))
+        if descale.dtype != torch.float32:
+            raise TypeError(f"{name} must have dtype torch.float32; got {descale.dtype}")
+        check_device(name, descale, q.device)
+        if tuple(descale.shape) != (batch, num_heads_kv):
+            raise ValueError(
+                f"{name} must have shape (batch, num_heads_kv) = ({batch}, {num_heads_kv}); got "
+                f"{shape_text(descale)}"
+            )
+
+
+def refuse_float8_gradient(*tensors: Tensor | None) -> None:
+    refuse_gradient(
+        "attention on float8_e4m3fn q, k and v", *tensors, instead="bfloat16 q, k and v"
+    )
 
 
 def local_s_aux(s_aux: Tensor) -> Tensor:

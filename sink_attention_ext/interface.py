@@ -18,6 +18,11 @@ Conventions of every function of this package:
   Without a left bound it changes nothing.
 * ``lse`` is the natural logarithm of the softmax's denominator, **the sink included**, float32
   (float64 for float64 inputs). It is differentiable.
+* q, k and v may be float8_e4m3fn, all three, with ``q_descale``, ``k_descale`` and ``v_descale`` as
+  in FlashAttention-3: a number is what is stored times the descale of its sequence and kv head.
+  Results are bfloat16. Forward only. On cards of compute capability 9.0 kernels for float8 multiply
+  such numbers as they are, and round the softmax's weights to float8 as well; everywhere else
+  they are dequantised first, to float32 on the CPU and to bfloat16 on other cards.
 * A row without a visible key gives ``out = 0`` and ``lse = s_aux`` (``-inf`` without a sink), never
   NaN.
 
@@ -45,6 +50,9 @@ def flash_attn_func(
     deterministic: bool = False,
     return_lse: bool = False,
     num_sink_tokens: int = 0,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention with an optional learnable sink per head. Differentiable in q, k, v and s_aux.
 
@@ -52,8 +60,8 @@ def flash_attn_func(
     without a visible key are skipped, so a windowed layer costs seqlen * window.
 
     Args:
-        q: (batch, seqlen_q, num_heads_q, head_dim), float64, float32, float16 or bfloat16; head_dim
-            1 to 256.
+        q: (batch, seqlen_q, num_heads_q, head_dim), float64, float32, float16, bfloat16 or
+            float8_e4m3fn; head_dim 1 to 256.
         k: (batch, seqlen_k, num_heads_kv, head_dim), the dtype of q.
         v: (batch, seqlen_k, num_heads_kv, head_dim_v), the dtype of q; head_dim_v 1 to 256, not
             necessarily head_dim. Strides of q, k and v are free but for the last, which is 1.
@@ -68,18 +76,23 @@ def flash_attn_func(
         return_lse: also return lse.
         num_sink_tokens: the first keys, which stay visible beside the window (StreamingLLM). Those
             between them and the window are not loaded.
+        q_descale, k_descale, v_descale: (batch, num_heads_kv) float32, what float8 numbers of q, k
+            and v are multiplied with, q's heads by that of the kv head which they read; None: 1.
+            Only with float8_e4m3fn q, k and v.
 
     Returns:
-        out (batch, seqlen_q, num_heads_q, head_dim_v) in the dtype of q; with return_lse ``(out,
-        lse)``, lse (batch, num_heads_q, seqlen_q) float32 (float64 for float64). The gradient
-        through lse is exact.
+        out (batch, seqlen_q, num_heads_q, head_dim_v) in the dtype of q, bfloat16 for float8; with
+        return_lse ``(out, lse)``, lse (batch, num_heads_q, seqlen_q) float32 (float64 for float64).
+        The gradient through lse is exact.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it. Nothing has been
             computed.
-        RuntimeError: from a second derivative, which is not implemented.
+        RuntimeError: from a second derivative, which is not implemented, and with float8 q, k and v
+            where s_aux or a descale requires grad.
 
-    Under torch.autocast q, k and v are cast to autocast's dtype, s_aux and lse are not.
+    Under torch.autocast q, k and v are cast to autocast's dtype unless they are float8; s_aux and
+    lse are not.
 
     Example::
 
@@ -92,20 +105,22 @@ def flash_attn_func(
     s_aux = checks.check_s_aux(s_aux, q.shape[2], q.device)
     checks.check_bool("causal", causal)
     checks.check_bool("deterministic", deterministic)
-    window_left, window_right = checks.check_window(window_size, causal)
-    out, lse = ops.flash_attn_fwd(
-        q,
-        k,
-        v,
-        s_aux,
+    options = (
         checks.check_softmax_scale(softmax_scale, q.shape[-1]),
         causal,
-        window_left,
-        window_right,
+        *checks.check_window(window_size, causal),
         checks.check_softcap(softcap),
-        deterministic,
-        checks.check_num_sink_tokens(num_sink_tokens),
     )
+    num_sink_tokens = checks.check_num_sink_tokens(num_sink_tokens)
+    descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+    checks.check_descales(q, q.shape[0], k.shape[2], **descales)
+    if q.dtype == checks.FLOAT8:
+        checks.refuse_float8_gradient(q, k, v, *descales.values(), s_aux)
+        out, lse = ops.flash_attn_float8_fwd(
+            q, k, v, *descales.values(), s_aux, *options, num_sink_tokens
+        )
+    else:
+        out, lse = ops.flash_attn_fwd(q, k, v, s_aux, *options, deterministic, num_sink_tokens)
     return (out, lse) if checks.check_bool("return_lse", return_lse) else out
 
 
@@ -126,6 +141,9 @@ def flash_attn_varlen_func(
     return_lse: bool = False,
     seqused_k: Tensor | None = None,
     num_sink_tokens: int = 0,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over packed sequences of different lengths. Differentiable in q, k, v and s_aux.
 
@@ -147,7 +165,8 @@ def flash_attn_varlen_func(
         seqused_k: (batch,) int32: only the first seqused_k[b] keys of sequence b count, which also
             is the seqlen_k of the bottom-right alignment. None: all.
         softmax_scale, causal, window_size, softcap, s_aux, deterministic, return_lse,
-            num_sink_tokens: as in flash_attn_func; each sequence has its own first tokens.
+            num_sink_tokens, q_descale, k_descale, v_descale: as in flash_attn_func; each sequence
+            has its own first tokens.
 
     Returns:
         out (total_q, num_heads_q, head_dim_v); with return_lse ``(out, lse)``, lse (num_heads_q,
@@ -156,8 +175,8 @@ def flash_attn_varlen_func(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
         RuntimeError: lengths inside cu_seqlens or seqused_k are out of range (checked by the
-            operator before it computes; on CUDA under set_debug_checks only), or a second
-            derivative is taken.
+            operator before it computes; on CUDA under set_debug_checks only), a second derivative
+            is taken, or a gradient with float8 q, k and v.
 
     Example::
 
@@ -173,11 +192,7 @@ def flash_attn_varlen_func(
     s_aux = checks.check_s_aux(s_aux, q.shape[1], q.device)
     checks.check_bool("causal", causal)
     checks.check_bool("deterministic", deterministic)
-    window_left, window_right = checks.check_window(window_size, causal)
-    out, lse = ops.flash_attn_varlen_fwd(
-        q,
-        k,
-        v,
+    options = (
         cu_seqlens_q,
         cu_seqlens_k,
         seqused_k,
@@ -186,10 +201,17 @@ def flash_attn_varlen_func(
         checks.check_max_seqlen("max_seqlen_k", max_seqlen_k),
         checks.check_softmax_scale(softmax_scale, q.shape[-1]),
         causal,
-        window_left,
-        window_right,
+        *checks.check_window(window_size, causal),
         checks.check_softcap(softcap),
-        deterministic,
-        checks.check_num_sink_tokens(num_sink_tokens),
     )
+    num_sink_tokens = checks.check_num_sink_tokens(num_sink_tokens)
+    descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+    checks.check_descales(q, cu_seqlens_q.shape[0] - 1, k.shape[1], **descales)
+    if q.dtype == checks.FLOAT8:
+        checks.refuse_float8_gradient(q, k, v, *descales.values(), s_aux)
+        out, lse = ops.flash_attn_float8_varlen_fwd(
+            q, k, v, *descales.values(), *options, num_sink_tokens
+        )
+    else:
+        out, lse = ops.flash_attn_varlen_fwd(q, k, v, *options, deterministic, num_sink_tokens)
     return (out, lse) if checks.check_bool("return_lse", return_lse) else out

@@ -48,6 +48,9 @@ flash_attn_fwd = lookup("flash_attn_fwd")
 flash_attn_bwd = lookup("flash_attn_bwd")
 flash_attn_varlen_fwd = lookup("flash_attn_varlen_fwd")
 flash_attn_varlen_bwd = lookup("flash_attn_varlen_bwd")
+flash_attn_float8_fwd = lookup("flash_attn_float8_fwd")
+flash_attn_float8_varlen_fwd = lookup("flash_attn_float8_varlen_fwd")
+flash_attn_float8_kernel = lookup("flash_attn_float8_kernel")
 paged_attn = lookup("paged_attn")
 paged_attn_out = lookup("paged_attn.out")
 reshape_and_cache = lookup("reshape_and_cache")
@@ -105,6 +108,13 @@ def _fake_flash_attn_fwd(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tupl
     return _fake_attention(q, v.shape[-1])
 
 
+def _fake_flash_attn_float8_fwd(
+    q: Tensor, k: Tensor, v: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    out, lse = _fake_attention(q, v.shape[-1])
+    return out.new_empty(out.shape, dtype=torch.bfloat16), lse
+
+
 def _fake_flash_attn_bwd(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     s_aux: Tensor | None, *options: Any,
@@ -141,6 +151,8 @@ FAKE_KERNELS: dict[str, Callable[..., Any]] = {
     "flash_attn_bwd": _fake_flash_attn_bwd,
     "flash_attn_varlen_fwd": _fake_flash_attn_fwd,
     "flash_attn_varlen_bwd": _fake_flash_attn_varlen_bwd,
+    "flash_attn_float8_fwd": _fake_flash_attn_float8_fwd,
+    "flash_attn_float8_varlen_fwd": _fake_flash_attn_float8_fwd,
     "paged_attn": _fake_paged_attn,
     "paged_attn.out": _fake_mutation,
     "reshape_and_cache": _fake_mutation,

@@ -82,7 +82,8 @@ def supports(
     """Whether this build computes attention for such inputs.
 
     Args:
-        dtype: of q (and of k and v, unless kv_dtype says otherwise).
+        dtype: of q (and of k and v, unless kv_dtype says otherwise). float8_e4m3fn is for the
+            forward without a cache.
         head_dim: of q and k.
         head_dim_v: of v; None is head_dim.
         num_heads_q: query heads.
@@ -100,9 +101,10 @@ def supports(
         Support(supported, kernel, reason). A kernel is "cpu/<instruction set>" or, on CUDA,
         "cuda/simt" (float32 and float64, slower), "cuda/sm80" (float16 and bfloat16 on tensor
         cores, every card from compute capability 8.0 on), "cuda/sm90" (compute capability 9.0
-        only), or "cuda/sm90+sm80" where decode and prefill, or forward and backward, differ. The
-        card that `device` names decides, for contiguous tensors; where the machine has none, the
-        answer is that of a card without kernels of its own.
+        only), "cuda/sm90-float8" (there, on float8 q, k and v as they are; the others have them
+        dequantised), or "cuda/sm90+sm80" where decode and prefill, or forward and backward, differ.
+        The card that `device` names decides, for contiguous tensors; where the machine has none,
+        the answer is that of a card without kernels of its own.
 
     Example::
 
@@ -120,8 +122,10 @@ def supports(
         return _no(
             f"this build has no {device_type.upper()} kernels: it has {', '.join(ops.BACKENDS)}"
         )
-    if dtype not in checks.FLOAT_DTYPES:
-        return _no(f"dtype is float64, float32, float16 or bfloat16, not {dtype}")
+    if dtype == checks.FLOAT8 and (paged or backward):
+        return _no("float8_e4m3fn q, k and v are for the forward without a key-value cache")
+    if dtype not in (*checks.FLOAT_DTYPES, checks.FLOAT8):
+        return _no(f"dtype is float64, float32, float16, bfloat16 or float8_e4m3fn, not {dtype}")
     if s_aux_dtype is not None and s_aux_dtype not in checks.FLOAT_DTYPES:
         return _no(f"s_aux_dtype is float64, float32, float16 or bfloat16, not {s_aux_dtype}")
     for name, size in (("head_dim", head_dim), ("head_dim_v", head_dim_v)):

@@ -110,6 +110,7 @@ HOPPER_FILES = {
     "test_decode.py",
     "test_dense.py",
     "test_edges.py",
+    "test_fp8_forward.py",
     "test_fuzz.py",
     "test_gradients.py",
     "test_huge_arguments.py",

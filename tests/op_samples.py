@@ -65,6 +65,12 @@ def bwd_without_sink(dtype: torch.dtype, requires_grad: bool) -> Arguments:
     return (dout, None, q, k, v, out, lse, None, *FWD_OPTIONS), {}
 
 
+def fwd_float8(dtype: torch.dtype, requires_grad: bool) -> Arguments:
+    q, k, v = (x.to(torch.float8_e4m3fn) for x in dense_qkv(dtype)[:3])
+    descales = (torch.rand(2, 2) + 0.5, None, torch.rand(2, 2) + 0.5)
+    return (q, k, v, *descales, randn(4), 0.5, True, 3, 0, 0.0, 2), {}
+
+
 CU_SEQLENS = ([0, 2, 2, 5], [0, 4, 6, 9])  # row 5 of q is in no sequence
 
 
@@ -73,6 +79,13 @@ def varlen_fwd(dtype: torch.dtype, requires_grad: bool) -> Arguments:
     cu_seqlens_q, cu_seqlens_k = (int32(*ends) for ends in CU_SEQLENS)
     lengths = (cu_seqlens_q, cu_seqlens_k, int32(4, 1, 2))
     return (q, k, v, *lengths, s_aux, 3, 4, *FWD_OPTIONS), {}
+
+
+def varlen_fwd_float8(dtype: torch.dtype, requires_grad: bool) -> Arguments:
+    q, k, v, *lengths, s_aux, max_q, max_k = varlen_fwd(dtype, False)[0][:9]
+    q, k, v = (x.to(torch.float8_e4m3fn) for x in (q, k, v))
+    descales = (torch.rand(3, 2) + 0.5, torch.rand(3, 2) + 0.5, None)
+    return (q, k, v, *descales, *lengths, s_aux, max_q, max_k, 0.5, True, 3, 0, 0.0, 2), {}
 
 
 def varlen_bwd(dtype: torch.dtype, requires_grad: bool) -> Arguments:
@@ -173,6 +186,8 @@ SAMPLES: dict[str, tuple[Callable[..., Any], Sample]] = {
     "bwd": (ops.flash_attn_bwd, bwd),
     "bwd_without_sink": (ops.flash_attn_bwd, bwd_without_sink),
     "varlen_fwd": (ops.flash_attn_varlen_fwd, varlen_fwd),
+    "fwd_float8": (ops.flash_attn_float8_fwd, fwd_float8),
+    "varlen_fwd_float8": (ops.flash_attn_float8_varlen_fwd, varlen_fwd_float8),
     "varlen_bwd": (ops.flash_attn_varlen_bwd, varlen_bwd),
     "paged": (ops.paged_attn, paged),
     "paged_tree": (ops.paged_attn, paged_tree),

@@ -9,7 +9,7 @@
 
 #include <optional>
 
-#include "attention/problem.h"
+#include "attention/float8_problem.h"
 
 namespace sink_attention::cuda {
 
@@ -35,6 +35,13 @@ bool is_capturing(Stream stream);  // in a CUDA graph
 int64_t flash_fwd_workspace_bytes(const attention::FlashFwdProblem& problem, const Device& device);
 void flash_fwd(const attention::FlashFwdProblem& problem, const Device& device, void* workspace,
                Stream stream);
+
+// On float8 q, k and v. Whether this device has kernels for the problem, whose results need not be
+// set: Hopper only, and there not for every layout. Throws std::runtime_error if sm90's kernels are
+// forced and do not take it. And the forward of a problem that is taken, without a workspace.
+bool takes_flash_fwd_float8(const attention::FlashFwdFloat8Problem& problem, const Device& device);
+void flash_fwd_float8(const attention::FlashFwdFloat8Problem& problem, const Device& device,
+                      Stream stream);
 
 int64_t flash_bwd_workspace_bytes(const attention::FlashBwdProblem& problem, const Device& device);
 void flash_bwd(const attention::FlashBwdProblem& problem, const Device& device, void* workspace,

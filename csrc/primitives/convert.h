@@ -2,6 +2,8 @@
 //
 //   uint32_t pack<Element>(float low, float high)   two BFloat16 or Float16 numbers in a register
 //   void unpack<Element>(uint32_t pair, float& low, float& high)
+//   uint32_t pack_e4m3(float a, float b, float c, float d)    four Float8E4M3 numbers, a lowest;
+//        beyond +-448 they saturate (compute capability 8.9 and later)
 #pragma once
 
 #include <type_traits>

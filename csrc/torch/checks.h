@@ -133,6 +133,9 @@ inline const int32_t* int32_vector(const Tensor& tensor, const char* name, int64
   return tensor.const_data_ptr<int32_t>();
 }
 
+inline ScalarType out_scalar_type(const Tensor& q) {
+  return q.scalar_type() == ScalarType::Float8_e4m3fn ? ScalarType::BFloat16 : q.scalar_type();
+}
 inline ScalarType lse_scalar_type(const Tensor& q) {
   return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }

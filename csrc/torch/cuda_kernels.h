@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cuda/backend.h"
+#include "torch/checks.h"
 
 namespace sink_attention::binding {
 
@@ -22,6 +23,7 @@ attention::FlashFwdProblem describe_problem(const std::string& dtype, const std:
                                             bool tree_mask);
 
 // The op cuda_kernel_family, where a library has the kernels: "simt", "sm80" or "sm90" for `arch`,
+// "sm90-float8" for float8 q, k and v that are not dequantised before,
 // 10 * major + minor of a compute capability. Throws what the call would.
 inline std::string cuda_kernel_family(const std::string& dtype, const std::string& kv_dtype,
                                       int64_t seqlen_q, int64_t num_heads_q, int64_t num_heads_kv,
@@ -32,6 +34,14 @@ inline std::string cuda_kernel_family(const std::string& dtype, const std::strin
       describe_problem(dtype, kv_dtype, seqlen_q, num_heads_q, num_heads_kv, head_dim, head_dim_v,
                        paged, num_splits, tree_mask);
   const cuda::Device device{1, static_cast<int>(arch), forced_cuda_family()};
+  if (fwd.dtype == DataType::kFloat8E4M3) {
+    check(!backward && !paged, "float8 q, k and v are for the dense and varlen forward only");
+    if (cuda::takes_flash_fwd_float8({fwd, {}, {}, {}}, device)) {
+      return "sm90-float8";
+    }
+    return cuda_kernel_family("bfloat16", "bfloat16", seqlen_q, num_heads_q, num_heads_kv, head_dim,
+                              head_dim_v, paged, num_splits, tree_mask, backward, arch);
+  }
   if (!backward) return cuda::family_name(cuda::flash_fwd_family(fwd, device));
   attention::FlashBwdProblem bwd{};
   bwd.fwd = fwd;

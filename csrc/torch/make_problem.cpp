@@ -51,11 +51,17 @@ const void* sink_data(const std::optional<Tensor>& s_aux, int64_t num_heads, con
   return s_aux->const_data_ptr();
 }
 
+DataType numbers_type(const Tensor& q, Numbers numbers) {
+  if (numbers == Numbers::kFloat) return float_type(q, "q");
+  check_dtype(q, "q", ScalarType::Float8_e4m3fn);
+  return DataType::kFloat8E4M3;
+}
+
 // Heads, head dims, dtypes and data of q, k and v; row and head are the dimensions that k and v
 // count from.
 void set_qkv(FlashFwdProblem& problem, const Tensor& q, const Tensor& k, const Tensor& v,
-             const char* k_name, const char* v_name) {
-  problem.dtype = float_type(q, "q");
+             const char* k_name, const char* v_name, Numbers numbers = Numbers::kFloat) {
+  problem.dtype = numbers_type(q, numbers);
   problem.kv_dtype = problem.dtype;
   check_same_device(k, k_name, q);
   check_same_device(v, v_name, q);
@@ -194,14 +200,15 @@ void set_tree_mask(FlashFwdProblem& problem, const std::optional<Tensor>& tree_m
 }  // namespace
 
 FlashFwdProblem make_dense_problem(const Tensor& q, const Tensor& k, const Tensor& v,
-                                   const std::optional<Tensor>& s_aux, const MaskArgs& mask) {
+                                   const std::optional<Tensor>& s_aux, const MaskArgs& mask,
+                                   Numbers numbers) {
   FlashFwdProblem problem{};
   check_rank(q, "q", 4, kDense);
   check_rank(k, "k", 4, kDense);
   check_rank(v, "v", 4, kDense);
   check_dtype(k, "k", q.scalar_type());
   check_dtype(v, "v", q.scalar_type());
-  set_qkv(problem, q, k, v, "k", "v");
+  set_qkv(problem, q, k, v, "k", "v", numbers);
   check(k.size(0) == q.size(0), "k must have q's batch size ", q.size(0), ", got ", k.size(0));
   problem.s_aux = sink_data(s_aux, problem.num_heads_q, q, problem.s_aux_dtype);
   problem.batch = q.size(0);
@@ -214,14 +221,14 @@ FlashFwdProblem make_dense_problem(const Tensor& q, const Tensor& k, const Tenso
 
 FlashFwdProblem make_varlen_problem(const Tensor& q, const Tensor& k, const Tensor& v,
                                     const std::optional<Tensor>& s_aux, const VarlenArgs& varlen,
-                                    const MaskArgs& mask) {
+                                    const MaskArgs& mask, Numbers numbers) {
   FlashFwdProblem problem{};
   check_rank(q, "q", 3, kVarlen);
   check_rank(k, "k", 3, kVarlen);
   check_rank(v, "v", 3, kVarlen);
   check_dtype(k, "k", q.scalar_type());
   check_dtype(v, "v", q.scalar_type());
-  set_qkv(problem, q, k, v, "k", "v");
+  set_qkv(problem, q, k, v, "k", "v", numbers);
   problem.s_aux = sink_data(s_aux, problem.num_heads_q, q, problem.s_aux_dtype);
   check(varlen.cu_seqlens_q.dim() == 1 && varlen.cu_seqlens_q.numel() >= 1,
         "cu_seqlens_q must have shape (batch + 1,), got ", shape_of(varlen.cu_seqlens_q));
@@ -237,6 +244,20 @@ FlashFwdProblem make_varlen_problem(const Tensor& q, const Tensor& k, const Tens
   problem.total_k = k.size(0);
   set_mask(problem, mask);
   return problem;
+}
+
+attention::FlashFwdFloat8Problem make_float8_problem(const FlashFwdProblem& fwd, const Tensor& q,
+                                                     const DescaleArgs& descales) {
+  const auto descale = [&](const std::optional<Tensor>& tensor,
+                           const char* name) -> attention::Descale {
+    if (!tensor) return {};
+    check_same_device(*tensor, name, q);
+    check_dtype(*tensor, name, ScalarType::Float);
+    check_shape(*tensor, name, {fwd.batch, fwd.num_heads_kv});
+    return {tensor->const_data_ptr<float>(), tensor->stride(0), tensor->stride(1)};
+  };
+  return {fwd, descale(descales.q, "q_descale"), descale(descales.k, "k_descale"),
+          descale(descales.v, "v_descale")};
 }
 
 FlashFwdProblem make_paged_problem(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
@@ -288,7 +309,7 @@ FlashFwdProblem make_paged_problem(const Tensor& q, const Tensor& k_cache, const
 }
 
 void set_results(FlashFwdProblem& problem, const Tensor& q, const Tensor& out, const Tensor& lse) {
-  check_dtype(out, "out", q.scalar_type());
+  check_dtype(out, "out", out_scalar_type(q));
   check_dtype(lse, "lse", lse_scalar_type(q));
   check_same_device(out, "out", q);
   check_same_device(lse, "lse", q);

@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "attention/problem.h"
+#include "attention/float8_problem.h"
 #include "torch/checks.h"
 
 namespace sink_attention::binding {
@@ -38,13 +38,26 @@ struct PagedArgs {
   const std::optional<Tensor>& tree_mask;
 };
 
+struct DescaleArgs {
+  const std::optional<Tensor>& q;
+  const std::optional<Tensor>& k;
+  const std::optional<Tensor>& v;
+};
+
+enum class Numbers { kFloat, kFloat8 };  // that q, k and v have: 16 bits or more, or 8
+
 // Problems without their results, which set_results adds.
 attention::FlashFwdProblem make_dense_problem(const Tensor& q, const Tensor& k, const Tensor& v,
                                               const std::optional<Tensor>& s_aux,
-                                              const MaskArgs& mask);
+                                              const MaskArgs& mask,
+                                              Numbers numbers = Numbers::kFloat);
 attention::FlashFwdProblem make_varlen_problem(const Tensor& q, const Tensor& k, const Tensor& v,
                                                const std::optional<Tensor>& s_aux,
-                                               const VarlenArgs& varlen, const MaskArgs& mask);
+                                               const VarlenArgs& varlen, const MaskArgs& mask,
+                                               Numbers numbers = Numbers::kFloat);
+// fwd: of Numbers::kFloat8, dense or varlen.
+attention::FlashFwdFloat8Problem make_float8_problem(const attention::FlashFwdProblem& fwd,
+                                                     const Tensor& q, const DescaleArgs& descales);
 attention::FlashFwdProblem make_paged_problem(const Tensor& q, const Tensor& k_cache,
                                               const Tensor& v_cache,
                                               const std::optional<Tensor>& s_aux,

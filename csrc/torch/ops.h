@@ -7,7 +7,9 @@
 //     is_capturing(tensor)              where it cannot: whether calls are being captured in a
 //                                       graph, so that nothing may wait for the device
 //     may_leave_rows(problem, extent)   whether there may be rows that no sequence has
-//     flash_fwd, flash_bwd, reshape_and_cache, merge_attn_states(problem, operands)
+//     takes_float8(problem, tensor)     whether it has kernels for float8 q, k and v
+//     flash_fwd, flash_fwd_float8, flash_bwd, reshape_and_cache, merge_attn_states(problem,
+//     operands)
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -50,14 +52,15 @@ struct Ops {
   };
 
   static Forward new_results(const Tensor& q, const FlashFwdProblem& problem) {
-    const ScalarType lse_type = lse_scalar_type(q);
+    const ScalarType out_type = out_scalar_type(q), lse_type = lse_scalar_type(q);
     if (q.dim() == 4) {
       return {torch::stable::new_empty(
-                  q, {q.size(0), q.size(1), problem.num_heads_q, problem.head_dim_v}),
+                  q, {q.size(0), q.size(1), problem.num_heads_q, problem.head_dim_v}, out_type),
               torch::stable::new_empty(q, {q.size(0), problem.num_heads_q, q.size(1)}, lse_type)};
     }
-    return {torch::stable::new_empty(q, {q.size(0), problem.num_heads_q, problem.head_dim_v}),
-            torch::stable::new_empty(q, {problem.num_heads_q, q.size(0)}, lse_type)};
+    return {
+        torch::stable::new_empty(q, {q.size(0), problem.num_heads_q, problem.head_dim_v}, out_type),
+        torch::stable::new_empty(q, {problem.num_heads_q, q.size(0)}, lse_type)};
   }
 
   // Rows of q beyond the last sequence: out = 0, lse = -inf. The backend writes those of sequences
@@ -156,8 +159,9 @@ struct Ops {
 
   static FlashFwdProblem checked_varlen_problem(const Tensor& q, const Tensor& k, const Tensor& v,
                                                 const OptionalTensor& s_aux,
-                                                const VarlenArgs& varlen, const MaskArgs& mask) {
-    const FlashFwdProblem problem = make_varlen_problem(q, k, v, s_aux, varlen, mask);
+                                                const VarlenArgs& varlen, const MaskArgs& mask,
+                                                Numbers numbers = Numbers::kFloat) {
+    const FlashFwdProblem problem = make_varlen_problem(q, k, v, s_aux, varlen, mask, numbers);
     check_values_in(problem, Extent{q.size(0), k.size(0), 0}, varlen, q);
     return problem;
   }
@@ -188,6 +192,35 @@ struct Ops {
         {softmax_scale, causal, window_left, window_right, softcap, num_sink_tokens});
     return backward(fwd, {{q, k, v, cu_seqlens_q, cu_seqlens_k}, {&seqused_k, &s_aux}, {}}, dout,
                     dlse, q, k, v, out, lse, s_aux, deterministic);
+  }
+
+  // Dense, or varlen with cu_seqlens_q. No results where the backend has no kernels for it.
+  static std::vector<Tensor> flash_attn_float8_kernel(
+      const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& q_descale,
+      const OptionalTensor& k_descale, const OptionalTensor& v_descale,
+      const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+      const OptionalTensor& seqused_k, const OptionalTensor& s_aux, int64_t max_seqlen_q,
+      int64_t max_seqlen_k, double softmax_scale, bool causal, int64_t window_left,
+      int64_t window_right, double softcap, int64_t num_sink_tokens) {
+    const MaskArgs mask{softmax_scale, causal, window_left, window_right, softcap, num_sink_tokens};
+    check(cu_seqlens_q.has_value() == cu_seqlens_k.has_value() && (cu_seqlens_q || !seqused_k),
+          "cu_seqlens_q and cu_seqlens_k come together, and seqused_k with them");
+    attention::FlashFwdFloat8Problem problem = make_float8_problem(
+        cu_seqlens_q ? checked_varlen_problem(
+                           q, k, v, s_aux,
+                           {*cu_seqlens_q, *cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k},
+                           mask, Numbers::kFloat8)
+                     : make_dense_problem(q, k, v, s_aux, mask, Numbers::kFloat8),
+        q, {q_descale, k_descale, v_descale});
+    if (!Backend::takes_float8(problem, q)) return {};
+    Forward results = new_results(q, problem.fwd);
+    set_results(problem.fwd, q, results.out, results.lse);
+    fill_unused_rows(problem.fwd, {q.size(0), 0, 0}, results);
+    Backend::flash_fwd_float8(problem, {{q, k, v},
+                                        {&q_descale, &k_descale, &v_descale, &cu_seqlens_q,
+                                         &cu_seqlens_k, &seqused_k, &s_aux},
+                                        {results.out, results.lse}});
+    return {results.out, results.lse};
   }
 
   static FlashFwdProblem checked_paged_problem(const Tensor& q, const Tensor& k_cache,
@@ -291,6 +324,7 @@ struct Ops {
     m.impl("flash_attn_bwd", TORCH_BOX(&flash_attn_bwd));
     m.impl("flash_attn_varlen_fwd", TORCH_BOX(&flash_attn_varlen_fwd));
     m.impl("flash_attn_varlen_bwd", TORCH_BOX(&flash_attn_varlen_bwd));
+    m.impl("flash_attn_float8_kernel", TORCH_BOX(&flash_attn_float8_kernel));
     m.impl("paged_attn", TORCH_BOX(&paged_attn));
     m.impl("paged_attn.out", TORCH_BOX(&paged_attn_out));
     m.impl("reshape_and_cache", TORCH_BOX(&reshape_and_cache));

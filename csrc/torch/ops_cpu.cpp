@@ -16,6 +16,8 @@ struct CpuBackend {
   static void flash_fwd(const attention::FlashFwdProblem& problem, const Operands&) {
     cpu::flash_fwd(problem, TorchExecutor());
   }
+  static bool takes_float8(const attention::FlashFwdFloat8Problem&, const Tensor&) { return false; }
+  static void flash_fwd_float8(const attention::FlashFwdFloat8Problem&, const Operands&) {}
   static void flash_bwd(const attention::FlashBwdProblem& problem, const Operands&) {
     cpu::flash_bwd(problem, TorchExecutor());
   }

@@ -62,6 +62,15 @@ struct CudaBackend {
     const Tensor workspace = call.workspace(cuda::flash_fwd_workspace_bytes(problem, device));
     cuda::flash_fwd(problem, device, workspace.mutable_data_ptr(), call.stream());
   }
+  static bool takes_float8(const attention::FlashFwdFloat8Problem& problem, const Tensor& tensor) {
+    const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
+    return cuda::takes_flash_fwd_float8(problem, current_device());
+  }
+  static void flash_fwd_float8(const attention::FlashFwdFloat8Problem& problem,
+                               const Operands& operands) {
+    const Call call(operands);
+    cuda::flash_fwd_float8(problem, current_device(), call.stream());
+  }
   static void flash_bwd(const attention::FlashBwdProblem& problem, const Operands& operands) {
     const Call call(operands);
     const cuda::Device device = current_device();

@@ -1,5 +1,6 @@
-// Every op's schema. Fake kernels, autograd and autocast rules are registered in Python
-// (sink_attention_ext/ops.py).
+// Every op's schema. flash_attn_float8_fwd and its varlen twin are computed in Python
+// (sink_attention_ext/float8.py), by flash_attn_float8_kernel where that has results. Fake kernels,
+// autograd and autocast rules are registered in Python (sink_attention_ext/ops.py).
 #include <torch/csrc/stable/library.h>
 
 #include "torch/op_namespace.h"
@@ -31,6 +32,21 @@ STABLE_TORCH_LIBRARY(SA_OP_NAMESPACE, m) {
       "SymInt max_seqlen_k, float softmax_scale, bool causal, int window_left, int window_right, "
       "float softcap, "
       "bool deterministic, int num_sink_tokens) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "flash_attn_float8_fwd(Tensor q, Tensor k, Tensor v, Tensor? q_descale, Tensor? k_descale, "
+      "Tensor? v_descale, Tensor? s_aux, float softmax_scale, bool causal, int window_left, int "
+      "window_right, float softcap, int num_sink_tokens) -> (Tensor, Tensor)");
+  m.def(
+      "flash_attn_float8_varlen_fwd(Tensor q, Tensor k, Tensor v, Tensor? q_descale, Tensor? "
+      "k_descale, Tensor? v_descale, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_k, "
+      "Tensor? s_aux, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool causal, "
+      "int window_left, int window_right, float softcap, int num_sink_tokens) -> (Tensor, Tensor)");
+  m.def(
+      "flash_attn_float8_kernel(Tensor q, Tensor k, Tensor v, Tensor? q_descale, Tensor? "
+      "k_descale, Tensor? v_descale, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? "
+      "seqused_k, Tensor? s_aux, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, "
+      "bool causal, int window_left, int window_right, float softcap, int num_sink_tokens) "
+      "-> Tensor[]");
   m.def(
       "paged_attn(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seqused_k, "
       "Tensor? cu_seqlens_q, Tensor? s_aux, Tensor? k_scale, Tensor? v_scale, SymInt max_seqlen_q, "

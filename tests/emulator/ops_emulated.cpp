@@ -69,6 +69,15 @@ struct EmulatedBackend {
     const Visible visible(all);
     cuda::flash_fwd(problem, device(), workspace, nullptr);
   }
+  static bool takes_float8(const attention::FlashFwdFloat8Problem& problem, const Tensor&) {
+    return cuda::takes_flash_fwd_float8(problem, device());
+  }
+  static void flash_fwd_float8(const attention::FlashFwdFloat8Problem& problem,
+                               const Operands& operands) {
+    if (problem.fwd.cu_seqlens_q == nullptr) poison(operands);
+    const Visible visible(operands);
+    cuda::flash_fwd_float8(problem, device(), nullptr);
+  }
   static void flash_bwd(const attention::FlashBwdProblem& problem, const Operands& operands) {
     if (problem.fwd.cu_seqlens_q == nullptr) poison(operands);
     void* workspace = nullptr;

@@ -6,8 +6,8 @@
 //     Major::kK    the columns are summed over: Q and K in S = Q K^T
 //     Major::kMn   the rows are: V in O = P V, which as operand B is "transposed"
 //
-// A step is 16 numbers deep. Steps differ by a constant that is added to the descriptor, in units
-// of 16 bytes.
+// A step is 16 numbers deep, or 32 float8 ones. Steps differ by a constant that is added to the
+// descriptor, in units of 16 bytes.
 #pragma once
 
 #include "cuda/tile/fragment.cuh"
@@ -17,6 +17,24 @@
 namespace sink_attention::cuda::sm90 {
 
 using primitives::Major;
+
+// Two float8 numbers that neighbour in a row: all tiles have elements of 16 bits. A step then is 16
+// pairs deep. Major::kK only.
+struct Float8Pair {
+  uint16_t bits;
+};
+
+// What the products take a tile's elements for.
+template <class Stored>
+struct ProductElementOf {
+  using Type = Stored;
+};
+template <>
+struct ProductElementOf<Float8Pair> {
+  using Type = attention::Float8E4M3;
+};
+template <class Tile>
+using ProductElement = typename ProductElementOf<typename Tile::Element>::Type;
 
 constexpr int kStepDepth = 16;
 
@@ -61,9 +79,22 @@ SA_DEVICE void start_abt(Accumulators<1, kTilesN>& acc, const TileA& a_tile, int
   const uint64_t b = Operand<TileB>::k_major(b_tile, b_row);
   SA_UNROLL
   for (int k = 0; k < TileA::kCols / kStepDepth; ++k) {
-    primitives::wgmma_ss<typename TileA::Element, Major::kK, Major::kK>(
+    primitives::wgmma_ss<ProductElement<TileA>, Major::kK, Major::kK>(
         acc.c[0], a + Operand<TileA>::k_major_step(k), b + Operand<TileB>::k_major_step(k),
         accumulate || k > 0);
+  }
+}
+
+// acc (+)= A B^T:  A in registers, as deep as B has columns; all rows of B.
+template <int kTilesN, int kSteps, class TileB>
+SA_DEVICE void start_abt(Accumulators<1, kTilesN>& acc, const uint32_t (&a)[kSteps][4],
+                         const TileB& b_tile, bool accumulate) {
+  static_assert(TileB::kRows == 8 * kTilesN && TileB::kCols == kSteps * kStepDepth, "all of B");
+  const uint64_t b = Operand<TileB>::k_major(b_tile, 0);
+  SA_UNROLL
+  for (int k = 0; k < kSteps; ++k) {
+    primitives::wgmma_rs<ProductElement<TileB>, Major::kK>(
+        acc.c[0], a[k], b + Operand<TileB>::k_major_step(k), accumulate || k > 0);
   }
 }
 
@@ -112,11 +143,35 @@ SA_DEVICE void start_atb(Accumulators<1, kTilesN>& acc, const TileA& a_tile, int
   }
 }
 
-// A warpgroup's 64 x 16 kSteps weights as operands A in registers.
-template <class Element, int kSteps>
-SA_DEVICE void to_operands(const Accumulators<1, 2 * kSteps>& weights, uint32_t (&a)[kSteps][4]) {
+// A warpgroup's weights as operands A in registers, a step of 16 columns each.
+template <class Element, int kTilesN, int kSteps>
+SA_DEVICE void to_operands(const Accumulators<1, kTilesN>& weights, uint32_t (&a)[kSteps][4]) {
+  static_assert(kTilesN == 2 * kSteps, "all columns");
   SA_UNROLL
   for (int k = 0; k < kSteps; ++k) to_operand_a<Element>(weights, 0, k, a[k]);
+}
+
+// Rounded to float8, a step of 32 columns each. A lane has columns 4 t ... 4 t + 3 of a half of an
+// operand, t = lane % 4, and of two accumulators columns 2 t and 2 t + 1 each; those take the
+// places of these. So within 16 columns the order in which they are summed over is
+//
+//     place 4 t + i   is column   2 t + i   (i = 0, 1),   8 + 2 t + i - 2   (i = 2, 3)
+//
+// and operand B's must be the same.
+template <int kTilesN, int kSteps>
+SA_DEVICE void to_float8_operands(const Accumulators<1, kTilesN>& weights,
+                                  uint32_t (&a)[kSteps][4]) {
+  static_assert(kTilesN == 4 * kSteps, "all columns");
+  SA_UNROLL
+  for (int k = 0; k < kSteps; ++k) {
+    SA_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const float (&left)[4] = weights.c[0][4 * k + i / 2 * 2];
+      const float (&right)[4] = weights.c[0][4 * k + i / 2 * 2 + 1];
+      const int row = i % 2 * 2;  // 8 rows below are the accumulators' upper two
+      a[k][i] = primitives::pack_e4m3(left[row], left[row + 1], right[row], right[row + 1]);
+    }
+  }
 }
 
 }  // namespace sink_attention::cuda::sm90

@@ -127,8 +127,9 @@ struct RowStates {
 };
 
 // Scores to weights in place. What the sums so far, and the output so far, are to be multiplied
-// with to be re-based on the new maxima: rescale; the sums are.
-template <int kTilesM, int kTilesN>
+// with to be re-based on the new maxima: rescale; the sums are. Weights, and so the sums, are
+// 2^kShift times as large as the maxima say.
+template <int kShift = 0, int kTilesM, int kTilesN>
 SA_DEVICE void weigh(Accumulators<kTilesM, kTilesN>& s, RowStates<kTilesM>& states, float to_log2,
                      float (&rescale)[kTilesM][2]) {
   SA_UNROLL
@@ -151,13 +152,14 @@ SA_DEVICE void weigh(Accumulators<kTilesM, kTilesN>& s, RowStates<kTilesM>& stat
       // NaN.
       const float base = max == attention::negative_infinity<float>() ? 0.0f : max * to_log2;
       rescale[m][half] = old_max == max ? 1.0f : primitives::exp2_approx(old_max * to_log2 - base);
+      const float shifted_base = base - static_cast<float>(kShift);
       float sum = states.sum[m][half] * rescale[m][half];
       SA_UNROLL
       for (int n = 0; n < kTilesN; ++n) {
         SA_UNROLL
         for (int col = 0; col < 2; ++col) {
           float& score = s.c[m][n][2 * half + col];
-          score = primitives::exp2_approx(score * to_log2 - base);
+          score = primitives::exp2_approx(score * to_log2 - shifted_base);
           sum += score;
         }
       }

@@ -19,6 +19,19 @@ SA_DEVICE uint32_t pack<attention::Float16>(float low, float high) {
   return pair;
 }
 
+SA_DEVICE uint32_t pack_e4m3(float a, float b, float c, float d) {
+  uint32_t four;
+  asm("{\n"
+      ".reg .b16 low, high;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+      "mov.b32 %0, {low, high};\n"
+      "}\n"
+      : "=r"(four)
+      : "f"(a), "f"(b), "f"(c), "f"(d));
+  return four;
+}
+
 SA_DEVICE float half_to_float(attention::Float16 value) {
   float result;
   asm("cvt.f32.f16 %0, %1;\n" : "=f"(result) : "h"(value.bits));

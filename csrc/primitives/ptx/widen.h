@@ -33,5 +33,8 @@ SA_DEVICE void widen<attention::Int8>(uint32_t four, uint32_t& low, uint32_t& hi
 }
 
 SA_DEVICE uint32_t swap_middle_bytes(uint32_t four) { return __byte_perm(four, 0, 0x3120); }
+SA_DEVICE uint32_t select_bytes(uint32_t low, uint32_t high, uint32_t which) {
+  return __byte_perm(low, high, which);
+}
 
 }  // namespace sink_attention::primitives

@@ -97,9 +97,49 @@ void check_widening(const char* name) {
   }
 }
 
+// All float16 numbers: the nearest of e4m3's, by distances, and saturated; each place of the four.
+void check_e4m3() {
+  for (int bits = 0; bits < 0x10000; ++bits) {
+    const float value = attention::to_float(attention::Float16{static_cast<uint16_t>(bits)});
+    const uint32_t packed = pack_e4m3(1.0f, value, -2.0f, value);
+    check((packed & 0xff00ffu) == 0xc00038u, "pack_e4m3's bytes 0 and 2: ", packed);
+    const uint8_t byte = static_cast<uint8_t>(packed >> 8);
+    check(byte == packed >> 24, "pack_e4m3's bytes 1 and 3: ", packed);
+    if (std::isnan(value)) {
+      check((byte & 0x7f) == 0x7f, "pack_e4m3 of NaN");
+      continue;
+    }
+    double nearest = INFINITY;  // the least distance to any of them
+    for (int code = 0; code < 0x100; ++code) {
+      if ((code & 0x7f) == 0x7f) continue;
+      const double other = attention::to_float(attention::Float8E4M3{static_cast<uint8_t>(code)});
+      nearest = std::fmin(nearest, std::fabs(other - value));
+    }
+    const float result = attention::to_float(attention::Float8E4M3{byte});
+    check(std::isinf(value) ? result == std::copysign(448.0f, value)
+                            : std::fabs(double{result} - value) == nearest,
+          "pack_e4m3(", value, ") is ", result);
+    // Of two that are equally near, the one with the even code.
+    const uint8_t before = static_cast<uint8_t>(byte - 1);
+    const uint8_t after = static_cast<uint8_t>(byte + 1);
+    for (const uint8_t neighbour : {before, after}) {
+      const bool is_one = (neighbour & 0x7f) != 0x7f && (neighbour ^ byte) < 0x80;
+      const double other = attention::to_float(attention::Float8E4M3{neighbour});
+      if (is_one && std::isfinite(value) && std::fabs(other - value) == nearest) {
+        check(byte % 2 == 0, "pack_e4m3 of a tie, ", value, ", is ", result);
+      }
+    }
+    check(std::signbit(value) == (byte >> 7 != 0), "pack_e4m3's sign of ", value);
+  }
+}
+
 }  // namespace
 
 SA_SUITE(emulated_numbers) {
+  check_e4m3();
+  check(select_bytes(0x33221100u, 0x77665544u, 0x6420) == 0x66442200u, "select_bytes: even ones");
+  check(select_bytes(0x33221100u, 0x77665544u, 0x7531) == 0x77553311u, "select_bytes: odd ones");
+  check(select_bytes(0x33221100u, 0x77665544u, 0x0370) == 0x00337700u, "select_bytes");
   check_conversions<attention::BFloat16>("bfloat16", 3e38f);
   check_conversions<attention::Float16>("float16", 65504.0f);
   check_ties<attention::BFloat16>("bfloat16", 1 + 0x1p-8f, 1.0f, 1 + 3 * 0x1p-8f, 1 + 0x1p-6f);

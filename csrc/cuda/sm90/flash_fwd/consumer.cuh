@@ -26,9 +26,12 @@ namespace sink_attention::cuda::sm90 {
 template <class Element, class Tiles>
 struct FlashFwdConsumer {
   using Storage = FlashFwdStorage<Element, Tiles>;
+  using Out = typename Storage::Out;
   using KRing = Ring<Tiles::kStages>;
   static constexpr int kTilesN = Tiles::kBlockN / 8;
   static constexpr int kTilesV = Tiles::kHeadDimV / 8;
+  // The weights of a block, as operands.
+  using Weights = uint32_t[Tiles::kBlockN / Storage::kStepKeys][4];
   static constexpr int kFirstTurn = 1;  // the barrier of warpgroup 0's turn
 
   const FlashFwdKernelProblem& problem;
@@ -43,7 +46,9 @@ struct FlashFwdConsumer {
     typename KRing::Place at;
     for (int round = 0; work_of_round(round) < problem.num_works; ++round) {
       WorkWriter<Tiles>{problem, work()}.write(work_of_round(round), warpgroup * 64, 64);
-      if (load_shared(&work().row_begin) < load_shared(&work().num_rows)) attend(q_at, at);
+      if (load_shared(&work().row_begin) >= load_shared(&work().num_rows)) continue;
+      storage.note_scale(problem);
+      attend(q_at, at);
     }
     if (Tiles::kTakeTurns && warpgroup == 0) wait_for_turn();  // nobody is left to take the last
   }
@@ -72,7 +77,7 @@ struct FlashFwdConsumer {
     out.clear();
     if (blocks_of_work(work()).count() > 0) {
       Accumulators<1, kTilesN> s;
-      uint32_t p[Tiles::kBlockN / kStepDepth][4];
+      Weights p;
       float rescale[1][2];
       note_bounds();
 
@@ -87,7 +92,7 @@ struct FlashFwdConsumer {
       release(&storage.k_ring.empty[at.stage]);
       at.advance();
       soften_block(s, states, rescale, 0);
-      to_operands<Element>(s, p);
+      Storage::to_operands(s, p);
 
       SA_ROLLED
       for (int idx = 1; idx < blocks_of_work(work()).count(); ++idx) {
@@ -109,7 +114,7 @@ struct FlashFwdConsumer {
         release(&storage.v_ring.empty[at.previous().stage]);
         at.advance();
         rescale_rows(out, rescale);
-        to_operands<Element>(s, p);
+        Storage::to_operands(s, p);
       }
       release(&storage.q_ring.empty[0]);
 
@@ -128,9 +133,12 @@ struct FlashFwdConsumer {
     start_abt(s, storage.q, warpgroup * 64, storage.k[stage], 0, false);
     primitives::wgmma_commit();
   }
-  SA_DEVICE void start_output(Accumulators<1, kTilesV>& out,
-                              const uint32_t (&p)[Tiles::kBlockN / kStepDepth][4], int stage) {
-    start_ab(out, p, storage.v[stage], 0, 0, true);
+  SA_DEVICE void start_output(Accumulators<1, kTilesV>& out, const Weights& p, int stage) {
+    if constexpr (Storage::kTransposesValues) {
+      start_abt(out, p, storage.v[stage], true);
+    } else {
+      start_ab(out, p, storage.v[stage], 0, 0, true);
+    }
     primitives::wgmma_commit();
   }
 
@@ -157,12 +165,13 @@ struct FlashFwdConsumer {
   SA_DEVICE void soften_block(Accumulators<1, kTilesN>& s, RowStates<1>& states,
                               float (&rescale)[1][2], int idx) const {
     using primitives::load_shared;
-    transform_scores(s, problem.scale.form, problem.scale.to_tanh);
+    const ScoreScale scale = storage.score_scale(problem);
+    transform_scores(s, scale.form, scale.to_tanh);
     const int block = blocks_of_work(work()).block(idx);
     if (block < load_shared(&work().full_begin) || block >= load_shared(&work().full_end)) {
       hide_scores(s, block * Tiles::kBlockN);
     }
-    weigh(s, states, problem.scale.to_log2, rescale);
+    weigh<Storage::kWeightShift>(s, states, scale.to_log2, rescale);
   }
 
   // Scores of keys that a row does not see become -inf.
@@ -200,27 +209,28 @@ struct FlashFwdConsumer {
     float scale[2];
     SA_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const attention::RowState<float> state = states.whole(0, half, problem.scale.to_log2);
+      attention::RowState<float> state =
+          states.whole(0, half, storage.score_scale(problem).to_log2);
+      state.max -= static_cast<float>(Storage::kWeightShift);
       const int row = first_row + accumulator_row(lane, 2 * half);
       scale[half] = 0.0f;
       if (row >= rows.num_rows) continue;
       const float sink = load_sink(fwd, rows.head(row));
       const attention::RowResult<float> result = attention::fold_sink(state, sink);
-      scale[half] = result.scale;
+      scale[half] = result.scale * storage.out_scale();
       if (lane % 4 == 0) {
         float* lse = static_cast<float*>(fwd.lse) +
                      rows.lse_offset(row, fwd.lse_stride_batch, fwd.lse_stride_head);
         primitives::store_global(lse, result.lse);
       }
     }
-    store_rows<Element>(out, scale, 0, static_cast<int>(fwd.head_dim_v), problem.out_in_chunks,
-                        lane, [&](int half) -> Element* {
-                          const int row = first_row + accumulator_row(lane, 2 * half);
-                          if (row >= rows.num_rows) return nullptr;
-                          return static_cast<Element*>(fwd.out) +
-                                 rows.offset(row, fwd.out_stride_batch, fwd.out_stride_row,
-                                             fwd.out_stride_head);
-                        });
+    store_rows<Out>(
+        out, scale, 0, problem.out_cols, problem.out_in_chunks, lane, [&](int half) -> Out* {
+          const int row = first_row + accumulator_row(lane, 2 * half);
+          if (row >= rows.num_rows) return nullptr;
+          return static_cast<Out*>(fwd.out) +
+                 rows.offset(row, fwd.out_stride_batch, fwd.out_stride_row, fwd.out_stride_head);
+        });
   }
 };
 

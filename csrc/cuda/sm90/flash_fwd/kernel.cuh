@@ -2,13 +2,17 @@
 //
 // Thread blocks stay for many works (work.cuh). Of their warpgroups 0 ... kConsumers - 1
 // compute, 64 rows each (consumer.cuh); of the last one, warp 0 copies (producer.cuh) and the
-// others leave. All they share are the rings: a stage's contents and its two barriers.
+// others leave, or for float8 transpose what was copied of V (flash_fwd_fp8/transposer.cuh). All
+// they share are the rings: a stage's contents and its two barriers.
 #pragma once
 
 #include "cuda/sm90/flash_fwd/consumer.cuh"
 #include "cuda/sm90/flash_fwd/producer.cuh"
 
 namespace sink_attention::cuda::sm90 {
+
+template <class Element, class Tiles>
+struct FlashFwdTransposer;
 
 template <class Element, class Tiles>
 struct FlashFwdKernel {
@@ -24,10 +28,7 @@ struct FlashFwdKernel {
   static SA_DEVICE void run(const Problem& problem, char* shared) {
     Storage& storage = *reinterpret_cast<Storage*>(shared);
     if (primitives::thread_idx() == 0) {
-      constexpr int kUsers = 4 * Tiles::kConsumers;  // warps
-      storage.q_ring.init(kLoadArrivals, kUsers);
-      storage.k_ring.init(kLoadArrivals, kUsers);
-      storage.v_ring.init(kLoadArrivals, kUsers);
+      storage.init_rings();
       primitives::fence_mbarrier_init();
     }
     primitives::sync_threads();  // the barriers are there for all
@@ -37,6 +38,8 @@ struct FlashFwdKernel {
       primitives::give_registers<Tiles::kProducerRegisters>();
       if (warp % 4 == 0) {
         FlashFwdProducer<Element, Tiles>{problem, storage}.run();
+      } else if constexpr (Storage::kTransposesValues) {
+        FlashFwdTransposer<Element, Tiles>{problem, storage}.run();
       }
     } else {
       primitives::take_registers<Tiles::kConsumerRegisters>();

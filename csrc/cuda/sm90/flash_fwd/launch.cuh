@@ -23,7 +23,8 @@ void make_maps(FlashFwdKernelProblem& kernel_problem) {
       paged ? rows_of_box(problem.page_size, Tiles::kBlockN & -Tiles::kBlockN) : Tiles::kBlockN;
   const bool long_enough = kernel_problem.box_rows >= kMinBoxRows;
   const MapPlan k = plan_keys(problem, false, Storage::KTile::kSlabCols, kernel_problem.box_rows);
-  const MapPlan v = plan_keys(problem, true, Storage::VTile::kSlabCols, kernel_problem.box_rows);
+  const MapPlan v =
+      plan_keys(problem, true, Storage::LoadedVTile::kSlabCols, kernel_problem.box_rows);
   kernel_problem.k_in_boxes = long_enough && k.is_possible();
   kernel_problem.v_in_boxes = long_enough && v.is_possible();
   if (kernel_problem.k_in_boxes) kernel_problem.k_map = k.encode();
@@ -40,13 +41,13 @@ inline int section_of(const attention::FlashFwdProblem& problem) {
   return static_cast<int>(kBytes / head_bytes > 1 ? kBytes / head_bytes : 1);
 }
 
+// kernel_problem holds the problem, out_cols and the descales.
 template <class Element, class Tiles>
-void launch_tiles(const attention::FlashFwdProblem& problem, int num_sms, Stream stream) {
-  FlashFwdKernelProblem kernel_problem{};
-  kernel_problem.problem = problem;
+void launch_tiles(FlashFwdKernelProblem kernel_problem, int num_sms, Stream stream) {
+  const attention::FlashFwdProblem& problem = kernel_problem.problem;
   kernel_problem.scale = score_scale(problem);
   kernel_problem.out_in_chunks =
-      rows_are_chunks(problem.out, problem.head_dim_v, problem.out_stride_batch,
+      rows_are_chunks(problem.out, kernel_problem.out_cols, problem.out_stride_batch,
                       problem.out_stride_row, problem.out_stride_head);
   make_maps<Tiles, FlashFwdStorage<Element, Tiles>>(kernel_problem);
   const int64_t rows = problem.seqlen_q * (problem.num_heads_q / problem.num_heads_kv);
@@ -62,10 +63,13 @@ void launch_tiles(const attention::FlashFwdProblem& problem, int num_sms, Stream
 template <int kHeadDim, int kHeadDimV>
 void launch_flash_fwd(const attention::FlashFwdProblem& problem, int num_sms, Stream stream) {
   using Tiles = FlashFwdTilesOf<kHeadDim, kHeadDimV>;
+  FlashFwdKernelProblem kernel_problem{};
+  kernel_problem.problem = problem;
+  kernel_problem.out_cols = static_cast<int>(problem.head_dim_v);
   if (problem.dtype == attention::DataType::kBFloat16) {
-    launch_tiles<attention::BFloat16, Tiles>(problem, num_sms, stream);
+    launch_tiles<attention::BFloat16, Tiles>(kernel_problem, num_sms, stream);
   } else {
-    launch_tiles<attention::Float16, Tiles>(problem, num_sms, stream);
+    launch_tiles<attention::Float16, Tiles>(kernel_problem, num_sms, stream);
   }
 }
 

@@ -2,7 +2,7 @@
 // class; hdim*.cu hold one each.
 #pragma once
 
-#include "attention/problem.h"
+#include "attention/float8_problem.h"
 #include "cuda/tile/score_scale.h"
 #include "primitives/tma.h"
 
@@ -13,11 +13,15 @@ struct FlashFwdKernelProblem {
   primitives::TensorMap k_map;
   primitives::TensorMap v_map;
   attention::FlashFwdProblem problem;
+  attention::Descale q_descale;  // of float8, like the next two; not read with other types
+  attention::Descale k_descale;
+  attention::Descale v_descale;
   ScoreScale scale;
   bool q_in_boxes;
   bool k_in_boxes;
   bool v_in_boxes;
   bool out_in_chunks;
+  int out_cols;   // head_dim_v
   int box_rows;   // keys of a box
   int group;      // num_heads_q / num_heads_kv
   int num_tiles;  // of rows, of the longest sequence and one kv head

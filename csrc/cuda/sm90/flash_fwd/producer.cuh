@@ -47,8 +47,8 @@ struct FlashFwdProducer {
       storage.k_ring.wait_until_empty(at);
       load_block<false>(storage.k[at.stage], idx, &storage.k_ring.full[at.stage]);
       if (idx == 0) finish_queries();
-      storage.v_ring.wait_until_empty(at);
-      load_block<true>(storage.v[at.stage], idx, &storage.v_ring.full[at.stage]);
+      storage.loaded_v_ring().wait_until_empty(at);
+      load_block<true>(storage.loaded_v(at.stage), idx, &storage.loaded_v_ring().full[at.stage]);
       at.advance();
     }
     q_at.advance();
@@ -101,8 +101,9 @@ struct FlashFwdProducer {
     const attention::FlashFwdProblem& fwd = problem.problem;
     const PackedRows rows =
         packed_rows(fwd, load_shared(&work().batch_idx), load_shared(&work().kv_head));
+    using Stored = typename QTile::Element;
     copy_rows(storage.q, static_cast<int>(fwd.head_dim), lane, [&](int row) {
-      return row_begin + row < rows.num_rows ? static_cast<const Element*>(fwd.q) +
+      return row_begin + row < rows.num_rows ? static_cast<const Stored*>(fwd.q) +
                                                    rows.offset(row_begin + row, fwd.q_stride_batch,
                                                                fwd.q_stride_row, fwd.q_stride_head)
                                              : nullptr;
@@ -121,7 +122,7 @@ struct FlashFwdProducer {
     storage.q_ring.wait_until_empty(q_at);
     for (int stage = 0; stage < Tiles::kStages; ++stage) {
       storage.k_ring.wait_until_empty(at);
-      storage.v_ring.wait_until_empty(at);
+      storage.loaded_v_ring().wait_until_empty(at);
       at.advance();
     }
   }

@@ -3,6 +3,7 @@
 
 #include "cuda/sm90/flash_fwd/config.h"
 #include "cuda/sm90/flash_fwd/work.cuh"
+#include "cuda/sm90/operands.cuh"
 #include "cuda/sm90/ring.cuh"
 #include "cuda/tile/smem_tile.cuh"
 
@@ -13,11 +14,18 @@ struct alignas(8) KeyBounds {  // of the keys in a row's window
   int end;
 };
 
+// That of bfloat16 and float16, and what consumers do for them; flash_fwd_fp8/storage.cuh has
+// float8's.
 template <class Element, class Tiles>
 struct FlashFwdStorage {
+  using Out = Element;
+  static constexpr bool kTransposesValues = false;
+  static constexpr int kStepKeys = kStepDepth;  // of a product with the weights
+  static constexpr int kWeightShift = 0;        // weights are 2^kWeightShift times the softmax's
   using QTile = SmemTile<Element, Tiles::kBlockM, Tiles::kHeadDim>;
   using KTile = SmemTile<Element, Tiles::kBlockN, Tiles::kHeadDim>;
   using VTile = SmemTile<Element, Tiles::kBlockN, Tiles::kHeadDimV>;
+  using LoadedVTile = VTile;  // as the warp that copies leaves it
   static_assert(sizeof(QTile) % 1024 == 0 && sizeof(KTile) % 1024 == 0 && sizeof(VTile) % 1024 == 0,
                 "the swizzle's pattern begins at each tile");
 
@@ -29,6 +37,26 @@ struct FlashFwdStorage {
   Ring<1> q_ring;
   Ring<Tiles::kStages> k_ring;
   Ring<Tiles::kStages> v_ring;
+
+  SA_DEVICE void init_rings() {
+    constexpr int kUsers = 4 * Tiles::kConsumers;  // warps
+    q_ring.init(kLoadArrivals, kUsers);
+    k_ring.init(kLoadArrivals, kUsers);
+    v_ring.init(kLoadArrivals, kUsers);
+  }
+  SA_DEVICE LoadedVTile& loaded_v(int stage) { return v[stage]; }
+  SA_DEVICE Ring<Tiles::kStages>& loaded_v_ring() { return v_ring; }
+
+  // What a computing warp does at the start of a work, and reads of it later.
+  SA_DEVICE void note_scale(const FlashFwdKernelProblem&) {}
+  SA_DEVICE ScoreScale score_scale(const FlashFwdKernelProblem& problem) const {
+    return problem.scale;
+  }
+  SA_DEVICE float out_scale() const { return 1.0f; }
+  SA_DEVICE static void to_operands(const Accumulators<1, Tiles::kBlockN / 8>& weights,
+                                    uint32_t (&p)[Tiles::kBlockN / kStepKeys][4]) {
+    sm90::to_operands<Element>(weights, p);
+  }
 };
 
 }  // namespace sink_attention::cuda::sm90

@@ -29,7 +29,7 @@ def describe_cuda_kernels() -> str:
         answer = supports(dtype=torch.bfloat16, **shape, **call)
         parts.append(f"{name} {answer.kernel or answer.reason}")
     forced = ops.cuda_kernels()
-    forced_by = f" (forced to {forced} by SINK_ATTENTION_CUDA_KERNELS)" if forced else ""
+    forced_by = f" (forced to {forced})" if forced else ""
     return f"{', '.join(parts)} at head_dim 64 in bfloat16{forced_by}"
 
 

@@ -198,6 +198,15 @@ def test_the_machine_code_becomes_two_columns() -> None:
 
 
 @needs_demangler
+def test_lanes_that_part_before_a_shuffle() -> None:
+    """As nvcc 13.0 compiled warp_idx(), a shuffle of all lanes, called by half of them."""
+    branch = "WARPSYNC.COLLECTIVE R15, 0x140 ;"
+    code = cuda_sass.read(SASS.replace("BRA 0x90 ;", branch))
+    assert TOOL["parted"](code) == ["sm90::FlashFwdKernel<64>: lanes part before a shuffle"]
+    assert TOOL["parted"](cuda_sass.read(SASS)) == []
+
+
+@needs_demangler
 def test_without_a_disassembler_the_other_columns_are_compared() -> None:
     _, unread = TOOL["parse"](HOPPER_LOG, {})
     table = TOOL["markdown"]("13.0.88", [hopper(threads=256)])

@@ -135,7 +135,7 @@ def test_the_command_names_the_kernels(card: Card) -> None:
     text = "training cuda/sm80, serving cuda/sm80 at head_dim 64 in bfloat16"
     assert command.describe_cuda_kernels() == text
     ops.set_cuda_kernels("sm80")
-    assert "forced to sm80 by SINK_ATTENTION_CUDA_KERNELS" in command.describe_cuda_kernels()
+    assert "forced to sm80" in command.describe_cuda_kernels()
 
 
 def test_supports_says_that_the_build_has_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,9 +144,9 @@ def markdown(version: str, kernels: list[Kernel]) -> str:
         "Hopper's, `simt::` those of float32 and float64.",
         "",
         "Of Hopper's, from the machine code: how many of these instructions are in loops",
-        "(`HGMMA`: a warpgroup's product, `HMMA`: a warp's, `UTMALDG`: a copy of a box, `UBLKCP`",
-        "and `UBLKRED`: a copy and a sum of bytes in a row, `LDGSTS`: cp.async), and the registers",
-        "a thread that the loading warpgroup keeps and the others take.",
+        "(`HGMMA`: a warpgroup's product, `QGMMA`: of 8-bit numbers, `HMMA`: a warp's, `UTMALDG`: a",
+        "copy of a box, `UBLKCP` and `UBLKRED`: a copy and a sum of bytes in a row, `LDGSTS`:",
+        "cp.async), and the registers a thread that the loading warpgroup keeps and the others take.",
         "",
         f"nvcc {version}",
         "",
@@ -185,6 +185,13 @@ def unused_units(kernels: list[Kernel]) -> list[str]:
             if lacking:
                 found.append(f"{kernel.name} has no {' and no '.join(lacking)} in its loops")
     return found
+
+
+def parted(codes: dict[str, cuda_sass.Code]) -> list[str]:
+    """Kernels in which some lanes may branch around a shuffle that all are to reach: they would
+    wait for ever."""
+    symbols = [symbol for symbol, code in codes.items() if code.in_branches]
+    return [f"{readable(name)[0]}: lanes part before a shuffle" for name in demangle(symbols)]
 
 
 def over_budget(kernels: list[Kernel]) -> list[str]:
@@ -248,12 +255,13 @@ def main() -> None:
         print('in CUDA_HOME or in the packages of the optional dependencies "sass"')
         if arguments.write:
             raise SystemExit("resources: the table cannot be written without them")
-    version, kernels = parse(log, cuda_sass.read(code or ""))
+    codes = cuda_sass.read(code or "")
+    version, kernels = parse(log, codes)
     if arguments.write:
         TABLE.write_text(markdown(version, kernels))
         print(f"{TABLE.relative_to(ROOT)}: {len(kernels)} rows")
     committed = TABLE.read_text() if TABLE.exists() else ""
-    failures = check(committed, version, kernels, warnings(log))
+    failures = check(committed, version, kernels, warnings(log)) + parted(codes)
     if failures:
         raise SystemExit("\n".join(f"check-cuda: {failure}" for failure in failures))
     archs = ", ".join(dict.fromkeys(kernel.arch for kernel in kernels))

@@ -29,6 +29,7 @@ class Code(NamedTuple):
     in_loops: Counter[str]  # instructions of COUNTED
     given: list[int]  # registers a thread that warpgroups keep
     taken: list[int]  # and that others have from then on
+    in_branches: int = 0  # exchanges of a warp that the compiler saw some lanes branch around
 
 
 class Instruction(NamedTuple):
@@ -145,13 +146,15 @@ def read(sass: str) -> dict[str, Code]:
     for symbol, code in functions(sass):
         counts: Counter[str] = Counter()
         budget: dict[str, list[int]] = {"DEALLOC": [], "TRY_ALLOC": []}
+        in_branches = 0
         for instruction, looping in zip(code, in_loops(successors(code)), strict=True):
             word, *modifiers = instruction.opcode.split(".")
             if looping and word in COUNTED:
                 counts[word] += 1
+            in_branches += word == "WARPSYNC" and "COLLECTIVE" in modifiers
             if word == "USETMAXREG":
                 value = int(re.search(r"0x([0-9a-f]+)$", instruction.operands)[1], 16)
                 budget[modifiers[0]].append(value)
         given, taken = (sorted(set(values)) for values in budget.values())
-        kernels[symbol] = Code(counts, given, taken)
+        kernels[symbol] = Code(counts, given, taken, in_branches)
     return kernels

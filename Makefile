@@ -46,15 +46,18 @@ demo: $(STAMPS)/demo build  ## train a small GPT-OSS with our op, then serve it 
 serve-demo: $(STAMPS)/serve build  ## a real `transformers serve` on our op, asked eight things at once (under 4 minutes)
 	$(PY) examples/serve_demo.py
 
-# The emulator runs on one core, so its tests run in several processes; the others use all cores each.
-EMULATED_PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q tests -n $(shell nproc) -k emulated-sm
+# Several processes: the emulator runs on one core, and most other tests are too small to fill two. A file
+# stays in one process, where it shares what it has built.
+PROCESSES := $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+CPU_PYTEST = $(PY) -m pytest -q tests -n $(PROCESSES) --dist loadfile -k "not emulated-sm"
+EMULATED_PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q tests -n $(PROCESSES) -k emulated-sm
 
 test: $(STAMPS)/test build emulator lint native $(KERNELS)  ## lint, native tests, compiled kernels, all tests that are not slow
-	$(PY) -m pytest -q tests -m "not slow" -k "not emulated-sm"
+	$(CPU_PYTEST) -m "not slow"
 	$(EMULATED_PYTEST) -m "not slow"
 
 test-all: $(STAMPS)/test build emulator lint native $(KERNELS) test-transformers  ## the slow ones too
-	$(PY) -m pytest -q tests -k "not emulated-sm"
+	$(CPU_PYTEST)
 	$(EMULATED_PYTEST)
 
 # The adapters on a later transformers, in a folder of its own: the version in pyproject.toml stays the

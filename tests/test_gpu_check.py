@@ -221,6 +221,16 @@ def test_a_step_leaves_its_log_and_exit_code(tmp_path: Path) -> None:
     assert "3 on cuda" in (tmp_path / "tests.log").read_text()
 
 
+@pytest.mark.parametrize(("skipped", "status"), [(2, "failed"), (1, "ok")])
+def test_a_step_whose_tests_are_all_skipped_has_failed(
+    skipped: int, status: str, tmp_path: Path
+) -> None:
+    junit = f"<testsuites><testsuite tests='2' skipped='{skipped}'/></testsuites>"
+    code = f"open({str(tmp_path / 'tests.xml')!r}, 'w').write({junit!r})"
+    outcome = check.run_step(Step("tests", steps.python("-c", code), 1), tmp_path, 60)
+    assert outcome.status == status
+
+
 def test_a_step_that_takes_too_long_is_ended_with_its_children(tmp_path: Path) -> None:
     child = tmp_path / "child"
     step = Step("slow", ["sh", "-c", f"sleep 60 & echo $! > {child}; wait"], 1)

@@ -7,7 +7,8 @@ every name bound here raises an ImportError when it is called.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -64,6 +65,18 @@ set_cuda_kernels = lookup("set_cuda_kernels")
 cuda_kernel_family = lookup("cuda_kernel_family")
 debug_checks = lookup("debug_checks")
 set_debug_checks = lookup("set_debug_checks")
+
+
+@contextlib.contextmanager
+def forced_cuda_kernels(family: str) -> Iterator[None]:
+    """CUDA's attention runs the kernels of `family`, "sm80" or "sm90", meanwhile; what they do not
+    take is a RuntimeError with the reason. The CPU's are not concerned."""
+    before = cuda_kernels()
+    set_cuda_kernels(family)
+    try:
+        yield
+    finally:
+        set_cuda_kernels(before)
 
 
 def _built_backends() -> tuple[str, ...]:

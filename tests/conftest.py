@@ -221,17 +221,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         request.node.user_properties.append(("thread blocks", dict(blocks)))
 
 
-@contextlib.contextmanager
-def forced_kernels(family: str) -> Iterator[None]:
-    """CUDA's, emulated or not, while a test runs on them; the CPU's are not concerned."""
-    before = ops.cuda_kernels()
-    ops.set_cuda_kernels(family)
-    try:
-        yield
-    finally:
-        ops.set_cuda_kernels(before)
-
-
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ import pytest
 import tolerance
 import torch
 from cases import FLOAT_DTYPES, NAN, PagedCase, PagedInputs, heads, int32
-from conftest import BACKENDS, Backend, forced_kernels
+from conftest import BACKENDS, Backend
 from torch import Tensor
 
 from sink_attention_ext import flash_attn_with_kvcache, ops, reference
@@ -146,7 +146,7 @@ def test_a_chain_is_plain_causal(backend: Backend, case: PagedCase) -> None:
     case = replace(case, num_splits=1)
     inputs = cases.make_paged(case, backend.device)
     trees = [chain(n) for n in case.seqlens_q]
-    with forced_kernels("sm80"):
+    with ops.forced_cuda_kernels("sm80"):
         actual = attend(backend, case, inputs, masks(case, trees, backend.device))
         plain = attend(backend, case, inputs, None)
     assert torch.equal(actual.out, plain.out) and torch.equal(actual.lse, plain.lse)

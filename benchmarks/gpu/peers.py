@@ -16,12 +16,11 @@ with its error, as one with a wrong result does.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -150,17 +149,6 @@ def attend_library(peer: str, module: ModuleType, problem: Problem) -> Callable:
     return {FA2: fa2, FA3: fa3, FA4: fa4, FLASHINFER: flashinfer}[peer]
 
 
-@contextlib.contextmanager
-def forced_kernels(family: str) -> Iterator[None]:
-    """Attention on CUDA runs this family's kernels."""
-    before = ops.cuda_kernels()
-    ops.set_cuda_kernels(family)
-    try:
-        yield
-    finally:
-        ops.set_cuda_kernels(before)
-
-
 def by_sm80(call: Callable, layer: Layer, **facts) -> Callable | str:
     """The same call of ours by the kernels for all cards, or why that is no other call. facts: what
     supports() asks beside the layer's."""
@@ -170,7 +158,7 @@ def by_sm80(call: Callable, layer: Layer, **facts) -> Callable | str:
         return f"our call runs {kernel} anyway"
 
     def forced():
-        with forced_kernels("sm80"):
+        with ops.forced_cuda_kernels("sm80"):
             return call()
 
     return forced

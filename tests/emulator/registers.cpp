@@ -77,40 +77,39 @@ std::string Registers::describe_waiting() const {
   return text;
 }
 
-void give_registers(int count, const Step& step) {
+// All lanes of a warp come; one of them says the new number of registers.
+static void change_registers(int count, const Step& step,
+                             void (*set)(Registers::Warp&, int, const Step&)) {
   struct Call {
     int count;
     const Step* step;
-  } call{count, &step};
+    void (*set)(Registers::Warp&, int, const Step&);
+  } call{count, &step, set};
   collective(step, &call, [](void* const* lanes) {
     const Call& of = *static_cast<Call*>(lanes[0]);
-    Registers::Warp& mine = my_warp();
     change(of.count, *of.step);
-    if (of.count > mine.count) {
-      fault(*of.step,
-            "keeps " + std::to_string(of.count) + " registers of " + std::to_string(mine.count));
+    of.set(my_warp(), of.count, *of.step);
+  });
+  grant(*current().block);
+}
+
+void give_registers(int count, const Step& step) {
+  change_registers(count, step, [](Registers::Warp& mine, int kept, const Step& step) {
+    if (kept > mine.count) {
+      fault(step, "keeps " + std::to_string(kept) + " registers of " + std::to_string(mine.count));
     }
-    mine.count = of.count;
-    grant(*current().block);
+    mine.count = kept;
   });
 }
 
 void take_registers(int count, const Step& step) {
-  struct Call {
-    int count;
-    const Step* step;
-  } call{count, &step};
-  collective(step, &call, [](void* const* lanes) {
-    const Call& of = *static_cast<Call*>(lanes[0]);
-    Registers::Warp& mine = my_warp();
-    change(of.count, *of.step);
-    if (of.count < mine.count) {
-      fault(*of.step, "takes " + std::to_string(of.count) + " registers and has " +
-                          std::to_string(mine.count));
+  change_registers(count, step, [](Registers::Warp& mine, int wanted, const Step& step) {
+    if (wanted < mine.count) {
+      fault(step,
+            "takes " + std::to_string(wanted) + " registers and has " + std::to_string(mine.count));
     }
-    mine.wanted = of.count;
+    mine.wanted = wanted;
   });
-  grant(*current().block);
   while (my_warp().wanted != 0) wait_here(step);
 }
 

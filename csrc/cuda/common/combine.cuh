@@ -97,6 +97,7 @@ struct CombineKernel {
 
  private:
   static constexpr int kStatesPerLane = kMaxSplits / kWarpSize;
+  static_assert(kStatesPerLane == 2, "add_outputs chooses between two");
   static constexpr float kNone = -1.0f;  // the factor of a split that saw no key
   static constexpr int kTogether = 8;    // splits whose outputs are loaded at once
 

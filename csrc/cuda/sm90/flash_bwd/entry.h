@@ -34,10 +34,6 @@ inline const char* why_not_flash_bwd(const attention::FlashBwdProblem& problem) 
   return nullptr;
 }
 
-inline bool takes_flash_bwd(const attention::FlashBwdProblem& problem) {
-  return why_not_flash_bwd(problem) == nullptr;
-}
-
 // What flash_bwd needs for the same problem.
 int64_t flash_bwd_workspace_bytes(const attention::FlashBwdProblem& problem);
 

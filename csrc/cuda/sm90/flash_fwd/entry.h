@@ -35,10 +35,6 @@ inline const char* why_not_flash_fwd(const attention::FlashFwdProblem& problem) 
   return nullptr;
 }
 
-inline bool takes_flash_fwd(const attention::FlashFwdProblem& problem) {
-  return why_not_flash_fwd(problem) == nullptr;
-}
-
 // out and lse of each row that a sequence has, sink included: nothing is left to be merged, and
 // num_splits is not looked at. Only for problems that are taken, with batch, seqlen_q and
 // num_heads_q above 0 (seqlen_k may be 0) and device.arch == 90. Throws std::runtime_error where

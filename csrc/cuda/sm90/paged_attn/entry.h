@@ -42,10 +42,6 @@ inline const char* why_not_decode(const attention::FlashFwdProblem& problem) {
   return nullptr;
 }
 
-inline bool takes_decode(const attention::FlashFwdProblem& problem) {
-  return why_not_decode(problem) == nullptr;
-}
-
 // What decode needs for the same problem on the same device; it may be 0.
 int64_t decode_workspace_bytes(const attention::FlashFwdProblem& problem, const Device& device);
 

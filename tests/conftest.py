@@ -118,6 +118,7 @@ HOPPER_FILES = {
     "test_quantised_cache.py",
     "test_sink_tokens.py",
     "test_speculative_decoding.py",
+    "test_threads.py",
     "test_tree_mask.py",
     "test_varlen.py",
 }

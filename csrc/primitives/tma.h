@@ -37,7 +37,7 @@ struct TensorMapShape {
   Swizzle swizzle;
 };
 
-struct alignas(64) TensorMap {
+struct alignas(128) TensorMap {
   uint64_t words[16];
 };
 

@@ -27,6 +27,15 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   }();
   return encoder;
 }
+
+// The encoder wants a current context. A thread whose first CUDA call this is has none: torch sets
+// its device only where it changes, and memory may come from torch's cache. Allowed while a graph
+// is captured.
+inline void bind_context() {
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaSetDevice(device), "cudaSetDevice");
+}
 }  // namespace internal
 
 inline TensorMap encode_tensor_map(const TensorMapShape& shape) {
@@ -47,16 +56,25 @@ inline TensorMap encode_tensor_map(const TensorMapShape& shape) {
     if (i > 0) stride[i - 1] = static_cast<cuuint64_t>(shape.stride_bytes[i]);
   }
   CUtensorMap encoded;
-  const CUresult status = internal::tensor_map_encoder()(
-      &encoded, type, static_cast<cuuint32_t>(shape.rank), const_cast<void*>(shape.base), size,
-      stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, kSwizzles[static_cast<int>(shape.swizzle)],
-      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto encode = [&] {
+    return internal::tensor_map_encoder()(&encoded, type, static_cast<cuuint32_t>(shape.rank),
+                                          const_cast<void*>(shape.base), size, stride, box, step,
+                                          CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                          kSwizzles[static_cast<int>(shape.swizzle)],
+                                          CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult status = encode();
+  if (status == CUDA_ERROR_INVALID_CONTEXT) {
+    internal::bind_context();
+    status = encode();
+  }
   if (status != CUDA_SUCCESS) {
     throw std::runtime_error("sink_attention_ext: cuTensorMapEncodeTiled: error " +
                              std::to_string(static_cast<int>(status)));
   }
   TensorMap map;
-  static_assert(sizeof(map) == sizeof(encoded), "a CUtensorMap");
+  static_assert(sizeof(map) == sizeof(encoded) && alignof(TensorMap) >= alignof(CUtensorMap));
   std::memcpy(&map, &encoded, sizeof(map));
   return map;
 }

@@ -5,20 +5,21 @@ Environment:
     SINK_CUDA=auto|0|1        CUDA kernels: where nvcc and a CUDA torch are there (auto), never, or
                               an error if they cannot be built
     TORCH_CUDA_ARCH_LIST      what they are built for, as in torch ("8.0;9.0a+PTX"); default: the
-                              cards found, or without one those of DEFAULT_CUDA_ARCHS. With 9.0 or
-                              9.0a in it csrc/cuda/sm90 is compiled too, for sm_90a
+                              cards found, or without one those of DEFAULT_ARCHS in
+                              tools/cuda_toolkit.py. With 9.0 or 9.0a in it csrc/cuda/sm90 is
+                              compiled too, for sm_90a
     SINK_SANITIZE=1           with AddressSanitizer and UBSan, into build/ext-sanitize
-    CXX, MAX_JOBS             compiler; how many files at once
+    CXX, MAX_JOBS             compiler, nvcc's too; how many files at once
 """
 
 from __future__ import annotations
 
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import Command, setup
@@ -38,6 +39,9 @@ build without isolation:
     ) from None
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tools"))
+import cuda_toolkit  # noqa: E402  (it needs torch)
+
 CSRC = ROOT / "csrc"
 SANITIZE = os.environ.get("SINK_SANITIZE") == "1"
 # Not setuptools' temporary folder: objects stay, so that one touched file compiles one file.
@@ -62,9 +66,7 @@ SANITIZE_FLAGS = [
     "-g1",
 ]
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the oldest torch that the library loads into
-LEAST_CUDA_ARCH = (8, 0)
-DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX;12.0"  # where no card is found; the PTX serves all later ones
-CHECKED_CUDA_ARCHS = "8.0;9.0;12.0"
+CHECKED_CUDA_ARCHS = ["8.0", "9.0", "12.0"]
 SM90 = CSRC / "cuda" / "sm90"  # Hopper's kernels, whose instructions exist for HOPPER_ARCH only
 HOPPER_ARCH = "9.0a"
 
@@ -85,33 +87,17 @@ def cuda_sources() -> list[Path]:
     return sorted((CSRC / "cuda").rglob("*.cu"))
 
 
-def archs_of(source: Path, archs: str) -> list[str]:
+def archs_of(source: Path, archs: list[str]) -> list[str]:
     """What of the list a .cu file is compiled for: Hopper's files for HOPPER_ARCH where the list
     has it in whatever form, else not at all, and all other files for the whole list."""
-    listed = archs.replace(" ", ";").split(";")
     if not source.is_relative_to(SM90):
-        return listed
-    return [HOPPER_ARCH] * any(arch.startswith("9.0") for arch in listed)
+        return archs
+    return [HOPPER_ARCH] * any(arch.startswith("9.0") for arch in archs)
 
 
-def without_sm90(archs: str) -> list[str]:
+def without_sm90(archs: list[str]) -> list[str]:
     """The host code's flag for a list without Hopper: nothing may refer to its kernels."""
     return [] if archs_of(SM90 / "any.cu", archs) else ["-DSINK_WITHOUT_SM90"]
-
-
-def nvcc_root() -> Path | None:
-    """The toolkit's folder. nvcc on PATH may be a wrapper script, so nvcc itself is asked."""
-    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
-        if home and (Path(home) / "bin" / "nvcc").exists():
-            return Path(home)
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        return None
-    dry_run = subprocess.run(
-        [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True
-    )
-    top = re.search(r"^#\$ TOP=(.*)$", dry_run.stderr, re.MULTILINE)
-    return Path(top.group(1)).resolve() if top else None
 
 
 def choose_cuda() -> Path | None:
@@ -119,7 +105,7 @@ def choose_cuda() -> Path | None:
     wish = os.environ.get("SINK_CUDA", "auto")
     if wish not in ("auto", "0", "1"):
         raise SystemExit(f"SINK_CUDA must be auto, 0 or 1, got {wish!r}")
-    root = nvcc_root()
+    root = cuda_toolkit.nvcc_root()
     if wish == "0":
         missing = "SINK_CUDA=0"
     elif not cuda_sources():
@@ -127,41 +113,18 @@ def choose_cuda() -> Path | None:
     elif torch.version.cuda is None:
         missing = f"torch {torch.__version__} has no CUDA; make check-cuda compiles the kernels"
     elif root is None:
-        missing = "no nvcc on PATH or in CUDA_HOME"
+        missing = "no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda"
     else:
-        print(f"sink_attention_ext: CPU and CUDA ({root}, for {cuda_archs()})")
+        archs = ";".join(cuda_toolkit.choose_archs(root))
+        print(f"sink_attention_ext: CPU and CUDA ({root}, for {archs})")
+        doubt = cuda_toolkit.why_it_may_not_run(root)
+        if doubt is not None:
+            print(f"sink_attention_ext: WARNING: {doubt}", file=sys.stderr)
         return root
     if wish == "1":
         raise SystemExit(f"SINK_CUDA=1, but CUDA kernels cannot be built: {missing}")
     print(f"sink_attention_ext: CPU only ({missing})")
     return None
-
-
-def found_archs() -> str:
-    """Of the cards that torch finds and that the kernels can run on; "" without one."""
-    if not torch.cuda.is_available():
-        return ""
-    cards = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    usable = sorted(card for card in cards if card >= LEAST_CUDA_ARCH)
-    return ";".join(f"{major}.{minor}" for major, minor in usable)
-
-
-def cuda_archs() -> str:
-    return os.environ.get("TORCH_CUDA_ARCH_LIST") or found_archs() or DEFAULT_CUDA_ARCHS
-
-
-def gencode_flags(archs: str) -> list[str]:
-    """-gencode flags for a list such as "8.0;9.0a+PTX", PTX too where asked for."""
-    flags = []
-    for arch in archs.replace(" ", ";").split(";"):
-        match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", arch)
-        if match is None:
-            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {arch!r} is not of the form 8.0 or 9.0a+PTX")
-        number = match.group(1) + match.group(2)
-        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
-        if match.group(3):
-            flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
-    return flags
 
 
 def from_build(source: Path) -> str:
@@ -176,6 +139,7 @@ def nvcc_rule(root: Path, keep_messages: bool = False) -> list[str]:
     """The rule "nvcc"; keep_messages puts what the compiler says into $out.log."""
     host = "-fPIC,-fvisibility=hidden"
     flags = ["-std=c++17", "-O3", "-Xcompiler", host, "-cudart", "static", f"-I{SOURCE_DIR}"]
+    flags += cuda_toolkit.nvcc_host_flags()
     command = f"{root}/bin/nvcc -MD -MF $out.d {quoted(flags)} $flags -c $in -o $out"
     if keep_messages:
         command += " > $out.log 2>&1 || (cat $out.log; false)"
@@ -253,7 +217,7 @@ class NinjaBuild(BuildExtension):
             cxx_flags += SANITIZE_FLAGS
             link_flags += SANITIZE_FLAGS
         if cuda_root is not None:
-            link_flags += [f"-L{cuda_root}/lib64", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+            link_flags += cuda_toolkit.runtime_flags(cuda_root)
         lines = cxx_rules(cxx_flags, link_flags)
         objects = []
         for source in cpp_sources(with_cuda=cuda_root is not None):
@@ -265,12 +229,13 @@ class NinjaBuild(BuildExtension):
             ]
         if cuda_root is not None:
             lines += nvcc_rule(cuda_root)
+            all_archs = cuda_toolkit.choose_archs(cuda_root)
             for source in cuda_sources():
-                archs = archs_of(source, cuda_archs())
+                archs = archs_of(source, all_archs)
                 if not archs:
                     continue
                 objects.append(source.relative_to(CSRC).with_suffix(".cu.o"))
-                flags = [*gencode_flags(";".join(archs)), *without_sm90(cuda_archs())]
+                flags = [*cuda_toolkit.gencode_flags(archs), *without_sm90(all_archs)]
                 lines += [
                     f"build {objects[-1]}: nvcc {from_build(source)}",
                     f"  flags = {quoted(flags)}",
@@ -291,28 +256,28 @@ class CheckCuda(Command):
         pass
 
     def run(self) -> None:
-        root = nvcc_root()
+        root = cuda_toolkit.nvcc_root()
         if not cuda_sources():
             print("check-cuda: this version has no CUDA kernels; nothing to compile")
             return
         if root is None:
-            raise SystemExit("check-cuda: no nvcc on PATH or in CUDA_HOME")
+            raise SystemExit("check-cuda: no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda")
         folder = ROOT / "build" / "check-cuda"
-        archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or CHECKED_CUDA_ARCHS
+        archs = cuda_toolkit.asked_archs() or CHECKED_CUDA_ARCHS
         lines, targets = nvcc_rule(root, keep_messages=True), []
         for source in cuda_sources():
             for arch in archs_of(source, archs):
                 name = arch.replace(".", "").replace("+", "_")
                 targets.append(source.relative_to(CSRC / "cuda").with_suffix(f".sm_{name}.o"))
-                flags = ["-Xptxas", "-v", *gencode_flags(arch), *without_sm90(archs)]
+                flags = ["-Xptxas", "-v", *cuda_toolkit.gencode_flags([arch])]
+                flags += without_sm90(archs)
                 lines += [
                     f"build {targets[-1]}: nvcc {from_build(source)}",
                     f"  flags = {quoted(flags)}",
                 ]
         run_ninja(folder, lines)
         # Of these targets only: objects of other architectures or of removed files may lie there.
-        nvcc = subprocess.run([f"{root}/bin/nvcc", "--version"], capture_output=True, text=True)
-        logs = [nvcc.stdout]
+        logs = [cuda_toolkit.ask_nvcc(root, "--version")]
         for target in targets:
             logs += [f"object {target}\n", (folder / f"{target}.log").read_text()]
         (folder / "ptxas.log").write_text("".join(logs))

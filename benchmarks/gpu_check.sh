@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one run without a network: build, self-check, tests, CUDA graphs,
+# Everything that needs a GPU, in one run without a network: build, self-check, tests, graphs,
 # compute-sanitizer, benchmarks. With --dry-run, everything of it that needs none.
 #
 #   benchmarks/gpu_check.sh [--quick] [--dry-run] [--minutes N] [--out DIR]

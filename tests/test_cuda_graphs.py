@@ -14,7 +14,10 @@ from conftest import BACKENDS, Backend
 from graphs import Results, captured
 from torch import Tensor
 
-pytestmark = pytest.mark.skipif("cuda" not in BACKENDS, reason="needs a GPU and a build for it")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif("cuda" not in BACKENDS, reason="needs a GPU and a build for it"),
+]
 
 NUM_HEADS_Q, NUM_HEADS_KV, HEAD_DIM = 16, 2, 64
 DTYPES = (torch.bfloat16, torch.float32)

@@ -193,8 +193,22 @@ def test_what_a_forced_family_does_not_take_is_skipped(family: str, tmp_path: Pa
 def test_the_grid_is_found() -> None:
     files = steps.grid_files()
     assert {"tests/test_dense.py", "tests/test_gradients.py", "tests/test_paged.py"} <= set(files)
-    assert steps.GRAPHS not in files and (ROOT / steps.GRAPHS).exists()
+    graphs, of_models = "tests/test_cuda_graphs.py", "tests/test_transformers_kvcache.py"
+    assert {graphs, of_models, "tests/test_gpu.py"} <= set(steps.gpu_files())
+    assert not {graphs, "tests/test_gpu.py"} & set(files)
     assert set(steps.QUICK_SANITIZED) <= set(files)
+
+
+@pytest.mark.parametrize("option", ["--kernel-name", "--kernel-regex"])
+def test_sanitizers_that_complain_of_others_look_at_our_kernels(
+    option: str, tmp_path: Path
+) -> None:
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(f"#!/bin/sh\necho '  {option} arg  only these kernels'\n")
+    program.chmod(0o755)
+    only_ours = [option, "kns=kernel_entry"]
+    assert steps.sanitizer_filter(str(program), "initcheck") == only_ours
+    assert steps.sanitizer_filter(str(program), "memcheck") == []
 
 
 def test_what_a_step_needs_comes_before_it(tmp_path: Path) -> None:

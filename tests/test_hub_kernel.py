@@ -21,14 +21,14 @@ ROOT = Path(__file__).resolve().parent.parent
 SINKS = torch.linspace(-2, 2, 8)
 
 
-def qkv(*sizes: int, seed: int = 0) -> list[torch.Tensor]:
+def qkv(*sizes: int, seed: int = 0, device: str = "cpu") -> list[torch.Tensor]:
     """q with 8 heads, k and v with 2, head_dim 16: (*sizes, heads, 16)."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(*sizes, heads, 16, generator=generator) for heads in (8, 2, 2)]
+    return [torch.randn(*sizes, heads, 16, generator=generator).to(device) for heads in (8, 2, 2)]
 
 
-def lengths(*values: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
+def lengths(*values: int, device: str = "cpu") -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
 
 
 # ---- the folder ----
@@ -106,27 +106,29 @@ def test_order_of_parameters() -> None:
 
 
 def test_dense(backend: Backend) -> None:
-    q, k, v = qkv(2, 13)
+    device, sinks = backend.device, SINKS.to(backend.device)
+    q, k, v = qkv(2, 13, device=device)
     out, lse = hub_kernel.flash_attn_func(
-        q, k, v, causal=True, window_size=(4, 4), softcap=20.0, s_aux=SINKS
+        q, k, v, causal=True, window_size=(4, 4), softcap=20.0, s_aux=sinks
     )
     expected = backend.flash_attn(
-        q, k, v, causal=True, window_size=(4, 0), softcap=20.0, s_aux=SINKS
+        q, k, v, causal=True, window_size=(4, 0), softcap=20.0, s_aux=sinks
     )
     assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
 
 
 def test_packed(backend: Backend) -> None:
     """Seven by position, as continuous batching does; 0-d maxima; an empty sequence."""
-    q, (k, v) = qkv(12)[0], qkv(20)[1:]
-    cu_q, cu_k = lengths(0, 5, 5, 12), lengths(0, 9, 9, 20)
-    given = {"softmax_scale": 0.3, "causal": True, "window_size": (3, 3), "s_aux": SINKS.double()}
+    device, sinks = backend.device, SINKS.to(backend.device)
+    q, (k, v) = qkv(12, device=device)[0], qkv(20, device=device)[1:]
+    cu_q, cu_k = lengths(0, 5, 5, 12, device=device), lengths(0, 9, 9, 20, device=device)
+    given = {"softmax_scale": 0.3, "causal": True, "window_size": (3, 3), "s_aux": sinks.double()}
     out, lse = hub_kernel.flash_attn_varlen_func(
         q, k, v, cu_q, cu_k, torch.tensor(7), torch.tensor(11), **given
     )
     expected = backend.flash_attn_varlen(q, k, v, cu_q, cu_k, 7, 11, **given)
     assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
-    used = lengths(4, 0, 11)
+    used = lengths(4, 0, 11, device=device)
     out, _ = hub_kernel.flash_attn_varlen_func(q, k, v, cu_q, cu_k, 7, 11, None, used, **given)
     expected = backend.flash_attn_varlen(q, k, v, cu_q, cu_k, 7, 11, seqused_k=used, **given)
     assert torch.equal(out, expected[0])
@@ -167,12 +169,13 @@ def test_last_stride_may_be_any() -> None:
 @pytest.mark.parametrize("table_name", ["page_table", "block_table"])
 def test_paged_cache_is_updated_in_place(backend: Backend, table_name: str) -> None:
     """One new token for each of three sequences, as transformers' decode path calls it."""
-    q, k, v = qkv(3, 1)
-    caches = [t.clone() for t in qkv(8, 4, seed=1)[1:]]
+    device, sinks = backend.device, SINKS.to(backend.device)
+    q, k, v = qkv(3, 1, device=device)
+    caches = [t.clone() for t in qkv(8, 4, seed=1, device=device)[1:]]
     theirs = [t.clone() for t in caches]
-    table = torch.tensor([[7, 2], [0, -1], [3, 5]], dtype=torch.int32)
-    old = lengths(5, 0, 7)
-    given = {"causal": True, "window_size": (5, 0), "softmax_scale": 0.2, "s_aux": SINKS}
+    table = torch.tensor([[7, 2], [0, -1], [3, 5]], dtype=torch.int32, device=device)
+    old = lengths(5, 0, 7, device=device)
+    given = {"causal": True, "window_size": (5, 0), "softmax_scale": 0.2, "s_aux": sinks}
     out = hub_kernel.flash_attn_with_kvcache(
         q=q,
         k_cache=caches[0],
@@ -190,27 +193,29 @@ def test_paged_cache_is_updated_in_place(backend: Backend, table_name: str) -> N
 
 
 def test_dense_cache_and_its_rows(backend: Backend) -> None:
-    q = qkv(2, 1)[0]
-    caches = qkv(4, 6, seed=1)[1:]
-    used = lengths(6, 3)
-    rows = lengths(3, 1)
+    device, sinks = backend.device, SINKS.to(backend.device)
+    q = qkv(2, 1, device=device)[0]
+    caches = qkv(4, 6, seed=1, device=device)[1:]
+    used = lengths(6, 3, device=device)
+    rows = lengths(3, 1, device=device)
     out, lse = hub_kernel.flash_attn_with_kvcache(
-        q, *caches, cache_seqlens=used, cache_batch_idx=rows, return_softmax_lse=True, s_aux=SINKS
+        q, *caches, cache_seqlens=used, cache_batch_idx=rows, return_softmax_lse=True, s_aux=sinks
     )
     chosen = [t[rows.long()] for t in caches]
-    expected = backend.flash_attn_with_kvcache(q, *chosen, cache_seqlens=used, s_aux=SINKS)
+    expected = backend.flash_attn_with_kvcache(q, *chosen, cache_seqlens=used, s_aux=sinks)
     torch.testing.assert_close(out, expected[0], rtol=0, atol=1e-6)
     torch.testing.assert_close(lse, expected[1], rtol=0, atol=1e-6)
 
 
 def test_packed_queries_and_new_keys(backend: Backend) -> None:
-    q, k, v = qkv(5)
-    caches = [t.clone() for t in qkv(8, 4, seed=1)[1:]]
+    device = backend.device
+    q, k, v = qkv(5, device=device)
+    caches = [t.clone() for t in qkv(8, 4, seed=1, device=device)[1:]]
     theirs = [t.clone() for t in caches]
     table, old, cu = (
-        torch.tensor([[7, 2], [0, 3]], dtype=torch.int32),
-        lengths(3, 0),
-        lengths(0, 2, 5),
+        torch.tensor([[7, 2], [0, 3]], dtype=torch.int32, device=device),
+        lengths(3, 0, device=device),
+        lengths(0, 2, 5, device=device),
     )
     out = hub_kernel.flash_attn_with_kvcache(
         q,

@@ -32,7 +32,7 @@ class MergeCase:
     seed: int = 0
 
 
-def make(case: MergeCase) -> Parts:
+def make(case: MergeCase, device: str = "cpu") -> Parts:
     rng = cases.generator(case.seed)
     lse_dtype = torch.promote_types(case.dtype, torch.float32)
     outs, lses = [], []
@@ -49,7 +49,9 @@ def make(case: MergeCase) -> Parts:
     sinks = cases.AttentionCase(
         num_heads_q=case.num_heads, sink=case.sink, sink_dtype=case.sink_dtype
     )
-    return outs, lses, cases.make_sinks(sinks, rng)
+    s_aux = cases.make_sinks(sinks, rng)
+    moved = [[part.to(device) for part in parts] for parts in (outs, lses)]
+    return *moved, None if s_aux is None else s_aux.to(device)
 
 
 def formula(outs: list[Tensor], lses: list[Tensor], s_aux: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -76,15 +78,12 @@ def formula(outs: list[Tensor], lses: list[Tensor], s_aux: Tensor | None) -> tup
 def check_merge(backend: Backend, case: MergeCase) -> None:
     outs, lses, s_aux = make(case)
 
-    def move(tensors: list[Tensor], **kw: Any) -> list[Tensor]:
-        return [x.to(**kw) for x in tensors]
+    def double(tensors: list[Tensor]) -> list[Tensor]:
+        return [x.double() for x in tensors]
 
-    sink64 = None if s_aux is None else s_aux.double()
-    ref = formula(move(outs, dtype=torch.float64), move(lses, dtype=torch.float64), sink64)
+    ref = formula(double(outs), double(lses), None if s_aux is None else s_aux.double())
     pt = formula(outs, lses, s_aux)
-    sink = None if s_aux is None else s_aux.to(backend.device)
-    device = backend.device
-    out, lse = backend.merge_attn_states(move(outs, device=device), move(lses, device=device), sink)
+    out, lse = backend.merge_attn_states(*make(case, backend.device))
     assert out.dtype == case.dtype
     tolerance.assert_close("out", out, ref[0], pt[0])
     tolerance.assert_lse_close(lse, ref[1])
@@ -166,7 +165,7 @@ def test_nan_in_nan_out(backend: Backend) -> None:
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_gradients(backend: Backend, dtype: torch.dtype, sink: str) -> None:
     case = MergeCase(rows=(2, 30), num_heads=5, head_dim=12, num_parts=3, dtype=dtype, sink=sink)
-    outs, lses, s_aux = make(case)
+    outs, lses, s_aux = make(case, backend.device)
     dout = torch.randn_like(outs[0])
     dlse = torch.randn_like(lses[0])
 
@@ -184,7 +183,7 @@ def test_gradients(backend: Backend, dtype: torch.dtype, sink: str) -> None:
     # The backward starts from out as it was rounded, the formula from out as it was summed.
     out, _ = formula(outs, lses, s_aux)
     rounding = (dout * out).double().norm(dim=-1).transpose(-1, -2) * torch.finfo(dtype).eps / 2
-    noise = [None] * 3 + [rounding] * 3 + [rounding.norm(dim=(0, 2))]
+    noise = [None] * 3 + [rounding.cpu()] * 3 + [rounding.norm(dim=(0, 2)).cpu()]
     for name, a, r, p, n in zip(names, actual, ref, pt, noise, strict=False):
         tolerance.assert_close(name, a, r, p, noise=n)
 

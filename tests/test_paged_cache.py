@@ -183,19 +183,6 @@ def test_one_graph_of_torch_compile_for_all_steps(device: str) -> None:
             torch.testing.assert_close(outs[layer].cpu().double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_append_does_not_wait_for_the_device() -> None:
-    model = CacheModel(device="cuda")
-    seq = model.allocate()
-    model.append([seq], [6])
-    fork = model.fork(seq)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        model.cache.append([seq, fork], [1, 1])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def test_float8_caches(backend: Backend) -> None:
     """One scale for all layers, or one a layer; forks copy float8 pages too."""
     scales = [torch.tensor(0.5), torch.tensor([0.25, 2.0])]

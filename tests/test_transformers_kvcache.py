@@ -16,6 +16,7 @@ from sink_attention_ext import PagedKVCache
 from sink_attention_ext.integrations.kvcache import NAME, make_kv_cache, register
 
 register()
+needs_gpu = pytest.mark.skipif("cuda" not in BACKENDS, reason="needs a GPU and a build for it")
 
 SIZES = {
     "num_pages": 64,
@@ -140,12 +141,7 @@ def texts_after_prompts(
 
 @pytest.mark.parametrize(
     "device",
-    [
-        "cpu",
-        pytest.param(
-            "cuda", marks=pytest.mark.skipif("cuda" not in BACKENDS, reason="needs a GPU")
-        ),
-    ],
+    ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])],
 )
 def test_decode_replayed_over_growing_lengths(device: str) -> None:
     """One captured pass of a whole model serves every length; each replay equals a fresh pass.

@@ -112,17 +112,18 @@ def test_each_sequence_as_if_alone(
         seqlens_q=seqlens_q, seqlens_k=seqlens_k, num_heads_q=4, head_dim=20, dtype=dtype, **mask
     )
     inputs = cases.make_varlen(case, backend.device)
-    packed = oracle.run(backend.flash_attn_varlen, inputs, case.options())
+    options = case.options() | {"deterministic": True}
+    packed = oracle.run(backend.flash_attn_varlen, inputs, options)
     ends_q, ends_k = cases.ends(seqlens_q), cases.ends(seqlens_k)
     for b, (seqlen_q, seqlen_k) in enumerate(zip(seqlens_q, seqlens_k, strict=True)):
         rows, keys = slice(ends_q[b], ends_q[b + 1]), slice(ends_k[b], ends_k[b + 1])
         own = [inputs.q[rows], inputs.k[keys], inputs.v[keys], inputs.dout[rows]]
         dlse = inputs.dlse[:, rows]
-        lengths = (int32([0, seqlen_q]), int32([0, seqlen_k]), seqlen_q, seqlen_k)
-        alone = cases.Inputs(*own[:3], inputs.s_aux, own[3], dlse, lengths)
+        lengths = [int32([0, n], backend.device) for n in (seqlen_q, seqlen_k)]
+        alone = cases.Inputs(*own[:3], inputs.s_aux, own[3], dlse, (*lengths, seqlen_q, seqlen_k))
         dense = cases.Inputs(*(x[None] for x in own[:3]), inputs.s_aux, own[3][None], dlse[None])
-        alone = oracle.run(backend.flash_attn_varlen, alone, case.options())
-        dense = oracle.run(backend.flash_attn, dense, case.options())
+        alone = oracle.run(backend.flash_attn_varlen, alone, options)
+        dense = oracle.run(backend.flash_attn, dense, options)
         for name, rows_of in (("out", rows), ("dq", rows), ("dk", keys), ("dv", keys)):
             whole = getattr(packed, name)[rows_of]
             assert torch.equal(whole, getattr(alone, name)), (name, b)

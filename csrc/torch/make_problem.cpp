@@ -389,7 +389,7 @@ MergeProblem make_merge_problem(const std::vector<Tensor>& outs, const std::vect
     check_dtype(lse, lse_name.c_str(), lse_scalar_type(first));
     check_same_device(out, out_name.c_str(), first);
     check_same_device(lse, lse_name.c_str(), first);
-    check(out.sizes() == first.sizes(), out_name, " must have the shape of outs[0] ",
+    check(out.sizes().equals(first.sizes()), out_name, " must have the shape of outs[0] ",
           shape_of(first), ", got ", shape_of(out));
     if (dense) {
       check_shape(lse, lse_name.c_str(), {problem.batch, problem.num_heads, problem.seqlen});

@@ -41,7 +41,7 @@ FlashBwdProblem make_bwd_problem(const FlashFwdProblem& fwd, const Tensor& q, co
   const int64_t row = dense ? 1 : 0, head = dense ? 2 : 1;
   check_dtype(dout, "dout", q.scalar_type());
   check_same_device(dout, "dout", q);
-  check(dout.sizes() == out.sizes(), "dout must have out's shape ", shape_of(out), ", got ",
+  check(dout.sizes().equals(out.sizes()), "dout must have out's shape ", shape_of(out), ", got ",
         shape_of(dout));
   check_unit_last_stride(dout, "dout");
   problem.dout = dout.const_data_ptr();
@@ -51,7 +51,7 @@ FlashBwdProblem make_bwd_problem(const FlashFwdProblem& fwd, const Tensor& q, co
   if (dlse) {
     check_dtype(*dlse, "dlse", lse_scalar_type(q));
     check_same_device(*dlse, "dlse", q);
-    check(dlse->sizes() == lse.sizes(), "dlse must have lse's shape ", shape_of(lse), ", got ",
+    check(dlse->sizes().equals(lse.sizes()), "dlse must have lse's shape ", shape_of(lse), ", got ",
           shape_of(*dlse));
     problem.dlse = dlse->const_data_ptr();
     problem.dlse_stride_batch = dense ? dlse->stride(0) : 0;

@@ -17,9 +17,15 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   static const auto encoder = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
     check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
                                                 cudaEnableDefault, &found),
                "cuTensorMapEncodeTiled");
+#else
+    check_cuda(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault,
+                                       &found),
+               "cuTensorMapEncodeTiled");
+#endif
     if (found != cudaDriverEntryPointSuccess || function == nullptr) {
       throw std::runtime_error("sink_attention_ext: this driver has no cuTensorMapEncodeTiled");
     }

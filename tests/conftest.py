@@ -178,6 +178,7 @@ HOPPER_FILES = {
     "test_gradients.py",
     "test_huge_arguments.py",
     "test_paged.py",
+    "test_paged_cache.py",
     "test_paged_calls.py",
     "test_quantised_cache.py",
     "test_sink_tokens.py",

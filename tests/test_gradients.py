@@ -208,8 +208,9 @@ def test_gradient_with_strides(backend: Backend, dtype: torch.dtype) -> None:
     case = backend.fitting(case)
     inputs = cases.make_dense(case, backend.device)
     shape, dlse = inputs.dout.shape, inputs.dlse
+    one = torch.ones((), device=backend.device)
     variants = {
-        "expanded": (torch.ones((), dtype=dtype).expand(shape), torch.ones(()).expand(dlse.shape)),
+        "expanded": (one.to(dtype).expand(shape), one.expand(dlse.shape)),
         "one row": (inputs.dout[:1, :1].expand(shape), dlse[:, :, :1].expand(dlse.shape)),
         "transposed": (
             inputs.dout.transpose(1, 3).contiguous().transpose(1, 3),

@@ -120,7 +120,8 @@ def test_each_sequence_as_if_alone(
         rows, keys = slice(ends_q[b], ends_q[b + 1]), slice(ends_k[b], ends_k[b + 1])
         own = [inputs.q[rows], inputs.k[keys], inputs.v[keys], inputs.dout[rows]]
         dlse = inputs.dlse[:, rows]
-        lengths = (int32([0, seqlen_q]), int32([0, seqlen_k]), seqlen_q, seqlen_k)
+        cu_seqlens = [int32([0, n], backend.device) for n in (seqlen_q, seqlen_k)]
+        lengths = (*cu_seqlens, seqlen_q, seqlen_k)
         alone = cases.Inputs(*own[:3], inputs.s_aux, own[3], dlse, lengths)
         dense = cases.Inputs(*(x[None] for x in own[:3]), inputs.s_aux, own[3][None], dlse[None])
         alone = oracle.run(backend.flash_attn_varlen, alone, options)

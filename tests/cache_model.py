@@ -72,12 +72,13 @@ class CacheModel:
         num_tokens: int = 2000,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
+        head_dim_v: int = HEAD_DIM_V,
         **options: Any,
     ) -> None:
         defaults: dict[str, Any] = {
             "num_heads_kv": NUM_HEADS_KV,
             "head_dim": HEAD_DIM,
-            "head_dim_v": HEAD_DIM_V,
+            "head_dim_v": head_dim_v,
             "page_size": 4,
             "num_pages": 64,
             "max_num_seqs": 6,
@@ -94,7 +95,7 @@ class CacheModel:
         rng = cases.generator(1)
         shape = (len(windows), num_tokens, NUM_HEADS_KV)
         self.k = torch.randn(*shape, HEAD_DIM, generator=rng).to(device, dtype)
-        self.v = torch.randn(*shape, HEAD_DIM_V, generator=rng).to(device, dtype)
+        self.v = torch.randn(*shape, head_dim_v, generator=rng).to(device, dtype)
         self.windows = windows
         self.tokens: dict[int, list[int]] = {}
         self.shortest: dict[int, int] = {}  # where each could always be truncated to

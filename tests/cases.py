@@ -112,6 +112,7 @@ class PagedCase(AttentionCase):
     heads_first: bool = False  # cache strides (page, head, slot, dim)
     float8: str | None = None  # "scalar", "one" or "per head": the shape of the scales
     num_splits: int = 0
+    tree: bool = False  # the queries are draft tokens, with a tree mask
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,13 @@ import pytest
 import torch
 
 import sink_attention_ext
-from sink_attention_ext import ops
+from sink_attention_ext import ops, support
 
 CaseT = TypeVar("CaseT", bound=cases.AttentionCase)
 EMULATED = {"emulated-sm80": 80, "emulated-sm90": 90}  # the device's compute capability
+# A family of kernels forced for all tests on a GPU, and the error of what it does not take.
+FORCED = os.environ.get("SINK_ATTENTION_CUDA_KERNELS")
+NOT_TAKEN = "but they do not take this"
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,74 @@ class Backend:
     reshape_and_cache: Callable[..., Any]
     merge_attn_states: Callable[..., Any]
 
-    def fitting(self, case: CaseT) -> CaseT:
-        """The case, on the emulated Hopper card with head_dims that its kernels take: what tests
-        other things than head_dim has a small one, to be quick, and would run sm80's."""
-        if self.name != "emulated-sm90" or case.dtype not in cases.HALF_DTYPES:
+    @property
+    def arch(self) -> int:
+        """10 * major + minor of the compute capability that kernels are chosen by; 0 on the CPU."""
+        return EMULATED.get(self.name) or (support.cuda_arch() if self.device == "cuda" else 0)
+
+    @property
+    def is_hopper(self) -> bool:
+        """Whether Hopper's kernels run what they take, on an emulated card or a real one. They take
+        no float32 or float64, and few of the small head_dims that keep tests quick; so a test of
+        other things asks the properties and methods below for dtypes and head_dims."""
+        return self.arch == 90 and FORCED != "sm80"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of tests for which one is enough."""
+        return torch.bfloat16 if self.is_hopper else torch.float32
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of tests that go through all of them."""
+        return cases.HALF_DTYPES if self.is_hopper else cases.FLOAT_DTYPES
+
+    def hopper_takes(self, case: cases.AttentionCase, stored: torch.dtype | None = None) -> bool:
+        """Whether Hopper's kernels run a case of aligned rows, over a cache of `stored` where that
+        is not the case's own dtype."""
+        is_paged = isinstance(case, cases.PagedCase)
+        if isinstance(case, cases.DenseCase):
+            longest = case.seqlen_q
+        elif is_paged and case.packed_q and not case.tree:  # max_seqlen_q is not given
+            longest = sum(case.seqlens_q)
+        else:
+            longest = max(case.seqlens_q, default=0)
+        if stored is None:
+            stored = cases.FLOAT8 if is_paged and case.float8 else case.dtype
+        family = ops.cuda_kernel_family
+        if self.name in EMULATED:  # while tests are collected too
+            family = emulated.operator("cuda_kernel_family")
+        dtype, kv_dtype = (str(d).removeprefix("torch.") for d in (case.dtype, stored))
+        try:
+            chosen = family(
+                dtype, kv_dtype, longest, case.num_heads_q, case.num_heads_kv, case.head_dim,
+                case.dim_v, is_paged, case.num_splits if is_paged else 0, is_paged and case.tree,
+                False, self.arch,
+            )  # fmt: skip
+        except RuntimeError as error:  # of a family that is forced
+            if NOT_TAKEN in str(error):
+                return False
+            raise
+        return chosen == "sm90"
+
+    def fitting(self, case: CaseT, stored: torch.dtype | None = None) -> CaseT:
+        """The case; on Hopper with head_dims that its kernels take. `stored` as above."""
+        if not self.is_hopper or case.dtype not in cases.HALF_DTYPES:
             return case
-        dims = [-(-dim // 8) * 8 for dim in (case.head_dim, case.dim_v)]
+        if self.hopper_takes(case, stored):
+            return case
+        is_narrow = stored is not None or getattr(case, "float8", None) is not None
+        part = 16 if is_narrow else 8  # numbers in 16 bytes
+        dims = [-(-dim // part) * part for dim in (case.head_dim, case.dim_v)]
         if max(dims) <= 32:
             dims = [dim + 32 for dim in dims]
         return replace(case, head_dim=dims[0], head_dim_v=dims[1])
+
+    def fitting_dim(self, head_dim: int) -> int:
+        """The same for a test that has no case."""
+        return self.fitting(
+            cases.DenseCase(seqlen_q=1, seqlen_k=1, head_dim=head_dim, dtype=self.dtype)
+        ).head_dim
 
 
 def _backend(name: str, device: str, use: Callable = contextlib.nullcontext) -> Backend:
@@ -104,7 +166,8 @@ SLOW_WHEN_EMULATED = {
 
 
 # What emulated-sm90 runs besides: on it, as on a card, whatever Hopper's kernels do not take is
-# computed by the others, which emulated-sm80 has tested. So only files whose calls reach them.
+# computed by the others, which emulated-sm80 has tested. So only files whose calls reach them, and
+# of these the tests that `_reaches_hopper`. One that then runs none of their thread blocks fails.
 HOPPER_FILES = {
     "test_batch_invariance.py",
     "test_decode.py",
@@ -115,6 +178,8 @@ HOPPER_FILES = {
     "test_gradients.py",
     "test_huge_arguments.py",
     "test_paged.py",
+    "test_paged_cache.py",
+    "test_paged_calls.py",
     "test_quantised_cache.py",
     "test_sink_tokens.py",
     "test_speculative_decoding.py",
@@ -122,20 +187,23 @@ HOPPER_FILES = {
     "test_tree_mask.py",
     "test_varlen.py",
 }
+# Rows that are not in aligned parts of 16 bytes. Some are in test_head_dims, beside others.
+UNALIGNED = ("padded", "unaligned")
 
 
-def _may_reach_hopper(item: pytest.Item, params: dict[str, Any]) -> bool:
-    """By its file and by what its parameters say, if anything, of element type and rows."""
-    if item.path.name not in HOPPER_FILES:
+def _reaches_hopper(item: pytest.Item, params: dict[str, Any], case: Any) -> bool:
+    """By its file, its marks, and by what its parameters say, if anything, of what it calls. `case`
+    is one that fits."""
+    if item.path.name not in HOPPER_FILES or item.get_closest_marker("not_on_sm90"):
         return False
-    case = params.get("case")
     if not isinstance(case, cases.AttentionCase):
-        in_chunks = params.get("head_dim", 64) % 8 == 0
+        in_chunks = params.get("head_dim", 64) % 8 == 0 and params.get("layout") not in UNALIGNED
         return in_chunks and params.get("dtype", torch.bfloat16) in cases.HALF_DTYPES
-    dims = (case.head_dim, case.dim_v)
-    wide = max(dims) > 32 or isinstance(case, cases.PagedCase)  # the decode takes small ones too
-    in_chunks = all(dim % 8 == 0 for dim in dims) and getattr(case, "layout", "") != "unaligned"
-    return case.dtype in cases.HALF_DTYPES and wide and in_chunks
+    if item.get_closest_marker("no_sm90_blocks"):
+        return case.dtype in cases.HALF_DTYPES
+    if getattr(case, "layout", None) in UNALIGNED:
+        return False
+    return BACKENDS["emulated-sm90"].hopper_takes(case, params.get("stored"))
 
 
 def _products(case: cases.AttentionCase) -> float:
@@ -156,10 +224,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         params = item.callspec.params if hasattr(item, "callspec") else {}
         if params.get("backend") not in EMULATED:
             continue
-        if params["backend"] == "emulated-sm90" and not _may_reach_hopper(item, params):
+        case = params.get("case")
+        if isinstance(case, cases.AttentionCase):
+            case = BACKENDS[params["backend"]].fitting(case, params.get("stored"))
+        if params["backend"] == "emulated-sm90" and not _reaches_hopper(item, params, case):
             left_out.add(item)
             continue
-        case = params.get("case")
         products = _products(case) if isinstance(case, cases.AttentionCase) else 0
         if products > EMULATED_PRODUCTS_SLOW:
             left_out.add(item)
@@ -169,21 +239,36 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in left_out]
 
 
-# ---- a family of kernels forced for all tests on a GPU (SINK_ATTENTION_CUDA_KERNELS) ----
+# ---- what a test on a GPU must have run ----
 
-FORCED = os.environ.get("SINK_ATTENTION_CUDA_KERNELS")
-NOT_TAKEN = "but they do not take this"
+NO_BLOCKS = """no thread block of sm90's kernels ran: they do not take what the test calls.
+Use backend.fitting, .fitting_dim and .dtype, or mark it: not_on_sm90(reason) leaves it out there,
+no_sm90_blocks(reason) lets it pass."""
+
+
+def _must_reach_hopper(item: pytest.Function) -> bool:
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return (
+        params.get("backend") == "emulated-sm90"
+        and BACKENDS["emulated-sm90"].is_hopper
+        and item.get_closest_marker("no_sm90_blocks") is None
+    )
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
-    """A test of what the forced kernels do not take is skipped: it is one of the others'."""
+    """A test of what the forced kernels do not take is skipped: it is one of the others'. One on
+    the emulated Hopper card that ran none of Hopper's kernels has shown nothing."""
+    before = emulated.blocks_run() if _must_reach_hopper(pyfuncitem) else None
     try:
-        return (yield)
+        result = yield
     except RuntimeError as error:
         if FORCED and NOT_TAKEN in str(error):
             pytest.skip(f"{FORCED} is forced, and has no kernels for this")
         raise
+    if before is not None and not (emulated.blocks_run() - before)["sm90"]:
+        pytest.fail(NO_BLOCKS, pytrace=False)
+    return result
 
 
 _ran: Counter[str] = Counter()  # passed tests on each backend

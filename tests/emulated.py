@@ -33,7 +33,8 @@ def load() -> bool:
     return True
 
 
-def _operator(name: str):
+def operator(name: str):
+    """The emulator's twin of an operator, which `emulated()` puts in its place."""
     packet, _, overload = name.partition(".")
     return getattr(getattr(torch.ops.sink_attention_emulated, packet), overload or "default")
 
@@ -49,10 +50,10 @@ def emulated(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of every override
         for name in (*(ops.FAKE_KERNELS.keys() - float8.OPERATORS), "flash_attn_float8_kernel"):
-            library.impl(name, _operator(name), "CPU", allow_override=True)
+            library.impl(name, operator(name), "CPU", allow_override=True)
         for name in SETTINGS:
             key = "CompositeExplicitAutograd"
-            library.impl(name, _operator(name), key, allow_override=True)
+            library.impl(name, operator(name), key, allow_override=True)
     try:
         yield
     finally:

@@ -2,13 +2,13 @@
 
 A sequence alone, in a batch, at another place of the batch, prefilled whole or in chunks, decoded
 token by token, wherever its pages lie: out and lse are compared bit for bit. That training gives
-the same bits is in test_paged.py.
+the same bits is in test_paged_calls.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -51,6 +51,10 @@ class Tokens:
 
     def __len__(self) -> int:
         return self.q.shape[0]
+
+
+def fitting(backend: Backend, setting: Setting) -> Setting:
+    return replace(setting, head_dim=backend.fitting_dim(setting.head_dim))
 
 
 def make_sequences(setting: Setting, dtype: torch.dtype, device: str) -> list[Tokens]:
@@ -120,6 +124,7 @@ def check_same_bits(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tenso
 @settings
 def test_alone_and_in_a_batch(backend: Backend, setting: Setting, dtype: torch.dtype) -> None:
     """Whole, at each place of a batch, and with other pages."""
+    setting = fitting(backend, setting)
     first, short, long = make_sequences(setting, dtype, backend.device)
     alone = serve(backend, setting, [first], chunk=len(first), seed=0)[0]
     for seed, batch in enumerate(([first], [first, short, long], [long, first], [short, first])):
@@ -134,6 +139,7 @@ def test_whole_and_in_chunks(
     backend: Backend, setting: Setting, dtype: torch.dtype, chunk: int
 ) -> None:
     """Chunks of 1 are decoding token by token; beside a sequence that ends earlier."""
+    setting = fitting(backend, setting)
     first, short, _ = make_sequences(setting, dtype, backend.device)
     whole = serve(backend, setting, [first], chunk=len(first), seed=0)[0]
     check_same_bits(serve(backend, setting, [short, first], chunk, seed=chunk)[1], whole)
@@ -143,6 +149,7 @@ def test_whole_and_in_chunks(
 @settings
 def test_decode_beside_a_prefill(backend: Backend, setting: Setting, dtype: torch.dtype) -> None:
     """One call with a single new token of one sequence and all tokens of another."""
+    setting = fitting(backend, setting)
     first, _, long = make_sequences(setting, dtype, backend.device)
     whole = serve(backend, setting, [first], chunk=len(first), seed=0)[0]
     device, size = backend.device, setting.page_size

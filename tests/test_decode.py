@@ -18,8 +18,8 @@ import tolerance
 import torch
 from cases import FLOAT8, HALF_DTYPES, PagedCase, heads
 from conftest import BACKENDS, Backend
+from quantised import INT8, check_read, expected, quantise_inputs, read_as
 from test_paged import attend, check_paged
-from test_quantised_cache import INT8, check_read, expected, quantise_inputs, read_as
 
 # (head_dim, head_dim_v): each class, full and padded
 DIMS = ((32, 16), (64, 64), (80, 48), (96, 96), (128, 128), (192, 128), (144, 160), (192, 192),

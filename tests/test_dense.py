@@ -147,7 +147,7 @@ def test_windows(backend: Backend, seqlens: tuple[int, int], window_left: int) -
             seqlen_k=seqlens[1],
             num_heads_q=3,
             head_dim=8,
-            dtype=FLOAT_DTYPES[(i + window_left) % 4],
+            dtype=backend.dtypes[(i + window_left) % len(backend.dtypes)],
             window_size=(window_left, window_right),
             sink=("normal", "none")[i % 2],
             seed=i,
@@ -249,7 +249,7 @@ def test_sinks(backend: Backend, sink: str, dtype: torch.dtype, mask: dict) -> N
 @pytest.mark.parametrize("softcap", [0.0, 0.5, 15.0, 50.0])
 @pytest.mark.parametrize("softmax_scale", [0.05, 1.0, 2.5, -0.3])
 def test_scales(backend: Backend, softmax_scale: float, softcap: float) -> None:
-    for dtype in FLOAT_DTYPES:
+    for dtype in backend.dtypes:
         case = DenseCase(
             seqlen_q=33,
             seqlen_k=70,
@@ -283,7 +283,9 @@ def test_layouts(backend: Backend, layout: str, head_dim: int, dtype: torch.dtyp
 
 def test_slices_of_one_tensor(backend: Backend) -> None:
     """q, k and v as a fused projection leaves them: (batch, seqlen, 3 heads, dim)."""
-    case = DenseCase(seqlen_q=70, seqlen_k=70, batch=2, num_heads_kv=2, causal=True)
+    case = DenseCase(
+        seqlen_q=70, seqlen_k=70, batch=2, num_heads_kv=2, dtype=backend.dtype, causal=True
+    )
     made = cases.make_dense(case, backend.device)
     fused = torch.cat([made.q, made.k, made.v], dim=2)
     q, k, v = fused.split(2, dim=2)
@@ -294,7 +296,7 @@ def test_slices_of_one_tensor(backend: Backend) -> None:
 
 @pytest.mark.parametrize("bound", [2**20, 2**31 - 1, 2**31, 2**40])
 def test_huge_windows_are_no_windows(backend: Backend, bound: int) -> None:
-    case = DenseCase(seqlen_q=40, seqlen_k=55)
+    case = DenseCase(seqlen_q=40, seqlen_k=55, dtype=backend.dtype)
     inputs = cases.make_dense(case, backend.device)
     actual = oracle.run(backend.flash_attn, inputs, {"window_size": (bound, bound)})
     tolerance.check(actual, oracle.expected(case))

@@ -12,6 +12,7 @@ import tolerance
 import torch
 from cases import FLOAT_DTYPES, HALF_DTYPES, INF, NAN, DenseCase, PagedCase
 from conftest import Backend
+from torch.nn.functional import pad
 
 pytestmark = pytest.mark.sanitize
 
@@ -37,6 +38,7 @@ def test_no_keys(backend: Backend, dtype: torch.dtype, seqlen_q: int, sink: str)
     assert not results.out.any() and not results.dq.any()
 
 
+@pytest.mark.no_sm90_blocks("there are no rows")
 @pytest.mark.parametrize(
     "shape", [(1, 0, 7), (2, 0, 0), (0, 5, 7), (0, 0, 0)], ids=["queries", "both", "batch", "all"]
 )
@@ -44,8 +46,9 @@ def test_no_keys(backend: Backend, dtype: torch.dtype, seqlen_q: int, sink: str)
 def test_no_queries_or_no_batch(backend: Backend, sink: str, shape: tuple[int, int, int]) -> None:
     batch, seqlen_q, seqlen_k = shape
     case = DenseCase(
-        batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k, num_heads_kv=2, sink=sink, causal=True
-    )
+        batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k, num_heads_kv=2, dtype=backend.dtype,
+        sink=sink, causal=True,
+    )  # fmt: skip
     results = check_dense(backend, case)
     assert results.ds_aux is None or not results.ds_aux.any()
     assert not results.dk.any() and not results.dv.any()
@@ -67,7 +70,7 @@ def test_rows_without_keys_in_a_cache(
         seqlens_k=(3, 0, 9, 600),
         num_heads_q=5,
         head_dim=8,
-        dtype=torch.bfloat16 if backend.name == "emulated-sm90" else torch.float32,
+        dtype=backend.dtype,
         sink=sink,
         packed_q=packed_q,
         num_splits=num_splits,
@@ -82,6 +85,7 @@ def test_rows_without_keys_in_a_cache(
         cache_seqlens=inputs.seqlens_k,
         block_table=inputs.block_table,
         cu_seqlens_q=inputs.cu_seqlens_q,
+        max_seqlen_q=9,
         s_aux=inputs.s_aux,
         num_splits=num_splits,
         **case.options(),
@@ -92,8 +96,9 @@ def test_rows_without_keys_in_a_cache(
 
 
 def test_a_cache_of_no_pages(backend: Backend) -> None:
-    q = torch.randn(2, 3, 4, 16, device=backend.device)
-    caches = [torch.empty(0, 16, 2, 16, device=backend.device) for _ in range(2)]
+    options = {"dtype": backend.dtype, "device": backend.device}
+    q = torch.randn(2, 3, 4, 16, **options)
+    caches = [torch.empty(0, 16, 2, 16, **options) for _ in range(2)]
     s_aux = torch.randn(4, device=backend.device)
     out, lse = backend.flash_attn_with_kvcache(
         q,
@@ -105,12 +110,14 @@ def test_a_cache_of_no_pages(backend: Backend) -> None:
     assert not out.any() and torch.equal(lse, s_aux[None, :, None].expand(2, 4, 3))
 
 
+@pytest.mark.no_sm90_blocks("there are no rows")
 @pytest.mark.parametrize("packed_q", [False, True])
 def test_a_cache_for_no_sequence(backend: Backend, packed_q: bool) -> None:
-    caches = [torch.empty(3, 16, 2, 16, device=backend.device) for _ in range(2)]
+    options = {"dtype": backend.dtype, "device": backend.device}
+    caches = [torch.empty(3, 16, 2, 16, **options) for _ in range(2)]
     shape = (0, 4, 16) if packed_q else (0, 3, 4, 16)
     out, lse = backend.flash_attn_with_kvcache(
-        torch.empty(shape, device=backend.device),
+        torch.empty(shape, **options),
         *caches,
         cache_seqlens=cases.int32([], backend.device),
         block_table=torch.empty(0, 2, dtype=torch.int32, device=backend.device),
@@ -183,6 +190,7 @@ def test_no_sink_is_a_sink_of_minus_infinity(backend: Backend, dtype: torch.dtyp
     case = DenseCase(
         seqlen_q=90, seqlen_k=70, num_heads_q=4, head_dim=24, dtype=dtype, causal=True, sink="none"
     )
+    case = backend.fitting(case)
     inputs = cases.make_dense(case, backend.device)
     without = oracle.run(backend.flash_attn, inputs, case.options())
     s_aux = torch.full((4,), -INF, device=backend.device)
@@ -209,8 +217,9 @@ def test_a_half_sink_is_read_exactly(backend: Backend, dtype: torch.dtype) -> No
     sinks = bits.view(dtype)
     sinks = sinks[(sinks.float().abs() <= 1e4) | sinks.isinf()][::7]
     sinks = torch.cat([sinks, torch.tensor([INF, -INF], dtype=dtype)]).to(backend.device)
-    q = torch.zeros(1, 1, len(sinks), 1, device=backend.device)
-    kv = torch.zeros(1, 0, 1, 1, device=backend.device)
+    options = {"dtype": backend.dtype, "device": backend.device}
+    q = torch.zeros(1, 1, len(sinks), backend.fitting_dim(1), **options)
+    kv = q[:, :0, :1]
     _, lse = backend.flash_attn(q, kv, kv, s_aux=sinks)
     assert torch.equal(lse.flatten(), sinks.float())
 
@@ -263,6 +272,7 @@ def test_scores_and_sink_shifted_together(
     q = torch.cat([torch.randn(1, 30, 2, 7), torch.ones(1, 30, 2, 1)], dim=-1).to(dtype)
     k = torch.cat([torch.randn(1, 300, 2, 7), torch.zeros(1, 300, 2, 1)], dim=-1).to(dtype)
     v = torch.randn(1, 300, 2, 16).to(dtype)
+    q, k = (pad(x, (0, backend.fitting_dim(8) - 8)) for x in (q, k))
     s_aux = torch.tensor([0.5, -1.5])
     q, k, v, s_aux = (x.to(backend.device) for x in (q, k, v, s_aux))
     moved = k.clone()
@@ -283,8 +293,10 @@ def test_equal_scores_in_rising_and_falling_order(backend: Backend, dtype: torch
     k = torch.linspace(-60, 60, 1100).reshape(1, 1100, 1, 1).to(dtype).to(backend.device)
     v = torch.randn(1, 1100, 1, 8).to(dtype).to(backend.device)
     q = torch.ones(1, 3, 1, 1, dtype=dtype, device=backend.device)
+    scores = k.double().flatten()
+    q, k = (pad(x, (0, backend.fitting_dim(1) - 1)) for x in (q, k))
     s_aux = torch.tensor([55.0], device=backend.device)
-    weights = torch.softmax(torch.cat([k.double().flatten(), s_aux.double()]), 0)[:-1]
+    weights = torch.softmax(torch.cat([scores, s_aux.double()]), 0)[:-1]
     expected = weights @ v[0, :, 0].double()
     tolerances = {"rtol": 0, "atol": 4 * torch.finfo(dtype).eps * float(v.abs().max())}
     if dtype in (torch.float32, torch.float64):
@@ -296,7 +308,8 @@ def test_equal_scores_in_rising_and_falling_order(backend: Backend, dtype: torch
 
 def test_values_near_the_largest_float16(backend: Backend) -> None:
     """An average of numbers near 65504 neither overflows nor loses more than its rounding."""
-    q, k = (torch.randn(1, 50, 2, 16).half().to(backend.device) for _ in range(2))
+    dim = backend.fitting_dim(16)
+    q, k = (torch.randn(1, 50, 2, dim).half().to(backend.device) for _ in range(2))
     v = torch.full((1, 50, 2, 8), 65504.0, device=backend.device).half()
     out, _ = backend.flash_attn(q, k, v)
     assert ((out.float() - 65504).abs() <= 32).all()

@@ -46,12 +46,6 @@ FLOAT8 = torch.float8_e4m3fn
 T = 6
 
 
-def on_hopper(backend: Backend) -> bool:
-    """Whether float8 kernels run, where they take a case."""
-    is_card = backend.device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
-    return backend.name == "emulated-sm90" or is_card
-
-
 def descale(shape: tuple[int, int], kind: str | None, rng: torch.Generator) -> Tensor | None:
     if kind is None:
         return None
@@ -126,7 +120,7 @@ def check(
         out, lse = backend.flash_attn_varlen(*qkv, *lengths, seqused_k=used, **options)
     else:
         out, lse = backend.flash_attn(*qkv, **options)
-    hopper = on_hopper(backend) and taken
+    hopper = backend.is_hopper and taken
     if before is not None:
         blocks = emulated.blocks_run() - before
         assert (blocks["sm90"] > 0, blocks["simt"] > 0) == (hopper, not hopper)
@@ -193,6 +187,7 @@ def test_descales(backend: Backend, kinds: tuple[str | None, ...]) -> None:
     check(backend, replace(case, softcap=2.0), kinds)
 
 
+@pytest.mark.no_sm90_blocks("as its name says")
 @pytest.mark.parametrize("change", [{"head_dim": 40}, {"layout": "unaligned"}], ids=str)
 def test_what_hopper_has_no_kernel_for(backend: Backend, change: dict[str, Any]) -> None:
     check(backend, dense(seqlen_q=9, seqlen_k=40, **change), taken=False)
@@ -281,6 +276,7 @@ def test_the_operator_checks_descales_too() -> None:
         ops.flash_attn_float8_fwd(q, q, q, None, torch.ones(2, 2), None, *options)
 
 
+@pytest.mark.no_sm90_blocks("it only asks")
 def test_which_kernel(backend: Backend) -> None:
     def kernel(arch: int, head_dim: int = 64) -> str:
         return ops.cuda_kernel_family(
@@ -296,6 +292,7 @@ def test_which_kernel(backend: Backend) -> None:
         assert "forward" in supports(dtype=FLOAT8, head_dim=64, backward=True).reason
 
 
+@pytest.mark.not_on_sm90("Hopper has no kernels of its own that write caches")
 def test_rounding_is_torchs(backend: Backend) -> None:
     """What the kernels' twins round weights with (attention/numeric.h): every float16 number that
     e4m3 has room for, as a cache stores it."""

@@ -10,8 +10,9 @@ import oracle
 import pytest
 import tolerance
 import torch
-from cases import FLOAT_DTYPES, LONG_EDGES, DenseCase, VarlenCase
+from cases import FLOAT_DTYPES, HALF_DTYPES, LONG_EDGES, DenseCase, VarlenCase
 from conftest import Backend
+from torch.nn.functional import pad
 
 Threads = Callable[[int], None]
 
@@ -33,6 +34,10 @@ PACKED = VarlenCase(
     head_dim=40,
     causal=True,
 )
+
+
+# CUDA kernels add to dq in any order unless they are asked.
+SAME_BITS = {"deterministic": True}
 
 
 def assert_same_bits(actual: oracle.Results, expected: oracle.Results) -> None:
@@ -64,9 +69,10 @@ def test_repeatable(backend: Backend, dtype: torch.dtype, deterministic: bool) -
 def test_number_of_threads_does_not_matter(
     backend: Backend, set_num_threads: Threads, dtype: torch.dtype
 ) -> None:
-    """Bit for bit, forward and backward, dense and packed."""
+    """Bit for bit, forward and backward, dense and packed; on the CPU without being asked to."""
+    options = SAME_BITS if backend.name != "cpu" else {}
     dense, packed = replace(CASE, dtype=dtype), replace(PACKED, dtype=dtype)
-    results, options = [], {"deterministic": True}
+    results = []
     for threads in (1, 2, 3):
         set_num_threads(threads)
         inputs = cases.make_dense(dense, backend.device)
@@ -121,6 +127,7 @@ def test_gradient_of_lse_is_the_softmax(
         softmax_scale=0.2,
         causal=True,
     )
+    case = backend.fitting(case)
     inputs = cases.make_dense(case, backend.device)
     ones = replace(inputs, dout=torch.zeros_like(inputs.dout), dlse=torch.ones_like(inputs.dlse))
     results = oracle.run(backend.flash_attn, ones, case.options())
@@ -138,8 +145,10 @@ def test_gradient_of_lse_is_the_softmax(
 def test_one_row_leaves_the_others_alone(backend: Backend) -> None:
     """dout of one row: dq elsewhere is exactly zero, so are dk and dv of keys it does not see."""
     case = DenseCase(
-        seqlen_q=300, seqlen_k=300, num_heads_kv=2, head_dim=16, causal=True, window_size=(40, 0)
-    )
+        seqlen_q=300, seqlen_k=300, num_heads_kv=2, head_dim=16, dtype=backend.dtype, causal=True,
+        window_size=(40, 0),
+    )  # fmt: skip
+    case = backend.fitting(case)
     inputs = cases.make_dense(case, backend.device)
     for row in (0, 63, 64, 150, 255, 256, 299):
         dout = torch.zeros_like(inputs.dout)
@@ -160,13 +169,14 @@ def test_one_row_leaves_the_others_alone(backend: Backend) -> None:
     "names", [("q",), ("k",), ("v",), ("s_aux",), ("q", "v"), ("k", "s_aux")], ids=str
 )
 def test_gradients_of_some_inputs_only(backend: Backend, names: tuple[str, ...]) -> None:
-    case = replace(CASE, seqlen_q=33, seqlen_k=40)
+    case = replace(CASE, seqlen_q=33, seqlen_k=40, dtype=backend.dtype)
+    options = case.options() | SAME_BITS
     inputs = cases.make_dense(case, backend.device)
-    whole = oracle.run(backend.flash_attn, inputs, case.options())
+    whole = oracle.run(backend.flash_attn, inputs, options)
     tensors = {name: getattr(inputs, name).clone() for name in ("q", "k", "v", "s_aux")}
     for name in names:
         tensors[name].requires_grad_()
-    out, lse = backend.flash_attn(**tensors, **case.options())
+    out, lse = backend.flash_attn(**tensors, **options)
     grads = torch.autograd.grad(
         [out, lse], [tensors[name] for name in names], [inputs.dout, inputs.dlse]
     )
@@ -176,11 +186,12 @@ def test_gradients_of_some_inputs_only(backend: Backend, names: tuple[str, ...])
 
 def test_backward_twice_and_in_another_order(backend: Backend) -> None:
     """A kept graph gives the same gradients again; two calls do not share what they saved."""
-    cases_ = [replace(CASE, seqlen_q=50, seqlen_k=60, seed=seed) for seed in (1, 2)]
-    made = [cases.make_dense(case, backend.device) for case in cases_]
-    alone = [oracle.run(backend.flash_attn, x, CASE.options()) for x in made]
+    case = replace(CASE, seqlen_q=50, seqlen_k=60, dtype=backend.dtype)
+    options = case.options() | SAME_BITS
+    made = [cases.make_dense(replace(case, seed=seed), backend.device) for seed in (1, 2)]
+    alone = [oracle.run(backend.flash_attn, x, options) for x in made]
     leaves = [[t.clone().requires_grad_() for t in (x.q, x.k, x.v, x.s_aux)] for x in made]
-    results = [backend.flash_attn(*x[:3], s_aux=x[3], **CASE.options()) for x in leaves]
+    results = [backend.flash_attn(*x[:3], s_aux=x[3], **options) for x in leaves]
     for i in (1, 0, 1):
         seeds = (made[i].dout, made[i].dlse)
         grads = torch.autograd.grad(results[i], leaves[i], seeds, retain_graph=True)
@@ -194,26 +205,29 @@ def test_gradient_with_strides(backend: Backend, dtype: torch.dtype) -> None:
     case = DenseCase(
         seqlen_q=37, seqlen_k=45, batch=2, num_heads_q=4, head_dim=16, dtype=dtype, causal=True
     )
+    case = backend.fitting(case)
     inputs = cases.make_dense(case, backend.device)
     shape, dlse = inputs.dout.shape, inputs.dlse
+    one = torch.ones((), device=backend.device)
     variants = {
-        "expanded": (
-            torch.ones_like(inputs.dout[0, 0, 0, 0]).expand(shape),
-            torch.ones_like(dlse[0, 0, 0]).expand(dlse.shape),
-        ),
+        "expanded": (one.to(dtype).expand(shape), one.expand(dlse.shape)),
         "one row": (inputs.dout[:1, :1].expand(shape), dlse[:, :, :1].expand(dlse.shape)),
         "transposed": (
             inputs.dout.transpose(1, 3).contiguous().transpose(1, 3),
             dlse.transpose(1, 2).contiguous().transpose(1, 2),
         ),
         "gaps": (cases.with_layout(inputs.dout, "padded"), cases.with_layout(dlse, "padded")),
+        "aligned gaps": (pad(inputs.dout, (0, 8), value=cases.NAN)[..., : shape[-1]], dlse),
     }
     for name, (dout, strided_dlse) in variants.items():
         strided_dlse = strided_dlse.to(dlse.dtype)
         strided = replace(inputs, dout=dout, dlse=strided_dlse)
         plain = replace(inputs, dout=dout.contiguous(), dlse=strided_dlse.contiguous())
-        actual = oracle.run(backend.flash_attn, strided, case.options())
-        expected = oracle.run(backend.flash_attn, plain, case.options())
+        actual = oracle.run(backend.flash_attn, strided, case.options() | SAME_BITS)
+        if name == "gaps" and backend.is_hopper and dtype in HALF_DTYPES:  # not by its kernels
+            tolerance.check(actual, oracle.expected(case))
+            continue
+        expected = oracle.run(backend.flash_attn, plain, case.options() | SAME_BITS)
         for field, tensor in expected.items().items():
             assert torch.equal(getattr(actual, field), tensor), (name, field)
 
@@ -228,8 +242,9 @@ def test_every_pair_of_edges(backend: Backend, seqlen_q: int, seqlen_k: int) -> 
         seqlen_k=seqlen_k,
         num_heads_q=3,
         head_dim=12,
-        dtype=FLOAT_DTYPES[(seqlen_q + seqlen_k) % 4],
+        dtype=backend.dtypes[(seqlen_q + seqlen_k) % len(backend.dtypes)],
         causal=True,
     )
+    case = backend.fitting(case)
     results = oracle.run(backend.flash_attn, cases.make_dense(case, backend.device), case.options())
     tolerance.check(results, oracle.expected(case))

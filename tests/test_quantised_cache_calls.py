@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import Backend
+from quantised import INT8, STORED
 from test_cache_writes import assert_same_bytes
-from test_quantised_cache import INT8, STORED
 from torch import Tensor
 
 from sink_attention_ext import flash_attn_with_kvcache, ops, reshape_and_cache

@@ -104,6 +104,12 @@ def assert_close(
         )
 
 
+def short_rows(dtype: torch.dtype) -> dict[str, float]:
+    """rtol and atol for an average of a few standard normal numbers, computed in `dtype`."""
+    bound = max(1e-5, 4 * torch.finfo(dtype).eps)
+    return {"rtol": bound, "atol": bound}
+
+
 def assert_lse_close(actual: Tensor, ref: Tensor, name: str = "lse") -> None:
     """float32 (float64 for float64), whatever the inputs' dtype."""
     actual, ref = actual.detach().cpu(), ref.detach().cpu()

@@ -31,6 +31,11 @@ std::string describe(const Step& step) {
   return text.str();
 }
 
+std::string difference(int thread, const Step& step, int other_thread, const Step& other_step) {
+  return "thread " + std::to_string(thread) + " is at " + describe(step) + ", thread " +
+         std::to_string(other_thread) + " at " + describe(other_step);
+}
+
 uint16_t number_of(const Step& step) {
   const size_t hash = reinterpret_cast<uintptr_t>(step.site.file) +
                       reinterpret_cast<uintptr_t>(step.name) * 7 +

@@ -22,6 +22,8 @@ struct Step {
 
 bool same(const Step& a, const Step& b);
 std::string describe(const Step& step);  // "sync_threads at kernel.cuh:40"
+// "thread 3 is at any at a.cuh:1, thread 4 at shfl at b.cuh:2"
+std::string difference(int thread, const Step& step, int other_thread, const Step& other_step);
 
 // A small number for each step that ever was asked for, so that shared memory can keep one for each
 // of its bytes. Numbers run out at some 4000 steps; the later ones share kUnknownStep.

@@ -193,17 +193,63 @@ def test_a_loop_for_the_lanes_values_alone_is_none() -> None:
 def test_the_machine_code_becomes_two_columns() -> None:
     _, (kernel,) = TOOL["parse"](HOPPER_LOG, cuda_sass.read(SASS))
     assert kernel == hopper(threads=256)
-    (path,) = TOOL["objects"](HOPPER_LOG)
-    assert path.parts[-3:] == ("sm90", "flash_fwd", "hdim64.sm_90a.o")
+    hopper_s, common = TOOL["objects"](HOPPER_LOG)
+    assert hopper_s.parts[-3:] == ("sm90", "flash_fwd", "hdim64.sm_90a.o")
+    assert common.parts[-2:] == ("common", "combine.sm_80.o")
+
+
+# As nvcc 13.0 compiled warp_idx(), a shuffle of all lanes, called by half of them: for compute
+# capability 8.0, and for 9.0 in straight code and in a loop that half go round once more.
+HALF_OF_A_WARP = {
+    "8.0": """\
+        /*00a0*/               @P0 BRA 0x110 ;  /* 0x00 */
+                                                /* 0x00 */
+        /*00c0*/                   BRA.CONV ~URZ, 0x100 ;  /* 0x00 */
+        /*00e0*/                   CALL.REL.NOINC 0x160 ;  /* 0x00 */
+        /*0100*/                   SHFL.IDX PT, R5, R0, RZ, 0x1f ;  /* 0x00 */
+""",
+    "9.0": """\
+        /*00a0*/               @P0 BRA 0x110 ;  /* 0x00 */
+                                                /* 0x00 */
+        /*00d0*/                   WARPSYNC.ALL ;  /* 0x00 */
+                                                   /* 0x00 */
+        /*00e0*/                   SHFL.IDX PT, R5, R0, RZ, 0x1f ;  /* 0x00 */
+""",
+    "9.0, any()": """\
+        /*00d0*/                   WARPSYNC.ALL ;  /* 0x00 */
+                                                   /* 0x00 */
+        /*00e0*/                   ISETP.GT.AND P0, PT, R0, RZ, PT ;  /* 0x00 */
+                                                   /* 0x00 */
+        /*00f0*/                   VOTE.ANY P0, P0 ;  /* 0x00 */
+""",
+    "9.0, a loop": """\
+        /*0150*/                   BRA.DIV UR7, 0x410 ;  /* 0x00 */
+        /*0160*/                   SHFL.IDX PT, R5, R2, RZ, 0x1f ;  /* 0x00 */
+        /*0410*/                   WARPSYNC.COLLECTIVE R8, 0x430 ;  /* 0x00 */
+        /*0420*/                   SHFL.IDX P0, R11, R2, R13, R15 ;  /* 0x00 */
+""",
+}
+# And what stands around exchanges and barriers that all lanes come to.
+WHOLE_WARP = """\
+        /*0080*/                   SHFL.IDX PT, R5, R4, RZ, 0x1f ;  /* 0x00 */
+        /*0090*/                   WARPSYNC.ALL ;  /* 0x00 */
+                                                   /* 0x00 */
+        /*00a0*/                   BSSY B3, 0x8fa0 ;  /* 0x00 */
+        /*00b0*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;  /* 0x00 */
+        /*00c0*/                   SHFL.IDX PT, R5, R4, RZ, 0x1f ;  /* 0x00 */
+        /*00d0*/                   WARPSYNC 0xffffffff ;  /* 0x00 */
+        /*00e0*/                   SHFL.BFLY PT, R0, R35, 0x1, 0x1f ;  /* 0x00 */
+        /*00f0*/                   VOTE.ANY P0, P0 ;  /* 0x00 */
+"""
 
 
 @needs_demangler
-def test_lanes_that_part_before_a_shuffle() -> None:
-    """As nvcc 13.0 compiled warp_idx(), a shuffle of all lanes, called by half of them."""
-    branch = "WARPSYNC.COLLECTIVE R15, 0x140 ;"
-    code = cuda_sass.read(SASS.replace("BRA 0x90 ;", branch))
-    assert TOOL["parted"](code) == ["sm90::FlashFwdKernel<64>: lanes part before a shuffle"]
-    assert TOOL["parted"](cuda_sass.read(SASS)) == []
+@pytest.mark.parametrize("code", HALF_OF_A_WARP.values(), ids=HALF_OF_A_WARP)
+def test_lanes_that_part_before_a_shuffle(code: str) -> None:
+    whole = f"\t\tFunction : {COMBINE}\n{WHOLE_WARP}"
+    assert cuda_sass.parted(f"{SASS}{whole}") == []
+    found = cuda_sass.parted(f"{whole}\t\tFunction : {HOPPER}\n{code}")
+    assert TOOL["parted"](found) == ["sm90::FlashFwdKernel<64>: lanes part before a shuffle"]
 
 
 @needs_demangler

@@ -1,8 +1,9 @@
 """What each CUDA kernel takes of a multiprocessor, from what ptxas said when it was compiled, and
-what the machine code of Hopper's kernels holds.
+what its machine code holds.
 
     python tools/cuda_resources.py            the committed table is right, ptxas warns of nothing,
-                                              no hot kernel spills, Hopper's use its units
+                                              no hot kernel spills, Hopper's use its units, lanes of
+                                              a warp come to its shuffles together
     python tools/cuda_resources.py --write    writes the table
 
 `setup.py check_cuda` compiles the kernels and leaves ptxas' messages in build/check-cuda/ptxas.log;
@@ -31,6 +32,9 @@ ADVICE = re.compile(
     r"^.*(?:ptxas (?:info|warning)\s*:\s*\(C\d+\)|Potential Performance Loss).*$", re.MULTILINE
 )
 DISASSEMBLED = "sm_90a"
+# Where it is looked whether lanes part before a shuffle: Hopper's kernels are compiled for this one
+# only, and the code of all others says it most plainly for that one (cuda_sass.PARTED).
+SHUFFLES = ("sm_90a", "sm_80")
 # What the loops of Hopper's kernels must have, one of each group.
 IN_LOOPS = {
     re.compile(r"sm90::Flash(Fwd|Bwd)"): (("HGMMA", "QGMMA"), ("UTMALDG",)),
@@ -82,8 +86,8 @@ def demangle(symbols: list[str]) -> list[str]:
 
 
 def objects(log: str) -> list[Path]:
-    """Of the kernels that are disassembled."""
-    found = re.findall(rf"^object (\S+\.{DISASSEMBLED}\.o)$", log, re.MULTILINE)
+    """Those that are disassembled."""
+    found = re.findall(rf"^object (\S+\.(?:{'|'.join(SHUFFLES)})\.o)$", log, re.MULTILINE)
     return [LOG.parent / name for name in found]
 
 
@@ -187,10 +191,9 @@ def unused_units(kernels: list[Kernel]) -> list[str]:
     return found
 
 
-def parted(codes: dict[str, cuda_sass.Code]) -> list[str]:
-    """Kernels in which some lanes may branch around a shuffle that all are to reach: they would
-    wait for ever."""
-    symbols = [symbol for symbol, code in codes.items() if code.in_branches]
+def parted(symbols: list[str]) -> list[str]:
+    """What kernels, by their symbols, are said to do: some lanes may branch around a shuffle that
+    all are to reach, and the others would wait for ever."""
     return [f"{readable(name)[0]}: lanes part before a shuffle" for name in demangle(symbols)]
 
 
@@ -249,19 +252,25 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the table")
     arguments = parser.parse_args()
     log = LOG.read_text()
-    code = cuda_sass.disassemble(objects(log))
-    if code is None:
+    paths = objects(log)
+    texts = cuda_sass.disassemble(paths)
+    if texts is None:
         print("check-cuda: the machine code is not looked at: no cuobjdump and nvdisasm on PATH,")
         print('in CUDA_HOME or in the packages of the optional dependencies "sass"')
         if arguments.write:
             raise SystemExit("resources: the table cannot be written without them")
-    codes = cuda_sass.read(code or "")
+    codes: dict[str, cuda_sass.Code] = {}
+    symbols: list[str] = []  # of kernels in which lanes part
+    for path, text in zip(paths, texts or [], strict=texts is not None):
+        if path.name.endswith(f".{DISASSEMBLED}.o"):
+            codes |= cuda_sass.read(text)
+        symbols += cuda_sass.parted(text)
     version, kernels = parse(log, codes)
     if arguments.write:
         TABLE.write_text(markdown(version, kernels))
         print(f"{TABLE.relative_to(ROOT)}: {len(kernels)} rows")
     committed = TABLE.read_text() if TABLE.exists() else ""
-    failures = check(committed, version, kernels, warnings(log)) + parted(codes)
+    failures = check(committed, version, kernels, warnings(log)) + parted(symbols)
     if failures:
         raise SystemExit("\n".join(f"check-cuda: {failure}" for failure in failures))
     archs = ", ".join(dict.fromkeys(kernel.arch for kernel in kernels))

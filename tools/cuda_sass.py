@@ -1,5 +1,5 @@
-"""What the machine code of a CUDA kernel holds: which instructions its loops have, and what its
-warpgroups do with their registers.
+"""What the machine code of a CUDA kernel holds: which instructions its loops have, what its
+warpgroups do with their registers, and whether lanes part before a shuffle.
 
 Read with cuobjdump and nvdisasm, which are on PATH, in the CUDA toolkit, or in the packages of the
 optional dependencies "sass".
@@ -14,12 +14,21 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 # By their first word: products of a warpgroup and of a warp, copies of boxes (TMA), of bytes in a
 # row, reductions of bytes in a row, cp.async.
 COUNTED = ("HGMMA", "QGMMA", "HMMA", "UTMALDG", "UBLKCP", "UBLKRED", "LDGSTS")
+# How nvcc 13.0 compiles an exchange of all 32 lanes that, as far as it knows, some branch around.
+# For compute capability 8.0 it looks whether the lanes are together, and else waits for them out of
+# line. For 9.0 it does so in loops alone, and elsewhere waits at once: so it may where lanes are
+# together again, too, but in none of Hopper's kernels.
+PARTED = ("BRA.DIV ", "BRA.CONV ", "WARPSYNC.COLLECTIVE ")
+WAITS_AT_ONCE = re.compile(  # before a shuffle or a vote, which is at most the second thing to come
+    r"WARPSYNC\.ALL ;.*\n(?:\s*/\* 0x.*\n)*(?:.*\n(?:\s*/\* 0x.*\n)*)?.*\b(?:SHFL|VOTE)\."
+)
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*?)\s*;")
 
 
@@ -29,7 +38,6 @@ class Code(NamedTuple):
     in_loops: Counter[str]  # instructions of COUNTED
     given: list[int]  # registers a thread that warpgroups keep
     taken: list[int]  # and that others have from then on
-    in_branches: int = 0  # exchanges of a warp that the compiler saw some lanes branch around
 
 
 class Instruction(NamedTuple):
@@ -51,34 +59,52 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name)
 
 
-def disassemble(objects: list[Path]) -> str | None:
-    """The objects' machine code as text, or None where there is no disassembler."""
+def disassemble(objects: list[Path]) -> Iterator[str] | None:
+    """Each object's machine code as text, or None where there is no disassembler."""
     if not objects:
-        return ""
+        return iter(())
     cuobjdump, nvdisasm = find_tool("cuobjdump"), find_tool("nvdisasm")
     if cuobjdump is None or nvdisasm is None:
         return None
     path = f"{Path(nvdisasm).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     environment = {**os.environ, "PATH": path}
-    texts = []
-    for item in objects:
+
+    def text_of(item: Path) -> str:
         command = [cuobjdump, "-sass", str(item)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode != 0:
             raise SystemExit(f"{' '.join(command)}: {done.stderr.strip()}")
-        texts.append(done.stdout)
-    return "\n".join(texts)
+        return done.stdout
+
+    def texts() -> Iterator[str]:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            yield from pool.map(text_of, objects)
+
+    return texts()
+
+
+def parts_of(sass: str) -> Iterator[tuple[str, str]]:
+    """Each kernel's symbol, and the text of its machine code."""
+    for part in re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:]:
+        symbol, _, text = part.partition("\n")
+        yield symbol.strip(), text
+
+
+def parted(sass: str) -> list[str]:
+    """The symbols of kernels in which lanes may part before a shuffle."""
+    return [
+        symbol
+        for symbol, text in parts_of(sass)
+        if any(word in text for word in PARTED) or WAITS_AT_ONCE.search(text)
+    ]
 
 
 def functions(sass: str) -> Iterator[tuple[str, list[Instruction]]]:
     """Each kernel's symbol and its instructions."""
-    for part in re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:]:
-        lines = part.splitlines()
-        found = (INSTRUCTION.match(line) for line in lines[1:])
-        yield (
-            lines[0].strip(),
-            [Instruction(int(m[1], 16), m[2] is not None, m[3], m[4]) for m in found if m],
-        )
+    for symbol, text in parts_of(sass):
+        found = (INSTRUCTION.match(line) for line in text.splitlines())
+        code = [Instruction(int(m[1], 16), m[2] is not None, m[3], m[4]) for m in found if m]
+        yield symbol, code
 
 
 def successors(code: list[Instruction]) -> list[list[int]]:
@@ -146,15 +172,13 @@ def read(sass: str) -> dict[str, Code]:
     for symbol, code in functions(sass):
         counts: Counter[str] = Counter()
         budget: dict[str, list[int]] = {"DEALLOC": [], "TRY_ALLOC": []}
-        in_branches = 0
         for instruction, looping in zip(code, in_loops(successors(code)), strict=True):
             word, *modifiers = instruction.opcode.split(".")
             if looping and word in COUNTED:
                 counts[word] += 1
-            in_branches += word == "WARPSYNC" and "COLLECTIVE" in modifiers
             if word == "USETMAXREG":
                 value = int(re.search(r"0x([0-9a-f]+)$", instruction.operands)[1], 16)
                 budget[modifiers[0]].append(value)
         given, taken = (sorted(set(values)) for values in budget.values())
-        kernels[symbol] = Code(counts, given, taken, in_branches)
+        kernels[symbol] = Code(counts, given, taken)
     return kernels

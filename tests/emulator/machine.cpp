@@ -13,7 +13,6 @@ namespace {
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kStackSkewBytes = 5 * 64;
 constexpr int kLanes = 32;
-constexpr int kMaxBarriers = 16;
 
 struct Warp {
   uint32_t ready = 0;      // lanes that can run
@@ -21,26 +20,8 @@ struct Warp {
   int first_arrival = -1;  // the lane whose step the others must have
 };
 
-struct Arrival {
-  int thread = -1;
-  Step step{};
-};
-struct Barrier {
-  int arrived = 0;
-  int expected = 0;
-  Arrival first;
-  bool some_went_on = false;
-  struct {
-    int arrived = 0;
-    bool waits = false;
-    Arrival first;
-  } warps[kMaxWarps];
-};
-
 struct RunningBlock : Block {
   std::vector<Warp> warps;
-  Barrier barriers[kMaxBarriers];
-  Arrivals went_on[kMaxBarriers];  // of each barrier, those that did not wait
   int unfinished = 0;
   int slot = 0;
 };
@@ -100,15 +81,6 @@ Scheduler* scheduler_of(const Thread& thread) {
 RunningBlock& block_of(const Thread& thread) { return *static_cast<RunningBlock*>(thread.block); }
 Warp& warp_of(const Thread& thread) { return block_of(thread).warps[thread.thread_idx / kLanes]; }
 
-// By its last thread.
-void check_end_of_block(const RunningBlock& block) {
-  check_end_of_registers(block);
-  for (const Barrier& barrier : block.barriers) {
-    if (barrier.arrived == 0) continue;
-    fault(barrier.first.step, "the block ended before all threads came to this barrier");
-  }
-}
-
 // The first code of each fiber.
 void thread_main() {
   on_entry();
@@ -122,7 +94,10 @@ void thread_main() {
     const bool last = block_of(thread).unfinished == 1;
     check_end_of_copies(last);
     check_end_of_products();
-    if (last) check_end_of_block(block_of(thread));
+    if (last) {
+      check_end_of_registers(block_of(thread));
+      block_of(thread).barriers.check_end();
+    }
   } catch (const std::exception& error) {
     scheduler.fail(error.what());
   }
@@ -138,10 +113,7 @@ void Scheduler::start_block(RunningBlock& block, int64_t linear) {
                  static_cast<int>(linear / grid_.x / grid_.y)};
   block.threads.assign(num_threads_, Thread{});
   block.warps.assign(num_threads_ / kLanes, Warp{});
-  for (int id = 0; id < kMaxBarriers; ++id) {
-    if (block.barriers[id].some_went_on) block.went_on[id] = Arrivals{};  // of a block that failed
-    block.barriers[id] = Barrier{};
-  }
+  block.barriers.start();
   for (Warpgroup& warpgroup : block.warpgroups) warpgroup.start();
   block.unfinished = num_threads_;
   block.mbarriers.states.clear();
@@ -294,11 +266,6 @@ std::string Scheduler::deadlock() const {
   return text.str();
 }
 
-std::string difference(const Arrival& a, const Arrival& b) {
-  return "thread " + std::to_string(a.thread) + " is at " + describe(a.step) + ", thread " +
-         std::to_string(b.thread) + " at " + describe(b.step);
-}
-
 }  // namespace
 
 Settings& settings() {
@@ -356,10 +323,11 @@ void fault(const Step& step, const std::string& what) {
 
 [[noreturn, gnu::noinline]] static void lanes_part(const Thread& first, const Thread& me) {
   fault(*me.step, "lanes of a warp part: " +
-                      difference({first.thread_idx, *first.step}, {me.thread_idx, *me.step}));
+                      difference(first.thread_idx, *first.step, me.thread_idx, *me.step));
 }
 
-void collective(const Step& step, void* operands, void (*execute)(void* const* lanes)) {
+// Whether the running lane is the last of its warp's; else it is at once made to wait.
+static inline bool last_of_warp(const Step& step, void* operands) {
   Thread& me = *running;
   Warp& warp = warp_of(me);
   Thread* lanes = &me - me.thread_idx % kLanes;
@@ -370,77 +338,26 @@ void collective(const Step& step, void* operands, void (*execute)(void* const* l
   } else if (!same(*lanes[warp.first_arrival].step, step)) {
     lanes_part(lanes[warp.first_arrival], me);
   }
-  if (++warp.arrived == kLanes) return execute_for_warp(lanes, execute);
+  if (++warp.arrived == kLanes) return true;
   me.waiting = true;
   scheduler_of(me)->yield();
+  return false;
+}
+
+void collective(const Step& step, void* operands, void (*execute)(void* const* lanes)) {
+  if (last_of_warp(step, operands)) {
+    execute_for_warp(running - running->thread_idx % kLanes, execute);
+  }
+}
+
+bool gather_warp(const Step& step, void* operands) {
+  if (!last_of_warp(step, operands)) return false;
+  warp_of(*running).arrived = 0;
+  return true;
 }
 
 void warp_is_ordered() {
   block_of(*running).shared.clocks().order_lanes(running->thread_idx / kLanes);
-}
-
-// Counts the running thread, and returns whether it was the last; those that wait then go on.
-static bool arrive(int id, int num_threads, bool waits, const Step& step) {
-  Thread& me = *running;
-  RunningBlock& block = block_of(me);
-  if (id < 0 || id >= kMaxBarriers) {
-    fault(step, "barrier " + std::to_string(id) + " of " + std::to_string(kMaxBarriers));
-  }
-  if (num_threads % kLanes != 0 || num_threads > block.num_threads()) {
-    fault(step, "a barrier for " + std::to_string(num_threads) + " threads");
-  }
-  Barrier& barrier = block.barriers[id];
-  auto& mine = barrier.warps[me.thread_idx / kLanes];
-  if (barrier.arrived++ == 0) {
-    barrier.first = {me.thread_idx, step};
-    barrier.expected = num_threads;
-  }
-  if (mine.arrived++ == 0) mine.first = {me.thread_idx, step};
-  mine.waits = waits;
-  const Arrival& model = id == 0 ? barrier.first : mine.first;
-  if (!same(model.step, step) || barrier.expected != num_threads) {
-    fault(step, "threads meet at different barriers: " +
-                    difference(barrier.expected == num_threads ? model : barrier.first,
-                               {me.thread_idx, step}));
-  }
-  if (!waits) {
-    barrier.some_went_on = true;
-    block.shared.clocks().arrive(me.thread_idx, block.went_on[id]);
-  }
-  if (barrier.arrived < barrier.expected) return false;
-  std::vector<int> warps;
-  for (int warp = 0; warp < static_cast<int>(block.warps.size()); ++warp) {
-    const int arrived = barrier.warps[warp].arrived;
-    if (arrived == 0) continue;
-    if (arrived != kLanes) {
-      fault(step, "a barrier of whole warps, and of warp " + std::to_string(warp) + " only " +
-                      std::to_string(arrived) + " lanes came");
-    }
-    if (!barrier.warps[warp].waits) continue;
-    warps.push_back(warp);
-    for (int lane = 0; lane < kLanes; ++lane) {
-      Thread& thread = block.threads[warp * kLanes + lane];
-      if (&thread != &me) wake(thread);
-    }
-  }
-  Clocks& clocks = block.shared.clocks();
-  if (barrier.some_went_on) {
-    block.went_on[id].close();
-    if (!warps.empty()) clocks.order_warps(warps, &block.went_on[id].known);
-    block.went_on[id] = Arrivals{};
-  } else {
-    clocks.order_warps(warps, nullptr);
-  }
-  barrier = Barrier{};
-  return true;
-}
-
-void barrier(int id, int num_threads, const Step& step) {
-  if (!arrive(id, num_threads, true, step)) wait_here(step);
-}
-
-void arrive_at_barrier(int id, int num_threads, const Step& step) {
-  arrive(id, num_threads, false, step);
 }
 
 void wait_until_equal(const int* turn, int value, const Step& step) {

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "emulator/async_copy.h"
+#include "emulator/barriers.h"
 #include "emulator/fiber.h"
 #include "emulator/global_memory.h"
 #include "emulator/mbarriers.h"
@@ -79,6 +80,7 @@ struct Block {
   Machine* machine = nullptr;
   int thread_count = 0;
   SharedMemory shared;
+  Barriers barriers;
   Mbarriers mbarriers;
   CopyEngine copies;
   Registers registers;
@@ -103,15 +105,13 @@ void wake(Thread& thread);
 void collective(const Step& step, void* operands, void (*execute)(void* const* lanes));
 // The same for a warpgroup: the 128 lanes of warps 4 w ... 4 w + 3.
 void warpgroup_collective(const Step& step, void* operands, void (*execute)(void* const* lanes));
+// What a warp-wide instruction that may have to wait for other warps begins with: true in the lane
+// that comes last, while the others wait; in those, false once somebody has woken them.
+bool gather_warp(const Step& step, void* operands);
 WarpgroupProducts& warpgroup_products();
 PackLog* pack_log();  // the running thread's, if there is one and it uses wgmma
 // Orders the shared memory accesses of the warp's lanes; from within `execute`.
 void warp_is_ordered();
-// Barrier `id` of the block, for num_threads threads in whole warps. The lanes of a warp come from
-// the same place; at barrier 0 all warps do.
-void barrier(int id, int num_threads, const Step& step);
-// The same arrival without the wait.
-void arrive_at_barrier(int id, int num_threads, const Step& step);
 // Until *turn == value, which another block brings about.
 void wait_until_equal(const int* turn, int value, const Step& step);
 

@@ -10,16 +10,9 @@ constexpr size_t kSlots = 4096;  // a power of 2
 constexpr size_t kProbes = 64;
 Step steps[kSlots];
 
-// Steps are told apart by their addresses: that the same text at two of them gets two numbers does
-// no harm.
-bool identical(const Step& a, const Step& b) {
-  return a.name == b.name && a.site.file == b.site.file && a.site.line == b.site.line;
-}
-
 }  // namespace
 
-bool same(const Step& a, const Step& b) {
-  if (identical(a, b)) return true;
+bool same_text(const Step& a, const Step& b) {
   return a.site.line == b.site.line && strcmp(a.name, b.name) == 0 &&
          strcmp(a.site.file, b.site.file) == 0;
 }
@@ -31,6 +24,13 @@ std::string describe(const Step& step) {
   return text.str();
 }
 
+std::string difference(int thread, const Step& step, int other_thread, const Step& other_step) {
+  return "thread " + std::to_string(thread) + " is at " + describe(step) + ", thread " +
+         std::to_string(other_thread) + " at " + describe(other_step);
+}
+
+// Steps are told apart by their addresses: that the same text at two of them gets two numbers does
+// no harm.
 uint16_t number_of(const Step& step) {
   const size_t hash = reinterpret_cast<uintptr_t>(step.site.file) +
                       reinterpret_cast<uintptr_t>(step.name) * 7 +

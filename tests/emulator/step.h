@@ -20,8 +20,15 @@ struct Step {
   Site site;
 };
 
-bool same(const Step& a, const Step& b);
+// By addresses; the same text may lie at two.
+inline bool identical(const Step& a, const Step& b) {
+  return a.name == b.name && a.site.file == b.site.file && a.site.line == b.site.line;
+}
+bool same_text(const Step& a, const Step& b);
+inline bool same(const Step& a, const Step& b) { return identical(a, b) || same_text(a, b); }
 std::string describe(const Step& step);  // "sync_threads at kernel.cuh:40"
+// "thread 3 is at any at a.cuh:1, thread 4 at shfl at b.cuh:2"
+std::string difference(int thread, const Step& step, int other_thread, const Step& other_step);
 
 // A small number for each step that ever was asked for, so that shared memory can keep one for each
 // of its bytes. Numbers run out at some 4000 steps; the later ones share kUnknownStep.

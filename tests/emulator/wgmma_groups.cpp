@@ -277,9 +277,8 @@ void warpgroup_collective(const Step& step, void* operands, void (*execute)(void
   if (warpgroup.arrived++ == 0) warpgroup.first = &me;
   const Thread& first = *warpgroup.first;
   if (!same(*first.step, step)) {
-    fault(step, "lanes of a warpgroup part: thread " + std::to_string(first.thread_idx) +
-                    " is at " + describe(*first.step) + ", thread " +
-                    std::to_string(me.thread_idx) + " at " + describe(step));
+    fault(step, "lanes of a warpgroup part: " +
+                    difference(first.thread_idx, *first.step, me.thread_idx, step));
   }
   if (warpgroup.arrived < kWarpgroupThreads) return wait_here(step);
   warpgroup.arrived = 0;

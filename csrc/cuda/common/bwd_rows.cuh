@@ -85,8 +85,10 @@ struct BwdPreprocess {
         primitives::store_global(reinterpret_cast<primitives::Float4*>(dq + i),
                                  primitives::Float4{0, 0, 0, 0});
       }
-      // tile_rows is a multiple of kRowsPerPass, so all lanes of a warp come to its shuffles.
-      for (int row = thread / kLanesPerRow; row < workspace.tile_rows; row += kRowsPerPass) {
+      // tile_rows is a multiple of kRowsPerPass. All lanes go round together, as the compiler sees:
+      // they come to shuffles.
+      for (int pass = 0; pass < workspace.tile_rows; pass += kRowsPerPass) {
+        const int row = pass + thread / kLanesPerRow;
         const float dot = dot_of_row(problem, tile, row);
         if (thread % kLanesPerRow == 0) finish_row(problem, tile, row, dot, sink_terms + row);
       }

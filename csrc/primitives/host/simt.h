@@ -12,7 +12,11 @@ SA_DEVICE int thread_idx() { return emulator::current().thread_idx; }
 SA_DEVICE int lane_idx() { return emulator::current().thread_idx % kWarpSize; }
 SA_DEVICE int thread_idx_anew() { return thread_idx(); }
 SA_DEVICE int lane_idx_anew() { return lane_idx(); }
-SA_DEVICE int warp_idx() { return emulator::current().thread_idx / kWarpSize; }
+// A shuffle on the device: all lanes meet.
+SA_DEVICE int warp_idx(emulator::Site site = emulator::here()) {
+  emulator::collective({"warp_idx", site}, nullptr, nullptr);
+  return thread_idx() / kWarpSize;
+}
 SA_DEVICE Index3 block_idx() {
   const emulator::Grid at = emulator::current().block->index;
   return {at.x, at.y, at.z};

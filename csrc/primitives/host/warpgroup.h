@@ -4,7 +4,11 @@
 
 namespace sink_attention::primitives {
 
-SA_DEVICE int warpgroup_idx() { return emulator::current().thread_idx / kWarpgroupSize; }
+// A shuffle on the device: all lanes of a warp meet.
+SA_DEVICE int warpgroup_idx(emulator::Site site = emulator::here()) {
+  emulator::collective({"warpgroup_idx", site}, nullptr, nullptr);
+  return thread_idx() / kWarpgroupSize;
+}
 
 template <int kCount>
 SA_DEVICE void give_registers(emulator::Site site = emulator::here()) {

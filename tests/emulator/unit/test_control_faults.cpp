@@ -41,6 +41,53 @@ void warps_that_part() {
                });
 }
 
+// warp_idx() and warpgroup_idx() are shuffles on the device.
+void numbers_of_warps() {
+  expect_fault("half a warp asks for its number",
+               {"deadlock", "16 lanes warp_idx at half:1, 16 lanes done"}, [] {
+                 run_warp([](char*) {
+                   if (lane_idx() < 16) warp_idx(at("half"));
+                 });
+               });
+  expect_fault("half a warp asks, and then all meet",
+               {"lanes of a warp part: thread", "warp_idx at half:1", "sync_warp at after:1"}, [] {
+                 run_warp([](char*) {
+                   if (lane_idx() < 16) warp_idx(at("half"));
+                   sync_warp(at("after"));
+                 });
+               });
+  expect_fault("half a warp asks before a barrier",
+               {"lanes of a warp part: thread", "warp_idx at half:1", "sync_threads at after:1"},
+               [] {
+                 run_block(64, 0, [](char*) {
+                   if (lane_idx() < 16) warp_idx(at("half"));
+                   sync_threads(at("after"));
+                 });
+               });
+  expect_fault("a loop that goes on for some lanes only",
+               {"deadlock", "16 lanes warp_idx at loop:1, 16 lanes done"}, [] {
+                 run_warp([](char*) {
+                   for (int i = lane_idx(); i < 48; i += 32) warp_idx(at("loop"));
+                 });
+               });
+  expect_fault("half a warp asks for its warpgroup",
+               {"deadlock", "warp 2: 16 lanes warpgroup_idx at half:1, 16 lanes done"}, [] {
+                 run_block(128, 0, [](char*) {
+                   if (lane_idx() < 16) warpgroup_idx(at("half"));
+                 });
+               });
+  expect_fault("one lane asks for its warpgroup, the others for their warp",
+               {"lanes of a warp part: thread", "warpgroup_idx at one:1", "warp_idx at others:1"},
+               [] {
+                 run_block(128, 0, [](char*) {
+                   if (lane_idx() == 9)
+                     warpgroup_idx(at("one"));
+                   else
+                     warp_idx(at("others"));
+                 });
+               });
+}
+
 void barriers() {
   expect_fault("warps at two barriers",
                {"threads meet at different barriers: thread", "sync_threads at producer:1",
@@ -53,18 +100,38 @@ void barriers() {
                      sync_threads(at("consumer"));
                  });
                });
+  expect_fault("lanes of a warp at two places of a named barrier",
+               {"lanes of a warp part", "sync_named at here:1", "sync_named at there:1"}, [] {
+                 run_block(64, 0, [](char*) {
+                   sync_named(1, 64, lane_idx() < 9 ? at("here") : at("there"));
+                 });
+               });
   expect_fault(
-      "lanes of a warp at two places of a named barrier",
-      {"threads meet at different barriers", "sync_named at here:1", "sync_named at there:1"}, [] {
-        run_block(64, 0,
-                  [](char*) { sync_named(1, 64, lane_idx() < 9 ? at("here") : at("there")); });
-      });
+      "lanes of a warp at two barriers",
+      {"sync_named at odd:1: lanes of a warp come to barrier ", " for 64 threads, and to barrier "},
+      [] { run_block(64, 0, [](char*) { sync_named(1 + lane_idx() % 2, 64, at("odd")); }); });
+  expect_fault("the halves of a warp that arrive one after the other",
+               {"lanes of a warp part: thread", "arrive_named at half:1", "any at between:1"}, [] {
+                 run_block(64, 0, [](char*) {
+                   for (int half = 0; half < 2; ++half) {
+                     if (lane_idx() / 16 == half) arrive_named(1, 64, at("half"));
+                     any(true, at("between"));
+                   }
+                 });
+               });
+  expect_fault("a warp that arrives twice",
+               {"arrive_named at twice:1: warp 0 comes to barrier 1 again before all others came"},
+               [] {
+                 run_block(96, 0, [](char*) {
+                   const bool mine = warp_idx() == 0;
+                   for (int i = 0; i < 2 && mine; ++i) arrive_named(1, 96, at("twice"));
+                 });
+               });
   expect_fault("a barrier for two numbers of threads", {"threads meet at different barriers"}, [] {
     run_block(96, 0, [](char*) { sync_named(1, warp_idx() == 0 ? 64 : 96, at("count")); });
   });
   expect_fault("half warps at a barrier",
-               {"sync_named at half:1: a barrier of whole warps, and of warp", "only 16 lanes"},
-               [] {
+               {"deadlock", "warp 0: 16 lanes sync_named at half:1, 16 lanes done"}, [] {
                  run_block(64, 0, [](char*) {
                    if (lane_idx() < 16) sync_named(1, 32, at("half"));
                  });
@@ -104,6 +171,8 @@ void barriers() {
                [] { run_warp([](char*) { sync_named(1, 64, at("all")); }); });
   expect_fault("a barrier for part of a warp", {"a barrier for 48 threads"},
                [] { run_block(64, 0, [](char*) { sync_named(1, 48); }); });
+  expect_fault("a barrier for nobody", {"a barrier for 0 threads"},
+               [] { run_block(64, 0, [](char*) { sync_named(1, 0); }); });
 }
 
 void turns() {
@@ -167,6 +236,7 @@ void sizes() {
 
 SA_SUITE(emulated_control_faults) {
   warps_that_part();
+  numbers_of_warps();
   barriers();
   turns();
   after_a_fault();

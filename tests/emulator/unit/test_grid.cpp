@@ -26,7 +26,8 @@ struct IndexKernel {
     const Index3 at = block_idx();
     const Index3 grid = grid_dim();
     check(grid.x == 3 && grid.y == 2 && grid.z == 4, "grid_dim");
-    check(lane_idx() == thread_idx() % 32 && warp_idx() == thread_idx() / 32, "lane and warp");
+    const int warp = warp_idx();
+    check(lane_idx() == thread_idx() % 32 && warp == thread_idx() / 32, "lane and warp");
     problem.seen->insert({at.x, at.y, at.z, thread_idx()});
   }
 };
@@ -51,9 +52,10 @@ float sum_of_block(DeviceArray<float>& out) {
     auto* sums = reinterpret_cast<float*>(shared);
     float sum = 1.0f / static_cast<float>(1 + thread_idx() + 128 * block_idx().x);
     for (int mask = 16; mask > 0; mask /= 2) sum += shfl_xor(sum, mask);
-    const int pair = warp_idx() / 2;
-    if (lane_idx() == 0) store_shared(sums + warp_idx(), sum);
-    if (warp_idx() % 2 == 0) {
+    const int warp = warp_idx();
+    const int pair = warp / 2;
+    if (lane_idx() == 0) store_shared(sums + warp, sum);
+    if (warp % 2 == 0) {
       sync_named(1 + pair, 64);  // the two warps of a pair come from different places
       if (lane_idx() == 0) {
         const float both = load_shared(sums + 2 * pair) + load_shared(sums + 2 * pair + 1);

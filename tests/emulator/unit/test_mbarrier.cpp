@@ -80,14 +80,15 @@ void phases() {
   expect_no_fault("what one lane has waited for, told to its warp and handed on", [] {
     run_block(96, kSharedBytes, [](char* shared) {
       make(shared, {1, 1});
+      const int warp = warp_idx();
       if (thread_idx() == 0) {
         store_shared(word(shared, 0), 1);
         mbarrier_arrive(barrier(shared));
-      } else if (warp_idx() == 1) {
+      } else if (warp == 1) {
         if (lane_idx() == 7) mbarrier_wait(barrier(shared), 0);
         sync_warp();
         if (lane_idx() == 9) mbarrier_arrive(barrier(shared, 1));
-      } else if (warp_idx() == 2) {
+      } else if (warp == 2) {
         mbarrier_wait(barrier(shared, 1), 0);
         load_shared(word(shared, 0));
       }

@@ -15,6 +15,7 @@
 #include "cuda/simt/flash_bwd/config.h"
 #include "cuda/simt/flash_bwd/differentiate.cuh"
 #include "cuda/simt/load.cuh"
+#include "primitives/warp.h"
 
 namespace sink_attention::cuda::simt {
 
@@ -61,8 +62,11 @@ struct FlashBwdDkDvKernel {
     const attention::Range queries = mask.visible_queries(key_begin, key_end);
     const int first_row = static_cast<int>(queries.begin) * rows.group;
     const int last_row = static_cast<int>(queries.end) * rows.group;
-    const int block_begin = first_row / kBlockN;
-    const int block_end = first_row < last_row ? (last_row + kBlockN - 1) / kBlockN : block_begin;
+    // Through shuffles, so that the compiler knows that all lanes go round together: they come to
+    // sync_warp.
+    const int block_begin = primitives::shfl(first_row / kBlockN, 0);
+    const int block_end = primitives::shfl(
+        first_row < last_row ? (last_row + kBlockN - 1) / kBlockN : block_begin, 0);
     const QuerySource<Real> q =
         query_source<Real>(rows, problem.q, problem.q_stride_batch, problem.q_stride_row,
                            problem.q_stride_head, problem.head_dim);

@@ -39,8 +39,9 @@ struct FlashBwdDeltaKernel {
     const PackedRows rows = packed_rows(problem, place.batch_idx, place.kv_head);
     const int row_begin = place.tile * kBlockM;
     if (row_begin >= rows.num_rows) return;
-    for (int i = thread_y(); i < kBlockM; i += kThreadRows) {
-      const int row = row_begin + i;
+    // All lanes go round together, as the compiler sees: they come to shuffles.
+    for (int pass = 0; pass < kBlockM; pass += kThreadRows) {
+      const int row = row_begin + pass + thread_y();
       const bool exists = row < rows.num_rows;
       Real sum = Real(0);
       if (exists) {

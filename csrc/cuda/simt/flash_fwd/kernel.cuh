@@ -18,6 +18,7 @@
 #include "cuda/simt/tile.cuh"
 #include "cuda/tile/number.cuh"
 #include "cuda/tile/packed_rows.cuh"
+#include "primitives/warp.h"
 
 namespace sink_attention::cuda::simt {
 
@@ -96,7 +97,10 @@ struct FlashFwdKernel {
       states.max[i] = attention::negative_infinity<Real>();
       states.sum[i] = Real(0);
     }
-    for (int idx = 0; idx < blocks.count(); ++idx) {
+    // Through a shuffle, so that the compiler knows that all lanes go round together: they come to
+    // shuffles.
+    const int num_blocks = primitives::shfl(blocks.count(), 0);
+    for (int idx = 0; idx < num_blocks; ++idx) {
       const int first_key = blocks.block(idx) * kBlockN;
       Scores s = {};
       // The first call's barrier also lets all threads read q and window, and write weights, which

@@ -100,7 +100,7 @@ void check_odd_groups() {
   }
 }
 
-// More (sequence, kv head) pairs than a section of thread blocks has, and a last one that is larger.
+// More (sequence, kv head) pairs than a section of thread blocks has; the last section is larger.
 void check_sections() {
   for (const Layout layout : {Layout::kDense, Layout::kVarlen}) {
     const int64_t heads = layout == Layout::kDense ? 17 : 9;

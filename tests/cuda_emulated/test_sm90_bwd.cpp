@@ -85,7 +85,7 @@ void check_odd_groups() {
     for (const Layout layout : {Layout::kDense, Layout::kVarlen}) {
       ++seed;
       const bool causal = seed % 3 != 0;
-      Spec spec = make_spec(group > 20 ? 21 : 70, group > 20 ? 75 : 150, 2 * group, 2, dim, dim);
+      Spec spec = make_spec(group > 20 ? 21 : 70, group > 20 ? 75 : 150, group, 1, dim, dim);
       spec.layout = layout;
       spec.window_right = causal ? 0 : -1;
       spec.window_left = seed % 4 == 0 ? 40 : -1;

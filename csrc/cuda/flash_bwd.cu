@@ -94,7 +94,8 @@ void run_sm80(const FlashBwdProblem& problem, void* memory, Stream stream) {
   const HeadDimClass chosen = class_of(fwd);
   sm80::FlashBwdKernelProblem kernel_problem{};
   kernel_problem.bwd = problem;
-  lay_out(problem, chosen.tile_rows, chosen.head_dim, memory, kernel_problem.workspace);
+  lay_out(problem, chosen.tile_rows, chosen.tile_rows, chosen.head_dim, memory,
+          kernel_problem.workspace);
   kernel_problem.group = static_cast<int>(fwd.num_heads_q / fwd.num_heads_kv);
   set_score_scale(fwd, kernel_problem);
   set_chunks(problem, kernel_problem);
@@ -119,7 +120,8 @@ int64_t flash_bwd_workspace_bytes(const FlashBwdProblem& problem, const Device& 
     case Family::kSm80: {
       const HeadDimClass chosen = class_of(fwd);
       BwdWorkspace workspace{};
-      return lay_out(problem, chosen.tile_rows, chosen.head_dim, nullptr, workspace);
+      return lay_out(problem, chosen.tile_rows, chosen.tile_rows, chosen.head_dim, nullptr,
+                     workspace);
     }
     case Family::kSm90:  // a build without these kernels does not refer to them
       if constexpr (kHasSm90) return sm90::flash_bwd_workspace_bytes(problem);

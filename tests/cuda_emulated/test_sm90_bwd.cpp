@@ -74,6 +74,46 @@ void check_groups_and_scales() {
   }
 }
 
+// Groups that do not divide a tile: tiles of whole positions, or where those would leave too many
+// rows unused (22 of 64, 71) chunks. Packed sequences end within a tile, beside another's rows.
+void check_odd_groups() {
+  unsigned seed = 600;
+  constexpr int64_t kGroups[][2] = {{3, 64},  {5, 64},   {6, 128}, {7, 128}, {5, 128},
+                                    {7, 64},  {22, 128}, {71, 64}, {3, 192}, {5, 256},
+                                    {13, 96}, {22, 256}, {6, 64}};
+  for (const auto& [group, dim] : kGroups) {
+    for (const Layout layout : {Layout::kDense, Layout::kVarlen}) {
+      ++seed;
+      const bool causal = seed % 3 != 0;
+      Spec spec = make_spec(group > 20 ? 21 : 70, group > 20 ? 75 : 150, group, 1, dim, dim);
+      spec.layout = layout;
+      spec.window_right = causal ? 0 : -1;
+      spec.window_left = seed % 4 == 0 ? 40 : -1;
+      spec.num_sink_tokens = seed % 8 == 0 ? 3 : 0;
+      spec.softcap = seed % 5 == 0 ? 1.5 : 0.0;
+      spec.sink = 0.5;
+      Options options = hopper();
+      options.with_dlse = causal;
+      options.deterministic = seed % 4 < 2;
+      check_backward(spec, options, seed);
+    }
+  }
+}
+
+// More (sequence, kv head) pairs than a section of thread blocks has; the last section is larger.
+void check_sections() {
+  for (const Layout layout : {Layout::kDense, Layout::kVarlen}) {
+    const int64_t heads = layout == Layout::kDense ? 17 : 9;
+    Spec spec = make_spec(20, 300, heads, heads, 64, 64);
+    spec.layout = layout;
+    spec.window_right = 0;
+    spec.sink = 0.5;
+    Options options = hopper();
+    options.deterministic = true;
+    check_backward(spec, options, 700);
+  }
+}
+
 // The same under several orders of warps, with more blocks at once than there are turns to wait.
 void check_seeds() {
   for (const int64_t dim : {64, 96, 128, 192, 256}) {
@@ -106,9 +146,9 @@ std::vector<double> gradients_of(const Gradients& g) {
 
 // Neighbours' NaNs reach nobody: those of keys without a query, of queries without a key, and of
 // keys that do not count, each of which follow rows in whose tiles they would lie.
-void check_neighbours() {
+void check_neighbours(int64_t group) {
   for (const int64_t dim : {64, 128, 192}) {
-    Spec spec = make_spec(75, 90, 4, 1, dim, dim);
+    Spec spec = make_spec(75, 90, group, 1, dim, dim);
     spec.layout = Layout::kVarlen;
     spec.seqused_k = dim == 128;
     Scenario scenario = make_scenario(spec, 3);
@@ -142,10 +182,19 @@ void check_neighbours() {
 SA_SUITE(emulated_sm90_bwd) {
   check_head_dims();
   check_groups_and_scales();
+  check_odd_groups();
+  check_sections();
   check_seeds();
-  check_neighbours();
+  for (const int64_t group : {4, 5, 22}) check_neighbours(group);
   for (const int64_t dim : {64, 192}) {
     Spec spec = make_spec(140, 500, 2, 1, dim, dim);
+    spec.window_right = 0;
+    spec.sink = 0.5;
+    check_repeats_bitwise(spec, hopper());
+  }
+  for (const auto& [group, dim] : {std::pair<int64_t, int64_t>{3, 128}, {5, 64}, {7, 128}}) {
+    Spec spec = make_spec(60, 300, group, 1, dim, dim);
+    spec.layout = Layout::kVarlen;
     spec.window_right = 0;
     spec.sink = 0.5;
     check_repeats_bitwise(spec, hopper());

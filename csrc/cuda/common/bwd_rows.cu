@@ -50,14 +50,15 @@ primitives::Index3 tiles_of(const FlashBwdProblem& problem, const BwdWorkspace& 
 
 }  // namespace
 
-int64_t lay_out(const FlashBwdProblem& problem, int tile_rows, int dq_cols, void* memory,
-                BwdWorkspace& workspace) {
+int64_t lay_out(const FlashBwdProblem& problem, int tile_rows, int used_rows, int dq_cols,
+                void* memory, BwdWorkspace& workspace) {
   const FlashFwdProblem& fwd = problem.fwd;
   const int64_t group = fwd.num_heads_q / fwd.num_heads_kv;
-  const int64_t num_tiles = fwd.total_q * group / tile_rows + fwd.batch;
+  const int64_t num_tiles = fwd.total_q * group / used_rows + fwd.batch;
   const int64_t all_tiles = num_tiles * fwd.num_heads_kv;
   Carver carver(memory);
   workspace.tile_rows = tile_rows;
+  workspace.used_rows = used_rows;
   workspace.dq_cols = dq_cols;
   workspace.num_tiles = static_cast<int>(num_tiles);
   workspace.lse_log2 = carver.take<float>(all_tiles * tile_rows);

@@ -46,15 +46,15 @@ SA_DEVICE BwdRowTile bwd_row_tile(const BwdRowsProblem& problem) {
   const int kv_head = primitives::block_idx().y;
   BwdRowTile result{};
   result.tile_idx = int64_t{kv_head} * workspace.num_tiles + tile;
-  const int batch_idx = find_sequence(fwd, tile, workspace.tile_rows);
+  const int batch_idx = find_sequence(fwd, tile, workspace.used_rows);
   if (batch_idx < 0) return result;
   result.rows = packed_rows(fwd, batch_idx, kv_head);
   const int64_t begin =
-      (tile - first_tile(fwd, batch_idx, workspace.tile_rows)) * workspace.tile_rows;
+      (tile - first_tile(fwd, batch_idx, workspace.used_rows)) * workspace.used_rows;
   if (begin >= result.rows.num_rows) return result;
   result.row_begin = static_cast<int>(begin);
   result.num_rows = static_cast<int>(
-      attention::min_of(workspace.tile_rows, result.rows.num_rows - result.row_begin));
+      attention::min_of(workspace.used_rows, result.rows.num_rows - result.row_begin));
   return result;
 }
 

@@ -1,10 +1,10 @@
 // What the backward's kernels hand to each other, in memory that the caller lends.
 //
-// All of it is cut into query tiles of tile_rows packed rows (tile/packed_rows.cuh) of one sequence
-// and kv head. Sequences follow each other, each from a whole tile on. Where sequence b starts is
-// known without a table:
+// All of it is cut into query tiles of tile_rows rows, into which used_rows packed rows
+// (tile/packed_rows.cuh) of one sequence and kv head are put. Sequences follow each other, each
+// from a whole tile on. Where sequence b starts is known without a table:
 //
-//     first_tile(b) = first row of b * group / tile_rows + b
+//     first_tile(b) = first row of b * group / used_rows + b
 //
 // One spare tile a sequence makes room for its last, partial one, whatever the lengths in device
 // memory are; tiles that no row falls into stay unused.
@@ -24,6 +24,7 @@ namespace sink_attention::cuda {
 
 struct BwdWorkspace {
   int tile_rows;    // a multiple of 16
+  int used_rows;    // at most tile_rows
   int dq_cols;      // head_dim, padded
   int num_tiles;    // of one kv head, the unused ones too
   float* lse_log2;  // [num_heads_kv][num_tiles][tile_rows]: lse * log2 e; +inf where no key counts
@@ -35,21 +36,21 @@ struct BwdWorkspace {
 };
 
 SA_HOST_DEVICE int64_t first_tile(const attention::FlashFwdProblem& problem, int64_t batch_idx,
-                                  int64_t tile_rows) {
+                                  int64_t used_rows) {
   const int64_t group = problem.num_heads_q / problem.num_heads_kv;
   const int64_t first_row = problem.cu_seqlens_q != nullptr ? problem.cu_seqlens_q[batch_idx]
                                                             : batch_idx * problem.seqlen_q;
-  return first_row * group / tile_rows + batch_idx;
+  return first_row * group / used_rows + batch_idx;
 }
 
 // The sequence whose tiles begin last at or before `tile`; -1 if there is none.
 SA_HOST_DEVICE int find_sequence(const attention::FlashFwdProblem& problem, int64_t tile,
-                                 int64_t tile_rows) {
+                                 int64_t used_rows) {
   int begin = 0;
   int end = static_cast<int>(problem.batch);
   while (begin < end) {
     const int middle = begin + (end - begin) / 2;
-    if (first_tile(problem, middle, tile_rows) <= tile) {
+    if (first_tile(problem, middle, used_rows) <= tile) {
       begin = middle + 1;
     } else {
       end = middle;
@@ -59,8 +60,8 @@ SA_HOST_DEVICE int find_sequence(const attention::FlashFwdProblem& problem, int6
 }
 
 // Lays the parts out from `memory` on (null to measure) and returns how many bytes they take.
-int64_t lay_out(const attention::FlashBwdProblem& problem, int tile_rows, int dq_cols, void* memory,
-                BwdWorkspace& workspace);
+int64_t lay_out(const attention::FlashBwdProblem& problem, int tile_rows, int used_rows,
+                int dq_cols, void* memory, BwdWorkspace& workspace);
 
 // Before: lse_log2, delta, ds_aux; dq and the turns become 0. After: dq, scaled and rounded.
 void bwd_preprocess(const attention::FlashBwdProblem& problem, const BwdWorkspace& workspace,

@@ -99,7 +99,7 @@ inline int rows_of_box(int64_t page_size, int max_rows) {
 }
 constexpr int kMinBoxRows = 16;
 
-// Boxes of tile_rows packed rows of a tensor like q.
+// Boxes of a tensor like q: of a tile of tile_rows packed rows, those of whole positions.
 inline MapPlan plan_packed_rows(const attention::FlashFwdProblem& problem, const void* base,
                                 int64_t stride_batch, int64_t stride_row, int64_t stride_head,
                                 int64_t cols, int slab_cols, int tile_rows) {
@@ -121,6 +121,13 @@ inline MapPlan plan_packed_rows(const attention::FlashFwdProblem& problem, const
 // Whether a tile of packed rows is one box of each slab.
 inline bool rows_are_boxes(const attention::FlashFwdProblem& problem, int tile_rows) {
   return tile_rows % (problem.num_heads_q / problem.num_heads_kv) == 0;
+}
+// Of a tile's rows, those to use so that they are one box of each slab even where a group does not
+// divide the tile: whole positions. All of them where a quarter would have nothing to do.
+inline int rows_of_whole_positions(const attention::FlashFwdProblem& problem, int tile_rows) {
+  const int64_t group = problem.num_heads_q / problem.num_heads_kv;
+  const int whole = static_cast<int>(tile_rows / group * group);
+  return 4 * whole >= 3 * tile_rows ? whole : tile_rows;
 }
 
 }  // namespace sink_attention::cuda::sm90

@@ -10,8 +10,11 @@ SA_DEVICE void wait_for_turn(const int* turn, int mine) {
     asm volatile("ld.global.acquire.gpu.b32 %0, [%1];\n" : "=r"(now) : "l"(turn) : "memory");
   } while (now != mine);
 }
+SA_DEVICE void fence_turn_for_copies() { asm volatile("fence.proxy.async.global;\n" ::: "memory"); }
+// The release alone orders all that came before (8.8, release patterns): what this thread did, what
+// it knows from others by a barrier, and bulk_reduce_adds that it waited for, whose completion
+// comes with a fence between the proxies (9.7.9.25.2).
 SA_DEVICE void pass_turn(int* turn, int next) {
-  __threadfence();
   asm volatile("st.global.release.gpu.b32 [%0], %1;\n" ::"l"(turn), "r"(next) : "memory");
 }
 

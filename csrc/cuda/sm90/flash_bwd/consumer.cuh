@@ -12,7 +12,10 @@
 //     arithmetic        P of 0    P of 1   dS of 0             dS of 1    |       dQ to its buffer
 //
 // The next tile's S does not start before this one is done: nvcc serialises products that run over
-// a loop's end. Under a softcap dS takes the scores too, and comes with P.
+// a loop's end.
+//
+// Under a softcap P is rounded at once, and P times the softcap's slope takes its place, so that dS
+// needs no scores. With two halves P of 1 then comes beside dP of 1, for want of registers.
 //
 // dS, and P where two warpgroups share keys, pass through shared memory, and so all consumers wait
 // for each other:
@@ -132,32 +135,21 @@ struct FlashBwdConsumer {
     PartOperands p[kParts];
     PartOperands ds[kParts];
     const bool masked = primitives::load_shared(&storage.is_masked[stage]) != 0;
-    if constexpr (kCapped) {
-      differentiate_capped<0>(s, dp[0], stage, masked);
-      start_values<0>(s, p, stage, i);
-      to_operands<Element>(dp[0], ds[0].a[0]);
-      if constexpr (kParts == 2) {
-        start_dp<1>(dp[1], stage);
-        differentiate_capped<1>(s, dp[1], stage, masked);
-        start_values<1>(s, p, stage, i);
-        to_operands<Element>(dp[1], ds[1].a[0]);
-      }
-    } else {
+    primitives::wgmma_wait<1>();
+    primitives::wgmma_hold(s.c[0]);
+    weigh<kCapped, 0>(s, p[0], stage, masked);
+    start_values<0>(p, stage, i);
+    if constexpr (kParts == 2 && !kCapped) weigh<kCapped, 1>(s, p[1], stage, masked);
+    primitives::wgmma_wait<1>();
+    differentiate<0>(s, dp[0], stage, masked);
+    to_operands<Element>(dp[0], ds[0].a[0]);
+    if constexpr (kParts == 2) {
+      start_dp<1>(dp[1], stage);
+      if constexpr (kCapped) weigh<kCapped, 1>(s, p[1], stage, masked);
+      start_values<1>(p, stage, i);
       primitives::wgmma_wait<1>();
-      primitives::wgmma_hold(s.c[0]);
-      weigh<0>(s, stage, masked);
-      start_values<0>(s, p, stage, i);
-      if constexpr (kParts == 2) weigh<1>(s, stage, masked);
-      primitives::wgmma_wait<1>();
-      differentiate<0>(s, dp[0], stage, masked);
-      to_operands<Element>(dp[0], ds[0].a[0]);
-      if constexpr (kParts == 2) {
-        start_dp<1>(dp[1], stage);
-        start_values<1>(s, p, stage, i);
-        primitives::wgmma_wait<1>();
-        differentiate<1>(s, dp[1], stage, masked);
-        to_operands<Element>(dp[1], ds[1].a[0]);
-      }
+      differentiate<1>(s, dp[1], stage, masked);
+      to_operands<Element>(dp[1], ds[1].a[0]);
     }
 
     auto& ds_tile = storage.scores[Tiles::kSharesKeys ? 0 : i % 2].tile;
@@ -187,11 +179,6 @@ struct FlashBwdConsumer {
     release(storage.q_ring, stage);
   }
 
-  template <int kStages>
-  SA_DEVICE static typename Ring<kStages>::Place place(int i) {
-    return {i % kStages, i / kStages % 2};
-  }
-
   // Steps of the kPart'th part of a tile's rows.
 
   template <int kPart>
@@ -206,48 +193,48 @@ struct FlashBwdConsumer {
     primitives::wgmma_commit();
   }
 
-  template <int kPart>
-  SA_DEVICE void weigh(Scores& s, int stage, bool masked) const {
-    to_weights<kPart * kPartTiles, kPartTiles>(s, storage.lse_log2[stage] + part_row<kPart>(),
-                                               problem.to_log2, lane());
-    if (masked) hide_unseen<kPart, kPart * kPartTiles>(s, stage);
-  }
-
-  template <int kPart>
-  SA_DEVICE void differentiate(const Scores& weights, PartScores& dp, int stage,
-                               bool masked) const {
-    primitives::wgmma_hold(dp.c[0]);
-    to_gradients<kPart * kPartTiles>(weights, dp, storage.delta[stage] + part_row<kPart>(), lane());
-    if (masked) hide_unseen<kPart, 0>(dp, stage);
-  }
-
-  template <int kPart>
-  SA_DEVICE void differentiate_capped(Scores& s, PartScores& dp, int stage, bool masked) const {
-    primitives::wgmma_wait<0>();
-    if constexpr (kPart == 0) primitives::wgmma_hold(s.c[0]);
-    primitives::wgmma_hold(dp.c[0]);
-    to_capped_weights_and_gradients<kPart * kPartTiles>(
-        s, dp, storage.lse_log2[stage] + part_row<kPart>(),
-        storage.delta[stage] + part_row<kPart>(), problem.to_log2, problem.to_tanh, lane());
-    if (masked) {
-      hide_unseen<kPart, kPart * kPartTiles>(s, stage);
-      hide_unseen<kPart, 0>(dp, stage);
+  // P as operands; in place the slopes that differentiate() takes.
+  template <bool kCapped, int kPart>
+  SA_DEVICE void weigh(Scores& s, PartOperands& p, int stage, bool masked) const {
+    constexpr int kFirst = kPart * kPartTiles;
+    const int row = part_row<kPart>();
+    const float* lse_log2 = storage.lse_log2[stage] + row;
+    const KeyRange* window = storage.window[stage] + row;
+    if constexpr (kCapped) {
+      SA_UNROLL
+      for (int k = 0; k < kPartTiles / 2; ++k) {
+        Accumulators<1, 2> weights;
+        to_capped_weights(s, kFirst + 2 * k, weights, lse_log2 + 16 * k, problem.to_log2,
+                          problem.to_tanh, lane());
+        if (masked) hide_unseen<0, 2>(weights, window + 16 * k);
+        to_operand_a<Element>(weights, 0, 0, p.a[0][k]);
+      }
+    } else {
+      to_weights<kFirst, kPartTiles>(s, lse_log2, problem.to_log2, lane());
+      if (masked) hide_unseen<kFirst, kPartTiles>(s, window);
+      SA_UNROLL
+      for (int k = 0; k < kPartTiles / 2; ++k) {
+        to_operand_a<Element>(s, 0, kFirst / 2 + k, p.a[0][k]);
+      }
     }
   }
 
-  template <int kPart, int kFirst, class AnyScores>
-  SA_DEVICE void hide_unseen(AnyScores& numbers, int stage) const {
-    hide<kFirst, kPartTiles>(numbers, storage.window[stage] + part_row<kPart>(), block.sink_end(),
-                             lane_key(), lane());
+  template <int kPart>
+  SA_DEVICE void differentiate(const Scores& slopes, PartScores& dp, int stage, bool masked) const {
+    const int row = part_row<kPart>();
+    primitives::wgmma_hold(dp.c[0]);
+    to_gradients<kPart * kPartTiles>(slopes, dp, storage.delta[stage] + row, lane());
+    if (masked) hide_unseen<0, kPartTiles>(dp, storage.window[stage] + row);
+  }
+
+  template <int kFirst, int kTilesN, class AnyScores>
+  SA_DEVICE void hide_unseen(AnyScores& numbers, const KeyRange* window) const {
+    hide<kFirst, kTilesN>(numbers, window, block.sink_end(), lane_key(), lane());
   }
 
   // dV += P^T dO, of which P^T stays in `p` or goes through shared memory.
   template <int kPart>
-  SA_DEVICE void start_values(const Scores& weights, PartOperands (&p)[kParts], int stage, int i) {
-    SA_UNROLL
-    for (int k = 0; k < kPartTiles / 2; ++k) {
-      to_operand_a<Element>(weights, 0, kPart * kPartTiles / 2 + k, p[kPart].a[0][k]);
-    }
+  SA_DEVICE void start_values(PartOperands (&p)[kParts], int stage, int i) {
     const auto& dout = storage.dout[stage].tile;
     if constexpr (Tiles::kSharesKeys) {
       auto& p_tile = storage.scores[Storage::kTilesDs + i % 2].tile;

@@ -1,7 +1,7 @@
 // Scores and their gradients into P and dS, in place.
 //
 //   P  = exp2(S to_log2 - lse_log2)
-//   dS = P (dP - delta)                 times 1 - tanh^2 under a softcap
+//   dS = P (dP - delta)                 times 1 - tanh^2 under a softcap: a slope of P for each
 //
 // All are transposed: the accumulators' rows are keys, their columns rows of the tile of queries.
 // lse_log2, delta and window are shared memory's, from the part's first row on.
@@ -48,7 +48,7 @@ SA_DEVICE void to_weights(Accumulators<1, kTilesS>& s, const float* lse_log2, fl
 }
 
 template <int kFirst, int kTilesN, int kTilesS>
-SA_DEVICE void to_gradients(const Accumulators<1, kTilesS>& weights, Accumulators<1, kTilesN>& dp,
+SA_DEVICE void to_gradients(const Accumulators<1, kTilesS>& slopes, Accumulators<1, kTilesN>& dp,
                             const float* delta, int lane) {
   SA_UNROLL
   for (int n = 0; n < kTilesN; ++n) {
@@ -57,29 +57,27 @@ SA_DEVICE void to_gradients(const Accumulators<1, kTilesS>& weights, Accumulator
     SA_UNROLL
     for (int reg = 0; reg < 4; ++reg) {
       float& number = dp.c[0][n][reg];
-      number = weights.c[0][kFirst + n][reg] * (number - row_delta[reg % 2]);
+      number = slopes.c[0][kFirst + n][reg] * (number - row_delta[reg % 2]);
     }
   }
 }
 
-// Both at once under a softcap, where dS takes the scores too.
-template <int kFirst, int kTilesN, int kTilesS>
-SA_DEVICE void to_capped_weights_and_gradients(Accumulators<1, kTilesS>& s,
-                                               Accumulators<1, kTilesN>& dp, const float* lse_log2,
-                                               const float* delta, float to_log2, float to_tanh,
-                                               int lane) {
+// Under a softcap, two accumulators from `first` on: P, and in place of S the slope.
+template <int kTilesS>
+SA_DEVICE void to_capped_weights(Accumulators<1, kTilesS>& s, int first,
+                                 Accumulators<1, 2>& weights, const float* lse_log2, float to_log2,
+                                 float to_tanh, int lane) {
   SA_UNROLL
-  for (int n = 0; n < kTilesN; ++n) {
+  for (int n = 0; n < 2; ++n) {
     float lse[2];
-    float row_delta[2];
     load_pair(lse_log2, 8 * n + accumulator_col(lane, 0), lse);
-    load_pair(delta, 8 * n + accumulator_col(lane, 0), row_delta);
     SA_UNROLL
     for (int reg = 0; reg < 4; ++reg) {
-      float& number = s.c[0][kFirst + n][reg];
+      float& number = s.c[0][first + n][reg];
       const float score = tanh_by_exp2(number * to_tanh);
-      number = weight_of(score, to_log2, lse[reg % 2]);
-      dp.c[0][n][reg] = number * (dp.c[0][n][reg] - row_delta[reg % 2]) * (1.0f - score * score);
+      const float weight = weight_of(score, to_log2, lse[reg % 2]);
+      weights.c[0][n][reg] = weight;
+      number = weight * (1.0f - score * score);
     }
   }
 }

@@ -1,6 +1,6 @@
 // The thread that adds a backward block's dQ, tile after tile, to the accumulator that all blocks
-// share; in the order of the blocks of keys if turns are kept. A block only waits for those before
-// it, which have a lower index and started earlier.
+// share; in the order of the blocks of keys if turns are kept. A block only waits for those of its
+// sequence and kv head before it, which have a lower index and started earlier (problem.h).
 #pragma once
 
 #include "cuda/sm90/flash_bwd/block.cuh"
@@ -35,10 +35,12 @@ struct FlashBwdDqWriter {
     const int64_t at = block.workspace_tile(tile);
     int* turns = problem.workspace.turns;
     const int mine = turns == nullptr ? 0 : block.turn_at(tile);
-    if (turns != nullptr) primitives::wait_for_turn(turns + at, mine);
+    if (turns != nullptr) {
+      primitives::wait_for_turn(turns + at, mine);
+      primitives::fence_turn_for_copies();
+    }
     // Fragments of 16 rows follow each other; those without a row hold zeros.
-    const int rows = static_cast<int>(
-        attention::min_of(kBlockM, (block.num_rows() - tile * kBlockM + 15) / 16 * 16));
+    const int rows = (block.rows_of(tile) + 15) / 16 * 16;
     primitives::bulk_reduce_add(problem.workspace.dq + at * kTileFloats, storage.dq,
                                 rows * Tiles::kHeadDim * static_cast<int>(sizeof(float)));
     primitives::bulk_commit();

@@ -6,6 +6,7 @@
 #include "cuda/sm90/flash_bwd/config.h"
 #include "cuda/sm90/flash_bwd/entry.h"
 #include "cuda/sm90/flash_bwd/problem.h"
+#include "cuda/sm90/tensor_maps.h"
 
 namespace sink_attention::cuda::sm90 {
 namespace {
@@ -37,12 +38,17 @@ HeadDimClass class_of(const FlashFwdProblem& problem) {
   return make_class<256, 256>(flash_bwd_hdim256);
 }
 
+int64_t lay_out_workspace(const FlashBwdProblem& problem, const HeadDimClass& chosen, void* memory,
+                          BwdWorkspace& workspace) {
+  return lay_out(problem, chosen.tile_rows, rows_of_whole_positions(problem.fwd, chosen.tile_rows),
+                 chosen.head_dim, memory, workspace);
+}
+
 }  // namespace
 
 int64_t flash_bwd_workspace_bytes(const FlashBwdProblem& problem) {
-  const HeadDimClass chosen = class_of(problem.fwd);
   BwdWorkspace workspace{};
-  return lay_out(problem, chosen.tile_rows, chosen.head_dim, nullptr, workspace);
+  return lay_out_workspace(problem, class_of(problem.fwd), nullptr, workspace);
 }
 
 void flash_bwd(const FlashBwdProblem& problem, const Device&, void* memory, Stream stream) {
@@ -50,7 +56,7 @@ void flash_bwd(const FlashBwdProblem& problem, const Device&, void* memory, Stre
   const HeadDimClass chosen = class_of(fwd);
   FlashBwdKernelProblem kernel_problem{};
   kernel_problem.bwd = problem;
-  lay_out(problem, chosen.tile_rows, chosen.head_dim, memory, kernel_problem.workspace);
+  lay_out_workspace(problem, chosen, memory, kernel_problem.workspace);
   kernel_problem.group = static_cast<int>(fwd.num_heads_q / fwd.num_heads_kv);
   kernel_problem.capped = fwd.softcap > 0;
   const double to_logit = kernel_problem.capped ? fwd.softcap : fwd.softmax_scale;

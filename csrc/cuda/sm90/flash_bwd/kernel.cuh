@@ -6,11 +6,12 @@
 //   dP^T = V dO^T       dS = P (dP - delta) (softcap's slope)    that P^T and dS^T are operands A
 //   dV  += P^T dO       dK += dS^T Q         dQ += dS K          (softmax_scale comes at the end)
 //
-// Block x: blocks of keys fastest, then sequences; y: kv head. Rows are (position, head of the
-// group) pairs (packed_rows.cuh), so the sum over a kv head's query heads is part of the products.
-// Tiles are taken from the last to the first, by three kinds of warps that go on in their own pace:
+// Rows are (position, head of the group) pairs (packed_rows.cuh), so the sum over a kv head's query
+// heads is part of the products. Which block of keys a thread block has: problem.h. Tiles are taken
+// from the last to the first, by three kinds of warps that go on in their own pace:
 //
-//   loader     one warp      K, V; then Q, lse, dO and delta of each tile, as the rings have room
+//   loaders    2 warps       K, then Q and lse of each tile, as the ring has room; V, then dO and
+//                            delta
 //   consumers  2 warpgroups  the products, and all between them (consumer.cuh)
 //   dQ writer  one thread    adds what consumers leave of dQ in shared memory
 #pragma once
@@ -54,8 +55,10 @@ struct FlashBwdKernel {
     primitives::give_registers<Tiles::kProducerRegisters>();
     if (block.tiles_begin() >= block.tiles_end()) return;
     if (warp == 0) {
-      FlashBwdLoader<Element, Tiles>{problem, block, storage}.run();
-    } else if (warp == 1 && primitives::lane_idx() == 0) {
+      FlashBwdLoader<Element, Tiles, false>{problem, block, storage}.run();
+    } else if (warp == 1) {
+      FlashBwdLoader<Element, Tiles, true>{problem, block, storage}.run();
+    } else if (warp == 2 && primitives::lane_idx() == 0) {
       FlashBwdDqWriter<Element, Tiles>{problem, block, storage}.run();
     }
   }
@@ -67,11 +70,13 @@ struct FlashBwdKernel {
     if (problem.has_dout_map) primitives::prefetch_tensor_map(&problem.dout_map);
   }
   static SA_DEVICE void init_barriers(Storage& storage) {
-    storage.q_ring.init(kLoadArrivals, Tiles::kConsumerWarps);
-    storage.dout_ring.init(kLoadArrivals, Tiles::kConsumerWarps);
+    storage.q_ring.init(kTileArrivals, Tiles::kConsumerWarps);
+    storage.dout_ring.init(kTileArrivals, Tiles::kConsumerWarps);
     storage.dq_ring.init(Tiles::kConsumerWarps, 1);
     primitives::mbarrier_init(&storage.k_full, kLoadArrivals);
     primitives::mbarrier_init(&storage.v_full, kLoadArrivals);
+    primitives::mbarrier_init(&storage.q_landed, 1);
+    primitives::mbarrier_init(&storage.dout_landed, 1);
     primitives::fence_mbarrier_init();
   }
 };

@@ -1,6 +1,8 @@
 // Starts the backward kernel of one head_dim class.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/sm90/flash_bwd/kernel.cuh"
 #include "cuda/sm90/flash_bwd/problem.h"
 #include "cuda/sm90/tensor_maps.h"
@@ -13,7 +15,7 @@ inline void set_map(const MapPlan& plan, bool wanted, bool& has_map, primitives:
   if (has_map) map = plan.encode();
 }
 
-// The boxes of K and V are blocks, those of Q and dO tiles.
+// The boxes of K and V are blocks, those of Q and dO the used rows of tiles.
 template <class Tiles>
 void set_maps(FlashBwdKernelProblem& problem) {
   const attention::FlashBwdProblem& bwd = problem.bwd;
@@ -22,7 +24,7 @@ void set_maps(FlashBwdKernelProblem& problem) {
   constexpr int kSlabColsV = Tiles::slab_cols(Tiles::kHeadDimV);
   set_map(plan_keys(fwd, false, kSlabCols, Tiles::kBlockN), true, problem.has_k_map, problem.k_map);
   set_map(plan_keys(fwd, true, kSlabColsV, Tiles::kBlockN), true, problem.has_v_map, problem.v_map);
-  const bool boxes = rows_are_boxes(fwd, Tiles::kBlockM);
+  const bool boxes = rows_are_boxes(fwd, problem.workspace.used_rows);
   set_map(plan_packed_rows(fwd, fwd.q, fwd.q_stride_batch, fwd.q_stride_row, fwd.q_stride_head,
                            fwd.head_dim, kSlabCols, Tiles::kBlockM),
           boxes, problem.has_q_map, problem.q_map);
@@ -31,17 +33,23 @@ void set_maps(FlashBwdKernelProblem& problem) {
           boxes, problem.has_dout_map, problem.dout_map);
 }
 
+// A section's blocks, about two for each multiprocessor or more, fill the gaps that its longest
+// ones leave at the end; its pairs are so few that each has some blocks at work at one time.
+inline void set_sections(FlashBwdKernelProblem& problem, int pairs) {
+  problem.section_pairs = std::clamp(256 / problem.num_key_blocks, 8, 16);
+  problem.num_sections = std::max(pairs / problem.section_pairs, 1);
+}
+
 // Bfloat16 or float16.
 template <int kHeadDim, int kHeadDimV>
 void launch_flash_bwd(FlashBwdKernelProblem problem, Stream stream) {
   using Tiles = FlashBwdTilesOf<kHeadDim, kHeadDimV>;
   const attention::FlashFwdProblem& fwd = problem.bwd.fwd;
   problem.num_key_blocks = static_cast<int>((fwd.seqlen_k + Tiles::kBlockN - 1) / Tiles::kBlockN);
-  // Blocks of keys of one sequence follow each other in the first dimension: they start in their
-  // order, which waiting for turns relies on.
-  const primitives::Index3 grid{static_cast<int>(problem.num_key_blocks * fwd.batch),
-                                static_cast<int>(fwd.num_heads_kv), 1};
+  const int pairs = static_cast<int>(fwd.batch * fwd.num_heads_kv);
+  const primitives::Index3 grid{problem.num_key_blocks * pairs, 1, 1};
   if (grid.x <= 0) return;
+  set_sections(problem, pairs);
   set_maps<Tiles>(problem);
   if (fwd.dtype == attention::DataType::kBFloat16) {
     primitives::launch<FlashBwdKernel<attention::BFloat16, Tiles>>(problem, grid, stream);

@@ -1,24 +1,36 @@
-// The warp that brings a backward block its keys, and tile after tile of queries.
+// The warps that bring a backward block its keys, and tile after tile of queries: one K and Q, the
+// other V and dO.
 //
-// Rows of queries lie one box a slab where their group divides a tile. A tile that is not wholly in
-// its sequence is copied chunk by chunk where other sequences follow, since what lies there must
-// not reach a product; where none follow, TMA writes the zeros.
+// A tile's rows are one box a slab where the heads of whole positions fill it well enough
+// (rows_of_whole_positions); the rows that are left are zeros from the start, and no box reaches
+// them. Other groups' rows are copied chunk by chunk.
+//
+// Rows beyond the sequence must not reach a product, whatever they hold. Where there is nothing
+// beyond it, TMA writes zeros. Where other sequences follow, the last tile arrives with rows of
+// theirs, and the warp writes zeros over them before it announces the tile. Tiles are taken from
+// the last to the first, so that happens once.
 #pragma once
+
+#include <type_traits>
 
 #include "cuda/sm90/flash_bwd/block.cuh"
 #include "cuda/sm90/flash_bwd/storage.cuh"
 #include "cuda/sm90/load_keys.cuh"
 #include "cuda/tile/copy.cuh"
 #include "primitives/bulk.h"
+#include "primitives/memory.h"
 #include "primitives/tma.h"
+#include "primitives/warp.h"
 
 namespace sink_attention::cuda::sm90 {
 
-template <class Element, class Tiles>
+// At the `full` barrier of a tile: one that says how many bytes come, one when all else is there.
+constexpr int kTileArrivals = 2;
+
+template <class Element, class Tiles, bool kDout>
 struct FlashBwdLoader {
   using Storage = FlashBwdStorage<Element, Tiles>;
   using Block = FlashBwdBlock<Tiles>;
-  using Place = typename Ring<Tiles::kStages>::Place;
   static constexpr int kBlockM = Tiles::kBlockM;
   static constexpr int kFloatBytes = kBlockM * static_cast<int>(sizeof(float));
 
@@ -26,120 +38,152 @@ struct FlashBwdLoader {
   const Block block;
   Storage& storage;
 
-  // All lanes of the warp call.
+  // All lanes of the warp call. The consumers wait for all copies that are started here.
   SA_DEVICE void run() {
-    const int tiles_begin = block.tiles_begin();
-    Place q_at;
-    Place dout_at;
-    int tile = block.tiles_end() - 1;
-    load_block<false>(storage.k, problem.has_k_map ? &problem.k_map : nullptr, &storage.k_full);
-    load_q(tile, q_at.stage);
-    q_at.advance();
-    load_block<true>(storage.v, problem.has_v_map ? &problem.v_map : nullptr, &storage.v_full);
-    load_dout(tile, dout_at.stage);
-    dout_at.advance();
-    while (--tile >= tiles_begin) {  // consumers are done with dO first
-      storage.dout_ring.wait_until_empty(dout_at);
-      load_dout(tile, dout_at.stage);
-      dout_at.advance();
-      storage.q_ring.wait_until_empty(q_at);
-      load_q(tile, q_at.stage);
-      q_at.advance();
+    load_keys_of_block();
+    if (has_boxes()) {
+      SA_ROLLED
+      for (int stage = 0; stage < Tiles::kStages; ++stage) {
+        zero_rows(rows(stage), block.used_rows(), kBlockM);
+      }
     }
-    // Whoever started copies stays until they have ended.
     SA_ROLLED
-    for (int stage = 0; stage < Tiles::kStages; ++stage) {
-      storage.q_ring.wait_until_empty(q_at);
-      storage.dout_ring.wait_until_empty(dout_at);
-      q_at.advance();
-      dout_at.advance();
+    for (int i = 0; i < block.tiles_end() - block.tiles_begin(); ++i) {
+      ring().wait_until_empty(place<Tiles::kStages>(i));
+      load_tile(block.tiles_end() - 1 - i, i % Tiles::kStages);
     }
   }
 
  private:
   SA_DEVICE static int lane() { return primitives::lane_idx_anew(); }
 
-  template <bool kValues, class Tile>
-  SA_DEVICE void load_block(Tile& tile, const primitives::TensorMap* map,
-                            primitives::Mbarrier* full) const {
+  SA_DEVICE Ring<Tiles::kStages>& ring() const {
+    if constexpr (kDout)
+      return storage.dout_ring;
+    else
+      return storage.q_ring;
+  }
+  SA_DEVICE auto& rows(int stage) const {
+    if constexpr (kDout)
+      return storage.dout[stage].tile;
+    else
+      return storage.q[stage].tile;
+  }
+  SA_DEVICE bool has_boxes() const { return kDout ? problem.has_dout_map : problem.has_q_map; }
+  SA_DEVICE auto& keys() const {
+    if constexpr (kDout)
+      return storage.v;
+    else
+      return storage.k;
+  }
+
+  SA_DEVICE void load_keys_of_block() const {
+    const bool has_map = kDout ? problem.has_v_map : problem.has_k_map;
+    const primitives::TensorMap* map = kDout ? &problem.v_map : &problem.k_map;
     const attention::SeqlenInfo info = attention::seqlen_info(block.fwd(), block.batch_idx());
     const attention::KeySet all{0, {0, info.seqlen_k}};
     const auto source =
-        key_source<kValues>(block.fwd(), block.batch_idx(), block.kv_head(), info, all);
-    load_keys(tile, source,
-              key_boxes(source, map, Tile::kRows, static_cast<int>(info.k_row),
-                        static_cast<int>(info.k_batch), block.kv_head()),
-              block.first_key(), full, lane());
+        key_source<kDout>(block.fwd(), block.batch_idx(), block.kv_head(), info, all);
+    load_keys(
+        keys(), source,
+        key_boxes(source, has_map ? map : nullptr, Tiles::kBlockN, static_cast<int>(info.k_row),
+                  static_cast<int>(info.k_batch), block.kv_head()),
+        block.first_key(), kDout ? &storage.v_full : &storage.k_full, lane());
   }
 
-  // With the rows' lse and what they see of the block.
-  SA_DEVICE void load_q(int tile, int stage) {
-    const attention::FlashFwdProblem& fwd = block.fwd();
+  // With the rows' lse or delta; with Q what they see of the block.
+  SA_DEVICE void load_tile(int tile, int stage) const {
+    using Tile = std::remove_reference_t<decltype(rows(0))>;
+    constexpr int kRowBytes = Tile::kCols * static_cast<int>(sizeof(Element));
+    Tile& to = rows(stage);
+    primitives::Mbarrier* full = &ring().full[stage];
+    const bool boxes = has_boxes();
+    const bool with_others =
+        boxes && block.fwd().cu_seqlens_q != nullptr && block.rows_of(tile) < block.used_rows();
+    primitives::Mbarrier* landed = kDout ? &storage.dout_landed : &storage.q_landed;
+    if (lane() == 0) {
+      const int tile_bytes = block.used_rows() * kRowBytes;
+      primitives::mbarrier_arrive_expect_tx(full,
+                                            kFloatBytes + (boxes && !with_others ? tile_bytes : 0));
+      primitives::bulk_load(kDout ? storage.delta[stage] : storage.lse_log2[stage],
+                            (kDout ? problem.workspace.delta : problem.workspace.lse_log2) +
+                                block.workspace_tile(tile) * kBlockM,
+                            kFloatBytes, full);
+      if (with_others) primitives::mbarrier_arrive_expect_tx(landed, tile_bytes);
+    }
+    if (boxes) {
+      if (lane() < kSlabs<Tile>) {
+        const bool packed = block.fwd().cu_seqlens_q != nullptr;
+        primitives::tma_load<5>(
+            to.data + lane() * kBlockM * Tile::kSlabCols,
+            kDout ? &problem.dout_map : &problem.q_map, with_others ? landed : full,
+            {lane() * Tile::kSlabCols, 0, block.q_row() + block.first_position(tile),
+             block.kv_head(), packed ? 0 : block.batch_idx()});
+      }
+    } else {
+      copy_tile(to, tile);
+    }
+    if constexpr (!kDout) describe_rows(tile, stage);
+    if (!boxes) {
+      primitives::cp_async_wait<0>();
+      primitives::fence_proxy_async();
+    } else if (with_others) {
+      primitives::mbarrier_wait(landed, 0);
+      zero_rows(to, block.rows_of(tile), block.used_rows());
+    }
+    primitives::sync_warp();
+    if (lane() == 0) primitives::mbarrier_arrive(full);
+  }
+
+  // While the copies are under way.
+  SA_DEVICE void describe_rows(int tile, int stage) const {
     const int masked = block.needs_mask(tile);
     if (masked) {
       SA_ROLLED
       for (int row = lane(); row < kBlockM; row += primitives::kWarpSize) {
-        primitives::store_shared(storage.window[stage] + row, block.window(tile * kBlockM + row));
+        primitives::store_shared(storage.window[stage] + row, block.window(tile, row));
       }
     }
     if (lane() == 0) primitives::store_shared(&storage.is_masked[stage], masked);
-    load_rows(storage.q[stage].tile, tile, fwd.q, fwd.q_stride_batch, fwd.q_stride_row,
-              fwd.q_stride_head, static_cast<int>(fwd.head_dim),
-              problem.has_q_map ? &problem.q_map : nullptr, storage.lse_log2[stage],
-              problem.workspace.lse_log2, &storage.q_ring.full[stage]);
   }
 
-  SA_DEVICE void load_dout(int tile, int stage) {
-    const attention::FlashBwdProblem& bwd = problem.bwd;
-    load_rows(storage.dout[stage].tile, tile, bwd.dout, bwd.dout_stride_batch, bwd.dout_stride_row,
-              bwd.dout_stride_head, static_cast<int>(bwd.fwd.head_dim_v),
-              problem.has_dout_map ? &problem.dout_map : nullptr, storage.delta[stage],
-              problem.workspace.delta, &storage.dout_ring.full[stage]);
-  }
-
-  // The tile's rows of a tensor, and their floats of the workspace.
   template <class Tile>
-  SA_DEVICE void load_rows(Tile& to, int tile, const void* tensor, int64_t stride_batch,
-                           int64_t stride_row, int64_t stride_head, int cols,
-                           const primitives::TensorMap* map, float* floats,
-                           const float* workspace_floats, primitives::Mbarrier* full) const {
-    const attention::SeqlenInfo info = attention::seqlen_info(block.fwd(), block.batch_idx());
-    const int lane = this->lane();
-    const int first_row = tile * kBlockM;
-    const bool is_alone = block.fwd().cu_seqlens_q == nullptr;
-    const bool boxes = map != nullptr && (is_alone || first_row + kBlockM <= block.num_rows());
-    if (!boxes) {
-      const Element* first = static_cast<const Element*>(tensor) + info.q_batch * stride_batch +
-                             info.q_row * stride_row +
-                             int64_t{block.kv_head()} * block.group() * stride_head;
-      const int num_rows = block.num_rows();
-      copy_rows(to, cols, lane, [&](int row) -> const Element* {
-        row += first_row;
-        const int position = row / block.group();
-        return row < num_rows
-                   ? first + position * stride_row + (row - position * block.group()) * stride_head
-                   : nullptr;
-      });
-      primitives::cp_async_commit();
-      primitives::cp_async_wait<0>();
-      primitives::fence_proxy_async();
-    }
-    if (lane == 0) {
-      const int tile_bytes = boxes ? static_cast<int>(sizeof(to.data)) : 0;
-      primitives::mbarrier_arrive_expect_tx(full, kFloatBytes + tile_bytes);
-      primitives::bulk_load(floats, workspace_floats + block.workspace_tile(tile) * kBlockM,
-                            kFloatBytes, full);
-    } else {
-      primitives::mbarrier_arrive(full);
-    }
-    if (boxes) {
-      const int position = static_cast<int>(info.q_row) + first_row / block.group();
-      if (lane < kSlabs<Tile>) {
-        primitives::tma_load<5>(
-            to.data + lane * Tile::kRows * Tile::kSlabCols, map, full,
-            {lane * Tile::kSlabCols, 0, position, block.kv_head(), static_cast<int>(info.q_batch)});
+  SA_DEVICE void copy_tile(Tile& to, int tile) const {
+    const attention::FlashBwdProblem& bwd = problem.bwd;
+    const attention::FlashFwdProblem& fwd = bwd.fwd;
+    const int64_t stride_batch = kDout ? bwd.dout_stride_batch : fwd.q_stride_batch;
+    const int64_t stride_row = kDout ? bwd.dout_stride_row : fwd.q_stride_row;
+    const int64_t stride_head = kDout ? bwd.dout_stride_head : fwd.q_stride_head;
+    const int64_t batch = fwd.cu_seqlens_q != nullptr ? 0 : block.batch_idx();
+    const Element* first = static_cast<const Element*>(kDout ? bwd.dout : fwd.q) +
+                           batch * stride_batch + block.q_row() * stride_row +
+                           int64_t{block.kv_head()} * block.group() * stride_head;
+    const int num_rows = block.rows_of(tile);
+    const int first_row = block.first_row(tile);
+    copy_rows(to, static_cast<int>(kDout ? fwd.head_dim_v : fwd.head_dim), lane(),
+              [&](int row) -> const Element* {
+                const int position = (first_row + row) / block.group();
+                const int head = first_row + row - position * block.group();
+                return row < num_rows ? first + position * stride_row + head * stride_head
+                                      : nullptr;
+              });
+    primitives::cp_async_commit();
+  }
+
+  // Rows [begin, end), before the warp announces the tile to products.
+  template <class Tile>
+  SA_DEVICE void zero_rows(Tile& tile, int begin, int end) const {
+    SA_ROLLED
+    for (int row = begin + lane() / Tile::kSlabChunks; row < end;
+         row += primitives::kWarpSize / Tile::kSlabChunks) {
+      SA_ROLLED
+      for (int chunk = lane() % Tile::kSlabChunks; chunk < Tile::kChunks;
+           chunk += Tile::kSlabChunks) {
+        primitives::store_shared(reinterpret_cast<primitives::Bytes16*>(tile.chunk(row, chunk)),
+                                 primitives::Bytes16{});
       }
     }
+    primitives::fence_proxy_async();
   }
 };
 

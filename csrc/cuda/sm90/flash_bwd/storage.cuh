@@ -13,10 +13,19 @@ struct alignas(8) KeyRange {  // of a block's keys, those in a row's window
   int end;
 };
 
+// Where the i-th tile that is visited lies in a ring.
+template <int kStages>
+SA_DEVICE typename Ring<kStages>::Place place(int i) {
+  return {i % kStages, i / kStages % 2};
+}
+
 // What all warps know of the block, written by one thread before the others start.
 struct FlashBwdBlockInfo {
+  int batch_idx;
+  int kv_head;
   int first_key;
   int sink_end;  // of the block's keys, those before it are sink tokens
+  int q_row;     // of q's rows, the sequence's first
   int seqlen_q;
   int seqlen_k;
   int tiles_begin;  // tiles to visit
@@ -58,6 +67,8 @@ struct FlashBwdStorage {
   Ring<1> dq_ring;
   primitives::Mbarrier k_full;
   primitives::Mbarrier v_full;
+  primitives::Mbarrier q_landed;  // a sequence's last tile, among others' rows (loader.cuh)
+  primitives::Mbarrier dout_landed;
   FlashBwdBlockInfo info;
 };
 

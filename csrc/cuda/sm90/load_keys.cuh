@@ -102,28 +102,34 @@ SA_DEVICE void copy_rows(Tile& tile, int cols, int lane, RowOf row_of) {
   }
 }
 
-// Copies the keys chunk by chunk, and arrives when they are there.
+// Starts the copies of keys [first_key, first_key + kRows), whose rows are chunks
+// (rows_are_chunks). The stage is empty; all lanes of the warp call. Those that may not be read
+// become zeros. Returns whether it has arrived, which is so with boxes; else finish_chunks does.
 template <class Tile, bool kValues>
-SA_DEVICE void copy_chunks(Tile& tile, const KeySource<kValues>& source, int first_key,
-                           primitives::Mbarrier* full, int lane) {
+SA_DEVICE bool start_keys(Tile& tile, const KeySource<kValues>& source, const KeyBoxes& boxes,
+                          int first_key, primitives::Mbarrier* full, int lane) {
+  if (boxes.hold(source, first_key, Tile::kRows)) {
+    start_boxes(tile, source, boxes, first_key, full, lane);
+    return true;
+  }
   copy_rows(tile, source.dim(), lane,
             [&](int row) { return source.template row<typename Tile::Element>(first_key + row); });
   primitives::cp_async_commit();
+  return false;
+}
+
+// Waits for all chunks that this lane copies, and arrives.
+SA_DEVICE void finish_chunks(primitives::Mbarrier* full) {
   primitives::cp_async_wait<0>();
   primitives::fence_proxy_async();
   primitives::mbarrier_arrive(full);
 }
 
-// Keys [first_key, first_key + kRows), whose rows are chunks (rows_are_chunks). The stage is empty;
-// all lanes of the warp call. Those that may not be read become zeros.
+// Both.
 template <class Tile, bool kValues>
 SA_DEVICE void load_keys(Tile& tile, const KeySource<kValues>& source, const KeyBoxes& boxes,
                          int first_key, primitives::Mbarrier* full, int lane) {
-  if (boxes.hold(source, first_key, Tile::kRows)) {
-    start_boxes(tile, source, boxes, first_key, full, lane);
-  } else {
-    copy_chunks(tile, source, first_key, full, lane);
-  }
+  if (!start_keys(tile, source, boxes, first_key, full, lane)) finish_chunks(full);
 }
 
 }  // namespace sink_attention::cuda::sm90

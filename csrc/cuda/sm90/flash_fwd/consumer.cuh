@@ -73,13 +73,16 @@ struct FlashFwdConsumer {
   SA_DEVICE void attend(typename Ring<1>::Place& q_at, typename KRing::Place& at) {
     RowStates<1> states;
     Accumulators<1, kTilesV> out;
+    Results results;
     states.clear();
     out.clear();
-    if (blocks_of_work(work()).count() > 0) {
+    const int count = blocks_of_work(work()).count();
+    if (count == 0) {
+      results = finish_rows(states);
+    } else {
       Accumulators<1, kTilesN> s;
       Weights p;
       float rescale[1][2];
-      note_bounds();
 
       storage.q_ring.wait_until_full(q_at);
       q_at.advance();
@@ -87,15 +90,18 @@ struct FlashFwdConsumer {
       primitives::wgmma_hold(s.c[0]);
       primitives::wgmma_fence();
       start_scores(s, at.stage);
+      note_bounds();  // beside the product
+      Block block = block_of(0);
       primitives::wgmma_wait<0>();
       primitives::wgmma_hold(s.c[0]);
       release(&storage.k_ring.empty[at.stage]);
+      if (count == 1) release(&storage.q_ring.empty[0]);
       at.advance();
-      soften_block(s, states, rescale, 0);
+      soften_block(s, states, rescale, block);
       Storage::to_operands(s, p);
 
       SA_ROLLED
-      for (int idx = 1; idx < blocks_of_work(work()).count(); ++idx) {
+      for (int idx = 1; idx < count; ++idx) {
         storage.v_ring.wait_until_full(at.previous());  // it was asked for before K
         storage.k_ring.wait_until_full(at);
         if (Tiles::kTakeTurns) wait_for_turn();
@@ -105,10 +111,12 @@ struct FlashFwdConsumer {
         start_scores(s, at.stage);
         start_output(out, p, at.previous().stage);
         if (Tiles::kTakeTurns) pass_turn();
+        block = block_of(idx);
         primitives::wgmma_wait<1>();  // the scores are there
         primitives::wgmma_hold(s.c[0]);
         release(&storage.k_ring.empty[at.stage]);
-        soften_block(s, states, rescale, idx);
+        if (idx == count - 1) release(&storage.q_ring.empty[0]);
+        soften_block(s, states, rescale, block);
         primitives::wgmma_wait<0>();  // the output is
         primitives::wgmma_hold(out.c[0]);
         release(&storage.v_ring.empty[at.previous().stage]);
@@ -116,17 +124,18 @@ struct FlashFwdConsumer {
         rescale_rows(out, rescale);
         Storage::to_operands(s, p);
       }
-      release(&storage.q_ring.empty[0]);
 
       storage.v_ring.wait_until_full(at.previous());
       primitives::wgmma_hold(out.c[0]);
       primitives::wgmma_fence();
       start_output(out, p, at.previous().stage);
+      results = finish_rows(states);  // beside the product
       primitives::wgmma_wait<0>();
       primitives::wgmma_hold(out.c[0]);
       release(&storage.v_ring.empty[at.previous().stage]);
     }
-    write_results(out, states);
+    store_rows<Out>(out, results.scale, 0, problem.out_cols, problem.out_in_chunks,
+                    primitives::lane_idx(), [&](int half) { return results.out[half]; });
   }
 
   SA_DEVICE void start_scores(Accumulators<1, kTilesN>& s, int stage) {
@@ -162,16 +171,25 @@ struct FlashFwdConsumer {
     primitives::sync_warp();
   }
 
-  SA_DEVICE void soften_block(Accumulators<1, kTilesN>& s, RowStates<1>& states,
-                              float (&rescale)[1][2], int idx) const {
+  // What soften_block must know of a block of keys: read before the wait for its scores.
+  struct Block {
+    int first_key;
+    bool hides;  // some key from some row
+    ScoreScale scale;
+  };
+  SA_DEVICE Block block_of(int idx) const {
     using primitives::load_shared;
-    const ScoreScale scale = storage.score_scale(problem);
-    transform_scores(s, scale.form, scale.to_tanh);
     const int block = blocks_of_work(work()).block(idx);
-    if (block < load_shared(&work().full_begin) || block >= load_shared(&work().full_end)) {
-      hide_scores(s, block * Tiles::kBlockN);
-    }
-    weigh<Storage::kWeightShift>(s, states, scale.to_log2, rescale);
+    const bool full =
+        load_shared(&work().full_begin) <= block && block < load_shared(&work().full_end);
+    return {block * Tiles::kBlockN, !full, storage.score_scale(problem)};
+  }
+
+  SA_DEVICE void soften_block(Accumulators<1, kTilesN>& s, RowStates<1>& states,
+                              float (&rescale)[1][2], const Block& block) const {
+    transform_scores(s, block.scale.form, block.scale.to_tanh);
+    if (block.hides) hide_scores(s, block.first_key);
+    weigh<Storage::kWeightShift>(s, states, block.scale.to_log2, rescale);
   }
 
   // Scores of keys that a row does not see become -inf.
@@ -198,39 +216,41 @@ struct FlashFwdConsumer {
     }
   }
 
-  // Out and lse, the sink folded in.
-  SA_DEVICE void write_results(const Accumulators<1, kTilesV>& out,
-                               const RowStates<1>& states) const {
+  // Where a lane's rows of out go, null for none, and what they are to be multiplied with.
+  struct Results {
+    float scale[2];
+    Out* out[2];
+  };
+  // Folds the sink in and writes lse.
+  SA_DEVICE Results finish_rows(const RowStates<1>& states) const {
     const attention::FlashFwdProblem& fwd = problem.problem;
     const PackedRows rows = packed_rows(fwd, primitives::load_shared(&work().batch_idx),
                                         primitives::load_shared(&work().kv_head));
     const int lane = primitives::lane_idx();
     const int first_row = primitives::load_shared(&work().row_begin) + warp_row();
-    float scale[2];
+    Results results;
     SA_UNROLL
     for (int half = 0; half < 2; ++half) {
       attention::RowState<float> state =
           states.whole(0, half, storage.score_scale(problem).to_log2);
       state.max -= static_cast<float>(Storage::kWeightShift);
       const int row = first_row + accumulator_row(lane, 2 * half);
-      scale[half] = 0.0f;
+      results.scale[half] = 0.0f;
+      results.out[half] = nullptr;
       if (row >= rows.num_rows) continue;
       const float sink = load_sink(fwd, rows.head(row));
       const attention::RowResult<float> result = attention::fold_sink(state, sink);
-      scale[half] = result.scale * storage.out_scale();
+      results.scale[half] = result.scale * storage.out_scale();
+      results.out[half] = static_cast<Out*>(fwd.out) + rows.offset(row, fwd.out_stride_batch,
+                                                                   fwd.out_stride_row,
+                                                                   fwd.out_stride_head);
       if (lane % 4 == 0) {
         float* lse = static_cast<float*>(fwd.lse) +
                      rows.lse_offset(row, fwd.lse_stride_batch, fwd.lse_stride_head);
         primitives::store_global(lse, result.lse);
       }
     }
-    store_rows<Out>(
-        out, scale, 0, problem.out_cols, problem.out_in_chunks, lane, [&](int half) -> Out* {
-          const int row = first_row + accumulator_row(lane, 2 * half);
-          if (row >= rows.num_rows) return nullptr;
-          return static_cast<Out*>(fwd.out) +
-                 rows.offset(row, fwd.out_stride_batch, fwd.out_stride_row, fwd.out_stride_head);
-        });
+    return results;
   }
 };
 

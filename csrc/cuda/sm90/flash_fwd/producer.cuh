@@ -40,22 +40,27 @@ struct FlashFwdProducer {
   SA_DEVICE Work& work() const { return storage.work[4 * Tiles::kConsumers]; }
 
   SA_DEVICE void load_work(int count, typename Ring<1>::Place& q_at, typename KRing::Place& at) {
-    storage.q_ring.wait_until_empty(q_at);
-    start_queries();
     SA_ROLLED
     for (int idx = 0; idx < count; ++idx) {
       storage.k_ring.wait_until_empty(at);
-      load_block<false>(storage.k[at.stage], idx, &storage.k_ring.full[at.stage]);
-      if (idx == 0) finish_queries();
+      primitives::Mbarrier* k_full = &storage.k_ring.full[at.stage];
+      const bool has_arrived = start_block<false>(storage.k[at.stage], idx, k_full);
+      if (idx == 0) {  // the first keys do not wait for Q's buffer, which is in use for longer
+        storage.q_ring.wait_until_empty(q_at);
+        load_queries();
+      }
+      if (!has_arrived) finish_chunks(k_full);
       storage.loaded_v_ring().wait_until_empty(at);
-      load_block<true>(storage.loaded_v(at.stage), idx, &storage.loaded_v_ring().full[at.stage]);
+      primitives::Mbarrier* v_full = &storage.loaded_v_ring().full[at.stage];
+      if (!start_block<true>(storage.loaded_v(at.stage), idx, v_full)) finish_chunks(v_full);
       at.advance();
     }
     q_at.advance();
   }
 
+  // As start_keys does, and returns what it does.
   template <bool kValues, class Tile>
-  SA_DEVICE void load_block(Tile& tile, int idx, primitives::Mbarrier* full) {
+  SA_DEVICE bool start_block(Tile& tile, int idx, primitives::Mbarrier* full) {
     using primitives::load_shared;
     const Work& work = this->work();
     const KeySource<kValues> source{problem.problem,
@@ -71,12 +76,12 @@ struct FlashFwdProducer {
         load_shared(&work.k_row), load_shared(&work.k_batch), load_shared(&work.kv_head));
     // With a block table boxes need pages, which keys beyond the sequence's need not have.
     boxes.may_be_anything = !kValues && source.pages == nullptr;
-    load_keys(tile, source, boxes, blocks_of_work(work).block(idx) * Tiles::kBlockN, full,
-              primitives::lane_idx());
+    return start_keys(tile, source, boxes, blocks_of_work(work).block(idx) * Tiles::kBlockN, full,
+                      primitives::lane_idx());
   }
 
-  // The tile's rows of Q; where they are no boxes, chunk by chunk, which finish_queries waits for.
-  SA_DEVICE void start_queries() {
+  // The tile's rows of Q; where they are no boxes, chunk by chunk.
+  SA_DEVICE void load_queries() {
     using primitives::load_shared;
     using QTile = typename Storage::QTile;
     primitives::Mbarrier* full = &storage.q_ring.full[0];
@@ -109,12 +114,7 @@ struct FlashFwdProducer {
                                              : nullptr;
     });
     primitives::cp_async_commit();
-  }
-  SA_DEVICE void finish_queries() {
-    if (problem.q_in_boxes) return;
-    primitives::cp_async_wait<0>();
-    primitives::fence_proxy_async();
-    primitives::mbarrier_arrive(&storage.q_ring.full[0]);
+    finish_chunks(full);
   }
 
   // Until all that was copied has been used: nothing is under way when the warp ends.

@@ -182,6 +182,17 @@ def test_packed(backend: Backend, head_dim: int) -> None:
     check(backend, case)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_packed_lengths_far_apart(backend: Backend, head_dim: int) -> None:
+    """Many tiles without rows, a few whose rows see no key, and short ones between long ones."""
+    case = VarlenCase(
+        dtype=torch.bfloat16,
+        seqlens_q=(1, *(0,) * 40, 300, 2, 0, 5, 150), seqlens_k=(9, *(3,) * 40, 300, 7, 0, 0, 160),
+        num_heads_q=4, num_heads_kv=2, head_dim=head_dim, window_size=(40, 0),
+    )  # fmt: skip
+    check(backend, case, ("plain", "signs", "plain"))
+
+
 @pytest.mark.parametrize(
     "kinds",
     [(None, None, None), (None, "plain", None), ("signs", "plain", "signs"), ("zero",) * 3],

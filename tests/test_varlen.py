@@ -200,6 +200,22 @@ def test_maxima_may_be_larger_than_needed(backend: Backend) -> None:
         assert torch.equal(tensor, getattr(exact, name)), name
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    "mask", [{"causal": True}, {"window_size": (40, 0), "num_sink_tokens": 3}], ids=str
+)
+def test_lengths_far_apart(backend: Backend, mask: dict, head_dim: int) -> None:
+    """Hopper's blocks of threads skip the many tiles without rows 32 at a time; and in a few, rows
+    see no key."""
+    case = VarlenCase(
+        seqlens_q=(1, *(0,) * 40, 300, 0, 0, 5, 200), seqlens_k=(9, *(3,) * 40, 300, 7, 0, 0, 260),
+        num_heads_q=8, num_heads_kv=2, head_dim=head_dim, dtype=torch.bfloat16, **mask,
+    )  # fmt: skip
+    inputs = cases.make_varlen(case, backend.device)
+    actual = oracle.run(backend.flash_attn_varlen, inputs, case.options(), gradients=False)
+    tolerance.check(actual, oracle.expected(case, gradients=False))
+
+
 @pytest.mark.sanitize
 @pytest.mark.parametrize("seqlens_q", [(), (0,), (0, 0)], ids=str)
 @pytest.mark.parametrize("seqlen_k", [0, 12])

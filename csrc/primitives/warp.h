@@ -3,6 +3,7 @@
 //   T shfl(T value, int lane)      the value of another lane       (T: float, int, uint32_t)
 //   T shfl_xor(T value, int mask)  the value of lane (own ^ mask)
 //   bool any(bool value)           whether any lane's value is true
+//   int first_lane(bool value)     the lowest lane whose value is true, kWarpSize if there is none
 //   void sync_warp()               orders shared memory among the lanes
 #pragma once
 

@@ -42,6 +42,19 @@ SA_DEVICE bool any(bool value, emulator::Site site = emulator::here()) {
   return mine;
 }
 
+SA_DEVICE int first_lane(bool value, emulator::Site site = emulator::here()) {
+  struct Lane {
+    bool value;
+    int first;
+  } mine{value, kWarpSize};
+  emulator::collective({"first_lane", site}, &mine, [](void* const* lanes) {
+    int first = 0;
+    while (first < kWarpSize && !static_cast<Lane*>(lanes[first])->value) ++first;
+    for (int i = 0; i < kWarpSize; ++i) static_cast<Lane*>(lanes[i])->first = first;
+  });
+  return mine.first;
+}
+
 SA_DEVICE void sync_warp(emulator::Site site = emulator::here()) {
   emulator::collective({"sync_warp", site}, nullptr,
                        [](void* const*) { emulator::warp_is_ordered(); });

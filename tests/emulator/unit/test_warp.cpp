@@ -1,4 +1,4 @@
-// Exchange among lanes: shfl, shfl_xor, any, and sync_warp's order.
+// Exchange among lanes: shfl, shfl_xor, any, first_lane, and sync_warp's order.
 #include "emulated.h"
 
 namespace sink_attention::tests {
@@ -16,6 +16,8 @@ SA_SUITE(emulated_warp) {
             "shfl of uint32_t");
       check(any(lane == mask && warp_idx() == 1) == (warp_idx() == 1), "any of lane ", mask);
       check(!any(false), "any of none");
+      check(first_lane(lane >= mask && warp_idx() == 1) == (warp_idx() == 1 ? mask : 32),
+            "first_lane from lane ", mask);
     });
   }
   // Sums in a tree of shuffles, the way a row's maximum is found.

@@ -5,15 +5,17 @@
 // scores kBlockN / 2, the weights as operands kBlockN / 4, the output kHeadDimV / 2. Three
 // computing warpgroups have 160 registers a thread, two have 232; the copying one has what is left.
 //
-// Shared memory, 2-byte numbers: Q kBlockM * kHeadDim, and kStages times K and V,
-// kBlockN * (kHeadDim + kHeadDimV); one block may have 227 KB, and there is one on a
-// multiprocessor. Under way while a block of keys is used: (kStages - 1) others,
-// at head_dim 64 96 KB, at 128 128 KB.
+// Shared memory, 2-byte numbers: kQueryStages times Q, kBlockM * kHeadDim, and kStages times K and
+// V, kBlockN * (kHeadDim + kHeadDimV); one block may have 227 KB, and there is one on a
+// multiprocessor. Under way while a block of keys is used: (kStages - 1) others, at head_dim 64
+// 96 KB, at 128 128 KB. Where there is room for two Q, the next tile's is there when the last one's
+// scores end; with one it is asked for then, its first keys before.
 #pragma once
 
 namespace sink_attention::cuda::sm90 {
 
-template <int kHeadDim_, int kHeadDimV_, int kConsumers_, int kBlockN_, int kStages_>
+template <int kHeadDim_, int kHeadDimV_, int kConsumers_, int kBlockN_, int kStages_,
+          int kQueryStages_>
 struct FlashFwdTiles {
   static constexpr int kHeadDim = kHeadDim_;    // of Q and K, zero-padded to it in shared memory
   static constexpr int kHeadDimV = kHeadDimV_;  // of V and out
@@ -21,6 +23,7 @@ struct FlashFwdTiles {
   static constexpr int kBlockM = 64 * kConsumers;
   static constexpr int kBlockN = kBlockN_;
   static constexpr int kStages = kStages_;
+  static constexpr int kQueryStages = kQueryStages_;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   // A thread; they are given and taken within what the block has at its start, the same number for
   // each thread. More would wait forever.
@@ -36,15 +39,15 @@ struct FlashFwdTiles {
 };
 
 // clang-format off
-//                                                        dims       warpgroups  keys  stages
+//                                                        dims       warpgroups  keys  stages of K, Q
 template <int kHeadDim, int kHeadDimV>
 struct FlashFwdTilesOf;
-template <> struct FlashFwdTilesOf<64, 64>   : FlashFwdTiles< 64,  64,     3,     128,   4> {};
-template <> struct FlashFwdTilesOf<96, 96>   : FlashFwdTiles< 96,  96,     3,      96,   4> {};
-template <> struct FlashFwdTilesOf<128, 128> : FlashFwdTiles<128, 128,     2,     128,   3> {};
-template <> struct FlashFwdTilesOf<192, 128> : FlashFwdTiles<192, 128,     2,     128,   2> {};
-template <> struct FlashFwdTilesOf<192, 192> : FlashFwdTiles<192, 192,     2,      96,   2> {};
-template <> struct FlashFwdTilesOf<256, 256> : FlashFwdTiles<256, 256,     2,      80,   2> {};
+template <> struct FlashFwdTilesOf<64, 64>   : FlashFwdTiles< 64,  64,     3,     128,   4, 2> {};
+template <> struct FlashFwdTilesOf<96, 96>   : FlashFwdTiles< 96,  96,     3,      96,   4, 2> {};
+template <> struct FlashFwdTilesOf<128, 128> : FlashFwdTiles<128, 128,     2,     128,   3, 1> {};
+template <> struct FlashFwdTilesOf<192, 128> : FlashFwdTiles<192, 128,     2,     128,   2, 1> {};
+template <> struct FlashFwdTilesOf<192, 192> : FlashFwdTiles<192, 192,     2,      96,   2, 1> {};
+template <> struct FlashFwdTilesOf<256, 256> : FlashFwdTiles<256, 256,     2,      80,   2, 1> {};
 // clang-format on
 
 }  // namespace sink_attention::cuda::sm90

@@ -27,6 +27,7 @@ template <class Element, class Tiles>
 struct FlashFwdConsumer {
   using Storage = FlashFwdStorage<Element, Tiles>;
   using Out = typename Storage::Out;
+  using QRing = Ring<Tiles::kQueryStages>;
   using KRing = Ring<Tiles::kStages>;
   static constexpr int kTilesN = Tiles::kBlockN / 8;
   static constexpr int kTilesV = Tiles::kHeadDimV / 8;
@@ -38,23 +39,20 @@ struct FlashFwdConsumer {
   Storage& storage;
   int warpgroup;
   int warp;  // of the block
+  WorkPlace work_at{};
 
   SA_DEVICE void run() {
-    using primitives::load_shared;
     if (Tiles::kTakeTurns && warpgroup == Tiles::kConsumers - 1) pass_turn();  // the first
-    typename Ring<1>::Place q_at;
+    typename QRing::Place q_at;
     typename KRing::Place at;
-    for (int round = 0; work_of_round(round) < problem.num_works; ++round) {
-      WorkWriter<Tiles>{problem, work()}.write(work_of_round(round), warpgroup * 64, 64);
-      if (load_shared(&work().row_begin) >= load_shared(&work().num_rows)) continue;
-      storage.note_scale(problem);
-      attend(q_at, at);
-    }
+    for (; storage.works.wait_for(work_at); storage.works.release(work_at)) attend(q_at, at);
     if (Tiles::kTakeTurns && warpgroup == 0) wait_for_turn();  // nobody is left to take the last
   }
 
  private:
-  SA_DEVICE Work& work() const { return storage.work[warp]; }
+  SA_DEVICE const Work<Tiles::kConsumers>& work() const {
+    return storage.works.work[work_at.slot()];
+  }
   SA_DEVICE int warp_row() const { return 16 * warp; }  // in the tile
   // Of a turn's barrier one warpgroup waits, and the one before it arrives.
   SA_DEVICE void wait_for_turn() const {
@@ -70,7 +68,7 @@ struct FlashFwdConsumer {
   }
 
   // `at`: the next block's place in both rings. V is used a block later than K.
-  SA_DEVICE void attend(typename Ring<1>::Place& q_at, typename KRing::Place& at) {
+  SA_DEVICE void attend(typename QRing::Place& q_at, typename KRing::Place& at) {
     RowStates<1> states;
     Accumulators<1, kTilesV> out;
     Results results;
@@ -85,17 +83,16 @@ struct FlashFwdConsumer {
       float rescale[1][2];
 
       storage.q_ring.wait_until_full(q_at);
-      q_at.advance();
       storage.k_ring.wait_until_full(at);
       primitives::wgmma_hold(s.c[0]);
       primitives::wgmma_fence();
-      start_scores(s, at.stage);
+      start_scores(s, q_at.stage, at.stage);
       note_bounds();  // beside the product
       Block block = block_of(0);
       primitives::wgmma_wait<0>();
       primitives::wgmma_hold(s.c[0]);
       release(&storage.k_ring.empty[at.stage]);
-      if (count == 1) release(&storage.q_ring.empty[0]);
+      if (count == 1) release(&storage.q_ring.empty[q_at.stage]);
       at.advance();
       soften_block(s, states, rescale, block);
       Storage::to_operands(s, p);
@@ -108,14 +105,14 @@ struct FlashFwdConsumer {
         primitives::wgmma_hold(out.c[0]);
         primitives::wgmma_hold(s.c[0]);
         primitives::wgmma_fence();
-        start_scores(s, at.stage);
+        start_scores(s, q_at.stage, at.stage);
         start_output(out, p, at.previous().stage);
         if (Tiles::kTakeTurns) pass_turn();
         block = block_of(idx);
         primitives::wgmma_wait<1>();  // the scores are there
         primitives::wgmma_hold(s.c[0]);
         release(&storage.k_ring.empty[at.stage]);
-        if (idx == count - 1) release(&storage.q_ring.empty[0]);
+        if (idx == count - 1) release(&storage.q_ring.empty[q_at.stage]);
         soften_block(s, states, rescale, block);
         primitives::wgmma_wait<0>();  // the output is
         primitives::wgmma_hold(out.c[0]);
@@ -124,6 +121,7 @@ struct FlashFwdConsumer {
         rescale_rows(out, rescale);
         Storage::to_operands(s, p);
       }
+      q_at.advance();
 
       storage.v_ring.wait_until_full(at.previous());
       primitives::wgmma_hold(out.c[0]);
@@ -138,8 +136,8 @@ struct FlashFwdConsumer {
                     primitives::lane_idx(), [&](int half) { return results.out[half]; });
   }
 
-  SA_DEVICE void start_scores(Accumulators<1, kTilesN>& s, int stage) {
-    start_abt(s, storage.q, warpgroup * 64, storage.k[stage], 0, false);
+  SA_DEVICE void start_scores(Accumulators<1, kTilesN>& s, int q_stage, int k_stage) {
+    start_abt(s, storage.q[q_stage], warpgroup * 64, storage.k[k_stage], 0, false);
     primitives::wgmma_commit();
   }
   SA_DEVICE void start_output(Accumulators<1, kTilesV>& out, const Weights& p, int stage) {
@@ -161,8 +159,8 @@ struct FlashFwdConsumer {
       KeyBounds bounds{0, 0};
       if (packed_row < num_rows) {
         const int group = problem.group;
-        const attention::Mask mask =
-            attention::make_mask(problem.problem, num_rows / group, load_shared(&work().seqlen_k));
+        const attention::Mask mask = attention::make_mask(
+            problem.problem, load_shared(&work().seqlen_q), load_shared(&work().seqlen_k));
         const attention::Range keys = mask.window_keys(packed_row / group);
         bounds = {static_cast<int>(keys.begin), static_cast<int>(keys.end)};
       }
@@ -180,9 +178,9 @@ struct FlashFwdConsumer {
   SA_DEVICE Block block_of(int idx) const {
     using primitives::load_shared;
     const int block = blocks_of_work(work()).block(idx);
-    const bool full =
-        load_shared(&work().full_begin) <= block && block < load_shared(&work().full_end);
-    return {block * Tiles::kBlockN, !full, storage.score_scale(problem)};
+    const BlockRange& full = work().full[warpgroup];
+    const bool hides = block < load_shared(&full.begin) || block >= load_shared(&full.end);
+    return {block * Tiles::kBlockN, hides, storage.score_scale(problem, work_at.slot())};
   }
 
   SA_DEVICE void soften_block(Accumulators<1, kTilesN>& s, RowStates<1>& states,
@@ -224,26 +222,30 @@ struct FlashFwdConsumer {
   // Folds the sink in and writes lse.
   SA_DEVICE Results finish_rows(const RowStates<1>& states) const {
     const attention::FlashFwdProblem& fwd = problem.problem;
-    const PackedRows rows = packed_rows(fwd, primitives::load_shared(&work().batch_idx),
-                                        primitives::load_shared(&work().kv_head));
+    const PackedRows rows = rows_of_work(work(), problem.group);
     const int lane = primitives::lane_idx();
     const int first_row = primitives::load_shared(&work().row_begin) + warp_row();
+    float sink[2] = {};
+    SA_UNROLL
+    for (int half = 0; half < 2; ++half) {  // both are asked for before one is used
+      const int row = first_row + accumulator_row(lane, 2 * half);
+      if (row < rows.num_rows) sink[half] = load_sink(fwd, rows.head(row));
+    }
     Results results;
     SA_UNROLL
     for (int half = 0; half < 2; ++half) {
       attention::RowState<float> state =
-          states.whole(0, half, storage.score_scale(problem).to_log2);
+          states.whole(0, half, storage.score_scale(problem, work_at.slot()).to_log2);
       state.max -= static_cast<float>(Storage::kWeightShift);
       const int row = first_row + accumulator_row(lane, 2 * half);
       results.scale[half] = 0.0f;
       results.out[half] = nullptr;
       if (row >= rows.num_rows) continue;
-      const float sink = load_sink(fwd, rows.head(row));
-      const attention::RowResult<float> result = attention::fold_sink(state, sink);
-      results.scale[half] = result.scale * storage.out_scale();
-      results.out[half] = static_cast<Out*>(fwd.out) + rows.offset(row, fwd.out_stride_batch,
-                                                                   fwd.out_stride_row,
-                                                                   fwd.out_stride_head);
+      const attention::RowResult<float> result = attention::fold_sink(state, sink[half]);
+      results.scale[half] = result.scale * storage.out_scale(work_at.slot());
+      results.out[half] =
+          static_cast<Out*>(fwd.out) +
+          rows.offset(row, fwd.out_stride_batch, fwd.out_stride_row, fwd.out_stride_head);
       if (lane % 4 == 0) {
         float* lse = static_cast<float*>(fwd.lse) +
                      rows.lse_offset(row, fwd.lse_stride_batch, fwd.lse_stride_head);

@@ -1,13 +1,15 @@
 // The forward on Hopper: warpgroups that compute, fed by one that copies.
 //
 // Thread blocks stay for many works (work.cuh). Of their warpgroups 0 ... kConsumers - 1
-// compute, 64 rows each (consumer.cuh); of the last one, warp 0 copies (producer.cuh) and the
-// others leave, or for float8 transpose what was copied of V (flash_fwd_fp8/transposer.cuh). All
-// they share are the rings: a stage's contents and its two barriers.
+// compute, 64 rows each (consumer.cuh); of the last one, warp 0 copies (producer.cuh), warp 1 says
+// which work is next (scheduler.cuh), and the others leave. For float8 warps 1 to 3 transpose what
+// was copied of V (flash_fwd_fp8/transposer.cuh), and warp 3 says which work is next. All they
+// share are the rings: a stage's contents and its two barriers.
 #pragma once
 
 #include "cuda/sm90/flash_fwd/consumer.cuh"
 #include "cuda/sm90/flash_fwd/producer.cuh"
+#include "cuda/sm90/flash_fwd/scheduler.cuh"
 
 namespace sink_attention::cuda::sm90 {
 
@@ -40,6 +42,8 @@ struct FlashFwdKernel {
         FlashFwdProducer<Element, Tiles>{problem, storage}.run();
       } else if constexpr (Storage::kTransposesValues) {
         FlashFwdTransposer<Element, Tiles>{problem, storage}.run();
+      } else if (warp % 4 == 1) {
+        FlashFwdScheduler<Element, Tiles>{problem, storage}.run();
       }
     } else {
       primitives::take_registers<Tiles::kConsumerRegisters>();

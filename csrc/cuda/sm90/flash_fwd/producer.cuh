@@ -10,22 +10,20 @@ namespace sink_attention::cuda::sm90 {
 template <class Element, class Tiles>
 struct FlashFwdProducer {
   using Storage = FlashFwdStorage<Element, Tiles>;
+  using QRing = Ring<Tiles::kQueryStages>;
   using KRing = Ring<Tiles::kStages>;
 
   const FlashFwdKernelProblem& problem;
   Storage& storage;
+  WorkPlace work_at{};
 
   SA_DEVICE void run() {
     if (primitives::lane_idx() == 0) prefetch_maps();
-    typename Ring<1>::Place q_at;
+    typename QRing::Place q_at;
     typename KRing::Place at;  // K's and V's
-    for (int round = 0; work_of_round(round) < problem.num_works; ++round) {
-      const WorkWriter<Tiles> writer{problem, work()};
-      writer.write(work_of_round(round), 0, Tiles::kBlockM);
+    for (; storage.works.wait_for(work_at); storage.works.release(work_at)) {
       const int count = blocks_of_work(work()).count();
-      if (count == 0) continue;
-      writer.write_sources();
-      load_work(count, q_at, at);
+      if (count > 0) load_work(count, q_at, at);
     }
     wait_for_users(q_at, at);
   }
@@ -37,9 +35,11 @@ struct FlashFwdProducer {
     if (problem.v_in_boxes) primitives::prefetch_tensor_map(&problem.v_map);
   }
 
-  SA_DEVICE Work& work() const { return storage.work[4 * Tiles::kConsumers]; }
+  SA_DEVICE const Work<Tiles::kConsumers>& work() const {
+    return storage.works.work[work_at.slot()];
+  }
 
-  SA_DEVICE void load_work(int count, typename Ring<1>::Place& q_at, typename KRing::Place& at) {
+  SA_DEVICE void load_work(int count, typename QRing::Place& q_at, typename KRing::Place& at) {
     SA_ROLLED
     for (int idx = 0; idx < count; ++idx) {
       storage.k_ring.wait_until_empty(at);
@@ -47,7 +47,7 @@ struct FlashFwdProducer {
       const bool has_arrived = start_block<false>(storage.k[at.stage], idx, k_full);
       if (idx == 0) {  // the first keys do not wait for Q's buffer, which is in use for longer
         storage.q_ring.wait_until_empty(q_at);
-        load_queries();
+        load_queries(storage.q[q_at.stage], &storage.q_ring.full[q_at.stage]);
       }
       if (!has_arrived) finish_chunks(k_full);
       storage.loaded_v_ring().wait_until_empty(at);
@@ -62,7 +62,7 @@ struct FlashFwdProducer {
   template <bool kValues, class Tile>
   SA_DEVICE bool start_block(Tile& tile, int idx, primitives::Mbarrier* full) {
     using primitives::load_shared;
-    const Work& work = this->work();
+    const Work<Tiles::kConsumers>& work = this->work();
     const KeySource<kValues> source{problem.problem,
                                     load_shared(kValues ? &work.v_base : &work.k_base),
                                     load_shared(&work.pages),
@@ -81,33 +81,30 @@ struct FlashFwdProducer {
   }
 
   // The tile's rows of Q; where they are no boxes, chunk by chunk.
-  SA_DEVICE void load_queries() {
+  SA_DEVICE void load_queries(typename Storage::QTile& tile, primitives::Mbarrier* full) {
     using primitives::load_shared;
     using QTile = typename Storage::QTile;
-    primitives::Mbarrier* full = &storage.q_ring.full[0];
     const int lane = primitives::lane_idx();
-    const int row_begin = load_shared(&work().row_begin);
     if (problem.q_in_boxes) {
       if (lane == 0) {
-        primitives::mbarrier_arrive_expect_tx(full, static_cast<int>(sizeof(storage.q.data)));
+        primitives::mbarrier_arrive_expect_tx(full, static_cast<int>(sizeof(tile.data)));
       } else {
         primitives::mbarrier_arrive(full);
       }
       if (lane < kSlabs<QTile>) {
-        const int group = problem.group;
         const int at[5] = {lane * QTile::kSlabCols, 0,
-                           load_shared(&work().q_row) + row_begin / group,
+                           load_shared(&work().q_row) + load_shared(&work().position),
                            load_shared(&work().kv_head), load_shared(&work().q_batch)};
-        primitives::tma_load<5>(storage.q.data + lane * QTile::kRows * QTile::kSlabCols,
-                                &problem.q_map, full, at);
+        primitives::tma_load<5>(tile.data + lane * QTile::kRows * QTile::kSlabCols, &problem.q_map,
+                                full, at);
       }
       return;
     }
     const attention::FlashFwdProblem& fwd = problem.problem;
-    const PackedRows rows =
-        packed_rows(fwd, load_shared(&work().batch_idx), load_shared(&work().kv_head));
+    const PackedRows rows = rows_of_work(work(), problem.group);
+    const int row_begin = load_shared(&work().row_begin);
     using Stored = typename QTile::Element;
-    copy_rows(storage.q, static_cast<int>(fwd.head_dim), lane, [&](int row) {
+    copy_rows(tile, static_cast<int>(fwd.head_dim), lane, [&](int row) {
       return row_begin + row < rows.num_rows ? static_cast<const Stored*>(fwd.q) +
                                                    rows.offset(row_begin + row, fwd.q_stride_batch,
                                                                fwd.q_stride_row, fwd.q_stride_head)
@@ -118,8 +115,11 @@ struct FlashFwdProducer {
   }
 
   // Until all that was copied has been used: nothing is under way when the warp ends.
-  SA_DEVICE void wait_for_users(Ring<1>::Place q_at, typename KRing::Place at) {
-    storage.q_ring.wait_until_empty(q_at);
+  SA_DEVICE void wait_for_users(typename QRing::Place q_at, typename KRing::Place at) {
+    for (int stage = 0; stage < Tiles::kQueryStages; ++stage) {
+      storage.q_ring.wait_until_empty(q_at);
+      q_at.advance();
+    }
     for (int stage = 0; stage < Tiles::kStages; ++stage) {
       storage.k_ring.wait_until_empty(at);
       storage.loaded_v_ring().wait_until_empty(at);

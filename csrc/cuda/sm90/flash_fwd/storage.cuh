@@ -2,7 +2,9 @@
 #pragma once
 
 #include "cuda/sm90/flash_fwd/config.h"
+#include "cuda/sm90/flash_fwd/problem.h"
 #include "cuda/sm90/flash_fwd/work.cuh"
+#include "cuda/sm90/load_keys.cuh"
 #include "cuda/sm90/operands.cuh"
 #include "cuda/sm90/ring.cuh"
 #include "cuda/tile/smem_tile.cuh"
@@ -29,12 +31,12 @@ struct FlashFwdStorage {
   static_assert(sizeof(QTile) % 1024 == 0 && sizeof(KTile) % 1024 == 0 && sizeof(VTile) % 1024 == 0,
                 "the swizzle's pattern begins at each tile");
 
-  alignas(1024) QTile q;
+  alignas(1024) QTile q[Tiles::kQueryStages];
   alignas(1024) KTile k[Tiles::kStages];
   alignas(1024) VTile v[Tiles::kStages];
-  Work work[4 * Tiles::kConsumers + 1];  // of each computing warp, and of the copying one
-  KeyBounds bounds[Tiles::kBlockM];      // of each row; written and read by the warp that owns it
-  Ring<1> q_ring;
+  WorkQueue<Tiles::kConsumers> works;
+  KeyBounds bounds[Tiles::kBlockM];  // of each row; written and read by the warp that owns it
+  Ring<Tiles::kQueryStages> q_ring;
   Ring<Tiles::kStages> k_ring;
   Ring<Tiles::kStages> v_ring;
 
@@ -43,16 +45,17 @@ struct FlashFwdStorage {
     q_ring.init(kLoadArrivals, kUsers);
     k_ring.init(kLoadArrivals, kUsers);
     v_ring.init(kLoadArrivals, kUsers);
+    works.init(kUsers + 1);  // and the warp that copies
   }
   SA_DEVICE LoadedVTile& loaded_v(int stage) { return v[stage]; }
   SA_DEVICE Ring<Tiles::kStages>& loaded_v_ring() { return v_ring; }
 
-  // What a computing warp does at the start of a work, and reads of it later.
-  SA_DEVICE void note_scale(const FlashFwdKernelProblem&) {}
-  SA_DEVICE ScoreScale score_scale(const FlashFwdKernelProblem& problem) const {
+  // The scales of the work in a slot, which the first lane writes.
+  SA_DEVICE void write_scale(const FlashFwdKernelProblem&, int) {}
+  SA_DEVICE ScoreScale score_scale(const FlashFwdKernelProblem& problem, int) const {
     return problem.scale;
   }
-  SA_DEVICE float out_scale() const { return 1.0f; }
+  SA_DEVICE float out_scale(int) const { return 1.0f; }
   SA_DEVICE static void to_operands(const Accumulators<1, Tiles::kBlockN / 8>& weights,
                                     uint32_t (&p)[Tiles::kBlockN / kStepKeys][4]) {
     sm90::to_operands<Element>(weights, p);

@@ -33,14 +33,14 @@ struct FlashFwdStorage<attention::Float8E4M3, Tiles> {
     float out;
   };
 
-  alignas(1024) QTile q;
+  alignas(1024) QTile q[Tiles::kQueryStages];
   alignas(1024) KTile k[Tiles::kStages];
   alignas(1024) LoadedVTile copied_v[Tiles::kStages];
   alignas(1024) VTile v[Tiles::kStages];
-  Work work[4 * Tiles::kConsumers + 1 + kTransposingWarps];  // of each warp
-  WorkScale scale[4 * Tiles::kConsumers];  // of each computing warp's sequence and kv head
-  KeyBounds bounds[Tiles::kBlockM];        // of each row; written and read by the warp that owns it
-  Ring<1> q_ring;
+  WorkQueue<Tiles::kConsumers> works;
+  WorkScale scale[kWorkSlots];       // of each work's sequence and kv head
+  KeyBounds bounds[Tiles::kBlockM];  // of each row; written and read by the warp that owns it
+  Ring<Tiles::kQueryStages> q_ring;
   Ring<Tiles::kStages> k_ring;
   Ring<Tiles::kStages> copied_v_ring;
   Ring<Tiles::kStages> v_ring;
@@ -51,30 +51,28 @@ struct FlashFwdStorage<attention::Float8E4M3, Tiles> {
     k_ring.init(kLoadArrivals, kUsers);
     copied_v_ring.init(kLoadArrivals, kTransposingWarps);
     v_ring.init(kTransposingWarps, kUsers);
+    works.init(kUsers + 1 + kTransposingWarps);
   }
   SA_DEVICE LoadedVTile& loaded_v(int stage) { return copied_v[stage]; }
   SA_DEVICE Ring<Tiles::kStages>& loaded_v_ring() { return copied_v_ring; }
 
-  // The scales of this warp's work, with the descales of its sequence and kv head.
-  SA_DEVICE void note_scale(const FlashFwdKernelProblem& problem) {
-    if (primitives::lane_idx() == 0) {
-      ScoreScale score =
-          problem.scale.times(descale(problem.q_descale) * descale(problem.k_descale));
-      // A factor of 0 would turn a hidden score into 0 * inf; one this small has the same weights.
-      if (score.to_log2 < kLeastScale) score.to_log2 = kLeastScale;
-      primitives::store_shared(&my_scale().score.to_log2, score.to_log2);
-      primitives::store_shared(&my_scale().score.to_tanh, score.to_tanh);
-      primitives::store_shared(&my_scale().score.form, score.form);
-      primitives::store_shared(&my_scale().out, descale(problem.v_descale));
-    }
-    primitives::sync_warp();
+  // The scales of the work in a slot, with the descales of its sequence and kv head.
+  SA_DEVICE void write_scale(const FlashFwdKernelProblem& problem, int slot) {
+    ScoreScale score =
+        problem.scale.times(descale(problem.q_descale, slot) * descale(problem.k_descale, slot));
+    // A factor of 0 would turn a hidden score into 0 * inf; one this small has the same weights.
+    if (score.to_log2 < kLeastScale) score.to_log2 = kLeastScale;
+    primitives::store_shared(&scale[slot].score.to_log2, score.to_log2);
+    primitives::store_shared(&scale[slot].score.to_tanh, score.to_tanh);
+    primitives::store_shared(&scale[slot].score.form, score.form);
+    primitives::store_shared(&scale[slot].out, descale(problem.v_descale, slot));
   }
-  SA_DEVICE ScoreScale score_scale(const FlashFwdKernelProblem&) const {
-    const ScoreScale& score = my_scale().score;
+  SA_DEVICE ScoreScale score_scale(const FlashFwdKernelProblem&, int slot) const {
+    const ScoreScale& score = scale[slot].score;
     return {primitives::load_shared(&score.to_log2), primitives::load_shared(&score.to_tanh),
             primitives::load_shared(&score.form)};
   }
-  SA_DEVICE float out_scale() const { return primitives::load_shared(&my_scale().out); }
+  SA_DEVICE float out_scale(int slot) const { return primitives::load_shared(&scale[slot].out); }
   SA_DEVICE static void to_operands(const Accumulators<1, Tiles::kBlockN / 8>& weights,
                                     uint32_t (&p)[Tiles::kBlockN / kStepKeys][4]) {
     to_float8_operands(weights, p);
@@ -83,16 +81,12 @@ struct FlashFwdStorage<attention::Float8E4M3, Tiles> {
  private:
   static constexpr float kLeastScale = 1e-30f;
 
-  // No warp_idx(), which all lanes must call.
-  static SA_DEVICE int warp() { return primitives::thread_idx() / primitives::kWarpSize; }
-  SA_DEVICE WorkScale& my_scale() { return scale[warp()]; }
-  SA_DEVICE const WorkScale& my_scale() const { return scale[warp()]; }
-  SA_DEVICE float descale(const attention::Descale& descale) const {
+  SA_DEVICE float descale(const attention::Descale& descale, int slot) const {
     if (descale.data == nullptr) return 1.0f;
-    const Work& mine = work[warp()];
+    const Work<Tiles::kConsumers>& work = works.work[slot];
     return primitives::load_global(descale.data +
-                                   primitives::load_shared(&mine.batch_idx) * descale.stride_batch +
-                                   primitives::load_shared(&mine.kv_head) * descale.stride_head);
+                                   primitives::load_shared(&work.batch_idx) * descale.stride_batch +
+                                   primitives::load_shared(&work.kv_head) * descale.stride_head);
   }
 };
 

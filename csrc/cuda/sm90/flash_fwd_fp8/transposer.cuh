@@ -1,4 +1,5 @@
-// The warps that transpose V between the one that copies it and those that compute.
+// The warps that transpose V between the one that copies it and those that compute. The last of
+// them, which has the fewest columns, also writes works ahead.
 //
 // A matrix of 8 keys and 8 pairs of columns, read by ldmatrix transposed, leaves in lane l of pair
 // l / 4 the keys 2 t and 2 t + 1, t = l % 4. Two such matrices of 16 keys have the four keys of
@@ -13,6 +14,7 @@
 // then lie in different banks.
 #pragma once
 
+#include "cuda/sm90/flash_fwd/scheduler.cuh"
 #include "cuda/sm90/flash_fwd_fp8/storage.cuh"
 #include "primitives/ldmatrix.h"
 #include "primitives/widen.h"
@@ -28,16 +30,29 @@ struct FlashFwdTransposer {
   static constexpr uint32_t kOddBytes = 0x7531;
   static constexpr int kReadKeys = 32;  // by one ldmatrix: four matrices
   static_assert(Tiles::kBlockN % kReadKeys == 0, "whole reads");
+  // Beyond its own: enough for the warp that copies, few enough that slots are empty by then.
+  static constexpr int kWorksAhead = kWorkSlots / 2;
 
   const FlashFwdKernelProblem& problem;
   Storage& storage;
 
   SA_DEVICE void run() {
+    FlashFwdScheduler<Element, Tiles> scheduler{problem, storage};
+    WorkPlace work_at;
     typename Ring<Tiles::kStages>::Place at;  // in both rings
-    for (int round = 0; work_of_round(round) < problem.num_works; ++round) {
-      WorkWriter<Tiles>{problem, work()}.write(work_of_round(round), 0, Tiles::kBlockM);
+    const bool writes_works = primitives::warp_idx() % 4 == kTransposingWarps;
+    for (;; storage.works.release(work_at)) {
+      if (writes_works) {
+        SA_ROLLED
+        for (int i = 0; i < 2; ++i) {  // not all at once in the beginning: its own work waits
+          if (scheduler.at.number > work_at.number + kWorksAhead) break;
+          scheduler.write_next();
+        }
+      }
+      if (!storage.works.wait_for(work_at)) break;
+      const int count = blocks_of_work(storage.works.work[work_at.slot()]).count();
       SA_ROLLED
-      for (int block = 0; block < blocks_of_work(work()).count(); ++block) {
+      for (int block = 0; block < count; ++block) {
         storage.copied_v_ring.wait_until_full(at);
         storage.v_ring.wait_until_empty(at);
         transpose(storage.copied_v[at.stage], storage.v[at.stage]);
@@ -53,8 +68,6 @@ struct FlashFwdTransposer {
   }
 
  private:
-  SA_DEVICE Work& work() const { return storage.work[primitives::warp_idx()]; }
-
   // This warp's share: every third chunk of 16 columns.
   SA_DEVICE void transpose(const Copied& from, Transposed& to) const {
     const int lane = primitives::lane_idx_anew();

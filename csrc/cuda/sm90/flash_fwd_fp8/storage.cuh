@@ -10,6 +10,7 @@
 #pragma once
 
 #include "cuda/sm90/flash_fwd/storage.cuh"
+#include "cuda/sm90/flash_fwd_fp8/output.cuh"
 
 namespace sink_attention::cuda::sm90 {
 
@@ -25,6 +26,7 @@ struct FlashFwdStorage<attention::Float8E4M3, Tiles> {
   using KTile = SmemTile<Float8Pair, Tiles::kBlockN, Tiles::kHeadDim / 2>;
   using LoadedVTile = SmemTile<Float8Pair, Tiles::kBlockN, Tiles::kHeadDimV / 2>;
   using VTile = SmemTile<Float8Pair, Tiles::kHeadDimV, Tiles::kBlockN / 2>;  // V^T
+  using Output = FlashFwdFloat8Output<Tiles, VTile>;
   static_assert(sizeof(QTile) % 1024 == 0 && sizeof(KTile) % 1024 == 0 && sizeof(VTile) % 1024 == 0,
                 "the swizzle's pattern begins at each tile");
 

@@ -3,11 +3,12 @@
 // What they do instead is not documented; it was found by measuring. The model here is that of
 // P. Xie et al., "MMA-Sim: Bit-Accurate Reference Model of Tensor Cores and Matrix Cores"
 // (arXiv:2511.10909), who compared it with the bits of the hardware. What others report agrees:
-// DeepSeek-V3 (arXiv:2412.19437, 3.5.2) that products are aligned to the largest exponent and cut to
-// 14 bits, and the accumulator too; SageAttention2 (arXiv:2411.10958) that the lowest 10 bits of a
-// float32 accumulator come back as zeros when nothing is added to it.
+// DeepSeek-V3 (arXiv:2412.19437, 3.5.2) that products are aligned to the largest exponent and cut
+// to 14 bits, and the accumulator too; SageAttention2 (arXiv:2411.10958) that the lowest 10 bits of
+// a float32 accumulator come back as zeros when nothing is added to it.
 //
-//   1. Each of the 33 terms of a sum, 32 products and the accumulator C, has an exponent: that of C,
+//   1. Each of the 33 terms of a sum, 32 products and the accumulator C, has an exponent: that of
+//   C,
 //      and of a product the sum of its factors' exponents (at least -6 each, as e4m3 stores them),
 //      though its significand may be 2 or more. The largest one is taken.
 //   2. All terms are cut toward zero to multiples of 2^(largest - 13).
@@ -42,8 +43,8 @@ FourFloats power_of_two(FourFloats numbers) {
 }
 
 struct Factors {
-  Numbers numbers;  // 0 for NaN
-  Numbers powers;   // of two; 0 for 0
+  Numbers numbers;                     // 0 for NaN
+  Numbers powers;                      // of two; 0 for 0
   float not_a_number[kNumbersStride];  // NaN for a row (of A, a column of B) with one, else 0
 };
 

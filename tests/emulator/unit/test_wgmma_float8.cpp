@@ -83,8 +83,8 @@ float expected_sum(const Float8E4M3* a, const Float8E4M3* b, float c) {
   };
   int largest = exponent(c, -126);
   for (int k = 0; k < kDepth; ++k) {
-    largest = std::max(largest, exponent(attention::to_float(a[k]), -6) +
-                                    exponent(attention::to_float(b[k]), -6));
+    largest = std::max(
+        largest, exponent(attention::to_float(a[k]), -6) + exponent(attention::to_float(b[k]), -6));
   }
   const auto cut = [](double number, int unit) {
     return std::ldexp(std::trunc(std::ldexp(number, -unit)), unit);
@@ -104,8 +104,8 @@ void check_random_sums() {
     do {
       number.bits = static_cast<uint8_t>(random());
       // Of fewer exponents, so that all terms count.
-      number.bits = static_cast<uint8_t>((number.bits & 0x87) |
-                                         (number.bits >> 3 & 15) % exponents << 3);
+      number.bits =
+          static_cast<uint8_t>((number.bits & 0x87) | (number.bits >> 3 & 15) % exponents << 3);
     } while ((number.bits & 0x7f) == 0x7f);
   };
   for (int round = 0; round < 24; ++round) {
@@ -151,8 +151,8 @@ SA_SUITE(emulated_wgmma_float8) {
   check_sum("each term for itself", 65536, std::vector<Term>(32, four), 65536);
   check_sum("also where large ones cancel", 0, {large, {-256, 256}, four}, 0);
   // 3.515625 has the exponent 0 of its factors, 2^-18 that of stored ones: -12.
-  check_sum("a product of 2 and more", 0, {{1.875f, 1.875f}, {0x1p-6f, 0x1p-7f}, {0x1p-6f, 0x1p-7f}},
-            3.515625f + 0x1p-12f);
+  check_sum("a product of 2 and more", 0,
+            {{1.875f, 1.875f}, {0x1p-6f, 0x1p-7f}, {0x1p-6f, 0x1p-7f}}, 3.515625f + 0x1p-12f);
   check_sum("the smallest product", 0x1p-26f, {{0x1p-9f, 0x1p-9f}}, 0x1p-18f);
   check_sum("13 bits of the result", 0x1p-8f, std::vector<Term>(32, {1.875f, 1.875f}), 112.5f);
   check_sum("ones, which do not count beyond 2^14", 0, std::vector<Term>(32, one), 16384, 1024);

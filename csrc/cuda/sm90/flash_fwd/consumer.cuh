@@ -7,7 +7,8 @@
 //
 // so the softmax of a block runs beside the product of the weights before it, and, where
 // warpgroups take turns, beside the other warpgroups' products: whose turn it is starts its two
-// products and passes the turn on.
+// products and passes the turn on. (float8: O j - 1's first columns before S j, the others behind;
+// flash_fwd_fp8/output.cuh.)
 //
 // A thread owns rows accumulator_row(lane, 0) and 8 below of its warp's 16, two neighbouring
 // columns of every 8.

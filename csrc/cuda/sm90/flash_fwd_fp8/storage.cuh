@@ -6,7 +6,11 @@
 //
 // Weights are rounded to e4m3, whose numbers from 2^-6 on have 4 significant bits, those below down
 // to 2^-9 fewer. The largest of a row is made 2^8 instead of 1, so that weights down to 2^-14 of it
-// keep their 4 bits. The sums have the same factor, which their quotient loses.
+// keep their 4 bits. The sums have the same factor, which their quotient loses. A factor for all
+// terms is nothing to the tensor cores' sums, which have float32's exponents; but of products in
+// one sum they keep what is above 2^-13 of the largest (output.cuh). So in the block of a row's
+// largest weights those below 2^-13 of them are lost beside a value of the same size; in other
+// blocks not.
 #pragma once
 
 #include "cuda/sm90/flash_fwd/storage.cuh"

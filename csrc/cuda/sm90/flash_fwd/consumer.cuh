@@ -137,7 +137,8 @@ struct FlashFwdConsumer {
     primitives::wgmma_commit();
   }
 
-  // Leaves in shared memory which keys each of the warp's rows sees; lanes 0 - 15 a row each.
+  // Leaves in shared memory which keys each of the warp's rows sees; lanes 0 - 15 a row each. Since
+  // the last work's were read the warp has met in WorkQueue::release.
   SA_DEVICE void note_bounds() {
     using primitives::load_shared;
     const int row = warp_row() + primitives::lane_idx();

@@ -21,11 +21,11 @@ Conventions of every function of this package:
 * q, k and v may be float8_e4m3fn, all three, with ``q_descale``, ``k_descale`` and ``v_descale`` as
   in FlashAttention-3: a number is what is stored times the descale of its sequence and kv head.
   Results are bfloat16. Forward only. On cards of compute capability 9.0 kernels for float8 multiply
-  such numbers as they are, and round the softmax's weights to float8 as well (by up to 1/16
-  each); everywhere else they are dequantised first, to float32 on the CPU and to bfloat16 on other
-  cards. Such a card's tensor cores keep 14 bits of a sum of float8 products: a score is off by
-  about ``2**-13 * softmax_scale * sum(abs(q * k))`` at most for each 32 of head_dim, lse by the
-  mean of that. Over keys sums are float32.
+  such numbers as they are, and round the softmax's weights to float8 as well (by up to 1/16 each,
+  the smallest more). The tensor cores keep 14 bits of a sum of such products: for each 32 of
+  head_dim a score is off by up to about ``2**-13 * softmax_scale * sum(abs(q * k))``, and lse by
+  the mean of that; sums of more than 128 keys are float32. Everywhere else numbers are dequantised
+  first, to float32 on the CPU and to bfloat16 on other cards.
 * A row without a visible key gives ``out = 0`` and ``lse = s_aux`` (``-inf`` without a sink), never
   NaN.
 

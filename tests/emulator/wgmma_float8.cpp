@@ -7,12 +7,12 @@
 // to 14 bits, and the accumulator too; SageAttention2 (arXiv:2411.10958) that the lowest 10 bits of
 // a float32 accumulator come back as zeros when nothing is added to it.
 //
-//   1. Each of the 33 terms of a sum, 32 products and the accumulator C, has an exponent: that of
-//   C,
-//      and of a product the sum of its factors' exponents (at least -6 each, as e4m3 stores them),
-//      though its significand may be 2 or more. The largest one is taken.
-//   2. All terms are cut toward zero to multiples of 2^(largest - 13).
-//   3. Their sum, which is exact, is cut toward zero to 13 bits behind its leading one.
+// A sum has 33 terms, 32 products and the accumulator. Each has an exponent; a product's is the sum
+// of its factors' exponents (at least -6 each, as e4m3 stores them), though its significand may be
+// 2 or more. Then
+//
+//     1. all terms are cut toward zero, to multiples of 2^(the largest exponent - 13);
+//     2. their sum, which is exact, is cut toward zero to 13 bits behind its leading one.
 #include <bit>
 #include <cmath>
 

@@ -2,8 +2,8 @@
 //
 // The tensor cores do not add 8-bit products in float32: they cut each product, the accumulator and
 // their sum to about 14 bits, toward zero (tests/emulator/wgmma_float8.cpp has what is known of
-// it). Beside an accumulator that holds the sum of n products of its size, a product loses n *
-// 2^-15 to n * 2^-14 of itself on average: one accumulator for all keys makes O 7% too small at
+// it). Beside an accumulator that holds the sum of n products of its size, a product loses 2^-15 n
+// to 2^-14 n of itself on average: one accumulator for all keys makes O 7% too small at
 // 4096 of them (values of one sign), and from 16384 on a key no longer counts. In the sum of one
 // block's 128 keys alone it is 4 parts in 10^4. float32 sums also keep blocks in the order of keys,
 // from key 0 on: a row's bits do not depend on its call.
@@ -14,9 +14,10 @@
 //     products      P V 0 | S of the next block      | P V 1
 //     float32             | add P V 0; start P V 1   | softmax of S ...               | add P V 1
 //
-// Two parts leave the tensor cores busy: the first one's sums are added while the scores are
-// computed, and the last one is computed beside the softmax, as in flash_fwd/consumer.cuh. Of four
-// (head_dim 256), those in the middle are waited for, while the other warpgroup's products run.
+// Two parts leave no gap in the tensor cores' work: the first one's sums are added while the scores
+// are computed, and the last one is computed beside the softmax, as in flash_fwd/consumer.cuh. Of
+// four (head_dim 256), those in the middle are waited for, while the other warpgroup's products
+// run.
 #pragma once
 
 #include "cuda/sm90/operands.cuh"

@@ -21,8 +21,11 @@ Conventions of every function of this package:
 * q, k and v may be float8_e4m3fn, all three, with ``q_descale``, ``k_descale`` and ``v_descale`` as
   in FlashAttention-3: a number is what is stored times the descale of its sequence and kv head.
   Results are bfloat16. Forward only. On cards of compute capability 9.0 kernels for float8 multiply
-  such numbers as they are, and round the softmax's weights to float8 as well; everywhere else
-  they are dequantised first, to float32 on the CPU and to bfloat16 on other cards.
+  such numbers as they are, and round the softmax's weights to float8 as well (by up to 1/16 each,
+  the smallest more). The tensor cores keep 14 bits of a sum of such products: for each 32 of
+  head_dim a score is off by up to about ``2**-13 * softmax_scale * sum(abs(q * k))``, and lse by
+  the mean of that; sums of more than 128 keys are float32. Everywhere else numbers are dequantised
+  first, to float32 on the CPU and to bfloat16 on other cards.
 * A row without a visible key gives ``out = 0`` and ``lse = s_aux`` (``-inf`` without a sink), never
   NaN.
 
@@ -83,7 +86,9 @@ def flash_attn_func(
     Returns:
         out (batch, seqlen_q, num_heads_q, head_dim_v) in the dtype of q, bfloat16 for float8; with
         return_lse ``(out, lse)``, lse (batch, num_heads_q, seqlen_q) float32 (float64 for float64).
-        The gradient through lse is exact.
+        The gradient through lse is exact. With float8 on compute capability 9.0 the softmax's
+        weights are rounded to float8, and lse is off by up to about ``head_dim / 32 * 2**-13 *
+        softmax_scale * sum(abs(q * k))``, as the module says.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it. Nothing has been
@@ -170,7 +175,7 @@ def flash_attn_varlen_func(
 
     Returns:
         out (total_q, num_heads_q, head_dim_v); with return_lse ``(out, lse)``, lse (num_heads_q,
-        total_q).
+        total_q). dtypes, and accuracy with float8, as in flash_attn_func.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.

@@ -1,5 +1,6 @@
 // The tensor cores' product of a warpgroup (compute capability 9.0, sm_90a), which runs beside it:
-// acc += A B, A of 64 x 16, B of 16 x kN with kN = 8 kTilesN, float32 sums. (float8: 32 deep.)
+// acc += A B, A of 64 x 16, B of 16 x kN with kN = 8 kTilesN, float32 sums. (float8: 32 deep, and
+// of each term and sum, acc too, about 14 bits are kept, cut toward zero.)
 //
 //   uint64_t matrix_descriptor(const void* start, int leading_bytes, int stride_bytes, Swizzle)
 //        where an operand in shared memory lies. All but kMajorMn operands of several swizzle rows

@@ -177,7 +177,12 @@ void WarpgroupProducts::start(void* const* lanes) {
     unpack_registers(first.type, product.a->lanes, a);
   }
   unpack("B", first.b_descriptor, first.b_mn_major, first.n, b);
-  multiply(a, b, depth_of(first.type), first.n, product.accumulation->sums.data());
+  float* sums = product.accumulation->sums.data();
+  if (first.type == ElementType::kFloat8E4M3) {
+    multiply_float8(a, b, first.n, sums);
+  } else {
+    multiply(a, b, depth_of(first.type), first.n, sums);
+  }
   ++product.accumulation->products;
   products_.push_back(std::move(product));
   ++open_;

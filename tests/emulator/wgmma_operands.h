@@ -56,5 +56,8 @@ void unpack_registers(ElementType type, const uint32_t* const* lanes, Numbers& n
 
 // acc [64][n] += A B, each sum in the order of k from 0, then added to acc.
 void multiply(const Numbers& a, const Numbers& b, int depth, int n, float* acc);
+// The same of 8-bit numbers, 32 deep, as the tensor cores cut its terms and sums
+// (wgmma_float8.cpp).
+void multiply_float8(const Numbers& a, const Numbers& b, int n, float* acc);
 
 }  // namespace emulator

@@ -85,12 +85,12 @@ SA_DEVICE void start_abt(Accumulators<1, kTilesN>& acc, const TileA& a_tile, int
   }
 }
 
-// acc (+)= A B^T:  A in registers, as deep as B has columns; all rows of B.
+// acc (+)= A B^T:  A in registers, as deep as B has columns; B rows [b_row, b_row + 8 kTilesN).
 template <int kTilesN, int kSteps, class TileB>
 SA_DEVICE void start_abt(Accumulators<1, kTilesN>& acc, const uint32_t (&a)[kSteps][4],
-                         const TileB& b_tile, bool accumulate) {
-  static_assert(TileB::kRows == 8 * kTilesN && TileB::kCols == kSteps * kStepDepth, "all of B");
-  const uint64_t b = Operand<TileB>::k_major(b_tile, 0);
+                         const TileB& b_tile, int b_row, bool accumulate) {
+  static_assert(TileB::kCols == kSteps * kStepDepth, "all of B's columns");
+  const uint64_t b = Operand<TileB>::k_major(b_tile, b_row);
   SA_UNROLL
   for (int k = 0; k < kSteps; ++k) {
     primitives::wgmma_rs<ProductElement<TileB>, Major::kK>(

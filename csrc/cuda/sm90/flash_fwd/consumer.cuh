@@ -7,7 +7,8 @@
 //
 // so the softmax of a block runs beside the product of the weights before it, and, where
 // warpgroups take turns, beside the other warpgroups' products: whose turn it is starts its two
-// products and passes the turn on.
+// products and passes the turn on. (float8: O j - 1's first columns before S j, the others behind;
+// flash_fwd_fp8/output.cuh.)
 //
 // A thread owns rows accumulator_row(lane, 0) and 8 below of its warp's 16, two neighbouring
 // columns of every 8.
@@ -30,7 +31,6 @@ struct FlashFwdConsumer {
   using QRing = Ring<Tiles::kQueryStages>;
   using KRing = Ring<Tiles::kStages>;
   static constexpr int kTilesN = Tiles::kBlockN / 8;
-  static constexpr int kTilesV = Tiles::kHeadDimV / 8;
   // The weights of a block, as operands.
   using Weights = uint32_t[Tiles::kBlockN / Storage::kStepKeys][4];
   static constexpr int kFirstTurn = 1;  // the barrier of warpgroup 0's turn
@@ -70,10 +70,10 @@ struct FlashFwdConsumer {
   // `at`: the next block's place in both rings. V is used a block later than K.
   SA_DEVICE void attend(typename QRing::Place& q_at, typename KRing::Place& at) {
     RowStates<1> states;
-    Accumulators<1, kTilesV> out;
+    typename Storage::Output out;
     Results results;
     states.clear();
-    out.clear();
+    out.sum.clear();
     const int count = blocks_of_work(work()).count();
     if (count == 0) {
       results = finish_rows(states);
@@ -102,11 +102,9 @@ struct FlashFwdConsumer {
         storage.v_ring.wait_until_full(at.previous());  // it was asked for before K
         storage.k_ring.wait_until_full(at);
         if (Tiles::kTakeTurns) wait_for_turn();
-        primitives::wgmma_hold(out.c[0]);
         primitives::wgmma_hold(s.c[0]);
-        primitives::wgmma_fence();
-        start_scores(s, q_at.stage, at.stage);
-        start_output(out, p, at.previous().stage);
+        out.template start<1>(p, storage.v[at.previous().stage],
+                              [&] { start_scores(s, q_at.stage, at.stage); });
         if (Tiles::kTakeTurns) pass_turn();
         block = block_of(idx);
         primitives::wgmma_wait<1>();  // the scores are there
@@ -115,37 +113,27 @@ struct FlashFwdConsumer {
         if (idx == count - 1) release(&storage.q_ring.empty[q_at.stage]);
         soften_block(s, states, rescale, block);
         primitives::wgmma_wait<0>();  // the output is
-        primitives::wgmma_hold(out.c[0]);
+        out.finish();
         release(&storage.v_ring.empty[at.previous().stage]);
         at.advance();
-        rescale_rows(out, rescale);
+        rescale_rows(out.sum, rescale);
         Storage::to_operands(s, p);
       }
       q_at.advance();
 
       storage.v_ring.wait_until_full(at.previous());
-      primitives::wgmma_hold(out.c[0]);
-      primitives::wgmma_fence();
-      start_output(out, p, at.previous().stage);
+      out.template start<0>(p, storage.v[at.previous().stage], [] {});
       results = finish_rows(states);  // beside the product
       primitives::wgmma_wait<0>();
-      primitives::wgmma_hold(out.c[0]);
+      out.finish();
       release(&storage.v_ring.empty[at.previous().stage]);
     }
-    store_rows<Out>(out, results.scale, 0, problem.out_cols, problem.out_in_chunks,
+    store_rows<Out>(out.sum, results.scale, 0, problem.out_cols, problem.out_in_chunks,
                     primitives::lane_idx(), [&](int half) { return results.out[half]; });
   }
 
   SA_DEVICE void start_scores(Accumulators<1, kTilesN>& s, int q_stage, int k_stage) {
     start_abt(s, storage.q[q_stage], warpgroup * 64, storage.k[k_stage], 0, false);
-    primitives::wgmma_commit();
-  }
-  SA_DEVICE void start_output(Accumulators<1, kTilesV>& out, const Weights& p, int stage) {
-    if constexpr (Storage::kTransposesValues) {
-      start_abt(out, p, storage.v[stage], true);
-    } else {
-      start_ab(out, p, storage.v[stage], 0, 0, true);
-    }
     primitives::wgmma_commit();
   }
 

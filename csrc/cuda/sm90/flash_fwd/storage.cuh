@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/sm90/flash_fwd/config.h"
+#include "cuda/sm90/flash_fwd/output.cuh"
 #include "cuda/sm90/flash_fwd/problem.h"
 #include "cuda/sm90/flash_fwd/work.cuh"
 #include "cuda/sm90/load_keys.cuh"
@@ -28,6 +29,7 @@ struct FlashFwdStorage {
   using KTile = SmemTile<Element, Tiles::kBlockN, Tiles::kHeadDim>;
   using VTile = SmemTile<Element, Tiles::kBlockN, Tiles::kHeadDimV>;
   using LoadedVTile = VTile;  // as the warp that copies leaves it
+  using Output = FlashFwdOutput<Tiles, VTile>;
   static_assert(sizeof(QTile) % 1024 == 0 && sizeof(KTile) % 1024 == 0 && sizeof(VTile) % 1024 == 0,
                 "the swizzle's pattern begins at each tile");
 

@@ -6,10 +6,15 @@
 //
 // Weights are rounded to e4m3, whose numbers from 2^-6 on have 4 significant bits, those below down
 // to 2^-9 fewer. The largest of a row is made 2^8 instead of 1, so that weights down to 2^-14 of it
-// keep their 4 bits. The sums have the same factor, which their quotient loses.
+// keep their 4 bits. The sums have the same factor, which their quotient loses. A factor for all
+// terms is nothing to the tensor cores' sums, which have float32's exponents; but of products in
+// one sum they keep what is above 2^-13 of the largest (output.cuh). So in the block of a row's
+// largest weights those below 2^-13 of them are lost beside a value of the same size; in other
+// blocks not.
 #pragma once
 
 #include "cuda/sm90/flash_fwd/storage.cuh"
+#include "cuda/sm90/flash_fwd_fp8/output.cuh"
 
 namespace sink_attention::cuda::sm90 {
 
@@ -25,6 +30,7 @@ struct FlashFwdStorage<attention::Float8E4M3, Tiles> {
   using KTile = SmemTile<Float8Pair, Tiles::kBlockN, Tiles::kHeadDim / 2>;
   using LoadedVTile = SmemTile<Float8Pair, Tiles::kBlockN, Tiles::kHeadDimV / 2>;
   using VTile = SmemTile<Float8Pair, Tiles::kHeadDimV, Tiles::kBlockN / 2>;  // V^T
+  using Output = FlashFwdFloat8Output<Tiles, VTile>;
   static_assert(sizeof(QTile) % 1024 == 0 && sizeof(KTile) % 1024 == 0 && sizeof(VTile) % 1024 == 0,
                 "the swizzle's pattern begins at each tile");
 

@@ -179,6 +179,21 @@ def hopper(**changes) -> tuple:
     return kernel._replace(**changes)
 
 
+def test_a_softmax_is_beside_a_product() -> None:
+    shuffle = "        /*0150*/                   SHFL.BFLY PT, R5, R4, 0x2, 0x1f ;  /* 0x00 */\n"
+    some_wait, all_wait = (
+        f"        /*0160*/                   WARPGROUP.DEPBAR.LE gsb0, 0x{left} ;  /* 0x00 */\n"
+        for left in (1, 0)
+    )
+    beside = SASS + some_wait + shuffle + all_wait
+    after = SASS + some_wait + all_wait + shuffle
+    assert cuda_sass.exchanging_beside_products(beside) == {HOPPER}
+    assert cuda_sass.exchanging_beside_products(after) == set()
+    name = "sm90::FlashFwdKernel<64>"
+    assert TOOL["alone"]([HOPPER]) == [f"{name}: its softmax waits for all products"]
+    assert TOOL["alone"]([HOPPER.replace("FlashFwd", "FlashBwd")]) == []
+
+
 def test_instructions_in_loops_are_counted() -> None:
     code = cuda_sass.read(SASS)
     assert code == {HOPPER: cuda_sass.Code(Counter(HGMMA=2, UTMALDG=1), [24], [240])}

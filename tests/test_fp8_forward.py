@@ -1,9 +1,10 @@
 """float8_e4m3fn q, k and v with descales, against the formula in float64 on the numbers that they
 stand for.
 
-Dequantised, in float32, results are as exact as others and only rounded to bfloat16. Hopper's
-kernel also rounds the softmax's weights to e4m3, and its tensor cores cut sums of 8-bit products
-(tests/emulator/wgmma_float8.cpp), which bounds its errors as follows.
+Dequantised, in float32 or on other cards than Hopper's in bfloat16, results are as exact as others,
+and rounded to bfloat16. Hopper's kernel also rounds the softmax's weights to e4m3, and its tensor
+cores cut sums of 8-bit products (tests/emulator/wgmma_float8.cpp), which bounds its errors as
+follows.
 
 Before it is divided by its sum, a row's largest weight is 2^8 (or less, where a later block held a
 larger score; the division knows). e4m3 has 4 significant bits from 2^-6 on, so rounding is off by a
@@ -78,9 +79,9 @@ def times(stored: Tensor, factor: Tensor | None) -> Tensor:
 
 def check_sequence(
     out: Tensor, lse: Tensor, qkv: tuple[Tensor, ...], s_aux: Tensor | None, on_hopper: bool,
-    options: dict[str, Any],
+    dtype: torch.dtype, options: dict[str, Any],
 ) -> None:  # fmt: skip
-    """One sequence (seqlen, heads, dim) of dequantised float64 numbers."""
+    """One sequence (seqlen, heads, dim) of dequantised float64 numbers, computed in `dtype`."""
     q, k, v = (x[None] for x in qkv)
     s_aux = None if s_aux is None else s_aux.double()
 
@@ -91,7 +92,8 @@ def check_sequence(
     assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
     if not on_hopper or k.shape[1] == 0:
         assert_lse_close(lse, ref_lse[0])
-        assert_close("out", out, ref[0], ref[0].bfloat16())
+        pt, _ = reference.attention(*(x.to(dtype) for x in (q, k, v)), s_aux=s_aux, **options)
+        assert_close("out", out, ref[0], pt[0].bfloat16())
         return
     seqlen, head_dim = k.shape[1], q.shape[3]
     one_of = torch.eye(seqlen, dtype=torch.float64)[None, :, None].expand(-1, -1, k.shape[2], -1)
@@ -141,9 +143,11 @@ def check(
     else:
         out, lse = backend.flash_attn(*qkv, **options)
     hopper = backend.is_hopper and taken
+    dtype = float8.computed_in(torch.device(backend.device))
     if before is not None:
         blocks = emulated.blocks_run() - before
-        assert (blocks["sm90"] > 0, blocks["simt"] > 0) == (hopper, not hopper)
+        family = "sm90" if hopper else "simt" if dtype == torch.float32 else "sm80"
+        assert [name for name in emulated.FAMILIES if blocks[name] > 0] == [family]
     out, lse = out.cpu(), lse.cpu()
     if not packed:
         sequences = [(out[b], lse[b], (q[b], k[b], v[b])) for b in range(batch)]
@@ -156,10 +160,12 @@ def check(
             seen = slice(ends_k[b], ends_k[b] + keys)
             sequences.append((out[rows], lse[:, rows], (q[rows], k[seen], v[seen])))
     for b, (out_b, lse_b, stored) in enumerate(sequences):
-        numbers = tuple(
+        numbers = [
             times(x, None if f is None else f[b]) for x, f in zip(stored, factors, strict=True)
-        )
-        check_sequence(out_b, lse_b, numbers, inputs.s_aux, hopper, case.options())
+        ]
+        if not hopper:  # which are rounded where they are dequantised
+            numbers = [x.to(dtype).double() for x in numbers]
+        check_sequence(out_b, lse_b, tuple(numbers), inputs.s_aux, hopper, dtype, case.options())
 
 
 def dense(**fields: Any) -> DenseCase:
@@ -224,21 +230,12 @@ def test_what_hopper_has_no_kernel_for(backend: Backend, change: dict[str, Any])
     check(backend, dense(seqlen_q=9, seqlen_k=40, **change), taken=False)
 
 
-def test_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on cards without kernels for it: the ordinary rule of bfloat16."""
+@pytest.mark.not_on_sm90("it has a kernel")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_in_bfloat16(backend: Backend, case: DenseCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on cards without kernels for it."""
     monkeypatch.setattr(float8, "computed_in", lambda device: torch.bfloat16)
-    case = dense(seqlen_q=30, seqlen_k=60, batch=2, num_heads_q=4, num_heads_kv=2)
-    q, k, v, s_aux = (getattr(cases.make_dense(case), name) for name in ("q", "k", "v", "s_aux"))
-    q, k, v = (x.to(FLOAT8) for x in (q, k, v))
-    factors = [torch.rand(2, 2) + 0.5 for _ in range(3)]
-    out, _ = flash_attn_func(q, k, v, s_aux=s_aux, return_lse=True, **as_descales(factors))
-    numbers = [
-        torch.stack([times(x[b], f[b]) for b in range(2)])
-        for x, f in zip((q, k, v), factors, strict=True)
-    ]
-    ref, _ = reference.attention(*numbers, s_aux=s_aux.double())
-    pt, _ = reference.attention(*(x.bfloat16() for x in numbers), s_aux=s_aux)
-    assert_close("out", out, ref, pt)
+    check(backend, case)
 
 
 def as_descales(factors: list[Tensor]) -> dict[str, Tensor]:

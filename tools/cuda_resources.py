@@ -40,6 +40,7 @@ IN_LOOPS = {
     re.compile(r"sm90::Flash(Fwd|Bwd)"): (("HGMMA", "QGMMA"), ("UTMALDG",)),
     re.compile(r"sm90::(?!Flash)"): (("HMMA", "HGMMA"), ("UTMALDG", "UBLKCP", "LDGSTS")),
 }
+SOFTMAX_BESIDE = re.compile(r"sm90::FlashFwd")
 REGISTERS = 65536  # of a multiprocessor
 WARPGROUP = 128
 
@@ -197,6 +198,17 @@ def parted(symbols: list[str]) -> list[str]:
     return [f"{readable(name)[0]}: lanes part before a shuffle" for name in demangle(symbols)]
 
 
+def alone(symbols: list[str]) -> list[str]:
+    """What forwards of Hopper's, by their symbols, are said to do: their softmax is to run beside
+    the product with the values of the block before."""
+    names = [readable(name)[0] for name in demangle(symbols)]
+    return [
+        f"{name}: its softmax waits for all products"
+        for name in names
+        if SOFTMAX_BESIDE.match(name)
+    ]
+
+
 def over_budget(kernels: list[Kernel]) -> list[str]:
     """Kernels whose block cannot start, or whose warpgroups take more registers than others gave:
     they would wait for ever."""
@@ -261,9 +273,11 @@ def main() -> None:
             raise SystemExit("resources: the table cannot be written without them")
     codes: dict[str, cuda_sass.Code] = {}
     symbols: list[str] = []  # of kernels in which lanes part
+    beside: set[str] = set()  # of those with a softmax beside products
     for path, text in zip(paths, texts or [], strict=texts is not None):
         if path.name.endswith(f".{DISASSEMBLED}.o"):
             codes |= cuda_sass.read(text)
+            beside |= cuda_sass.exchanging_beside_products(text)
         symbols += cuda_sass.parted(text)
     version, kernels = parse(log, codes)
     if arguments.write:
@@ -271,6 +285,7 @@ def main() -> None:
         print(f"{TABLE.relative_to(ROOT)}: {len(kernels)} rows")
     committed = TABLE.read_text() if TABLE.exists() else ""
     failures = check(committed, version, kernels, warnings(log)) + parted(symbols)
+    failures += alone(sorted(codes.keys() - beside))
     if failures:
         raise SystemExit("\n".join(f"check-cuda: {failure}" for failure in failures))
     archs = ", ".join(dict.fromkeys(kernel.arch for kernel in kernels))

@@ -29,6 +29,8 @@ PARTED = ("BRA.DIV ", "BRA.CONV ", "WARPSYNC.COLLECTIVE ")
 WAITS_AT_ONCE = re.compile(  # before a shuffle or a vote, which is at most the second thing to come
     r"WARPSYNC\.ALL ;.*\n(?:\s*/\* 0x.*\n)*(?:.*\n(?:\s*/\* 0x.*\n)*)?.*\b(?:SHFL|VOTE)\."
 )
+# A wait that leaves products of the warpgroup under way, and what comes before the next wait.
+BESIDE = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x[1-9](.*?)(?=WARPGROUP\.DEPBAR|\Z)", re.DOTALL)
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*?)\s*;")
 
 
@@ -97,6 +99,16 @@ def parted(sass: str) -> list[str]:
         for symbol, text in parts_of(sass)
         if any(word in text for word in PARTED) or WAITS_AT_ONCE.search(text)
     ]
+
+
+def exchanging_beside_products(sass: str) -> set[str]:
+    """The symbols of kernels whose warpgroups exchange numbers, as for a softmax's maxima, while a
+    product that they started is under way. ptxas may move the wait for it in front of that."""
+    return {
+        symbol
+        for symbol, text in parts_of(sass)
+        if any(" SHFL." in between for between in BESIDE.findall(text))
+    }
 
 
 def functions(sass: str) -> Iterator[tuple[str, list[Instruction]]]:

@@ -42,6 +42,8 @@ struct BulkQueue {
   using Group = std::vector<std::shared_ptr<AsyncCopy>>;
   Group open;
   std::vector<Group> groups;  // oldest first
+  // Whether its turn has come, but sums that it starts may still come before those it waited for.
+  bool turn_is_unfenced = false;
 };
 
 // ---- from a running thread ----
@@ -53,6 +55,8 @@ void start_bulk_add(float* global, const float* shared, int bytes, const Step& s
 void commit_bulk();
 void wait_for_bulk_reads(int pending);
 void wait_for_bulk(int pending);
+void note_turn();
+void fence_turn();
 // Faults if the thread tells other blocks that it is done (`step`) before bulk_wait has waited for
 // all its sums.
 void check_sums_are_made(const Step& step);

@@ -12,8 +12,9 @@ SA_DEVICE void atomic_add(float* sum, float value, emulator::Site site = emulato
 SA_DEVICE void wait_for_turn(const int* turn, int mine, emulator::Site site = emulator::here()) {
   emulator::check_global(turn, sizeof(int), emulator::Access::kRead, {"wait_for_turn", site});
   emulator::wait_until_equal(turn, mine, {"wait_for_turn", site});
+  emulator::note_turn();
 }
-SA_DEVICE void fence_turn_for_copies() {}
+SA_DEVICE void fence_turn_for_copies() { emulator::fence_turn(); }
 SA_DEVICE void pass_turn(int* turn, int next, emulator::Site site = emulator::here()) {
   emulator::check_global(turn, sizeof(int), emulator::Access::kWrite, {"pass_turn", site});
   emulator::check_sums_are_made({"pass_turn", site});

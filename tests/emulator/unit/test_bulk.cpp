@@ -201,6 +201,25 @@ void sum_faults() {
       pass_turn(&turn[0], 1);
     });
   });
+  expect_fault("a sum in turn that may come before those of the turns before",
+               {"bulk_reduce_add at add:1: no fence_turn_for_copies since wait_for_turn"}, [&] {
+                 const VisibleBuffers turns({sums.writable(), turn.writable()});
+                 by_one_thread([&](char* shared) {
+                   fence_turn_for_copies();
+                   wait_for_turn(&turn[0], turn[0]);
+                   add(shared);
+                 });
+               });
+  expect_no_fault("a sum in turn", [&] {
+    const VisibleBuffers turns({sums.writable(), turn.writable()});
+    by_one_thread([&](char* shared) {
+      wait_for_turn(&turn[0], turn[0]);
+      fence_turn_for_copies();
+      add(shared);
+      bulk_commit();
+      bulk_wait<0>();
+    });
+  });
   expect_fault("sums that are never committed",
                {"bulk_reduce_add at add:1: the thread ended before bulk_commit"}, [&] {
                  by_one_thread([&](char* shared) {

@@ -96,10 +96,10 @@ struct FlashFwdConsumer {
       at.advance();
       soften_block(s, states, rescale, block);
       Storage::to_operands(s, p);
+      storage.v_ring.wait_until_full(at.previous());
 
       SA_ROLLED
       for (int idx = 1; idx < count; ++idx) {
-        storage.v_ring.wait_until_full(at.previous());  // it was asked for before K
         storage.k_ring.wait_until_full(at);
         if (Tiles::kTakeTurns) wait_for_turn();
         primitives::wgmma_hold(s.c[0]);
@@ -112,6 +112,9 @@ struct FlashFwdConsumer {
         release(&storage.k_ring.empty[at.stage]);
         if (idx == count - 1) release(&storage.q_ring.empty[q_at.stage]);
         soften_block(s, states, rescale, block);
+        // This block's values, asked for behind its keys. ptxas moves the wait for the output up to
+        // the last branch before it, in front of the softmax if there were none here.
+        storage.v_ring.wait_until_full(at);
         primitives::wgmma_wait<0>();  // the output is
         out.finish();
         release(&storage.v_ring.empty[at.previous().stage]);
@@ -121,7 +124,6 @@ struct FlashFwdConsumer {
       }
       q_at.advance();
 
-      storage.v_ring.wait_until_full(at.previous());
       out.template start<0>(p, storage.v[at.previous().stage], [] {});
       results = finish_rows(states);  // beside the product
       primitives::wgmma_wait<0>();

@@ -238,8 +238,9 @@ FlashFwdProblem make_varlen_problem(const Tensor& q, const Tensor& k, const Tens
     problem.seqused_k = int32_vector(*varlen.seqused_k, "seqused_k", problem.batch, q);
   check(varlen.max_seqlen_q >= 0, "max_seqlen_q must be >= 0, got ", varlen.max_seqlen_q);
   check(varlen.max_seqlen_k >= 0, "max_seqlen_k must be >= 0, got ", varlen.max_seqlen_k);
-  problem.seqlen_q = varlen.max_seqlen_q;
-  problem.seqlen_k = varlen.max_seqlen_k;
+  // Callers may give a bound for all batches: none of this one's sequences is longer than all.
+  problem.seqlen_q = std::min(varlen.max_seqlen_q, q.size(0));
+  problem.seqlen_k = std::min(varlen.max_seqlen_k, k.size(0));
   problem.total_k = k.size(0);
   set_mask(problem, mask);
   return problem;
@@ -294,7 +295,7 @@ FlashFwdProblem make_paged_problem(const Tensor& q, const Tensor& k_cache, const
   if (paged.cu_seqlens_q) {
     problem.cu_seqlens_q = int32_vector(*paged.cu_seqlens_q, "cu_seqlens_q", problem.batch + 1, q);
     check(paged.max_seqlen_q >= 0, "max_seqlen_q must be >= 0, got ", paged.max_seqlen_q);
-    problem.seqlen_q = paged.max_seqlen_q;
+    problem.seqlen_q = std::min(paged.max_seqlen_q, q.size(0));
   } else {
     check(q.size(0) == problem.batch, "q must have block_table's batch size ", problem.batch,
           ", got ", q.size(0));

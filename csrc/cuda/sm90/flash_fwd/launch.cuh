@@ -1,6 +1,9 @@
 // Starts the forward kernel of one head_dim class.
 #pragma once
 
+#include <cstdint>
+#include <stdexcept>
+
 #include "cuda/sm90/flash_fwd/kernel.cuh"
 #include "cuda/sm90/tensor_maps.h"
 #include "primitives/launch.h"
@@ -52,8 +55,11 @@ void launch_tiles(FlashFwdKernelProblem kernel_problem, int num_sms, Stream stre
   make_maps<Tiles, FlashFwdStorage<Element, Tiles>>(kernel_problem);
   const int64_t rows = problem.seqlen_q * (problem.num_heads_q / problem.num_heads_kv);
   kernel_problem.num_tiles = static_cast<int>((rows + Tiles::kBlockM - 1) / Tiles::kBlockM);
-  kernel_problem.num_works =
-      static_cast<int>(kernel_problem.num_tiles * problem.batch * problem.num_heads_kv);
+  const int64_t works = kernel_problem.num_tiles * problem.batch * problem.num_heads_kv;
+  if (works > INT32_MAX) {
+    throw std::runtime_error("sink_attention_ext: more rows than one launch can take");
+  }
+  kernel_problem.num_works = static_cast<int>(works);
   kernel_problem.section = section_of(problem);
   const int blocks = num_sms < kernel_problem.num_works ? num_sms : kernel_problem.num_works;
   primitives::launch<FlashFwdKernel<Element, Tiles>>(kernel_problem, {blocks, 1, 1}, stream);

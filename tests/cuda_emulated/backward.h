@@ -225,6 +225,19 @@ inline Spec make_spec(int64_t seqlen_q, int64_t seqlen_k, int64_t heads_q, int64
   return spec;
 }
 
+// More (sequence, kv head) pairs than a section of thread blocks has; the last section is larger.
+inline void check_sections(Options options) {
+  options.deterministic = true;
+  for (const Layout layout : {Layout::kDense, Layout::kVarlen}) {
+    const int64_t heads = layout == Layout::kDense ? 17 : 9;
+    Spec spec = make_spec(20, 300, heads, heads, 64, 64);
+    spec.layout = layout;
+    spec.window_right = 0;
+    spec.sink = 0.5;
+    check_backward(spec, options, 700);
+  }
+}
+
 // Deterministic gradients are the same bits whatever the order in which blocks and warps run. The
 // workspace holds dQ before it is rounded.
 inline void check_repeats_bitwise(const Spec& spec, Options options) {

@@ -70,6 +70,7 @@ void check_groups_and_scales() {
 SA_SUITE(emulated_flash_bwd) {
   check_head_dims();
   check_groups_and_scales();
+  check_sections({});
   for (const int64_t dim : {64, 192}) {
     Spec spec = make_spec(40, 500, 2, 1, dim, dim);
     spec.window_right = 0;

@@ -100,20 +100,6 @@ void check_odd_groups() {
   }
 }
 
-// More (sequence, kv head) pairs than a section of thread blocks has; the last section is larger.
-void check_sections() {
-  for (const Layout layout : {Layout::kDense, Layout::kVarlen}) {
-    const int64_t heads = layout == Layout::kDense ? 17 : 9;
-    Spec spec = make_spec(20, 300, heads, heads, 64, 64);
-    spec.layout = layout;
-    spec.window_right = 0;
-    spec.sink = 0.5;
-    Options options = hopper();
-    options.deterministic = true;
-    check_backward(spec, options, 700);
-  }
-}
-
 // The same under several orders of warps, with more blocks at once than there are turns to wait.
 void check_seeds() {
   for (const int64_t dim : {64, 96, 128, 192, 256}) {
@@ -183,7 +169,7 @@ SA_SUITE(emulated_sm90_bwd) {
   check_head_dims();
   check_groups_and_scales();
   check_odd_groups();
-  check_sections();
+  check_sections(hopper());
   check_seeds();
   for (const int64_t group : {4, 5, 22}) check_neighbours(group);
   for (const int64_t dim : {64, 192}) {

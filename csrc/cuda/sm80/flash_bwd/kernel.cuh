@@ -6,9 +6,9 @@
 //   dP^T = V dO^T       dS = P (dP - delta) (softcap's slope)    that P^T and dS^T are operands A
 //   dV  += P^T dO       dK += dS^T Q         dQ += dS K          (softmax_scale comes at the end)
 //
-// Block x: blocks of keys fastest, then sequences; y: kv head. Rows are (position, head of the
-// group) pairs (packed_rows.cuh), so the sum over a kv head's query heads is part of the products.
-// Tiles are taken from the last to the first.
+// Rows are (position, head of the group) pairs (packed_rows.cuh), so the sum over a kv head's query
+// heads is part of the products. Thread blocks start in the order of common/block_order.h, and take
+// tiles from the last to the first.
 //
 // The pipeline over tiles, kStages = 2; | is a barrier of the block. Copies of a tile's Q, dO, lse
 // and delta run for a whole round before it:
@@ -61,8 +61,8 @@ struct FlashBwdBlock {
     primitives::sync_threads();  // all threads know it
   }
 
-  SA_DEVICE int batch_idx() const { return primitives::block_idx().x / problem.num_key_blocks; }
-  SA_DEVICE int kv_head() const { return primitives::block_idx().y; }
+  SA_DEVICE int batch_idx() const { return primitives::load_shared(&storage.batch_idx); }
+  SA_DEVICE int kv_head() const { return primitives::load_shared(&storage.kv_head); }
   SA_DEVICE int first_key() const { return primitives::load_shared(&storage.first_key); }
   SA_DEVICE int group() const { return problem.group; }
   // The tiles to visit.
@@ -92,11 +92,11 @@ struct FlashBwdBlock {
 
   // Leaves in shared memory what all threads shall know of the block.
   SA_DEVICE void describe_block() const {
-    const PackedRows rows = packed_rows(fwd, batch_idx(), kv_head());
+    const BlockPlace place = place_of_block(problem.order, primitives::block_idx().x);
+    const PackedRows rows = packed_rows(fwd, place.batch_idx, place.kv_head);
     const int seqlen_q = static_cast<int>(rows.info.seqlen_q);
     const int seqlen_k = static_cast<int>(rows.info.seqlen_k);
-    const int first_key =
-        static_cast<int>(primitives::block_idx().x) % problem.num_key_blocks * kBlockN;
+    const int first_key = place.rank * kBlockN;
     const attention::Range queries =
         attention::make_mask(fwd, seqlen_q, seqlen_k)
             .visible_queries(first_key, attention::min_of(first_key + kBlockN, seqlen_k));
@@ -110,6 +110,8 @@ struct FlashBwdBlock {
                                                       bwd.dout_stride_head));
     store_shared(&storage.q_in_chunks, problem.q_in_chunks);
     store_shared(&storage.dout_in_chunks, problem.dout_in_chunks);
+    store_shared(&storage.batch_idx, place.batch_idx);
+    store_shared(&storage.kv_head, place.kv_head);
     store_shared(&storage.first_key, first_key);
     store_shared(&storage.sink_end,
                  static_cast<int>(attention::min_of(fwd.num_sink_tokens, seqlen_k)) - first_key);
@@ -120,8 +122,8 @@ struct FlashBwdBlock {
     store_shared(&storage.tiles_end,
                  some ? (static_cast<int>(queries.end) * group() + kBlockM - 1) / kBlockM : 0);
     store_shared(&storage.first_workspace_tile,
-                 kv_head() * problem.workspace.num_tiles +
-                     static_cast<int>(first_tile(fwd, batch_idx(), kBlockM)));
+                 place.kv_head * problem.workspace.num_tiles +
+                     static_cast<int>(first_tile(fwd, place.batch_idx, kBlockM)));
   }
 
   SA_DEVICE void run() {

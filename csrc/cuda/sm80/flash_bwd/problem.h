@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/problem.h"
+#include "cuda/common/block_order.h"
 #include "cuda/common/bwd_workspace.h"
 
 namespace sink_attention::cuda::sm80 {
@@ -17,8 +18,8 @@ struct FlashBwdKernelProblem {
   bool dout_in_chunks;
   bool dk_in_chunks;
   bool dv_in_chunks;
-  int group;           // num_heads_q / num_heads_kv
-  int num_key_blocks;  // of the longest sequence
+  BlockOrder order;  // of blocks of keys: a block's rank is its number
+  int group;         // num_heads_q / num_heads_kv
   // A score becomes a logit in base 2 by to_log2; with a softcap it is first tanh(score * to_tanh),
   // and to_log2 is then of the cap.
   float to_log2;

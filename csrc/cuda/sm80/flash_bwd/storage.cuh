@@ -38,6 +38,8 @@ struct FlashBwdStorage {
   const Element* first_dout;
   bool q_in_chunks;  // may be copied 16 bytes at a time
   bool dout_in_chunks;
+  int batch_idx;
+  int kv_head;
   int first_key;
   int sink_end;  // of the block's keys, those before it are sink tokens
   int seqlen_q;

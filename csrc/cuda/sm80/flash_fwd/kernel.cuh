@@ -1,8 +1,8 @@
 // The forward: one tile of rows of one kv head against the keys that they see.
 //
-// Thread block (x, y):  x = sequence * num_tiles + tile, tiles counted from the last, which under a
-// causal mask has the most keys, to the first;  y = kv head * num_splits + split of its keys. Rows
-// are (position, head of the group) pairs (packed_rows.cuh).
+// Thread block (x, y): x counts tiles in the order of common/block_order.h, the last ones, which
+// under a causal mask have the most keys, first; y is the split of their keys. Rows are (position,
+// head of the group) pairs (packed_rows.cuh).
 //
 // The pipeline, with S = kStages buffers each of K and V, for each block of keys j:
 //
@@ -90,9 +90,9 @@ struct FlashFwdKernel {
     int row_begin;
   };
   static SA_DEVICE Place find_place(const Problem& kernel_problem, int x, int y) {
-    const int tile = kernel_problem.num_tiles - 1 - x % kernel_problem.num_tiles;
-    return {x / kernel_problem.num_tiles, y / kernel_problem.num_splits,
-            y % kernel_problem.num_splits, tile * Tiles::kBlockM};
+    const BlockPlace place = place_of_block(kernel_problem.order, x);
+    const int tile = kernel_problem.order.blocks_per_pair - 1 - place.rank;
+    return {place.batch_idx, place.kv_head, y, tile * Tiles::kBlockM};
   }
 
   // Which blocks of its tile's list it walks over: numbers begin to end - 1.

@@ -9,12 +9,8 @@ namespace sink_attention::cuda::sm80 {
 
 template <class Kernel, class Tiles>
 void launch_tiles(FlashFwdKernelProblem kernel_problem, Stream stream) {
-  const attention::FlashFwdProblem& problem = kernel_problem.problem;
-  const int64_t rows = problem.seqlen_q * (problem.num_heads_q / problem.num_heads_kv);
-  kernel_problem.num_tiles = static_cast<int>((rows + Tiles::kBlockM - 1) / Tiles::kBlockM);
-  const primitives::Index3 grid{static_cast<int>(kernel_problem.num_tiles * problem.batch),
-                                static_cast<int>(problem.num_heads_kv) * kernel_problem.num_splits,
-                                1};
+  kernel_problem.order = fwd_block_order(kernel_problem.problem, Tiles::kBlockM);
+  const primitives::Index3 grid{kernel_problem.order.num_blocks(), kernel_problem.num_splits, 1};
   primitives::launch<Kernel>(kernel_problem, grid, stream);
 }
 

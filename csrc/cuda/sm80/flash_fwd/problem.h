@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/problem.h"
+#include "cuda/common/block_order.h"
 #include "cuda/tile/score_scale.h"
 
 namespace sink_attention::cuda::sm80 {
@@ -14,8 +15,8 @@ struct FlashFwdKernelProblem {
   bool k_in_chunks;
   bool v_in_chunks;
   bool out_in_chunks;
-  int num_tiles;   // of rows, of the longest sequence and one kv head
-  int num_splits;  // parts of each row's keys; with more than one, results are partial
+  BlockOrder order;  // of tiles of rows: a block's rank is how many tiles there are after its own
+  int num_splits;    // parts of each row's keys; with more than one, results are partial
   // [num_splits][num_heads_q][total_q]: the state (maximum and sum, base 2) and the undivided
   // output of each row, without the sink. combine.cuh joins them.
   float* partial_state;  // two floats each

@@ -47,32 +47,19 @@ struct FlashBwdBlock {
     return attention::make_mask(fwd(), seqlen_q(), seqlen_k());
   }
 
-  // By one thread. Which block of keys of whom: problem.h.
+  // By one thread.
   SA_DEVICE void describe(FlashBwdBlockInfo& to) const {
-    const int at = primitives::block_idx().x;
-    const int num_heads_kv = static_cast<int>(fwd().num_heads_kv);
-    const int section_blocks = problem.section_pairs * problem.num_key_blocks;
-    const int section =
-        static_cast<int>(attention::min_of(at / section_blocks, problem.num_sections - 1));
-    const int first_pair = section * problem.section_pairs;
-    const int pairs = section + 1 < problem.num_sections
-                          ? problem.section_pairs
-                          : static_cast<int>(fwd().batch) * num_heads_kv - first_pair;
-    const int in_section = at - section * section_blocks;
-    const int key_block = in_section / pairs;
-    const int pair = first_pair + in_section - key_block * pairs;
-    const int batch_idx = pair / num_heads_kv;
-    const int kv_head = pair - batch_idx * num_heads_kv;
-    const PackedRows rows = packed_rows(fwd(), batch_idx, kv_head);
+    const BlockPlace place = place_of_block(problem.order, primitives::block_idx().x);
+    const PackedRows rows = packed_rows(fwd(), place.batch_idx, place.kv_head);
     const int seqlen_q = static_cast<int>(rows.info.seqlen_q);
     const int seqlen_k = static_cast<int>(rows.info.seqlen_k);
-    const int first_key = key_block * kBlockN;
+    const int first_key = place.rank * kBlockN;
     const attention::Range queries =
         attention::make_mask(fwd(), seqlen_q, seqlen_k)
             .visible_queries(first_key, attention::min_of(first_key + kBlockN, seqlen_k));
     const bool some = queries.begin < queries.end;
-    primitives::store_shared(&to.batch_idx, batch_idx);
-    primitives::store_shared(&to.kv_head, kv_head);
+    primitives::store_shared(&to.batch_idx, place.batch_idx);
+    primitives::store_shared(&to.kv_head, place.kv_head);
     primitives::store_shared(&to.first_key, first_key);
     primitives::store_shared(
         &to.sink_end,
@@ -86,8 +73,8 @@ struct FlashBwdBlock {
         &to.tiles_end,
         some ? (static_cast<int>(queries.end) * group() + used_rows() - 1) / used_rows() : 0);
     primitives::store_shared(&to.first_workspace_tile,
-                             kv_head * problem.workspace.num_tiles +
-                                 static_cast<int>(first_tile(fwd(), batch_idx, used_rows())));
+                             place.kv_head * problem.workspace.num_tiles +
+                                 static_cast<int>(first_tile(fwd(), place.batch_idx, used_rows())));
   }
 
   SA_DEVICE int first_position(int tile) const { return first_row(tile) / group(); }

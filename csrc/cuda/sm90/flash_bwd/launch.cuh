@@ -1,8 +1,6 @@
 // Starts the backward kernel of one head_dim class.
 #pragma once
 
-#include <algorithm>
-
 #include "cuda/sm90/flash_bwd/kernel.cuh"
 #include "cuda/sm90/flash_bwd/problem.h"
 #include "cuda/sm90/tensor_maps.h"
@@ -33,23 +31,14 @@ void set_maps(FlashBwdKernelProblem& problem) {
           boxes, problem.has_dout_map, problem.dout_map);
 }
 
-// A section's blocks, about two for each multiprocessor or more, fill the gaps that its longest
-// ones leave at the end; its pairs are so few that each has some blocks at work at one time.
-inline void set_sections(FlashBwdKernelProblem& problem, int pairs) {
-  problem.section_pairs = std::clamp(256 / problem.num_key_blocks, 8, 16);
-  problem.num_sections = std::max(pairs / problem.section_pairs, 1);
-}
-
 // Bfloat16 or float16.
 template <int kHeadDim, int kHeadDimV>
 void launch_flash_bwd(FlashBwdKernelProblem problem, Stream stream) {
   using Tiles = FlashBwdTilesOf<kHeadDim, kHeadDimV>;
   const attention::FlashFwdProblem& fwd = problem.bwd.fwd;
-  problem.num_key_blocks = static_cast<int>((fwd.seqlen_k + Tiles::kBlockN - 1) / Tiles::kBlockN);
-  const int pairs = static_cast<int>(fwd.batch * fwd.num_heads_kv);
-  const primitives::Index3 grid{problem.num_key_blocks * pairs, 1, 1};
-  if (grid.x <= 0) return;
-  set_sections(problem, pairs);
+  problem.order = bwd_block_order(fwd, Tiles::kBlockN);
+  const primitives::Index3 grid{problem.order.num_blocks(), 1, 1};
+  if (grid.x == 0) return;
   set_maps<Tiles>(problem);
   if (fwd.dtype == attention::DataType::kBFloat16) {
     primitives::launch<FlashBwdKernel<attention::BFloat16, Tiles>>(problem, grid, stream);

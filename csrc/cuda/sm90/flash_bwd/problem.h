@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/problem.h"
+#include "cuda/common/block_order.h"
 #include "cuda/common/bwd_workspace.h"
 #include "primitives/tma.h"
 
@@ -20,16 +21,8 @@ struct FlashBwdKernelProblem {
   bool has_dout_map;
   bool has_k_map;
   bool has_v_map;
-  int group;           // num_heads_q / num_heads_kv
-  int num_key_blocks;  // of the longest sequence
-  // The order of thread blocks. All (sequence, kv head) pairs, heads fastest, are cut into sections
-  // of section_pairs; the last has what is left too. Sections follow each other; in each, the first
-  // blocks of keys of all its pairs come first, then all second ones, ... Under a causal mask the
-  // first ones see the most queries: started last they would work on alone. All pairs in one
-  // section would be the best for that, but blocks at work at one time shall find Q, dO and dQ in
-  // L2, which those of one pair take tile by tile together.
-  int section_pairs;
-  int num_sections;
+  BlockOrder order;  // of blocks of keys: a block's rank is its number
+  int group;         // num_heads_q / num_heads_kv
   // A score becomes a logit in base 2 by to_log2; with a softcap it is first tanh(score * to_tanh),
   // and to_log2 is then of the cap.
   float to_log2;

@@ -22,9 +22,9 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
                                                 cudaEnableDefault, &found),
                "cuTensorMapEncodeTiled");
 #else
-    check_cuda(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault,
-                                       &found),
-               "cuTensorMapEncodeTiled");
+    check_cuda(
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found),
+        "cuTensorMapEncodeTiled");
 #endif
     if (found != cudaDriverEntryPointSuccess || function == nullptr) {
       throw std::runtime_error("sink_attention_ext: this driver has no cuTensorMapEncodeTiled");
@@ -63,12 +63,11 @@ inline TensorMap encode_tensor_map(const TensorMapShape& shape) {
   }
   CUtensorMap encoded;
   const auto encode = [&] {
-    return internal::tensor_map_encoder()(&encoded, type, static_cast<cuuint32_t>(shape.rank),
-                                          const_cast<void*>(shape.base), size, stride, box, step,
-                                          CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                          kSwizzles[static_cast<int>(shape.swizzle)],
-                                          CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return internal::tensor_map_encoder()(
+        &encoded, type, static_cast<cuuint32_t>(shape.rank), const_cast<void*>(shape.base), size,
+        stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        kSwizzles[static_cast<int>(shape.swizzle)], CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   };
   CUresult status = encode();
   if (status == CUDA_ERROR_INVALID_CONTEXT) {

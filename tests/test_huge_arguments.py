@@ -1,4 +1,4 @@
-"""Windows and split counts far beyond any sequence: as unbounded, or as many as make sense."""
+"""Windows, lengths and split counts far beyond any sequence: as if they were just large enough."""
 
 from __future__ import annotations
 
@@ -31,6 +31,23 @@ def test_windows_forward_and_backward(backend: Backend, side: str, bound: int) -
         results.append((out, lse, *torch.autograd.grad(out.sum() + lse.sum(), leaves)))
     for huge, unbounded in zip(*results, strict=True):
         assert torch.equal(huge, unbounded)
+
+
+@pytest.mark.parametrize("bound", HUGE)
+def test_bounds_on_lengths(backend: Backend, bound: int) -> None:
+    """max_seqlen far above all rows, as a caller may set it for all batches at once."""
+    dim = backend.fitting_dim(16)
+    q, k, v = (torch.randn(n, h, dim).to(backend.dtype) for n, h in ((9, 4), (14, 2), (14, 2)))
+    ends_q, ends_k = (int32(ends, backend.device) for ends in ([0, 2, 9], [0, 5, 14]))
+    results = []
+    for max_seqlen in (bound, 9):
+        leaves = [x.to(backend.device).requires_grad_() for x in (q, k, v)]
+        out, lse = backend.flash_attn_varlen(
+            *leaves, ends_q, ends_k, max_seqlen, max_seqlen, causal=True, deterministic=True
+        )
+        results.append((out, lse, *torch.autograd.grad(out.sum() + lse.sum(), leaves)))
+    for huge, exact in zip(*results, strict=True):
+        assert torch.equal(huge, exact)
 
 
 @pytest.mark.parametrize("bound", HUGE)

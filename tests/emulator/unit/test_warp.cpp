@@ -17,7 +17,7 @@ SA_SUITE(emulated_warp) {
             "shfl of uint32_t");
       check(any(lane == mask && warp == 1) == (warp == 1), "any of lane ", mask);
       check(!any(false), "any of none");
-      check(first_lane(lane >= mask && warp_idx() == 1) == (warp_idx() == 1 ? mask : 32),
+      check(first_lane(lane >= mask && warp == 1) == (warp == 1 ? mask : 32),
             "first_lane from lane ", mask);
     });
   }

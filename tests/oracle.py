@@ -41,7 +41,7 @@ class Expected:
 
 AttentionFn = Callable[..., tuple[Tensor, Tensor]]
 
-FEW = 4096  # elements of q: in more than that, `pt` shows how far rounding goes
+FEW = 4096  # elements of dq but zeros: in more than that, `pt` shows how far rounding goes
 
 
 def run(
@@ -100,8 +100,8 @@ def _noise(
     """Standard deviations of gradients when out is rounded to the dtype before they are taken.
 
     A flash backward subtracts <dout, out>, row by row, as rounding left it, which acts like an
-    error
-    in dlse. In sums over few rows or heads the error of `pt` can be small by chance; this cannot.
+    error in dlse. In sums over few rows or heads the error of `pt` can be small by chance; this
+    cannot.
     """
     products = (inputs.dout.double().nan_to_num() * ref.out).norm(dim=-1).transpose(-1, -2)
     d_row = products * torch.finfo(case.dtype).eps / 2  # shaped like lse
@@ -111,7 +111,7 @@ def _noise(
         weight = torch.exp(torch.where(sink == ref.lse, 0.0, sink - ref.lse))
         weight = weight.masked_fill(ref.lse == -torch.inf, 0.0)  # in no sequence, or nothing there
         noise["ds_aux"] = (weight * d_row).transpose(0, -2).flatten(1).norm(dim=1)
-    if case.dtype in cases.HALF_DTYPES and inputs.q.numel() <= FEW:
+    if case.dtype in cases.HALF_DTYPES and int((ref.dq != 0).sum()) <= FEW:
         signs = torch.randint(0, 2, d_row.shape, generator=cases.generator(0)) * 2 - 1
         perturbed = replace(inputs, dout=torch.zeros_like(inputs.dout), dlse=d_row * signs)
         change = run(attention, perturbed, case.options(), torch.float64)

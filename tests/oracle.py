@@ -119,6 +119,13 @@ def _noise(
     return noise
 
 
+def joined(case: PagedCase, outs: list[Tensor], lses: list[Tensor]) -> Results:
+    """Results of single sequences, as a call on all of them has them."""
+    if case.packed_q:
+        return Results(torch.cat(outs), torch.cat(lses, dim=-1))
+    return Results(torch.stack(outs), torch.stack(lses))
+
+
 @lru_cache(maxsize=4)
 def expected_paged(case: PagedCase) -> Expected:
     """Sequence by sequence from the tokens themselves, without any cache."""
@@ -140,8 +147,6 @@ def expected_paged(case: PagedCase) -> Expected:
             out, lse = reference.attention(q[None], k[None], v[None], s_aux=s_aux, **case.options())
             outs.append(out[0])
             lses.append(lse[0])
-        if case.packed_q:
-            return Results(torch.cat(outs), torch.cat(lses, dim=-1))
-        return Results(torch.stack(outs), torch.stack(lses))
+        return joined(case, outs, lses)
 
     return Expected(compute(torch.float64), compute(case.dtype), {})

@@ -85,9 +85,7 @@ def expected(case: PagedCase, inputs: PagedInputs, trees: list[Tree]) -> oracle.
             )  # fmt: skip
             outs.append(out[0])
             lses.append(lse[0])
-        if case.packed_q:
-            return oracle.Results(torch.cat(outs), torch.cat(lses, dim=-1))
-        return oracle.Results(torch.stack(outs), torch.stack(lses))
+        return oracle.joined(case, outs, lses)
 
     return oracle.Expected(compute(torch.float64), compute(case.dtype), {})
 

@@ -22,6 +22,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from sink_attention_ext.cache_step import CacheStep
+from sink_attention_ext.integrations.keywords import (
+    PAGED_HARMLESS,
+    check_keywords,
+    choose_sinks,
+    refuse_bidirectional,
+)
 from sink_attention_ext.integrations.transformers import kernel_options, to_compute_dtype
 from sink_attention_ext.paged_cache import PagedKVCache
 
@@ -97,6 +103,8 @@ def kvcache_sink_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
+    is_causal: bool | None = None,
     cache_step: CacheStep | None = None,
     num_splits: int = 0,
     **kwargs: Any,
@@ -132,7 +140,10 @@ def kvcache_sink_attention(
             f"the cache must have the window of layer {layer}, whose sliding_window is "
             f"{sliding_window}; its window_left is {window_left}"
         )
-    options = kernel_options(module, query, dropout, scaling, softcap, s_aux, kwargs)
+    check_keywords(module, kwargs, PAGED_HARMLESS)
+    refuse_bidirectional(NAME, module, is_causal)
+    s_aux = choose_sinks(module, s_aux, sinks)
+    options = kernel_options(module, query, dropout, scaling, softcap, s_aux)
     batch, _, length, _ = query.shape
     q, k, v = (
         tensor.transpose(1, 2).flatten(0, 1)

@@ -9,19 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sink_attention_ext.integrations.mask_object import AttentionMask
 from sink_attention_ext.integrations.mask_pattern import (
     MaskPattern,
     recognise,
     recognise_traced,
 )
 from sink_attention_ext.integrations.masks import (
-    AttentionMask,
     GatheredMask,
-    PackedMask,
     PaddedMask,
     UnpaddedMask,
     is_tracing,
 )
+from sink_attention_ext.integrations.packing import pack
 
 
 def sink_attention_mask(
@@ -47,10 +47,13 @@ def sink_attention_mask(
         attention_mask: (batch, tokens) bool padding mask over all positions so far, or None.
 
     Raises:
-        ValueError: the rule, or the padding under this rule, is not one that the kernels compute.
+        ValueError: the rule, or the padding under this rule, is not one that the kernels compute,
+            or attention_mask is of another shape.
     """
     if isinstance(attention_mask, AttentionMask):  # generate() made it before the forward
         return attention_mask
+    if attention_mask is not None:
+        _check_padding_mask(attention_mask, batch_size)
     if isinstance(q_offset, Tensor) and q_length > 1 and not is_tracing():
         # A static cache's length is read by the host, but for decoding: that forward may be
         # compiled, and should not depend on a number that changes with each token.
@@ -68,22 +71,54 @@ def sink_attention_mask(
         **kwargs,
     )
     if rule.key_start is not None:  # read off a mask that had been written out, padding included
-        return mask_of_pattern(rule, q_length, kv_length)
+        key_mask = None
+        if attention_mask is not None:
+            key_mask = _key_mask(attention_mask, kv_offset, kv_length)
+        mask = mask_of_pattern(rule, q_length, kv_length, key_mask)
+        if rule.starts is None:
+            return mask
+        return pack(mask, rule.starts.expand(batch_size, -1), None)
 
     shape = (q_length, kv_length, rule.causal, rule.window_size)
     if rule.starts is not None:
-        return PackedMask.from_starts(rule.starts, rule.causal, rule.window_size)
+        return pack(AttentionMask(*shape), rule.starts.expand(batch_size, -1), None)
     key_end = _key_end(rule, row_begin, q_length, kv_length, device)
     if attention_mask is None:
         return UnpaddedMask(*shape, key_end=key_end, is_packed=rule.is_packed)
     return _padded(shape, attention_mask, row_begin, key_end, kv_offset)
 
 
-def mask_of_pattern(rule: MaskPattern, q_length: int, kv_length: int) -> AttentionMask:
+def mask_of_pattern(
+    rule: MaskPattern, q_length: int, kv_length: int, key_mask: Tensor | None = None
+) -> AttentionMask:
     """The mask of a pattern that was read off a (batch, 1, q_length, kv_length) tensor."""
     shape = (q_length, kv_length, rule.causal, rule.window_size)
     bounds = {"key_start": rule.key_start, "key_stop": rule.key_stop}
-    return PaddedMask(*shape, **bounds, row_begin=rule.row_begin)
+    return PaddedMask(*shape, **bounds, row_begin=rule.row_begin, key_mask=key_mask)
+
+
+def _check_padding_mask(attention_mask: Tensor, batch_size: int) -> None:
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        got = (
+            f"shape {tuple(attention_mask.shape)}"
+            if isinstance(attention_mask, Tensor)
+            else type(attention_mask).__name__
+        )
+        raise ValueError(
+            "sink_attention takes an attention_mask of (batch, tokens), or (batch, 1, q_length, "
+            f"kv_length); got {got}"
+        )
+    if attention_mask.shape[0] != batch_size:
+        raise ValueError(
+            f"attention_mask must have a row for each of {batch_size} sequences; got shape "
+            f"{tuple(attention_mask.shape)}"
+        )
+
+
+def _key_mask(attention_mask: Tensor, kv_offset: int, kv_length: int) -> Tensor:
+    """(batch, kv_length) bool: the part of a padding mask that is about the keys there are."""
+    key_mask = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+    return F.pad(key_mask, (0, kv_length - key_mask.shape[1]))  # columns it lacks are unused
 
 
 def _key_end(
@@ -127,8 +162,7 @@ def _padded(
 ) -> AttentionMask:
     """A 2D padding mask (batch, tokens) bool, on top of `shape`'s causality and window."""
     q_length, kv_length, causal, window_size = shape
-    key_mask = attention_mask[:, kv_offset : kv_offset + kv_length]
-    key_mask = F.pad(key_mask, (0, kv_length - key_mask.shape[1]))  # columns it lacks are unused
+    key_mask = _key_mask(attention_mask, kv_offset, kv_length)
     column = torch.arange(kv_length, device=key_mask.device)
     key_mask = key_mask & (column < key_end)
 
@@ -144,13 +178,13 @@ def _padded(
             "sink_attention: an attention_mask with zeros between ones does not work under "
             "torch.compile",
         )
-        return PaddedMask(*shape, **bounds, row_begin=row_begin)
+        return PaddedMask(*shape, **bounds, row_begin=row_begin, key_mask=key_mask)
 
     is_full, has_holes = torch.stack([is_full, has_holes]).tolist()
     if is_full:
         return UnpaddedMask(*shape, key_end=key_end)
     if not has_holes:
-        return PaddedMask(*shape, **bounds, row_begin=row_begin)
+        return PaddedMask(*shape, **bounds, row_begin=row_begin, key_mask=key_mask)
 
     window = window_size[0]
     if window >= 0 and (not causal or int(key_end) > window + 1):  # else no row is far enough
@@ -159,9 +193,9 @@ def _padded(
             f"a sliding window of {window + 1} tokens over {int(key_end)} keys: pad on one side "
             "(tokenizer.padding_side), or use attn_implementation='eager'"
         )
+    begin = int(row_begin)
     if causal:
-        begin = int(row_begin)
         row_mask = key_mask[:, begin : begin + q_length]
     else:
         row_mask = key_mask.new_ones(key_mask.shape[0], q_length)
-    return GatheredMask(*shape, key_mask=key_mask, row_mask=row_mask)
+    return GatheredMask(*shape, row_begin=begin, key_mask=key_mask, row_mask=row_mask)

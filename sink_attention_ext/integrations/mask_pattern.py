@@ -53,10 +53,14 @@ def recognise(
     Raises:
         ValueError: it is none that the kernels compute.
     """
-    pattern = None if use_vmap else _combine(mask_function, kv_offset + kv_length)
+    rules, starts = _without_packing(mask_function, q_length)
+    is_alone = q_offset == 0 and q_length == kv_length and attention_mask is None
+    if starts is None or not is_alone:
+        rules, starts = [mask_function], None
+    pattern = _combine(rules, kv_offset + kv_length)
     if pattern is not None:
-        return pattern
-    from transformers.masking_utils import sdpa_mask
+        return replace(pattern, starts=starts)
+    from transformers.masking_utils import and_masks, sdpa_mask
 
     written_out = sdpa_mask(
         batch_size=batch_size,
@@ -64,20 +68,42 @@ def recognise(
         kv_length=kv_length,
         q_offset=q_offset,
         kv_offset=kv_offset,
-        mask_function=mask_function,
+        mask_function=and_masks(*rules),
         attention_mask=attention_mask,
         allow_is_causal_skip=False,
         use_vmap=use_vmap,
         device=device,
     )
     source = f"the mask function {getattr(mask_function, '__qualname__', mask_function)}"
-    return pattern_of_mask(written_out, batch_size, source)
+    return replace(pattern_of_mask(written_out, batch_size, source), starts=starts)
 
 
-def _combine(mask_function: Callable[..., Tensor], length: int) -> MaskPattern | None:
+def _without_packing(
+    mask_function: Callable[..., Tensor], q_length: int
+) -> tuple[list[Callable[..., Tensor]], Tensor | None]:
+    """The other rules of a conjunction, and where the sequences of its packing rules begin.
+
+    Starts are (batch or 1, q_length) bool; None if there is no such rule, or one whose sequences
+    are not told apart by where they begin (their numbers do not rise).
+    """
+    others, starts = [], None
+    for part in _parts(mask_function):
+        if _name(part) != "packed_sequence_mask_function.<locals>.inner_mask":
+            others.append(part)
+            continue
+        ids = _closure(part)["packed_sequence_mask"]
+        if ids.dim() != 2 or ids.shape[1] != q_length or bool((ids.diff(dim=-1) < 0).any()):
+            return others, None
+        begins = ids.diff(dim=-1, prepend=ids[:, :1] - 1) != 0
+        starts = begins if starts is None else starts | begins
+    return others, starts
+
+
+def _combine(rules: list[Callable[..., Tensor]], length: int) -> MaskPattern | None:
     """The pattern of a conjunction of transformers' own rules; None if a part is unknown."""
     pattern = MaskPattern(causal=False, window_size=(-1, -1))
-    for part in _parts(mask_function):
+    for part in (part for rule in rules for part in _parts(rule)):
+        left, right = pattern.window_size
         name = _name(part)
         if name == "causal_mask_function":
             pattern = replace(pattern, causal=True)
@@ -85,22 +111,24 @@ def _combine(mask_function: Callable[..., Tensor], length: int) -> MaskPattern |
             pass
         elif name == "sliding_window_overlay.<locals>.inner_mask":
             window = _closure(part)["sliding_window"]
-            pattern = replace(pattern, window_size=(window - 1, pattern.window_size[1]))
+            pattern = replace(pattern, window_size=(_narrower(left, window - 1), right))
         elif name == "sliding_window_bidirectional_overlay.<locals>.inner_mask":
             window = _closure(part)["sliding_window"]
-            pattern = replace(pattern, window_size=(window, window))
+            both = (_narrower(left, window), _narrower(right, window))
+            pattern = replace(pattern, window_size=both)
         elif name == "chunked_overlay.<locals>.inner_mask":
             if length > _closure(part)["chunk_size"]:
                 return None
-        elif name == "packed_sequence_mask_function.<locals>.inner_mask":
-            ids = _closure(part)["packed_sequence_mask"]
-            starts = ids.diff(dim=-1, prepend=ids[:, :1] - 1) != 0
-            pattern = replace(pattern, starts=starts)
         else:
             return None
     if pattern.causal:
         return replace(pattern, window_size=(pattern.window_size[0], 0))
     return pattern
+
+
+def _narrower(a: int, b: int) -> int:
+    """The narrower of two sides of windows; -1 is unbounded."""
+    return max(a, b) if min(a, b) < 0 else min(a, b)
 
 
 def _parts(mask_function: Callable[..., Tensor]) -> Iterator[Callable[..., Tensor]]:
@@ -214,24 +242,49 @@ def pattern_of_mask(mask: Tensor, batch: int, source: str = "attention_mask") ->
     row_begin = int(
         shift.max()
     )  # the position of row 0, if the last key that a row sees is its own
-    key_start = torch.where(is_row, first, kv_length).amin(-1)
-    window = int(count.max()) - 1
-    position = (row + row_begin)[None, :, None]
-    expected = (column <= position) & (column >= key_start[:, None, None])
+    if row_begin + q_length <= kv_length:
+        key_start = torch.where(is_row, first, kv_length).amin(-1)
+        window = int(count.max()) - 1
+        position = (row + row_begin)[None, :, None]
+        expected = (column <= position) & (column >= key_start[:, None, None])
+        if bool((visible == expected).all()):
+            window = -1
+        else:
+            expected &= column >= position - window
+        if window < 0 or bool((visible == expected).all()):
+            key_stop = torch.full_like(key_start, row_begin + q_length)
+            return _written_out(True, (window, 0), key_start, key_stop, row_begin)
+    if q_length == kv_length:
+        pattern = _two_sided(visible)
+        if pattern is not None:
+            return pattern
+    raise _refusal(
+        source,
+        "it is neither causal nor full, with or without a sliding window and padding on one side "
+        "(windows to both sides where queries and keys are the same tokens)",
+    )
+
+
+def _two_sided(visible: Tensor) -> MaskPattern | None:
+    """The pattern of a window to both sides with padding; None if `visible` is none.
+
+    Args:
+        visible: (batch, length, length) bool.
+    """
+    length = visible.shape[1]
+    column = torch.arange(length, device=visible.device)
+    ahead = column - column[:, None]  # how far a key stands behind its row
+    anywhere = visible.any(0)
+    left, right = (int(torch.where(anywhere, far, 0).max()) for far in (-ahead, ahead))
+    is_key = visible.any(1)
+    has_keys = is_key.any(-1)
+    key_start = torch.where(has_keys, is_key.int().argmax(-1), 0)
+    key_stop = torch.where(has_keys, length - is_key.flip(-1).int().argmax(-1), 0)
+    is_between = (column >= key_start[:, None]) & (column < key_stop[:, None])
+    expected = is_between[:, None] & (ahead >= -left) & (ahead <= right)
     if not bool((visible == expected).all()):
-        expected &= column >= position - window
-        if not bool((visible == expected).all()):
-            raise _refusal(
-                source,
-                "it is neither causal nor full, with or without a sliding window and padding on "
-                "the left",
-            )
-    else:
-        window = -1
-    if row_begin + q_length > kv_length:
-        raise _refusal(source, "rows stand behind the last key")
-    key_stop = torch.full_like(key_start, row_begin + q_length)
-    return _written_out(True, (window, 0), key_start, key_stop, row_begin)
+        return None
+    return _written_out(False, (left, right), key_start, key_stop, 0)
 
 
 def _written_out(

@@ -17,13 +17,13 @@ them out; the result is (batch, q_length, num_heads_q, head_dim_v).
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sink_attention_ext.integrations.mask_object import AttentionMask
 from sink_attention_ext.interface import flash_attn_func, flash_attn_varlen_func
 from sink_attention_ext.kvcache import flash_attn_with_kvcache
 
@@ -41,53 +41,8 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-class AttentionMask:
-    """Common part: the shape it was made for, and what is visible beside the bounds of the keys.
-
-    A plain class, neither a tensor nor a dataclass: wrappers that cast or rebuild a module's
-    inputs (FSDP, DDP) leave it alone. It offers the methods that transformers and accelerate call
-    on masks.
-    """
-
-    ndim = 4  # tells transformers that this is no 2D padding mask any more
-
-    def __init__(
-        self, q_length: int, kv_length: int, causal: bool, window_size: tuple[int, int]
-    ) -> None:
-        self.q_length = q_length
-        self.kv_length = kv_length
-        self.causal = causal
-        self.window_size = window_size  # (left, right) as in flash_attn_func, -1: unbounded
-
-    def contiguous(self) -> AttentionMask:
-        return self
-
-    def to(self, device: Any, non_blocking: bool = False) -> AttentionMask:
-        """The same mask with its tensors on `device` (layers of one model on several devices)."""
-        moved = copy.copy(self)
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(moved, name, value.to(device=device, non_blocking=non_blocking))
-        return moved
-
-    def check(self, q: Tensor, k: Tensor) -> None:
-        if q.shape[2] != self.q_length or k.shape[2] != self.kv_length:
-            raise ValueError(
-                f"attention_mask was made for {self.q_length} queries and {self.kv_length} keys; "
-                f"got query {tuple(q.shape)} and key {tuple(k.shape)}"
-            )
-
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, deterministic: bool, options: dict[str, Any]
-    ) -> Tensor:
-        """Attention under this mask; `options` are softmax_scale, softcap and s_aux."""
-        raise NotImplementedError
-
-    def _visible(self) -> dict[str, Any]:
-        return {"causal": self.causal, "window_size": self.window_size}
-
-    def _reads_cache(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> bool:
-        return q.shape[2] <= DECODE_ROWS and not needs_gradient(q, k, v, options["s_aux"])
+def reads_cache(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> bool:
+    return q.shape[2] <= DECODE_ROWS and not needs_gradient(q, k, v, options["s_aux"])
 
 
 class UnpaddedMask(AttentionMask):
@@ -101,7 +56,6 @@ class UnpaddedMask(AttentionMask):
         super().__init__(*shape)
         self.key_end = key_end
         self.is_packed = is_packed  # under torch.compile: 0-d bool, the mask function packs
-        self._packed: tuple[Tensor, PackedMask | None] | None = None
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, deterministic: bool, options: dict[str, Any]
@@ -141,54 +95,27 @@ class UnpaddedMask(AttentionMask):
         )
         return out.unflatten(0, (batch, q_length))
 
-    def split_by_positions(self, position_ids: Tensor | None) -> AttentionMask:
-        """The mask of sequences packed into one row, if position_ids start anew within a row.
-
-        transformers' eager GPT-OSS ignores this (its models do not hand position_ids to the mask);
-        its flash attention path does it. Applies where there is neither a cache nor padding.
-        """
-        if not self.causal or self.q_length == 1 or self.q_length != self.kv_length:
-            return self
-        if isinstance(self.key_end, Tensor) or self.key_end != self.q_length:
-            return self
-        is_packed = self.is_packed
-        if is_packed is None:
-            is_plain = isinstance(position_ids, Tensor) and position_ids.dim() == 2
-            if not is_plain or position_ids.shape[1] != self.q_length:
-                return self
-            if is_tracing():
-                is_packed = (position_ids.diff(dim=-1) <= 0).any()
-        if is_packed is not None:
-            torch._assert_async(
-                ~is_packed,
-                "sink_attention: packed sequences (position_ids that start anew) under "
-                "torch.compile need cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k",
-            )
-            return self
-        # One look per forward: the layers of a forward share this object and position_ids.
-        if self._packed is None or self._packed[0] is not position_ids:
-            starts_anew = position_ids.diff(dim=-1) <= 0
-            packed = None
-            if bool(starts_anew.any()):
-                is_start = F.pad(starts_anew, (1, 0), value=True)
-                packed = PackedMask.from_starts(is_start, self.causal, self.window_size)
-            self._packed = (position_ids, packed)
-        packed = self._packed[1]
-        return self if packed is None else packed
-
 
 class PaddedMask(AttentionMask):
     """Sequence b sees keys [key_start[b], key_stop[b]); rows that are padding themselves give 0.
 
     Rows are at key positions row_begin, row_begin + 1, ...; key_start, key_stop (batch,) int32;
-    row_begin an int or a 0-d int32 tensor.
+    row_begin an int or a 0-d int32 tensor. key_mask (batch, kv_length) bool are the keys that are
+    no padding; None of a mask that the user has written out, in which position_ids change nothing.
     """
 
     def __init__(
-        self, *shape: Any, key_start: Tensor, key_stop: Tensor, row_begin: int | Tensor
+        self,
+        *shape: Any,
+        key_start: Tensor,
+        key_stop: Tensor,
+        row_begin: int | Tensor,
+        key_mask: Tensor | None,
     ) -> None:
         super().__init__(*shape)
         self.key_start = key_start
+        self.row_begin = row_begin
+        self.key_mask = key_mask
         batch, dtype = key_start.shape[0], torch.int32
         row_end = row_begin + self.q_length
         if self.causal or self.window_size != (-1, -1):
@@ -218,7 +145,7 @@ class PaddedMask(AttentionMask):
         self, q: Tensor, k: Tensor, v: Tensor, deterministic: bool, options: dict[str, Any]
     ) -> Tensor:
         has_window = self.window_size != (-1, -1)
-        if self._reads_cache(q, k, v, options) and (self.causal or not has_window):
+        if reads_cache(q, k, v, options) and (self.causal or not has_window):
             return self._attend_cache(q, k, v, options)
         batch, _, q_length, _ = q.shape
         out = flash_attn_varlen_func(
@@ -261,8 +188,10 @@ class GatheredMask(AttentionMask):
     window would become wider, so there is none, or one that all keys fit in.
     """
 
-    def __init__(self, *shape: Any, key_mask: Tensor, row_mask: Tensor) -> None:
+    def __init__(self, *shape: Any, row_begin: int, key_mask: Tensor, row_mask: Tensor) -> None:
         super().__init__(*shape)
+        self.row_begin = row_begin
+        self.key_mask = key_mask
         self.key_index = torch.stack(key_mask.nonzero(as_tuple=True))
         self.row_index = torch.stack(row_mask.nonzero(as_tuple=True))
         self.cu_seqlens_k = _cumulative(key_mask.sum(-1))
@@ -289,7 +218,10 @@ class GatheredMask(AttentionMask):
 
 
 class PackedMask(AttentionMask):
-    """Several sequences one after the other in the rows of the batch, which are read as one row."""
+    """Several sequences one after the other in the rows of the batch, which are read as one row.
+
+    seqused_k (sequences,) int32: of a sequence only so many keys count, 0 where it is padding.
+    """
 
     def __init__(
         self,
@@ -298,26 +230,14 @@ class PackedMask(AttentionMask):
         cu_seqlens_k: Tensor,
         max_seqlen_q: int | Tensor,
         max_seqlen_k: int | Tensor,
+        seqused_k: Tensor | None = None,
     ) -> None:
         super().__init__(*shape)
         self.cu_seqlens_q = cu_seqlens_q.to(torch.int32)
         self.cu_seqlens_k = cu_seqlens_k.to(torch.int32)
         self.max_seqlen_q = max_seqlen_q
         self.max_seqlen_k = max_seqlen_k
-
-    @staticmethod
-    def from_starts(is_start: Tensor, causal: bool, window_size: tuple[int, int]) -> PackedMask:
-        """is_start (batch, seqlen) bool: here a sequence begins; True in the first column."""
-        cu_seqlens = F.pad(is_start.flatten().nonzero()[:, 0], (0, 1), value=is_start.numel())
-        longest = int(cu_seqlens.diff().max())
-        seqlen = is_start.shape[1]
-        return PackedMask(
-            *(seqlen, seqlen, causal, window_size),
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_k=cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_k=longest,
-        )
+        self.seqused_k = seqused_k
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, deterministic: bool, options: dict[str, Any]
@@ -329,6 +249,7 @@ class PackedMask(AttentionMask):
             self.cu_seqlens_k,
             self.max_seqlen_q,
             self.max_seqlen_k,
+            seqused_k=self.seqused_k,
             **self._visible(),
             deterministic=deterministic,
             **options,

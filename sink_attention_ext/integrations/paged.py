@@ -20,6 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sink_attention_ext.integrations.keywords import (
+    PAGED_HARMLESS,
+    check_keywords,
+    choose_sinks,
+    refuse_bidirectional,
+)
 from sink_attention_ext.integrations.transformers import kernel_options, to_compute_dtype
 from sink_attention_ext.interface import flash_attn_varlen_func
 from sink_attention_ext.kvcache import flash_attn_with_kvcache, reshape_and_cache
@@ -36,6 +42,8 @@ def paged_sink_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
+    is_causal: bool | None = None,
     cache: Any = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | dict[str, Tensor] | None = None,
@@ -68,7 +76,10 @@ def paged_sink_attention(
         raise ValueError(
             f'"paged|sink_attention" reads read_index and write_index; got {given} too'
         )
-    options = kernel_options(module, query, dropout, scaling, softcap, s_aux, kwargs)
+    check_keywords(module, kwargs, PAGED_HARMLESS)
+    refuse_bidirectional('"paged|sink_attention"', module, is_causal)
+    s_aux = choose_sinks(module, s_aux, sinks)
+    options = kernel_options(module, query, dropout, scaling, softcap, s_aux)
     q, k, v = (t[0].transpose(0, 1) for t in to_compute_dtype(module, query, key, value))
 
     ring = cache.sliding_windows[module.layer_idx]  # 1: full attention, every token is kept

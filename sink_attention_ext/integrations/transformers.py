@@ -21,22 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from sink_attention_ext import checks
+from sink_attention_ext.integrations.keywords import check_keywords, choose_sinks, layer_name
 from sink_attention_ext.integrations.mask_function import mask_of_pattern, sink_attention_mask
+from sink_attention_ext.integrations.mask_object import AttentionMask
 from sink_attention_ext.integrations.mask_pattern import pattern_of_mask
-from sink_attention_ext.integrations.masks import (
-    AttentionMask,
-    PackedMask,
-    UnpaddedMask,
-    is_tracing,
-)
+from sink_attention_ext.integrations.masks import UnpaddedMask, is_tracing
+from sink_attention_ext.integrations.packing import split_by_lengths, split_by_positions
 
 # transformers reads meaning into names: with "flash", "sdpa", "flex_attention" or "/" inside, this
 # one would be replaced by, or checked as, another implementation.
 NAME = "sink_attention"
 PAGED_NAME = f"paged|{NAME}"
-
-# Arguments of some models' attention that change its result, and that the kernels do not have.
-UNSUPPORTED = ("position_bias", "indices", "block_indices", "head_mask", "attention_bias")
 
 
 def register() -> None:
@@ -66,6 +61,7 @@ def sink_attention(
     softcap: float | None = None,
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     deterministic: bool | None = None,
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
@@ -83,16 +79,24 @@ def sink_attention(
         attention_mask: what sink_attention_mask returned; None for a layer without masks; or a
             (batch or 1, heads or 1, q_length, kv_length) tensor of the user, which is inspected.
         s_aux: (num_heads_q,) sinks of this rank, any float dtype (never cast), DTensor or not.
+        sinks: another name of s_aux. Only one may be given.
+        position_ids: (batch or 1, q_length). Where they start anew within a row, another sequence
+            begins; padding beside it is none of it.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: packed sequences
-            (transformers' FlashAttentionKwargs), instead of position_ids that start anew.
+            (transformers' FlashAttentionKwargs), whether or not position_ids start anew. The
+            maxima may be missing.
+        kwargs: see sink_attention_ext.integrations.keywords.
 
     Returns:
         (batch, q_length, num_heads_q, head_dim_v), and None for the weights, which never exist.
 
     Raises:
-        ValueError: a mask or option that the kernels do not compute.
+        TypeError, ValueError: a mask or option that the kernels do not compute, or a keyword that
+            is not known to be harmless.
     """
-    options = kernel_options(module, query, dropout, scaling, softcap, s_aux, kwargs)
+    check_keywords(module, kwargs)
+    s_aux = choose_sinks(module, s_aux, sinks)
+    options = kernel_options(module, query, dropout, scaling, softcap, s_aux)
     query, key, value = to_compute_dtype(module, query, key, value)
     if isinstance(attention_mask, Tensor):
         mask = _mask_of_tensor(attention_mask, query)
@@ -105,12 +109,12 @@ def sink_attention(
         raise ValueError(
             f"attention_mask of type {type(attention_mask).__name__} is not known to sink_attention"
         )
-    mask.check(query, key)
-    if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
-        lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-        mask = _mask_of_cu_seq_lens(mask, query, key, *lengths)
-    elif isinstance(mask, UnpaddedMask):
-        mask = mask.split_by_positions(position_ids)
+    mask.check(query, key, module)
+    lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+    if any(length is not None for length in lengths):
+        mask = split_by_lengths(mask, query.shape[0], position_ids, *lengths)
+    elif attention_mask is not None or mask.causal:
+        mask = split_by_positions(mask, position_ids, query.shape[0])
     return mask.attend(query, key, value, bool(deterministic), options), None
 
 
@@ -121,31 +125,19 @@ def kernel_options(
     scaling: float | None,
     softcap: float | None,
     s_aux: Tensor | None,
-    kwargs: dict[str, Any],
 ) -> dict[str, Any]:
     """softmax_scale, softcap and s_aux for the kernels; refuses what they do not have."""
-    layer = f"{type(module).__name__} {getattr(module, 'layer_idx', '')}".rstrip()
     if dropout != 0.0:
         raise ValueError(
-            f"sink_attention has no attention dropout; {layer} asks for {dropout}: set "
-            "config.attention_dropout = 0.0"
+            f"sink_attention has no attention dropout; {layer_name(module)} asks for {dropout}: "
+            "set config.attention_dropout = 0.0"
         )
-    if kwargs.get("output_attentions"):
-        raise ValueError(
-            "sink_attention never forms the attention weights, so output_attentions=True has "
-            "nothing to return: use attn_implementation='eager'"
-        )
-    for name in UNSUPPORTED:
-        if kwargs.get(name) is not None:
-            raise ValueError(
-                f"sink_attention does not compute {name}, which {layer} passes: use "
-                "attn_implementation='eager'"
-            )
     if s_aux is not None:
         s_aux = checks.local_s_aux(s_aux)  # query holds this rank's heads: take its sinks
         if s_aux.numel() != query.shape[1]:
             raise ValueError(
-                f"s_aux has {s_aux.numel()} logits, q has {query.shape[1]} heads in {layer} on "
+                f"s_aux has {s_aux.numel()} logits, q has {query.shape[1]} heads in "
+                f"{layer_name(module)} on "
                 "this rank: under tensor parallelism shard the sinks with the heads "
                 "(sink_attention_ext.parallel.GPT_OSS_TP_PLAN)"
             )
@@ -215,30 +207,4 @@ def _check_window(mask: AttentionMask, sliding_window: int | None) -> None:
     raise ValueError(
         f"the layer's sliding_window is {sliding_window}, but its attention_mask was made with "
         f"window_size {mask.window_size}"
-    )
-
-
-def _mask_of_cu_seq_lens(
-    mask: AttentionMask,
-    query: Tensor,
-    key: Tensor,
-    cu_seq_lens_q: Tensor,
-    cu_seq_lens_k: Tensor,
-    max_length_q: int | Tensor | None,
-    max_length_k: int | Tensor | None,
-) -> AttentionMask:
-    """Packed sequences whose bounds are given. A missing maximum is replaced by a safe one."""
-    if not isinstance(mask, (UnpaddedMask, PackedMask)):
-        raise ValueError("cu_seq_lens_q and an attention_mask with padding exclude each other")
-    total_q, total_k = (t.shape[0] * t.shape[2] for t in (query, key))
-    if max_length_q is None or (is_tracing() and isinstance(max_length_q, Tensor)):
-        max_length_q = total_q
-    if max_length_k is None or (is_tracing() and isinstance(max_length_k, Tensor)):
-        max_length_k = total_k
-    return PackedMask(
-        *(mask.q_length, mask.kv_length, mask.causal, mask.window_size),
-        cu_seqlens_q=cu_seq_lens_q,
-        cu_seqlens_k=cu_seq_lens_k,
-        max_seqlen_q=max_length_q,
-        max_seqlen_k=max_length_k,
     )

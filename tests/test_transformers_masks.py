@@ -97,6 +97,15 @@ def test_prefill_and_cached_rows(window, side):
         assert isinstance(mask, UnpaddedMask if side is None else PaddedMask)
 
 
+def test_padding_at_the_end_of_a_row_and_the_beginning_of_the_next():
+    """Together it is longer than a row."""
+    left, right = (padding_mask(12, [3, 0, 2], side) for side in ("left", "right"))
+    full, window = masking_utils.bidirectional_mask_function, sliding(4)
+    for padding in (left, torch.cat([right, left]), torch.cat([left, right])):
+        for rule in (CAUSAL, window, full):
+            check(12, 12, rule=rule, padding=padding.bool())
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_static_cache_with_a_tail_of_zeros(padded):
     """q_offset is a tensor that changes after the mask was made."""
@@ -144,6 +153,61 @@ def test_bidirectional_rules():
     check(4, 10, rule=full)
     with pytest.raises(ValueError, match="bidirectional window"):
         check(4, 10, rule=window)
+
+
+@pytest.mark.parametrize(("left", "right"), [(3, 3), (2, 4), (0, 3), (20, 2), (3, 20)])
+def test_windows_to_both_sides_that_are_written_out(left, right):
+    def window(b, h, q, k):
+        return (k >= q - left) & (k <= q + right)
+
+    full = masking_utils.bidirectional_mask_function
+    rules = (
+        masking_utils.and_masks(full, window),
+        masking_utils.or_masks(
+            masking_utils.and_masks(CAUSAL, lambda b, h, q, k: k >= q - left),
+            masking_utils.and_masks(full, window),
+        ),
+    )
+    for rule in rules:
+        for side in ("right", "left"):
+            for padding in (None, padding_mask(12, [12, 7, 0, 1], side).bool()):
+                mask = check(12, 12, rule=rule, padding=padding, use_vmap=True)
+                assert not mask.causal and mask.window_size == (min(left, 11), min(right, 11))
+        ids = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2]] * 2)
+        packed = masking_utils.and_masks(rule, masking_utils.packed_sequence_mask_function(ids))
+        assert isinstance(check(12, 12, rule=packed, use_vmap=True), PackedMask)
+        with pytest.raises(ValueError, match="queries and keys are the same tokens"):
+            check(4, 12, q_offset=8, rule=rule, use_vmap=True)
+
+
+def test_two_windows_are_the_narrower_one():
+    both = masking_utils.sliding_window_bidirectional_overlay
+    for rule in (
+        masking_utils.and_masks(both(2), both(4)),
+        masking_utils.and_masks(both(4), both(2)),
+        masking_utils.and_masks(masking_utils.sliding_window_overlay(3), both(5)),
+        masking_utils.and_masks(both(5), masking_utils.sliding_window_overlay(3)),
+        masking_utils.and_masks(CAUSAL, both(5), masking_utils.sliding_window_overlay(3)),
+    ):
+        check(12, 12, rule=rule)
+
+
+def test_sequences_that_share_a_number_are_not_told_apart_by_where_they_begin():
+    """Tokens 0 and 4 are of one sequence, with another one in between."""
+    ids = torch.tensor([[0, 1, 1, 0, 0, 2, 2, 2]] * 2)
+    packed = masking_utils.packed_sequence_mask_function(ids)
+    with pytest.raises(ValueError, match="neither causal nor full"):
+        check(8, 8, rule=masking_utils.and_masks(CAUSAL, packed))
+
+
+def test_packed_rule_and_padding():
+    """A mask function may say both (ESM C's does)."""
+    ids = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 1, 1, 1, 1, 1, 2]])
+    packed = masking_utils.packed_sequence_mask_function(ids)
+    padding = padding_mask(8, [8, 6], "right").bool()
+    for rule in (CAUSAL, masking_utils.bidirectional_mask_function):
+        with pytest.raises(ValueError, match="cannot compute the mask function"):
+            check(8, 8, rule=masking_utils.and_masks(rule, packed), padding=padding)
 
 
 def test_packed_rule():
@@ -198,6 +262,16 @@ def test_a_4d_mask_of_the_user_is_read(as_float, window):
         ours, _ = sink_attention(layer(), q, k, v, mask, s_aux=s_aux)
         expected = eager(q, k, v, s_aux, visible)
         torch.testing.assert_close(ours, expected, atol=2e-6, rtol=2e-5)
+
+
+def test_a_4d_mask_that_hides_everything_of_one_sequence():
+    visible = torch.zeros(2, 1, 7, 13, dtype=torch.bool)
+    visible[0, 0, :, :10] = torch.ones(7, 10).tril(3)  # and three keys behind the rows
+    q, k, v, s_aux = inputs(2, 7, 13)
+    for gradient in (False, True):
+        q.requires_grad_(gradient)
+        ours, _ = sink_attention(layer(), q, k, v, visible, s_aux=s_aux)
+        torch.testing.assert_close(ours, eager(q, k, v, s_aux, visible), atol=2e-6, rtol=2e-5)
 
 
 def test_a_4d_mask_through_the_model_is_authoritative_as_in_eager():

@@ -194,6 +194,50 @@ def test_compiled_images_are_refused():
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("window", [8, 200])
+def test_decoder_made_an_encoder_with_windows_to_both_sides(window):
+    """Gemma 3 with use_bidirectional_attention (EmbeddingGemma): an or_mask_function of its own."""
+    torch.manual_seed(0)
+    options = {"head_dim": 16, "sliding_window": window, "use_bidirectional_attention": True}
+    options |= {"num_hidden_layers": 4, "attention_dropout": 0.0, "initializer_range": 0.2}
+    options["layer_types"] = ["sliding_attention", "full_attention"] * 2
+    model = transformers.Gemma3TextModel(transformers.Gemma3TextConfig(**(SMALL | options))).eval()
+    model.set_attn_implementation("sink_attention")
+    ids = tokens(3, 40)
+
+    def hidden(m, **given):
+        return m(ids, **given).last_hidden_state
+
+    packed = torch.cat([torch.arange(n) for n in (14, 3, 23)]).expand(3, -1)
+    right, left = (padding_mask(40, [40, 27, 3], side) for side in ("right", "left"))
+    everything = torch.ones_like(right)
+    for rows, given in (
+        (everything, {}),
+        (right, {"attention_mask": right}),
+        (left, {"attention_mask": left, "position_ids": positions(left)}),
+        (everything, {"position_ids": packed, "use_cache": False}),
+    ):
+        results = []
+        for name in ("sink_attention", "eager"):
+            model.set_attn_implementation(name)
+            out = hidden(model, **given)[rows.bool()]
+            weight = model.layers[0].self_attn.q_proj.weight
+            results.append((out, *torch.autograd.grad(out[:, ::2].square().mean(), weight)))
+        for ours, eager in zip(*results, strict=True):
+            assert max_diff(ours, eager) < 2e-5 * eager.abs().max()
+
+    alone = []
+    model.set_attn_implementation("sink_attention")
+    with torch.no_grad():
+        for begin, end in ((0, 14), (14, 17), (17, 40)):
+            alone.append(model(ids[:, begin:end], use_cache=False).last_hidden_state)
+        mask = padding_mask(43, [43, 41, 40], "right")  # in all rows behind the packed tokens
+        wider = torch.nn.functional.pad(ids, (0, 3))
+        place = torch.nn.functional.pad(packed, (0, 3))
+        ours = model(wider, attention_mask=mask, position_ids=place).last_hidden_state[:, :40]
+    assert max_diff(ours, torch.cat(alone, dim=1)) < 2e-5 * ours.abs().max()
+
+
 def test_encoder_with_bidirectional_windows():
     torch.manual_seed(0)
     options = {k: v for k, v in SMALL.items() if k not in ("num_key_value_heads", "eos_token_id")}

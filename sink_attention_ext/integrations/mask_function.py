@@ -186,16 +186,11 @@ def _padded(
     if not has_holes:
         return PaddedMask(*shape, **bounds, row_begin=row_begin, key_mask=key_mask)
 
-    window = window_size[0]
-    if window >= 0 and (not causal or int(key_end) > window + 1):  # else no row is far enough
-        raise ValueError(
-            "sink_attention cannot compute an attention_mask with zeros between ones together with "
-            f"a sliding window of {window + 1} tokens over {int(key_end)} keys: pad on one side "
-            "(tokenizer.padding_side), or use attn_implementation='eager'"
-        )
     begin = int(row_begin)
     if causal:
         row_mask = key_mask[:, begin : begin + q_length]
     else:
         row_mask = key_mask.new_ones(key_mask.shape[0], q_length)
-    return GatheredMask(*shape, row_begin=begin, key_mask=key_mask, row_mask=row_mask)
+    return GatheredMask(
+        *shape, row_begin=begin, key_end=int(key_end), key_mask=key_mask, row_mask=row_mask
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 
@@ -37,8 +38,10 @@ class AttentionMask:
     def contiguous(self) -> AttentionMask:
         return self
 
-    def to(self, device: Any, non_blocking: bool = False) -> AttentionMask:
+    def to(self, device: Any = None, non_blocking: bool = False, **cast: Any) -> AttentionMask:
         """The same mask with its tensors on `device` (layers of one model on several devices)."""
+        if device is None or isinstance(device, (torch.dtype, Tensor)) or cast:
+            raise _not_a_tensor(self, "attention_mask.to(dtype)")
         moved = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, Tensor):

@@ -253,6 +253,7 @@ def pattern_of_mask(mask: Tensor, batch: int, source: str = "attention_mask") ->
             expected &= column >= position - window
         if window < 0 or bool((visible == expected).all()):
             key_stop = torch.full_like(key_start, row_begin + q_length)
+            key_start = key_start.minimum(key_stop)  # of a sequence that sees no key
             return _written_out(True, (window, 0), key_start, key_stop, row_begin)
     if q_length == kv_length:
         pattern = _two_sided(visible)

@@ -129,17 +129,14 @@ class PaddedMask(AttentionMask):
         last = torch.zeros_like(key_stop) + row_end if self.causal else key_stop
         self.cache_length = (last - key_start).clamp(min=0).to(dtype)
 
-        # For the varlen kernel the rows of the batch are 2 * batch + 1 sequences, padding and real
-        # ones in turn. Those of padding have no key. Nothing is gathered, no size depends on data.
+        # For the varlen kernel each row of the batch is three sequences: padding, real tokens,
+        # padding. Padding has no key. Nothing is gathered, and no size depends on data.
         first = torch.arange(batch, dtype=dtype, device=key_start.device)
-        q_bounds = torch.stack([row_start, row_stop], -1) + (first * self.q_length)[:, None]
-        k_bounds = torch.stack([key_start, key_stop], -1) + (first * self.kv_length)[:, None]
+        self.cu_seqlens_q = _bounds(row_start, row_stop, first, self.q_length)
+        self.cu_seqlens_k = _bounds(key_start, key_stop, first, self.kv_length)
+        nothing = torch.zeros_like(key_start)
         seqlens = (key_stop - key_start).clamp(min=0)
-        self.seqused_k = F.pad(
-            torch.stack([torch.zeros_like(seqlens), seqlens], -1).flatten(), (0, 1)
-        )
-        self.cu_seqlens_q = _with_ends(q_bounds, batch * self.q_length)
-        self.cu_seqlens_k = _with_ends(k_bounds, batch * self.kv_length)
+        self.seqused_k = torch.stack([nothing, seqlens, nothing], -1).flatten()
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, deterministic: bool, options: dict[str, Any]
@@ -185,12 +182,16 @@ class GatheredMask(AttentionMask):
     """Sequence b sees the keys where key_mask[b]; rows outside row_mask give 0.
 
     Keys and rows are gathered without the gaps. That keeps their order, so causal stays causal. A
-    window would become wider, so there is none, or one that all keys fit in.
+    window would become wider, so one that does not hold all of the first key_end keys is refused
+    (when it is attended to: padding between packed sequences makes no gap in any of them).
     """
 
-    def __init__(self, *shape: Any, row_begin: int, key_mask: Tensor, row_mask: Tensor) -> None:
+    def __init__(
+        self, *shape: Any, row_begin: int, key_end: int, key_mask: Tensor, row_mask: Tensor
+    ) -> None:
         super().__init__(*shape)
         self.row_begin = row_begin
+        self.key_end = key_end
         self.key_mask = key_mask
         self.key_index = torch.stack(key_mask.nonzero(as_tuple=True))
         self.row_index = torch.stack(row_mask.nonzero(as_tuple=True))
@@ -200,6 +201,14 @@ class GatheredMask(AttentionMask):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, deterministic: bool, options: dict[str, Any]
     ) -> Tensor:
+        window = self.window_size[0]
+        has_window = 0 <= window < self.key_end - 1 if self.causal else self.window_size != (-1, -1)
+        if has_window:
+            raise ValueError(
+                "sink_attention cannot compute an attention_mask with zeros between ones together "
+                f"with a sliding window of {window + 1} tokens over {self.key_end} keys: pad on "
+                "one side (tokenizer.padding_side), or use attn_implementation='eager'"
+            )
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         rows, keys = tuple(self.row_index), tuple(self.key_index)
         out = flash_attn_varlen_func(
@@ -257,9 +266,13 @@ class PackedMask(AttentionMask):
         return out.unflatten(0, (batch, q_length))
 
 
-def _with_ends(bounds: Tensor, total: int) -> Tensor:
-    """(batch, 2) bounds as cu_seqlens of 2 * batch + 1 sequences: [0, start, stop, ..., total]."""
-    return F.pad(F.pad(bounds.flatten(), (1, 0)), (0, 1), value=total).to(torch.int32)
+def _bounds(start: Tensor, stop: Tensor, row: Tensor, length: int) -> Tensor:
+    """cu_seqlens of 3 * batch sequences: of each row what is before start, before stop, and behind.
+
+    start, stop, row: (batch,); row counts the batch's rows.
+    """
+    bounds = torch.stack([start, stop, torch.full_like(stop, length)], -1) + row[:, None] * length
+    return F.pad(bounds.flatten(), (1, 0)).to(torch.int32)
 
 
 def _cumulative(lengths: Tensor) -> Tensor:

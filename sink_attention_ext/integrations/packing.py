@@ -213,6 +213,11 @@ def split_by_lengths(
         return kept[1]
     for name, bounds in (("cu_seq_lens_q", cu_seq_lens_q), ("cu_seq_lens_k", cu_seq_lens_k)):
         _check_bounds(name, bounds)
+    if len(cu_seq_lens_q) != len(cu_seq_lens_k):
+        raise ValueError(
+            "cu_seq_lens_q and cu_seq_lens_k must have as many entries; got "
+            f"{len(cu_seq_lens_q)} and {len(cu_seq_lens_k)}"
+        )
     total_q, total_k = batch * mask.q_length, batch * mask.kv_length
     packed = PackedMask(
         *(mask.q_length, mask.kv_length, mask.causal, mask.window_size),

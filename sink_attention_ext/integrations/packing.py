@@ -82,12 +82,15 @@ def _split(mask: AttentionMask, position_ids: Tensor, batch: int) -> PackedMask 
     """The packed sequences; None if each row of the batch holds one."""
     begin, q_length = int(_row_begin(mask)), mask.q_length
     positions = position_ids.expand(batch, -1)
-    if isinstance(mask, UnpaddedMask):
-        is_real = None
-        is_start = F.pad(positions.diff(dim=-1) <= 0, (1, 0), value=True)
-    else:
+    is_real = None
+    if not isinstance(mask, UnpaddedMask):
         is_real = mask.key_mask[:, begin : begin + q_length]
-        is_start = _starts_of_real_tokens(positions, is_real)
+    if isinstance(mask, GatheredMask):
+        is_start = _starts_between_holes(positions, is_real)
+    else:
+        is_start = F.pad(positions.diff(dim=-1) <= 0, (1, 0), value=True)
+        if is_real is not None:
+            is_start = is_real & F.pad(is_start[:, 1:] | ~is_real[:, :-1], (1, 0), value=True)
     if not bool((is_start.sum(-1) > 1).any()):
         return None
     if begin != 0:
@@ -99,7 +102,7 @@ def _split(mask: AttentionMask, position_ids: Tensor, batch: int) -> PackedMask 
     return pack(mask, is_start, is_real)
 
 
-def _starts_of_real_tokens(positions: Tensor, is_real: Tensor) -> Tensor:
+def _starts_between_holes(positions: Tensor, is_real: Tensor) -> Tensor:
     """(batch, q_length) bool: tokens whose position is not above that of the real one before."""
     column = torch.arange(positions.shape[1], device=positions.device)
     last_real = column.where(is_real, -1).cummax(-1).values

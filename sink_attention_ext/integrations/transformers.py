@@ -8,9 +8,10 @@
 works for every model that asks transformers' AttentionInterface, with a sink (``s_aux``) where
 the model passes one: padded batches, sliding windows, dynamic and static caches, packed
 sequences, training, torch.compile. For continuous batching (``model.generate_batch``,
-transformers 5.17) the name is "paged|sink_attention".
+transformers 5.17; later ones take no such name) the name is "paged|sink_attention".
 
-A mask or an option that the kernels do not compute is a ValueError that names it.
+A mask or an option that the kernels do not compute is a ValueError that names it, and so is a
+keyword that is not known to be harmless (sink_attention_ext/integrations/keywords.py).
 """
 
 from __future__ import annotations
@@ -149,9 +150,15 @@ def to_compute_dtype(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Casts back to the weights' half precision what a float32 norm (PEFT) has widened.
 
-    As transformers' flash attention does. Under autocast the operators cast by themselves.
+    As transformers' flash attention does. Under autocast the operators cast by themselves, but for
+    those over caches, which take keys and values of one dtype.
     """
-    if query.dtype != torch.float32 or torch.is_autocast_enabled(query.device.type):
+    if torch.is_autocast_enabled(query.device.type):
+        if key.dtype == value.dtype == query.dtype:
+            return query, key, value
+        dtype = torch.get_autocast_dtype(query.device.type)
+        return query.to(dtype), key.to(dtype), value.to(dtype)
+    if query.dtype != torch.float32:
         return query, key, value
     config = getattr(module, "config", None)
     if hasattr(config, "_is_quantized"):

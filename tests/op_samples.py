@@ -194,6 +194,7 @@ SAMPLES: dict[str, tuple[Callable[..., Any], Sample]] = {
     "paged_packed_float8": (ops.paged_attn, paged_packed_float8),
     "paged_int8_token_scales": (ops.paged_attn, paged_int8_token_scales),
     "paged_out": (ops.paged_attn_out, paged_out),
+    "check_paged": (ops.check_paged_attn, paged),
     "reshape_and_cache": (ops.reshape_and_cache, reshape_and_cache),
     "reshape_and_cache_float8": (ops.reshape_and_cache, reshape_and_cache_float8),
     "reshape_and_cache_int8": (ops.reshape_and_cache, reshape_and_cache_int8),

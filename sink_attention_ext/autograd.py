@@ -160,16 +160,18 @@ def _counting_changes(name: str) -> Callable[..., Any]:
     mutated = [(i, a.name) for i, a in enumerate(arguments) if is_mutated[i]]
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        for i, argument in mutated:
-            changed = args[i] if i < len(args) else kwargs[argument]
-            if changed.is_inference() and not torch.is_inference_mode_enabled():
+        changed = {name: args[i] if i < len(args) else kwargs[name] for i, name in mutated}
+        for argument, tensor in changed.items():
+            if tensor.is_inference() and not torch.is_inference_mode_enabled():
                 raise RuntimeError(  # as torch's own in-place operators do
                     f"{argument} must not be a tensor that was made in inference mode, which is "
                     "written outside of it here: write under torch.inference_mode(), or clone it"
                 )
-            torch.autograd.graph.increment_version(changed)
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            return op(*args, **kwargs)
+            result = op(*args, **kwargs)
+        for tensor in changed.values():  # as torch does: not where the operator has refused
+            torch.autograd.graph.increment_version(tensor)
+        return result
 
     return kernel
 

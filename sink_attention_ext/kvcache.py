@@ -306,7 +306,7 @@ def attend(
     )
     if write is not None:
         if not torch.compiler.is_compiling():  # what attention refuses is refused before the write
-            cache_checks.call(ops.check_paged_attn, *arguments)
+            cache_checks.call(ops.check_paged_attn, *arguments, lengths)
         write()
     out, lse = ops.paged_attn(*arguments)
     return (out, lse) if return_lse else out

@@ -233,7 +233,8 @@ struct Ops {
   }
 
   // What paged_attn would refuse, and nothing that it reads lies in the caches: for a caller that
-  // writes the caches first, and must not have where attention is then refused.
+  // writes the caches first, and must not have where attention is then refused. cache_seqlens: what
+  // such a caller made seqused_k of.
   static void check_paged_attn(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                const Tensor& block_table, const Tensor& seqused_k,
                                const OptionalTensor& cu_seqlens_q, const OptionalTensor& s_aux,
@@ -241,7 +242,8 @@ struct Ops {
                                int64_t max_seqlen_q, double softmax_scale, bool causal,
                                int64_t window_left, int64_t window_right, double softcap,
                                int64_t num_splits, int64_t num_sink_tokens,
-                               const OptionalTensor& tree_mask) {
+                               const OptionalTensor& tree_mask,
+                               const OptionalTensor& cache_seqlens) {
     checked_paged_problem(
         q, k_cache, v_cache, s_aux,
         {block_table, seqused_k, cu_seqlens_q, k_scale, v_scale, max_seqlen_q, num_splits,
@@ -249,7 +251,8 @@ struct Ops {
         {softmax_scale, causal, window_left, window_right, softcap, num_sink_tokens});
     const std::initializer_list<NamedTensor> operands{{"q", q},
                                                       {"block_table", block_table},
-                                                      {"cache_seqlens", seqused_k},
+                                                      {"seqused_k", seqused_k},
+                                                      {"cache_seqlens", cache_seqlens},
                                                       {"cu_seqlens_q", cu_seqlens_q},
                                                       {"s_aux", s_aux},
                                                       {"tree_mask", tree_mask}};

@@ -239,7 +239,7 @@ def test_a_paged_cache_that_raises_has_not_changed(options: dict[str, Any]) -> N
             lambda bad=bad: cache.fork(bad),
             lambda bad=bad: cache.truncate(bad, 1),
             lambda: cache.truncate(ids[0], draw.choice([5, -1, 10**30, 1.5, None, True])),
-            lambda: cache.append([ids[0], fork], counts),
+            lambda counts=counts: cache.append([ids[0], fork], counts),
             lambda bad=bad: cache.append([ids[0], bad], 1),
             lambda: cache.append([ids[0]], 1, pad_seqs_to=draw.choice([0, 9, HUGE, "x", 1.5])),
             lambda: cache.append([ids[0]], 1, pad_tokens_to=draw.choice([0, 99, HUGE, "x", 1.5])),

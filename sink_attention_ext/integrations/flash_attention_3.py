@@ -244,7 +244,8 @@ def flash_attn_with_kvcache(
     _refuse(cache_leftpad=cache_leftpad)
     _refuse(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     _refuse_context_parallel(cp_world_size, cp_rank, cp_tot_seqused_k)
-    cache_checks.check_caches(k_cache, v_cache)
+    is_paged = page_table is not None or block_table is not None
+    cache_checks.check_caches(k_cache, v_cache, is_paged)
     if k_cache.dtype in checks.QUANTISED_DTYPES:
         raise TypeError(
             "k_cache must not be float8 or int8 here, since k_descale and v_descale are not "

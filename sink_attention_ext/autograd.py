@@ -148,20 +148,41 @@ def refuse_gradient(
         )
 
 
-def _without_gradient(name: str) -> Callable[..., Any]:
-    """Autograd kernel of an operator without gradient; counts in-place changes of its arguments."""
+def _counting_changes(name: str) -> Callable[..., Any]:
+    """ADInplaceOrView kernel of an operator, where torch counts in-place changes of its arguments.
+
+    Under inference mode too, which leaves autograd's kernels out: the tensors may have been saved
+    for a backward before.
+    """
     op = ops.lookup(name)
     arguments = op._schema.arguments
     is_mutated = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
     mutated = [(i, a.name) for i, a in enumerate(arguments) if is_mutated[i]]
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
+        changed = {name: args[i] if i < len(args) else kwargs[name] for i, name in mutated}
+        for argument, tensor in changed.items():
+            if tensor.is_inference() and not torch.is_inference_mode_enabled():
+                raise RuntimeError(  # as torch's own in-place operators do
+                    f"{argument} must not be a tensor that was made in inference mode, which is "
+                    "written outside of it here: write under torch.inference_mode(), or clone it"
+                )
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            result = op(*args, **kwargs)
+        for tensor in changed.values():  # as torch does: not where the operator has refused
+            torch.autograd.graph.increment_version(tensor)
+        return result
+
+    return kernel
+
+
+def _without_gradient(name: str) -> Callable[..., Any]:
+    """Autograd kernel of an operator without gradient; counts, too, which saves a dispatch."""
+    count_and_call = _counting_changes(name)
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
         refuse_gradient(f"sink_attention_ext::{name}", *args, *kwargs.values())
-        for i, argument in mutated:
-            changed = args[i] if i < len(args) else kwargs[argument]
-            torch.autograd.graph.increment_version(changed)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args, **kwargs)
+        return count_and_call(*args, **kwargs)
 
     return kernel
 
@@ -212,6 +233,7 @@ _AUTOCAST_RULES = {
     "flash_attn_fwd": _cast_qkv,
     "flash_attn_varlen_fwd": _cast_qkv,
     "paged_attn": _cast_q_like_cache,
+    "check_paged_attn": _cast_q_like_cache,
     "reshape_and_cache": _cast_kv_like_cache,
     "reshape_and_cache.token_scales": _cast_kv_like_cache,
 }
@@ -263,10 +285,12 @@ def _register() -> torch.library.Library:
     writers = ("reshape_and_cache", "reshape_and_cache.token_scales")
     for name in ("paged_attn", "paged_attn.out", *float8.OPERATORS, *writers):
         library.impl(name, _without_gradient(name), "Autograd")
+    for name in ("paged_attn.out", *writers):
+        library.impl(name, _counting_changes(name), "ADInplaceOrView")
     for name, cast in _AUTOCAST_RULES.items():
         for key in ("AutocastCPU", "AutocastCUDA"):
             library.impl(name, _autocast_kernel(name, cast, key), key)
-    for name in (*formulas, "paged_attn", *float8.OPERATORS, *writers):
+    for name in (*formulas, "paged_attn", "check_paged_attn", *float8.OPERATORS, *writers):
         torch.library.register_vmap(f"{ops.NAMESPACE}::{name}", _refuse_vmap(name), lib=library)
     return library
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from sink_attention_ext import checks
+from sink_attention_ext import checks, ops
 from sink_attention_ext.reference import WindowSize
 
 
 def check_count(name: str, value: Any, at_least: int = 0) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int; got {value!r}")
-    if value < at_least:
+    if checks.check_int(name, value) < at_least:
         raise ValueError(f"{name} must be at least {at_least}; got {value}")
     return value
 
@@ -25,6 +24,23 @@ def check_sizes(**sizes: Any) -> None:
         check_count(name, size, at_least=1)
         if name in ("head_dim", "head_dim_v") and size > checks.MAX_HEAD_DIM:
             raise ValueError(f"{name} must be at most {checks.MAX_HEAD_DIM}; got {size}")
+
+
+def check_device(device: Any) -> torch.device:
+    """One that this machine and this torch have."""
+    checked = checks.check_device_name(device)
+    if checked.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be one that is there; got {device}, but there is no CUDA")
+    if checked.type == "cuda" and (checked.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device must be one that is there; got {device} of {torch.cuda.device_count()}"
+        )
+    if checked.type not in (*ops.BACKENDS, "meta") and ops.LIBRARY_PATH is not None:
+        raise ValueError(
+            f"device must be one that this build has kernels for ({', '.join(ops.BACKENDS)}); got "
+            f"{device}"
+        )
+    return checked
 
 
 def check_padding(name: str, padded: Any, actual: int, most: int) -> int:

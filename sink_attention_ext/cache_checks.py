@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from sink_attention_ext import checks, ops
 
@@ -18,11 +19,15 @@ K_TOKENS = ("num_tokens", "num_heads_kv", "head_dim")
 V_TOKENS = ("num_tokens", "num_heads_kv", "head_dim_v")
 K_CACHE = ("num_pages", "page_size", "num_heads_kv", "head_dim")
 V_CACHE = ("num_pages", "page_size", "num_heads_kv", "head_dim_v")
+SMALLEST_SCALE = 2.0**-126  # the smallest normal float32
 MAX_DRAFT_TOKENS = 64  # of a sequence with a tree mask: a bit each
 
 
-def check_caches(k_cache: Any, v_cache: Any) -> None:
-    """Two caches that belong together, (num_pages, page_size, num_heads_kv, head_dim[_v])."""
+def check_caches(k_cache: Any, v_cache: Any, is_paged: bool = True) -> None:
+    """Two caches that belong together, (num_pages, page_size, num_heads_kv, head_dim[_v]).
+
+    is_paged: else dense, a row for each sequence, which may have room for no token.
+    """
     for name, cache, layout in (("k_cache", k_cache, K_CACHE), ("v_cache", v_cache, V_CACHE)):
         checks.check_tensor(name, cache, layout)
         if cache.dtype not in (*checks.FLOAT_DTYPES, *checks.QUANTISED_DTYPES):
@@ -39,7 +44,7 @@ def check_caches(k_cache: Any, v_cache: Any) -> None:
     checks.check_backend("k_cache", k_cache)
     checks.check_size("v_cache", v_cache, 0, "num_pages", k_cache.shape[0], "as k_cache has")
     checks.check_size("v_cache", v_cache, 1, "page_size", k_cache.shape[1], "as k_cache has")
-    if k_cache.shape[1] < 1:
+    if is_paged and k_cache.shape[1] < 1:
         raise ValueError(
             f"k_cache must have page_size of at least 1; got shape {checks.shape_text(k_cache)}"
         )
@@ -107,18 +112,52 @@ def _check_scale(name: str, scale: Any, k_cache: Tensor) -> Tensor:
             f"got {checks.shape_text(scale)}"
         )
     checks.check_device(name, scale, k_cache.device)
+    if is_static and can_read_values(scale):
+        values = scale.tolist()
+        for head, value in enumerate(values if scale.dim() > 0 else [values]):
+            if not SMALLEST_SCALE <= abs(value) <= 1 / SMALLEST_SCALE:  # NaN is neither
+                raise ValueError(
+                    f"{name} must be finite, of a magnitude from 2**-126 to 2**126, so that "
+                    f"numbers can be divided by it in float32; got {value}"
+                    + (f" for head {head}" if scale.dim() > 0 else "")
+                )
     return scale
 
 
+MEMORY_FAULTS = ("must not share memory with", "must have memory of its own")  # check_memory.cpp
+
+
+def call(op: Callable[..., Any], *args: Any) -> Any:
+    """An operator whose refusal of tensors that overlap is a ValueError."""
+    if torch.compiler.is_compiling():
+        return op(*args)
+    try:
+        return op(*args)
+    except RuntimeError as error:
+        message = str(error)
+        if any(fault in message for fault in MEMORY_FAULTS):
+            raise ValueError(message) from None
+        raise
+
+
 def check_caches_can_be_written(k_cache: Tensor, v_cache: Tensor) -> None:
-    if k_cache is v_cache:
-        raise ValueError("v_cache must not be k_cache: keys and values are written to both")
+    """What can be said without addresses, as of meta tensors; operators see to the rest."""
+    if k_cache is v_cache or (k_cache.device.type == "meta" and _begin_alike(k_cache, v_cache)):
+        raise ValueError(
+            "v_cache must not share memory with k_cache: keys and values are written to both"
+        )
+
+
+def _begin_alike(a: Tensor, b: Tensor) -> bool:
+    """Two tensors of one storage whose first elements are one. Views are two objects of one."""
+    is_one = a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return is_one and a.storage_offset() == b.storage_offset() and min(a.numel(), b.numel()) > 0
 
 
 def check_scales_can_be_written(k_scale: Tensor | None, v_scale: Tensor | None) -> None:
-    """Scales of tokens are written where those are: each has memory of its own."""
+    """The same for scales of tokens, which are written where those are."""
     if are_token_scales(k_scale) and k_scale is v_scale:
-        raise ValueError("v_scale must not be k_scale: both are written, each with its own")
+        raise ValueError("v_scale must not share memory with k_scale: both are written")
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if not are_token_scales(scale):
             continue
@@ -160,7 +199,7 @@ def check_new_kv(
 def can_read_values(tensor: Tensor) -> bool:
     """Whether the host may look at the values: eager mode, and no device that it would wait for
     unasked (set_debug_checks)."""
-    if torch.compiler.is_compiling() or type(tensor) is not Tensor:
+    if torch.compiler.is_compiling() or (type(tensor) is not Tensor and is_fake(tensor)):
         return False
     if tensor.device.type == "cuda":
         return ops.debug_checks() and not torch.cuda.is_current_stream_capturing()
@@ -189,15 +228,14 @@ def check_packed_lengths(cu_seqlens_q: Tensor, total_q: int, max_seqlen_q: int) 
         )
 
 
-def check_append_lengths(cache_seqlens: Tensor, seqused_k: Tensor, capacity: int) -> None:
-    """The values of cache_seqlens leave room for the new tokens."""
-    before, after = cache_seqlens.tolist(), seqused_k.tolist()
-    for b, (old, new) in enumerate(zip(before, after, strict=True)):
-        if old < 0 or new > capacity:
+def check_append_lengths(cache_seqlens: Tensor, new: Sequence[int], capacity: int) -> None:
+    """The values of cache_seqlens leave room for new[b] tokens; int32 would not hold every sum."""
+    for b, (old, count) in enumerate(zip(cache_seqlens.tolist(), new, strict=True)):
+        if old < 0 or old + count > capacity:
+            room = "" if count > capacity else f"from 0 to {capacity - count}, "
             raise ValueError(
-                f"cache_seqlens[{b}] must be from 0 to {capacity - new + old}, so that "
-                f"{new - old} new tokens fit into the {capacity} that the sequence's cache holds; "
-                f"got {old}"
+                f"cache_seqlens[{b}] must be {room}so that {count} new tokens fit into the "
+                f"{capacity} that the sequence's cache holds; got {old}"
             )
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from sink_attention_ext import cache_checks, checks
+from sink_attention_ext import checks
 from sink_attention_ext.autograd import refuse_gradient
-from sink_attention_ext.kvcache import flash_attn_with_kvcache, reshape_and_cache
-from sink_attention_ext.page_pool import PageTables
+from sink_attention_ext.kvcache import attend, reshape_and_cache
+from sink_attention_ext.page_tables import PageTables, TablesDraft
 
 if TYPE_CHECKING:
     from sink_attention_ext.paged_cache import PagedKVCache
@@ -39,37 +40,36 @@ class StepBuffers:
         max_num_tokens: int,
         device: torch.device | str,
     ) -> None:
-        self._tables = tables
         rows = 1 + len(tables)
         # positions, then slots, one row a group of layers; cu_seqlens_q, then seqused_k likewise.
         self.tokens = torch.zeros(rows, max_num_tokens, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(rows, max_num_seqs + 1, dtype=torch.int32, device=device)
         self.block_tables = [torch.zeros_like(t.table, device=device) for t in tables]
 
-    def fill(self, rows: list[int], lengths: list[int], counts: list[int]) -> None:
-        """After an append of counts[i] tokens to the lengths[i] of rows[i]; all else is padding."""
+    def fill(
+        self, drafts: Sequence[TablesDraft], rows: list[int], lengths: list[int], counts: list[int]
+    ) -> None:
+        """For the append of counts[i] tokens to the lengths[i] of rows[i], after which tables are
+        as drafted; all else is padding."""
         cu_seqlens = list(itertools.accumulate(counts, initial=0))
         num_tokens, num_padded = cu_seqlens[-1], self.lengths.shape[1] - len(rows)
         ends = [length + count for length, count in zip(lengths, counts, strict=True)]
         tokens = [[p for n, end in zip(lengths, ends, strict=True) for p in range(n, end)]]
         seqlens = [cu_seqlens + [num_tokens] * (num_padded - 1)]
-        row_indices = torch.tensor(rows, dtype=torch.int64)
-        for tables, block_table in zip(self._tables, self.block_tables, strict=True):
-            places = [tables.place(row, n) for row, n in zip(rows, ends, strict=True)]
+        for draft, block_table in zip(drafts, self.block_tables, strict=True):
+            places = [draft.place(row, n) for row, n in zip(rows, ends, strict=True)]
             seqlens.append(places + [0] * num_padded)
             tokens.append([])
             for row, count, place in zip(rows, counts, places, strict=True):
-                tokens[-1] += tables.slots(row, place - count, place)
-            width = tables.max_num_pages(rows)
-            upload(
-                block_table[: len(rows), :width],
-                tables.table[:, :width].index_select(0, row_indices),
-            )
-        padded = torch.full(self.tokens.shape, -1, dtype=torch.int64)  # -1: no slot
+                tokens[-1] += draft.slots(row, place - count, place)
+            table = draft.rows(rows)
+            upload(block_table[: len(rows), : table.shape[1]], table)
+        # Host memory, whatever torch.set_default_device says.
+        padded = torch.full(self.tokens.shape, -1, dtype=torch.int64, device="cpu")  # -1: no slot
         padded[0] = 0
-        padded[:, :num_tokens] = torch.tensor(tokens, dtype=torch.int64)
+        padded[:, :num_tokens] = torch.tensor(tokens, dtype=torch.int64, device="cpu")
         upload(self.tokens, padded)
-        upload(self.lengths, torch.tensor(seqlens, dtype=torch.int32))
+        upload(self.lengths, torch.tensor(seqlens, dtype=torch.int32, device="cpu"))
 
 
 class CacheStep:
@@ -81,8 +81,9 @@ class CacheStep:
     attention on ``attn_kwargs``).
 
     The tensors here are views of buffers that the cache keeps and fills anew at every append:
-    a step ends with the next append, fork, truncate or free. In a CUDA graph that was captured with
-    this step they are what a later append of the same padded sizes has put there.
+    a step ends with the next append, fork, truncate or free, also where that fails. In a CUDA graph
+    that was captured with this step they are what a later append of the same padded sizes has put
+    there.
 
     Attributes:
         num_tokens: tokens of q, k and v; with padding.
@@ -202,46 +203,33 @@ class CacheStep:
             TypeError, ValueError: an argument does not fit; nothing has been written.
         """
         self._check_current()
-        self._group(layer)  # an index that does not exist is named here
+        kwargs = self.attn_kwargs(layer)  # an index that does not exist is named here
         checks.check_tensor("q", q, ("num_tokens", "num_heads_q", "head_dim"))
         checks.check_size("q", q, 0, "num_tokens", self.num_tokens, "as the step has")
-        self._check_attention(layer, q, s_aux, tree_mask)
-        checks.check_softmax_scale(softmax_scale, q.shape[-1])
-        checks.check_softcap(softcap)
-        checks.check_num_splits(num_splits)
-        checks.check_bool("return_lse", return_lse)
-        refuse_gradient("CacheStep.attend", q, k, v, s_aux)
-        if k is None and v is None:
-            if layer not in self._written:
-                raise RuntimeError(
-                    f"layer {layer} has not been written in this step: give attend k and v"
-                )
-        else:
-            self.write(layer, k, v)
-        return flash_attn_with_kvcache(
+        write = None
+        if k is not None or v is not None:
+            refuse_gradient("CacheStep.attend", k, v)
+            write = partial(self.write, layer, k, v)
+        elif layer not in self._written:
+            raise RuntimeError(
+                f"layer {layer} has not been written in this step: give attend k and v"
+            )
+        return attend(
             q,
             self._cache.k_cache(layer),
             self._cache.v_cache(layer),
+            None,
+            None,
             softmax_scale=softmax_scale,
             softcap=softcap,
             s_aux=s_aux,
             return_lse=return_lse,
             num_splits=num_splits,
             tree_mask=tree_mask,
-            **self.attn_kwargs(layer),
+            write=write,
+            function="CacheStep.attend",
+            **({"num_sink_tokens": 0, "k_scale": None, "v_scale": None} | kwargs),
         )
-
-    def _check_attention(self, layer: int, q: Tensor, s_aux: Any, tree_mask: Any) -> None:
-        """What attention would refuse, before k and v are written."""
-        k_cache, v_cache = self._cache.k_cache(layer), self._cache.v_cache(layer)
-        checks.check_device("q", q, k_cache.device)
-        cache_checks.check_dtype_against_cache("q", q, k_cache)
-        checks.check_heads(q, "k_cache", k_cache, "v_cache", v_cache)
-        checks.check_last_stride("q", q)
-        checks.check_s_aux(s_aux, q.shape[-2], q.device)
-        cache_checks.check_tree_mask(tree_mask, q, 0, self.max_seqlen_q)
-        if tree_mask is not None and cache_checks.can_read_values(tree_mask):
-            cache_checks.check_tree_mask_values(tree_mask, self.cu_seqlens_q)
 
     def _group(self, layer: int) -> int:
         return self._cache._layer_place(layer)[0]

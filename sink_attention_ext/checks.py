@@ -21,6 +21,7 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 FLOAT8 = torch.float8_e4m3fn
 QUANTISED_DTYPES = (FLOAT8, torch.int8)  # of caches, with scales
 MAX_HEAD_DIM = 256
+INT32_MAX = 2**31 - 1  # lengths are int32
 
 Q_DENSE = ("batch", "seqlen_q", "num_heads_q", "head_dim")
 K_DENSE = ("batch", "seqlen_k", "num_heads_kv", "head_dim")
@@ -91,6 +92,16 @@ def check_int32(name: str, tensor: Any, layout: Sequence[str], device: torch.dev
 def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device} like the other tensors; got {tensor.device}")
+
+
+def check_device_name(device: Any) -> torch.device:
+    """A torch.device, or what names one."""
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device must be a torch.device or its name; got {device!r}")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be one that torch knows; got {device!r}: {error}") from None
 
 
 def check_backend(name: str, tensor: Tensor) -> None:
@@ -290,6 +301,12 @@ def check_bool(name: str, value: Any) -> bool:
     return value
 
 
+def check_int(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int; got {value!r}")
+    return value
+
+
 def check_window(window_size: Any, causal: bool) -> tuple[int, int]:
     """(window_left, window_right) with -1 for unbounded; causal makes window_right 0."""
     if (
@@ -327,7 +344,7 @@ def check_num_sink_tokens(num_sink_tokens: Any) -> int:
             "num_sink_tokens must be at least 0, the first tokens that a sliding window keeps in "
             f"sight; got {num_sink_tokens}"
         )
-    return num_sink_tokens
+    return within_int32(num_sink_tokens)
 
 
 def check_max_seqlen(name: str, max_seqlen: Any) -> int:
@@ -338,12 +355,14 @@ def check_max_seqlen(name: str, max_seqlen: Any) -> int:
                 f"{name} must be an int or a 0-d integer tensor; got a {max_seqlen.dtype} "
                 f"tensor of shape {shape_text(max_seqlen)}"
             )
+        if max_seqlen.device.type == "meta":
+            raise ValueError(f"{name} must have a value; got a meta tensor: pass an int")
         max_seqlen = max_seqlen.item()
     if not isinstance(max_seqlen, (int, torch.SymInt)) or isinstance(max_seqlen, bool):
         raise TypeError(f"{name} must be an int; got {max_seqlen!r}")
     if not torch.compiler.is_compiling() and max_seqlen < 0:
         raise ValueError(f"{name} must be at least 0; got {max_seqlen}")
-    return max_seqlen
+    return within_int32(max_seqlen)
 
 
 def check_num_splits(num_splits: Any) -> int:
@@ -353,7 +372,15 @@ def check_num_splits(num_splits: Any) -> int:
         raise ValueError(
             f"num_splits must be 0 (chosen for you), 1 (never split) or more; got {num_splits}"
         )
-    return num_splits
+    return within_int32(num_splits)
+
+
+def within_int32(count: int | torch.SymInt) -> int | torch.SymInt:
+    """More than any sequence has tokens is as good as the most; operators take no more than int64.
+
+    A number that torch.compile traces as a symbol is within int64 already.
+    """
+    return min(count, INT32_MAX) if isinstance(count, int) else count
 
 
 # ---- packed sequences ----

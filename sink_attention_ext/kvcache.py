@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sink_attention_ext import cache_checks, checks, ops
+from sink_attention_ext import cache_checks, cache_slots, checks, ops
 from sink_attention_ext.autograd import refuse_gradient
 from sink_attention_ext.reference import WindowSize
-
-SKIP_SLOT = -1  # reshape_and_cache leaves the token out
-INVALID_SLOT = -2  # reshape_and_cache refuses the call before it writes
 
 
 def reshape_and_cache(
@@ -174,8 +173,61 @@ def flash_attn_with_kvcache(
         )
         lengths += 1
     """
+    return attend(
+        q,
+        k_cache,
+        v_cache,
+        k,
+        v,
+        cache_seqlens,
+        block_table,
+        cu_seqlens_q,
+        max_seqlen_q,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        s_aux,
+        return_lse,
+        num_splits,
+        k_scale,
+        v_scale,
+        num_sink_tokens,
+        tree_mask,
+    )
+
+
+def attend(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    cache_seqlens: int | Tensor | None,
+    block_table: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    max_seqlen_q: int | torch.SymInt | Tensor | None,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: WindowSize,
+    softcap: float,
+    s_aux: Tensor | None,
+    return_lse: bool,
+    num_splits: int,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    num_sink_tokens: int,
+    tree_mask: Tensor | None,
+    write: Callable[[], None] | None = None,
+    function: str = "flash_attn_with_kvcache",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """flash_attn_with_kvcache, with a `write` of the caller's own in the place of that of k and v.
+
+    It is called when all else has been checked, and checks what it writes. function: the caller's
+    name in messages.
+    """
     is_packed = cu_seqlens_q is not None
-    cache_checks.check_caches(k_cache, v_cache)
+    cache_checks.check_caches(k_cache, v_cache, is_paged=block_table is not None)
     checks.check_tensor("q", q, checks.Q_PACKED if is_packed else checks.Q_DENSE)
     checks.check_device("q", q, k_cache.device)
     cache_checks.check_dtype_against_cache("q", q, k_cache)
@@ -193,13 +245,16 @@ def flash_attn_with_kvcache(
     num_sink_tokens = checks.check_num_sink_tokens(num_sink_tokens)
     max_seqlen_q = _max_seqlen_q(max_seqlen_q, q)
     cache_checks.check_tree_mask(tree_mask, q, window_right, max_seqlen_q)
-    refuse_gradient("flash_attn_with_kvcache", q, k, v, k_cache, v_cache, s_aux, k_scale, v_scale)
+    refuse_gradient(function, q, k, v, k_cache, v_cache, s_aux, k_scale, v_scale)
 
-    page_size = k_cache.shape[1]
     pages = block_table
-    if pages is None:  # a dense cache: every sequence has one page
+    if pages is None and k_cache.shape[1] == 0:  # a dense cache without tokens: no page
+        pages = torch.empty(batch, 0, dtype=torch.int32, device=q.device)
+        k_cache, v_cache, k_scale, v_scale = _without_pages(k_cache, v_cache, k_scale, v_scale)
+    elif pages is None:  # a dense cache: every sequence has one page
         pages = torch.arange(batch, dtype=torch.int32, device=q.device)[:, None]
-    capacity = pages.shape[1] * page_size
+    page_size = k_cache.shape[1]
+    capacity = checks.within_int32(pages.shape[1] * page_size)
     lengths = _cache_lengths(cache_seqlens, k, batch, capacity, q.device)
 
     seqused_k = lengths
@@ -207,27 +262,29 @@ def flash_attn_with_kvcache(
         _check_new_kv(q, k, v, k_cache, v_cache, is_packed)
         cache_checks.check_scales_can_be_written(k_scale, v_scale)
         cache_checks.check_caches_can_be_written(k_cache, v_cache)
-        seqused_k = lengths + (cu_seqlens_q.diff() if is_packed else k.shape[1])
         if cache_checks.can_read_values(lengths):
             if is_packed:
                 cache_checks.check_packed_lengths(cu_seqlens_q, q.shape[0], max_seqlen_q)
-            cache_checks.check_append_lengths(lengths, seqused_k, capacity)
+            new = cu_seqlens_q.diff().tolist() if is_packed else [k.shape[1]] * batch
+            cache_checks.check_append_lengths(lengths, new, capacity)
+        seqused_k = lengths + (cu_seqlens_q.diff() if is_packed else k.shape[1])
+        if cache_checks.can_read_values(lengths):
             if block_table is not None:
                 seqlens_q = cu_seqlens_q.diff() if is_packed else q.shape[1]
-                first_key = _first_key(lengths, seqused_k, seqlens_q, window_left)
+                first_key = cache_slots.first_key(lengths, seqused_k, seqlens_q, window_left)
                 cache_checks.check_block_table_values(
                     block_table, first_key, seqused_k, num_sink_tokens, k_cache.shape[0], page_size
                 )
             if tree_mask is not None:
                 cache_checks.check_tree_mask_values(tree_mask, cu_seqlens_q)
         if batch > 0:
-            tokens = _new_positions(lengths, cu_seqlens_q, k)
-            slots = _slots(*tokens, pages, k_cache.shape[0], page_size)
+            tokens = cache_slots.new_positions(lengths, cu_seqlens_q, k)
+            slots = cache_slots.slots_of(*tokens, pages, k_cache.shape[0], page_size)
             if not is_packed:
                 k, v = k.flatten(0, 1), v.flatten(0, 1)
-            _write(k, v, k_cache, v_cache, slots, k_scale, v_scale)
+            write = partial(_write, k, v, k_cache, v_cache, slots, k_scale, v_scale)
 
-    out, lse = ops.paged_attn(
+    arguments = (
         q,
         k_cache,
         v_cache,
@@ -247,6 +304,11 @@ def flash_attn_with_kvcache(
         num_sink_tokens,
         tree_mask,
     )
+    if write is not None:
+        if not torch.compiler.is_compiling():  # what attention refuses is refused before the write
+            cache_checks.call(ops.check_paged_attn, *arguments, lengths)
+        write()
+    out, lse = ops.paged_attn(*arguments)
     return (out, lse) if return_lse else out
 
 
@@ -263,7 +325,17 @@ def _write(
     op = ops.reshape_and_cache
     if cache_checks.are_token_scales(k_scale):
         op = ops.reshape_and_cache_token_scales
-    op(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+    cache_checks.call(op, k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+
+
+def _without_pages(
+    k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Caches of no pages in the place of dense ones that hold no token: pages have a size."""
+    k_cache, v_cache = (c.new_empty(0, 1, *c.shape[2:]) for c in (k_cache, v_cache))
+    if cache_checks.are_token_scales(k_scale):
+        k_scale, v_scale = (s.new_empty(0, 1, s.shape[2]) for s in (k_scale, v_scale))
+    return k_cache, v_cache, k_scale, v_scale
 
 
 def _check_batch(q: Tensor, k_cache: Tensor, block_table: Any, cu_seqlens_q: Any) -> int:
@@ -335,46 +407,3 @@ def _cache_lengths(
             f"hold; got {cache_seqlens}"
         )
     return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=device)
-
-
-def _first_key(
-    lengths: Tensor, seqused_k: Tensor, seqlens_q: Tensor | int, window_left: int
-) -> Tensor:
-    """(batch,): the first key that is written or in a window; pages before it need not exist, but
-    for those of sink tokens."""
-    if window_left < 0:
-        return torch.zeros_like(lengths)
-    return torch.minimum(lengths, seqused_k - seqlens_q - window_left).clamp(min=0)
-
-
-def _new_positions(
-    lengths: Tensor, cu_seqlens_q: Tensor | None, k: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of each new token: its sequence, its position there, and whether it is in one (None: all)."""
-    if cu_seqlens_q is None:
-        batch, seqlen_new = k.shape[:2]
-        sequence = torch.arange(batch, device=k.device)[:, None].expand(batch, seqlen_new)
-        position = lengths[:, None] + torch.arange(seqlen_new, device=k.device)
-        return sequence.flatten(), position.flatten(), None
-    token = torch.arange(k.shape[0], device=k.device)
-    is_in_a_sequence = (token >= cu_seqlens_q[0]) & (token < cu_seqlens_q[-1])
-    sequence = torch.searchsorted(cu_seqlens_q, token, right=True) - 1
-    sequence = torch.where(is_in_a_sequence, sequence, 0)
-    return sequence, lengths[sequence] + token - cu_seqlens_q[sequence], is_in_a_sequence
-
-
-def _slots(
-    sequence: Tensor,
-    position: Tensor,
-    is_in_a_sequence: Tensor | None,
-    block_table: Tensor,
-    num_pages: int,
-    page_size: int,
-) -> Tensor:
-    """Where each new token lies in the cache, (num_tokens,) int64; the host reads no value."""
-    column = position // page_size
-    column_inside = column.clamp(0, block_table.shape[1] - 1)
-    page = block_table[sequence, column_inside]
-    exists = (column == column_inside) & (page == page.clamp(0, num_pages - 1))
-    slot = torch.where(exists, position + (page - column) * page_size, INVALID_SLOT)
-    return slot if is_in_a_sequence is None else torch.where(is_in_a_sequence, slot, SKIP_SLOT)

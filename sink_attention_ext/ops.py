@@ -54,6 +54,7 @@ flash_attn_float8_varlen_fwd = lookup("flash_attn_float8_varlen_fwd")
 flash_attn_float8_kernel = lookup("flash_attn_float8_kernel")
 paged_attn = lookup("paged_attn")
 paged_attn_out = lookup("paged_attn.out")
+check_paged_attn = lookup("check_paged_attn")
 reshape_and_cache = lookup("reshape_and_cache")
 reshape_and_cache_token_scales = lookup("reshape_and_cache.token_scales")
 merge_attn_states = lookup("merge_attn_states")
@@ -168,6 +169,7 @@ FAKE_KERNELS: dict[str, Callable[..., Any]] = {
     "flash_attn_float8_varlen_fwd": _fake_flash_attn_float8_fwd,
     "paged_attn": _fake_paged_attn,
     "paged_attn.out": _fake_mutation,
+    "check_paged_attn": _fake_mutation,
     "reshape_and_cache": _fake_mutation,
     "reshape_and_cache.token_scales": _fake_mutation,
     "merge_attn_states": _fake_merge_attn_states,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,3 +88,17 @@ def bytes_per_page(
     """Of one layer, keys and values."""
     bytes_per_head = (head_dim + head_dim_v) * dtype.itemsize + (8 if has_scales else 0)
     return page_size * num_heads_kv * bytes_per_head
+
+
+def clone_inference_tensors(owner: Any) -> None:
+    """In the place of the attributes that inference mode made and that could not be written outside
+    of it."""
+
+    def normal(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.clone() if value.is_inference() else value
+        return [normal(item) for item in value] if isinstance(value, list) else value
+
+    with torch.inference_mode(False):
+        for name, value in vars(owner).items():
+            setattr(owner, name, normal(value))

@@ -6,20 +6,27 @@ page_storage.py the device memory, cache_step.py what a model's layers call in o
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from sink_attention_ext import cache_arguments, cache_checks, checks
 from sink_attention_ext.cache_step import CacheStep, StepBuffers
-from sink_attention_ext.page_pool import OutOfPages, PageTables
-from sink_attention_ext.page_storage import GroupStats, PageStorage, bytes_per_page
+from sink_attention_ext.journal import Journal
+from sink_attention_ext.page_pool import OutOfPages
+from sink_attention_ext.page_storage import (
+    GroupStats,
+    PageStorage,
+    bytes_per_page,
+    clone_inference_tensors,
+)
+from sink_attention_ext.page_tables import PageTables
 from sink_attention_ext.reference import WindowSize
-
-_seq_ids = itertools.count()  # of all caches: no cache takes another's sequence for its own
+from sink_attention_ext.sequence_ids import new_id
 
 
 @dataclass
@@ -133,6 +140,7 @@ class PagedKVCache:
         )
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype must be a torch.dtype; got {dtype!r}")
+        device = cache_arguments.check_device(device)
         cache_arguments.check_count("num_sink_tokens", num_sink_tokens)
         checks.check_bool("per_token_head_scales", per_token_head_scales)
         if per_token_head_scales and not (k_scale is None and v_scale is None):
@@ -195,6 +203,7 @@ class PagedKVCache:
         self._sequences: dict[int, _Sequence] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._current_step: object | None = None  # the token of the one that may write
+        self._journal = Journal()
 
     # ---- sequences ----
 
@@ -204,12 +213,13 @@ class PagedKVCache:
         Raises:
             RuntimeError: there are max_num_seqs sequences already.
         """
-        if not self._free_rows:
-            raise RuntimeError(
-                f"max_num_seqs = {self.max_num_seqs} sequences are in the cache: free one first"
-            )
-        seq_id = next(_seq_ids)
-        self._sequences[seq_id] = _Sequence(self._free_rows.pop(), 0)
+        self._journal.finish()
+        row = self._free_row()
+        seq_id = new_id()
+        self._journal.change(
+            partial(self._free_rows.__delitem__, slice(len(self._free_rows) - 1, None)),
+            partial(self._sequences.__setitem__, seq_id, _Sequence(row, 0)),
+        )
         return seq_id
 
     def fork(self, seq_id: int) -> int:
@@ -222,22 +232,28 @@ class PagedKVCache:
             RuntimeError: there are max_num_seqs sequences already.
         """
         source = self._sequence(seq_id)
-        new_id = self.allocate()
-        new = self._sequences[new_id]
-        new.length = source.length
-        for tables in self._tables:
-            tables.fork(source.row, new.row)
+        row = self._free_row()
+        forked_id = new_id()
+        drafts = [tables.forked(source.row, row) for tables in self._tables]
         self._current_step = None
-        return new_id
+        self._journal.change(
+            *(draft.commit for draft in drafts),
+            partial(self._free_rows.__delitem__, slice(len(self._free_rows) - 1, None)),
+            partial(self._sequences.__setitem__, forked_id, _Sequence(row, source.length)),
+        )
+        return forked_id
 
     def free(self, seq_id: int) -> None:
         """Ends a sequence; its pages that no fork holds are free."""
         sequence = self._sequence(seq_id)
-        for tables in self._tables:
-            tables.free(sequence.row)
-        self._free_rows.append(sequence.row)
-        del self._sequences[seq_id]
+        drafts = [tables.freed(sequence.row) for tables in self._tables]
+        free_rows = [*self._free_rows, sequence.row]
         self._current_step = None
+        self._journal.change(
+            *(draft.commit for draft in drafts),
+            partial(self._free_rows.__setitem__, slice(None), free_rows),
+            partial(self._sequences.pop, seq_id, None),
+        )
 
     def truncate(self, seq_id: int, length: int) -> None:
         """Takes the last tokens of a sequence back, as rejected drafts of speculative decoding.
@@ -263,10 +279,11 @@ class PagedKVCache:
                     f"{tables.window_left} have given up pages of sequence {seq_id} that a token "
                     f"at {length} would see"
                 )
-        for tables in self._tables:
-            tables.truncate(sequence.row, length)
-        sequence.length = length
+        drafts = [tables.truncated(sequence.row, length) for tables in self._tables]
         self._current_step = None
+        self._journal.change(
+            *(draft.commit for draft in drafts), partial(setattr, sequence, "length", length)
+        )
 
     def seqlen(self, seq_id: int) -> int:
         """Tokens of a sequence."""
@@ -296,7 +313,9 @@ class PagedKVCache:
         Raises:
             OutOfPages: a group of layers has too few pages.
             TypeError, ValueError: an argument does not fit.
-            In all these cases nothing has been changed in any group.
+            In all these cases nothing has been changed in any group. Whatever else ends an append
+            (no memory, Ctrl-C), the step before has ended, and the sequences either have all the
+            new tokens or none.
         """
         rows, lengths, counts = self._check_append(seq_ids, num_new_tokens)
         num_seqs = cache_arguments.check_padding(
@@ -306,15 +325,29 @@ class PagedKVCache:
             "pad_tokens_to", pad_tokens_to, sum(counts), self.max_num_batched_tokens
         )
         plans = [tables.plan(rows, lengths, counts) for tables in self._tables]  # all may refuse
-        for tables, storage, plan in zip(self._tables, self._storage, plans, strict=True):
-            storage.copy_pages(tables.apply(plan))
-        for seq_id, count in zip(seq_ids, counts, strict=True):
-            self._sequences[seq_id].length += count
-        self._buffers.fill(rows, lengths, counts)
+        drafts = [tables.draft(plan) for tables, plan in zip(self._tables, plans, strict=True)]
+        self._current_step = None  # before the buffers that it reads change
+        self._buffers.fill(drafts, rows, lengths, counts)
+        self._journal.change(
+            *(
+                partial(storage.copy_pages, draft.copies)
+                for storage, draft in zip(self._storage, drafts, strict=True)
+            ),
+            *(draft.commit for draft in drafts),
+            *(
+                partial(setattr, self._sequences[seq_id], "length", length + count)
+                for seq_id, length, count in zip(seq_ids, lengths, counts, strict=True)
+            ),
+        )
         return CacheStep(self, num_seqs, num_tokens, max(counts, default=0))
 
     def can_append(self, seq_ids: Sequence[int], num_new_tokens: int | Sequence[int] = 1) -> bool:
-        """Whether there are pages for such an append; nothing is changed."""
+        """Whether there are pages for such an append; nothing is changed.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit append, max_seqlen and
+                max_num_batched_tokens among what it has to fit.
+        """
         rows, lengths, counts = self._check_append(seq_ids, num_new_tokens)
         try:
             for tables in self._tables:
@@ -349,15 +382,18 @@ class PagedKVCache:
 
     @property
     def num_seqs(self) -> int:
+        self._journal.finish()
         return len(self._sequences)
 
     @property
     def num_free_pages(self) -> dict[int, int]:
         """By window_left of the group (-1: full layers)."""
+        self._journal.finish()
         return {tables.window_left: tables.pool.num_free for tables in self._tables}
 
     def stats(self) -> dict[int, GroupStats]:
         """By window_left of the group (-1: full layers)."""
+        self._journal.finish()
         return {
             tables.window_left: GroupStats(
                 tables.window_left,
@@ -372,9 +408,36 @@ class PagedKVCache:
             )
         }
 
+    # ---- copies ----
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy.deepcopy. A step stays with the cache that it is of."""
+        self._journal.finish()
+        return self.__dict__ | {"_current_step": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Sequences keep their ids, which are none of this process's own (sequence_ids.py)."""
+        self.__dict__ |= state
+        for owner in (*self._storage, self._buffers, *self._tables):
+            clone_inference_tensors(owner)
+
+    def __copy__(self) -> NoReturn:
+        raise TypeError(
+            "copy.copy of a PagedKVCache would share pages with it, unknown to either: use "
+            "copy.deepcopy"
+        )
+
     # ---- arguments ----
 
+    def _free_row(self) -> int:
+        if not self._free_rows:
+            raise RuntimeError(
+                f"max_num_seqs = {self.max_num_seqs} sequences are in the cache: free one first"
+            )
+        return self._free_rows[-1]
+
     def _sequence(self, seq_id: int) -> _Sequence:
+        self._journal.finish()
         if isinstance(seq_id, bool) or not isinstance(seq_id, int):
             raise TypeError(f"seq_id must be an int that allocate or fork returned; got {seq_id!r}")
         if seq_id not in self._sequences:
@@ -388,6 +451,7 @@ class PagedKVCache:
         self, seq_ids: Sequence[int], num_new_tokens: int | Sequence[int]
     ) -> tuple[list[int], list[int], list[int]]:
         """Rows, lengths and numbers of new tokens of the sequences."""
+        self._journal.finish()
         if not isinstance(seq_ids, Sequence) or isinstance(seq_ids, str):
             raise TypeError(f"seq_ids must be a list of sequence ids; got {seq_ids!r}")
         sequences = [self._sequence(seq_id) for seq_id in seq_ids]

@@ -106,6 +106,8 @@ def supports(
         The card that `device` names decides, for contiguous tensors; where the machine has none,
         the answer is that of a card without kernels of its own.
 
+    Arguments of a wrong type are not supported either; the reason names them.
+
     Example::
 
         if not (answer := supports(dtype=torch.bfloat16, head_dim=64, device="cuda")):
@@ -114,7 +116,27 @@ def supports(
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
     num_heads_kv = num_heads_q if num_heads_kv is None else num_heads_kv
     kv_dtype = dtype if kv_dtype is None else kv_dtype
-    device_type = torch.device(device).type
+    try:
+        for name, size in (
+            ("head_dim", head_dim),
+            ("head_dim_v", head_dim_v),
+            ("num_heads_q", num_heads_q),
+            ("num_heads_kv", num_heads_kv),
+        ):
+            checks.check_int(name, size)
+        for name, flag in (
+            ("causal", causal),
+            ("varlen", varlen),
+            ("paged", paged),
+            ("backward", backward),
+            ("deterministic", deterministic),
+            ("tree_mask", tree_mask),
+        ):
+            checks.check_bool(name, flag)
+        device = checks.check_device_name(device)
+    except (TypeError, ValueError) as error:
+        return _no(str(error))
+    device_type = device.type
 
     if ops.LIBRARY_PATH is None:
         return _no("the compiled library is missing: run `make build`")
@@ -140,12 +162,9 @@ def supports(
     if paged and backward:
         return _no("attention over a key-value cache has no backward")
     try:
-        checks.check_bool("causal", causal)
-        checks.check_bool("deterministic", deterministic)
         _, window_right = checks.check_window(window_size, causal)
         checks.check_softcap(softcap)
         checks.check_num_sink_tokens(num_sink_tokens)
-        checks.check_bool("tree_mask", tree_mask)
     except (TypeError, ValueError) as error:
         return _no(str(error))
     if tree_mask and not paged:
@@ -157,10 +176,10 @@ def supports(
         return Support(True, f"cpu/{ops.cpu_instruction_set()}", None)
     try:
         kernels = cuda_kernels(
-            cuda_arch(torch.device(device)), dtype=dtype, kv_dtype=kv_dtype, head_dim=head_dim,
+            cuda_arch(device), dtype=dtype, kv_dtype=kv_dtype, head_dim=head_dim,
             head_dim_v=head_dim_v, num_heads_q=num_heads_q, num_heads_kv=num_heads_kv, paged=paged,
             backward=backward, tree_mask=tree_mask,
         )  # fmt: skip
-    except RuntimeError as error:  # kernels that are forced do not take it
+    except (AssertionError, RuntimeError) as error:  # no such card; forced kernels don't take it
         return _no(str(error))
     return Support(True, f"cuda/{kernels}", None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import cases
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from sink_attention_ext import PagedKVCache
 from sink_attention_ext.cache_step import CacheStep
-from sink_attention_ext.page_pool import PageTables
+from sink_attention_ext.page_tables import PageTables, TablesDraft
 
 NUM_HEADS_Q, NUM_HEADS_KV, HEAD_DIM, HEAD_DIM_V = 4, 2, 8, 6
 
@@ -196,7 +197,8 @@ class CacheModel:
         positions = seen.nonzero()[:, 0].tolist()
         pages, size = tables.pages(self._row(seq)), self.cache.page_size
         pinned = tables.num_sink_pages * size
-        places = [p if p < pinned else tables.place(self._row(seq), p) for p in positions]
+        place = partial(TablesDraft(tables).place, self._row(seq))
+        places = [p if p < pinned else place(p) for p in positions]
         slots = [pages[place // size] * size + place % size for place in places]
         wanted = [tokens[p] for p in positions]
         for layer, left in enumerate(self.windows):

@@ -113,6 +113,11 @@ def paged(dtype: torch.dtype, requires_grad: bool) -> Arguments:
     return (q, *caches(dtype), *tables, None, randn(4), None, None, *options, None), {}
 
 
+def check_paged(dtype: torch.dtype, requires_grad: bool) -> Arguments:
+    args, _ = paged(dtype, requires_grad)
+    return (*args, int32(2, 0)), {}
+
+
 def paged_tree(dtype: torch.dtype, requires_grad: bool) -> Arguments:
     (*args, _), _ = paged(dtype, requires_grad)
     return (*args, torch.tensor([[0b1, 0b11, 0b101], [0b1, 0b10, 0b111]])), {}
@@ -194,6 +199,7 @@ SAMPLES: dict[str, tuple[Callable[..., Any], Sample]] = {
     "paged_packed_float8": (ops.paged_attn, paged_packed_float8),
     "paged_int8_token_scales": (ops.paged_attn, paged_int8_token_scales),
     "paged_out": (ops.paged_attn_out, paged_out),
+    "check_paged": (ops.check_paged_attn, check_paged),
     "reshape_and_cache": (ops.reshape_and_cache, reshape_and_cache),
     "reshape_and_cache_float8": (ops.reshape_and_cache, reshape_and_cache_float8),
     "reshape_and_cache_int8": (ops.reshape_and_cache, reshape_and_cache_int8),

@@ -24,7 +24,7 @@ from cases import DenseCase, Inputs, heads
 from torch import Tensor
 from two_ranks import on_ranks
 
-from sink_attention_ext import flash_attn_func
+from sink_attention_ext import flash_attn_func, ops
 from sink_attention_ext.parallel import (
     context_parallel_attn_func,
     shard_sequence,
@@ -313,8 +313,63 @@ def refusals(rank: int) -> None:
     run_shard()  # and all is as before
 
 
+def refused_before_a_message(rank: int) -> None:
+    """Whatever one rank or all have against their arguments, nobody waits and the group lives."""
+    last = dist.get_world_size() - 1
+    q, sinks = torch.randn(1, 4, 2, 8), torch.zeros(2)
+    float8 = q.to(torch.float8_e4m3fn)
+    expected = context_parallel_attn_func(q, q, q)
+    bad: dict[str, tuple[Tensor, ...] | dict[str, Any]] = {
+        "q must have dtype float64, float32, .* got torch.float8": (float8, float8, float8),
+        "q must have dtype": (q.long(), q.long(), q.long()),
+        "v must": (q, q, q.double()),
+        "k must have": (q, q[:, :3], q[:, :3]),
+        "s_aux must have dtype": {"s_aux": sinks.to(torch.int8)},
+        "softcap": {"softcap": -1.0},
+        "softmax_scale": {"softmax_scale": "x"},
+        "deterministic": {"deterministic": 1},
+        "check_shards": {"check_shards": "yes"},
+        "reduce_ds_aux": {"reduce_ds_aux": None},
+        "layout": {"layout": ["zigzag"]},
+        "window_size": {"window_size": 5},
+    }
+    for message, arguments in bad.items():
+        for is_bad in (True, rank == last, rank == 0):
+            tensors, options = (q, q, q), {}
+            if is_bad and isinstance(arguments, dict):
+                options = arguments
+            elif is_bad:
+                tensors = arguments
+            with pytest.raises((TypeError, ValueError), match=message):
+                context_parallel_attn_func(*tensors, **options)
+            assert torch.equal(context_parallel_attn_func(q, q, q), expected)
+    for tensors in ((float8, float8, float8), (q, q[:, :3], q[:, :3])):  # all of them, unchecked
+        with pytest.raises((TypeError, ValueError), match="must have"):
+            context_parallel_attn_func(*tensors, check_shards=False)
+        assert torch.equal(context_parallel_attn_func(q, q, q, check_shards=False), expected)
+
+
+def a_refusal_of_the_operators(rank: int) -> None:
+    """One that the checks in Python do not foresee comes before the messages, too."""
+    q = torch.randn(1, 4, 2, 8)
+    flash_attn_fwd = ops.flash_attn_fwd
+
+    def refuses(*args: Any) -> Any:
+        raise RuntimeError("an operator's refusal")
+
+    if rank == 0:
+        ops.flash_attn_fwd = refuses
+    try:
+        with pytest.raises((ValueError, RuntimeError), match="an operator's refusal"):
+            context_parallel_attn_func(q, q, q)
+    finally:
+        ops.flash_attn_fwd = flash_attn_fwd
+    context_parallel_attn_func(q, q, q)
+
+
 def behave(rank: int) -> None:
-    for behaviour in (*BEHAVIOURS, refusals):
+    refusing = (refusals, refused_before_a_message, a_refusal_of_the_operators)
+    for behaviour in (*BEHAVIOURS, *refusing):
         try:
             behaviour(rank)
         except Exception as error:

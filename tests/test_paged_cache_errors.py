@@ -10,7 +10,7 @@ from cache_model import HEAD_DIM, NUM_HEADS_KV, NUM_HEADS_Q, make_cache
 from cases import FLOAT8
 
 from sink_attention_ext import OutOfPages, PagedKVCache
-from sink_attention_ext.page_pool import PagePool
+from sink_attention_ext.page_pool import PagePool, PoolDraft
 
 
 def snapshot(cache: PagedKVCache) -> Any:
@@ -268,7 +268,8 @@ def test_bad_constructors(options: dict[str, Any], error: type, message: str) ->
 
 
 def test_pool_refuses_foreign_and_free_pages() -> None:
-    pool = PagePool(3)
+    books = PagePool(3)
+    pool = PoolDraft(books)
     held = pool.take(2)
     pool.share(held[:1])
     for misuse, message in (
@@ -283,4 +284,8 @@ def test_pool_refuses_foreign_and_free_pages() -> None:
         with pytest.raises(ValueError, match=message):
             misuse()
     assert [pool.references(page) for page in held] == [2, 1]
-    assert (pool.num_free, pool.num_shared) == (1, 1)
+    assert (books.num_free, books.num_shared) == (3, 0)
+    for _ in range(2):  # a commit may be made again
+        pool.commit()
+        assert [books.references(page) for page in held] == [2, 1]
+        assert (books.num_free, books.num_shared) == (1, 1)

@@ -1,5 +1,7 @@
 #include "torch/check_values.h"
 
+#include <cmath>
+
 #include "attention/block_list.h"
 #include "attention/mask.h"
 #include "attention/seqlen_info.h"
@@ -48,6 +50,22 @@ void check_block_table(const FlashFwdProblem& problem, int64_t batch_idx, int64_
   }
 }
 
+// Scales of a whole cache or of its heads. Those of single tokens come from the op that writes
+// them.
+template <class Problem>
+void check_scales(const Problem& problem) {
+  const std::pair<const char*, const float*> scales[] = {{"k_scale", problem.k_scale},
+                                                         {"v_scale", problem.v_scale}};
+  for (const auto& [name, scale] : scales) {
+    if (scale == nullptr) continue;
+    const int64_t count = problem.kv_scale_stride == 0 ? 1 : problem.num_heads_kv;
+    for (int64_t i = 0; i < count; ++i) {
+      check(can_scale(scale[i]), name, "[", i,
+            "] must be finite, of a magnitude from 2**-126 to 2**126, got ", scale[i]);
+    }
+  }
+}
+
 // A draft token is its own and perhaps others' descendant, never of one that comes after it.
 void check_tree_mask(const FlashFwdProblem& problem, int64_t batch_idx) {
   const attention::SeqlenInfo info = attention::seqlen_info(problem, batch_idx);
@@ -61,7 +79,13 @@ void check_tree_mask(const FlashFwdProblem& problem, int64_t batch_idx) {
 
 }  // namespace
 
+bool can_scale(float scale) {
+  const float magnitude = std::abs(scale);
+  return magnitude >= 0x1p-126f && magnitude <= 0x1p126f;  // not where it is NaN
+}
+
 void check_values(const FlashFwdProblem& problem, const Extent& extent) {
+  check_scales(problem);
   if (problem.cu_seqlens_q != nullptr) {
     check_cu_seqlens(problem.cu_seqlens_q, "cu_seqlens_q", problem.batch, extent.q_rows, "total_q");
   }
@@ -83,6 +107,7 @@ void check_values(const FlashFwdProblem& problem, const Extent& extent) {
 }
 
 void check_values(const attention::ReshapeAndCacheProblem& problem, int64_t num_pages) {
+  check_scales(problem);
   const int64_t num_slots = num_pages * problem.page_size;
   for (int64_t token = 0; token < problem.num_tokens; ++token) {
     const int64_t slot = problem.slot_mapping[token];

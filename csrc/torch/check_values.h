@@ -9,7 +9,8 @@ namespace sink_attention::binding {
 // cu_seqlens_* start at 0, do not fall and end within the rows there are; no sequence is longer
 // than the maximum given; seqused_k is within what the sequence, or its row of the block table,
 // holds; every page with a visible key exists; each word of a tree mask has its own bit and none
-// above. Rows: of q and, in varlen, of k. num_pages: of the cache, where the problem is paged.
+// above; scales of the cache, but for those of single tokens, can scale. Rows: of q and, in varlen,
+// of k. num_pages: of the cache, where the problem is paged.
 struct Extent {
   int64_t q_rows;
   int64_t k_rows;
@@ -17,7 +18,11 @@ struct Extent {
 };
 void check_values(const attention::FlashFwdProblem& problem, const Extent& extent);
 
-// Every slot is -1 or within num_pages * page_size.
+// Every slot is -1 or within num_pages * page_size, and scales that are read are as below.
 void check_values(const attention::ReshapeAndCacheProblem& problem, int64_t num_pages);
+
+// Whether numbers can be divided by a scale in float32 and multiplied with it again: 0, NaN,
+// infinities and magnitudes without a normal reciprocal turn all of them into 0, infinity or NaN.
+bool can_scale(float scale);
 
 }  // namespace sink_attention::binding

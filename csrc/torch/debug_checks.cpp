@@ -27,6 +27,14 @@ const T* copy(const Tensor& tensor, std::vector<Tensor>& copies) {
   return copies.back().const_data_ptr<T>();
 }
 
+// But for those of single tokens, which the checks don't read.
+template <class Problem>
+void copy_scales(OnHost<Problem>& host, const std::optional<Tensor>& k_scale,
+                 const std::optional<Tensor>& v_scale) {
+  if (host.problem.k_scale != nullptr) host.problem.k_scale = copy<float>(*k_scale, host.copies);
+  if (host.problem.v_scale != nullptr) host.problem.v_scale = copy<float>(*v_scale, host.copies);
+}
+
 }  // namespace
 
 bool debug_checks() { return is_on; }
@@ -49,6 +57,7 @@ OnHost<FlashFwdProblem> on_host(const FlashFwdProblem& problem, const PagedArgs&
   if (paged.cu_seqlens_q) {
     host.problem.cu_seqlens_q = copy<int32_t>(*paged.cu_seqlens_q, host.copies);
   }
+  copy_scales(host, paged.k_scale, paged.v_scale);
   if (paged.tree_mask && paged.tree_mask->numel() > 0) {
     const Tensor& tree_mask = *paged.tree_mask;
     host.problem.tree_mask = copy<int64_t>(tree_mask, host.copies);
@@ -58,9 +67,10 @@ OnHost<FlashFwdProblem> on_host(const FlashFwdProblem& problem, const PagedArgs&
 }
 
 OnHost<ReshapeAndCacheProblem> on_host(const ReshapeAndCacheProblem& problem,
-                                       const Tensor& slot_mapping) {
+                                       const CacheArgs& args) {
   OnHost<ReshapeAndCacheProblem> host{problem, {}};
-  host.problem.slot_mapping = copy<int64_t>(slot_mapping, host.copies);
+  host.problem.slot_mapping = copy<int64_t>(args.slot_mapping, host.copies);
+  copy_scales(host, args.k_scale, args.v_scale);
   return host;
 }
 

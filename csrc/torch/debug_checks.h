@@ -12,8 +12,8 @@ namespace sink_attention::binding {
 
 bool debug_checks();  // whether the switch is on, for all threads
 
-// A problem whose lengths, block table, tree mask and slots lie in host memory, for check_values;
-// its other pointers are the device's still.
+// A problem whose lengths, block table, tree mask, slots and scales lie in host memory, for
+// check_values; its other pointers are the device's still.
 template <class Problem>
 struct OnHost {
   Problem problem;
@@ -24,6 +24,6 @@ OnHost<attention::FlashFwdProblem> on_host(const attention::FlashFwdProblem& pro
 OnHost<attention::FlashFwdProblem> on_host(const attention::FlashFwdProblem& problem,
                                            const PagedArgs& paged);
 OnHost<attention::ReshapeAndCacheProblem> on_host(const attention::ReshapeAndCacheProblem& problem,
-                                                  const Tensor& slot_mapping);
+                                                  const CacheArgs& args);
 
 }  // namespace sink_attention::binding

@@ -38,6 +38,12 @@ struct PagedArgs {
   const std::optional<Tensor>& tree_mask;
 };
 
+struct CacheArgs {  // of a write; its scales where they are read
+  const Tensor& slot_mapping;
+  const std::optional<Tensor>& k_scale;
+  const std::optional<Tensor>& v_scale;
+};
+
 struct DescaleArgs {
   const std::optional<Tensor>& q;
   const std::optional<Tensor>& k;

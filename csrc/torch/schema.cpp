@@ -61,6 +61,12 @@ STABLE_TORCH_LIBRARY(SA_OP_NAMESPACE, m) {
       "num_splits, int num_sink_tokens, Tensor? tree_mask, *, "
       "Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def(
+      "check_paged_attn(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor "
+      "seqused_k, Tensor? cu_seqlens_q, Tensor? s_aux, Tensor? k_scale, Tensor? v_scale, SymInt "
+      "max_seqlen_q, float softmax_scale, bool causal, int window_left, int window_right, float "
+      "softcap, int num_splits, int num_sink_tokens, Tensor? tree_mask, Tensor? cache_seqlens) -> "
+      "()");
+  m.def(
       "reshape_and_cache(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor "
       "slot_mapping, "
       "Tensor? k_scale, Tensor? v_scale) -> ()");

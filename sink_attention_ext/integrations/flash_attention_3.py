@@ -244,7 +244,8 @@ def flash_attn_with_kvcache(
     _refuse(cache_leftpad=cache_leftpad)
     _refuse(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     _refuse_context_parallel(cp_world_size, cp_rank, cp_tot_seqused_k)
-    cache_checks.check_caches(k_cache, v_cache)
+    is_paged = page_table is not None or block_table is not None
+    cache_checks.check_caches(k_cache, v_cache, is_paged)
     if k_cache.dtype in checks.QUANTISED_DTYPES:
         raise TypeError(
             "k_cache must not be float8 or int8 here, since k_descale and v_descale are not "
@@ -287,7 +288,7 @@ def _refuse_context_parallel(
 ) -> None:
     _refuse(cp_tot_seqused_k=cp_tot_seqused_k)
     for name, value, neutral in (("cp_world_size", cp_world_size, 1), ("cp_rank", cp_rank, 0)):
-        if value != neutral:
+        if isinstance(value, Tensor) or value != neutral:
             raise ValueError(
                 f"{name} must be {neutral}: sink_attention_ext does not implement context "
                 f"parallelism inside of the kernel; got {value}"
@@ -302,9 +303,10 @@ def _described(value: Any) -> str:
 
 def _dense(tensor: Any) -> Any:
     """The tensor with a last stride of 1, which FlashAttention-3 makes by itself too."""
-    if isinstance(tensor, Tensor) and tensor.dim() > 0 and tensor.stride(-1) != 1:
+    has_strides = isinstance(tensor, Tensor) and tensor.layout == torch.strided
+    if has_strides and not tensor.is_nested and tensor.dim() > 0 and tensor.stride(-1) != 1:
         return tensor.contiguous()
-    return tensor
+    return tensor  # what else it may be is refused behind
 
 
 def _check_new_lengths(
@@ -316,6 +318,9 @@ def _check_new_lengths(
         return
     if cu_seqlens_k_new is cu_seqlens_q:
         return
+    for name, starts in (("cu_seqlens_k_new", cu_seqlens_k_new), ("cu_seqlens_q", cu_seqlens_q)):
+        if isinstance(k, Tensor) and starts is not None:
+            checks.check_int32(name, starts, ("batch + 1",), k.device)
     if (
         cu_seqlens_k_new is None
         or cu_seqlens_q is None

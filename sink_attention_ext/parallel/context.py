@@ -176,7 +176,7 @@ def context_parallel_attn_func(
         check_shards: compare shapes, dtypes and options over the ranks before anything is computed,
             which takes a small all-gather and waits for the device. False saves that, needs to be
             False on every rank, and leaves wrong shards to the communication library, which may
-            hang.
+            hang. Whatever a rank refuses of its own is refused before any message in both cases.
 
     Returns:
         out (batch, seqlen / world_size, num_heads_q, head_dim_v) in the dtype of q; with return_lse
@@ -203,6 +203,7 @@ def context_parallel_attn_func(
     group = _check_group(group)
     error, facts = None, {}
     try:
+        checks.check_bool("check_shards", check_shards)
         s_aux = _check_shard(q, k, v, s_aux, layout)
         window = checks.check_window(window_size, checks.check_bool("causal", causal))
         sharding = Sharding(dist.get_world_size(group), layout, q.shape[1], window)
@@ -216,10 +217,11 @@ def context_parallel_attn_func(
         )
         checks.check_bool("return_lse", return_lse)
         q, k, v = (x.to(autocast_dtype(x) or x.dtype) for x in (q, k, v))
+        _try_one_row(q, k, v, s_aux, call)
         facts = _facts(q, k, v, s_aux, call)
-    except (TypeError, ValueError) as wrong:
+    except Exception as wrong:  # of any kind: the other ranks must hear of it
         error = wrong
-    if checks.check_bool("check_shards", check_shards):
+    if check_shards is not False:  # what is neither True nor False is told the others, too
         check_agreement(group, facts, error)
     elif error is not None:
         raise error
@@ -247,6 +249,7 @@ def _check_group(group: Any) -> dist.ProcessGroup:
 def _check_shard(q: Any, k: Any, v: Any, s_aux: Any, layout: Any) -> Tensor | None:
     """What can be said of this rank's tensors alone; the checked s_aux."""
     checks.check_qkv(q, k, v, (checks.Q_DENSE, checks.K_DENSE, checks.V_DENSE))
+    checks.check_float_dtype("q", q)  # and so k and v: float8 is for the forward of one process
     s_aux = checks.check_s_aux(s_aux, q.shape[2], q.device)
     if q.shape[0] < 1 or q.shape[1] < 1:
         raise ValueError(
@@ -262,6 +265,15 @@ def _check_shard(q: Any, k: Any, v: Any, s_aux: Any, layout: Any) -> Tensor | No
     return s_aux
 
 
+def _try_one_row(q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, call: _Call) -> None:
+    """Whatever the operators refuse, they refuse here, and not while other ranks wait for keys."""
+    with torch.no_grad():
+        row = (x[:1, :1] for x in (q, k, v))
+        tile = Tile(0, 0, 1, -1, -1)
+        out, lse = ops.flash_attn_fwd(*row, None, *call.op_options(tile))
+        ops.merge_attn_states([out], [lse], s_aux)
+
+
 def _facts(q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, call: _Call) -> dict[str, Any]:
     tensors = {"q": q, "k": k, "v": v, "s_aux": s_aux}
     with_grad = [n for n, t in tensors.items() if t is not None and t.requires_grad]
@@ -270,6 +282,7 @@ def _facts(q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, call: _Call) -
     }
     facts |= {
         "the dtype of q": str(q.dtype),
+        "the device type of q": q.device.type,
         "layout": call.sharding.layout,
         "window_size with causal": call.sharding.window,
         "softmax_scale": call.softmax_scale,

@@ -12,10 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sink_attention_ext import checks
+
 LAYOUTS = ("contiguous", "zigzag")
 
 
 def check_rank(rank: int, world_size: int) -> None:
+    checks.check_int("rank", rank)
+    checks.check_int("world_size", world_size)
     if world_size < 1 or not 0 <= rank < world_size:
         raise ValueError(
             f"rank must be from 0 to world_size - 1; got rank {rank} and world_size {world_size}"
@@ -30,9 +34,18 @@ def chunks_of(rank: int, world_size: int, layout: str) -> tuple[int, ...]:
     mask a late row sees many keys and an early one few: contiguous shards leave the last rank with
     almost twice the mean work, zigzag shards have all the same.
     """
-    if layout not in LAYOUTS:
+    if not isinstance(layout, str) or layout not in LAYOUTS:
         raise ValueError(f'layout must be "contiguous" or "zigzag"; got {layout!r}')
     return (rank,) if layout == "contiguous" else (rank, 2 * world_size - 1 - rank)
+
+
+def _check_dim(dim: int, name: str, tensor: Tensor) -> None:
+    checks.check_int("dim", dim)
+    if not -tensor.dim() <= dim < tensor.dim():
+        raise ValueError(
+            f"dim must be a dimension of {name}, of which there are {tensor.dim()}; got {dim} for "
+            f"shape {checks.shape_text(tensor)}"
+        )
 
 
 def _num_chunks(world_size: int, layout: str) -> int:
@@ -60,13 +73,17 @@ def shard_sequence(
         The shard, length / world_size in `dim`; contiguous layout: a view.
 
     Raises:
-        ValueError: the length does not divide, or the layout or rank does not exist.
+        TypeError: an argument has another type.
+        ValueError: the length does not divide, or the layout, rank or dimension does not exist.
 
     Example::
 
         position_ids = shard_sequence(torch.arange(4096), rank, world_size, "zigzag", dim=0)
     """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"tensor must be a torch.Tensor; got {type(tensor).__name__}")
     check_rank(rank, world_size)
+    _check_dim(dim, "tensor", tensor)
     num_chunks = _num_chunks(world_size, layout)
     length = tensor.shape[dim]
     if length % num_chunks != 0:
@@ -90,13 +107,29 @@ def unshard_sequence(shards: Sequence[Tensor], layout: str = "contiguous", dim: 
         The whole, its rows in the order of the sequence.
 
     Raises:
+        TypeError: an argument has another type.
         ValueError: no shards, unequal ones, or a length that the layout does not cut.
     """
+    if isinstance(shards, Tensor) or not isinstance(shards, Sequence):
+        raise TypeError(
+            f"shards must be a list or tuple of tensors, one a rank; got {type(shards).__name__}"
+        )
+    for rank, shard in enumerate(shards):
+        if not isinstance(shard, Tensor):
+            raise TypeError(f"shards[{rank}] must be a torch.Tensor; got {type(shard).__name__}")
     if len(shards) == 0 or any(shard.shape != shards[0].shape for shard in shards):
         raise ValueError(
             "shards must be one or more tensors of one shape; got "
             f"{[tuple(shard.shape) for shard in shards]}"
         )
+    for rank, shard in enumerate(shards):
+        if shard.dtype != shards[0].dtype:
+            raise TypeError(
+                f"shards[{rank}] must have the dtype of shards[0], {shards[0].dtype}; got "
+                f"{shard.dtype}"
+            )
+        checks.check_device(f"shards[{rank}]", shard, shards[0].device)
+    _check_dim(dim, "shards", shards[0])
     world_size = len(shards)
     parts = len(chunks_of(0, world_size, layout))
     length = shards[0].shape[dim]

@@ -50,6 +50,7 @@ unchanged.
 
 
 def _check_heads(num_heads_q: int, world_size: int) -> None:
+    checks.check_int("num_heads_q", num_heads_q)
     if num_heads_q < 1 or num_heads_q % world_size != 0:
         raise ValueError(
             f"world_size must divide num_heads_q; got world_size {world_size} and num_heads_q "
@@ -78,6 +79,7 @@ def shard_heads(
         weight (num_heads * head_dim, hidden_size) they are rows, times head_dim.
 
     Raises:
+        TypeError: an argument is no int.
         ValueError: the heads do not divide.
 
     Example::
@@ -90,6 +92,7 @@ def shard_heads(
     """
     check_rank(rank, world_size)
     _check_heads(num_heads_q, world_size)
+    checks.check_int("num_heads_kv", num_heads_kv)
     if num_heads_kv < 1 or num_heads_q % num_heads_kv != 0:
         raise ValueError(
             f"num_heads_kv must divide num_heads_q; got {num_heads_kv} and {num_heads_q}"
@@ -118,9 +121,11 @@ def shard_s_aux(s_aux: Tensor, rank: int, world_size: int) -> Tensor:
         the ranks where one copy of all sinks is trained.
 
     Raises:
+        TypeError: an argument has another type or dtype.
         ValueError: s_aux is not a vector of a length that world_size divides.
     """
     checks.check_tensor("s_aux", s_aux, ("num_heads_q",))
+    checks.check_float_dtype("s_aux", s_aux)
     check_rank(rank, world_size)
     _check_heads(s_aux.shape[0], world_size)
     local = s_aux.shape[0] // world_size

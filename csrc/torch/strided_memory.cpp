@@ -1,0 +1,143 @@
+#include "torch/strided_memory.h"
+
+#include <algorithm>
+#include <numeric>
+#include <set>
+#include <utility>
+
+namespace sink_attention::binding {
+namespace {
+
+int64_t modulo(int64_t value, int64_t modulus) {
+  const int64_t rest = value % modulus;
+  return rest < 0 ? rest + modulus : rest;
+}
+
+// x with a * x = 1 modulo `modulus`; they have no common factor.
+int64_t inverse(int64_t a, int64_t modulus) {
+  int64_t r0 = modulus, r1 = modulo(a, modulus), x0 = 0, x1 = 1;
+  while (r1 > 1) {
+    const int64_t quotient = r0 / r1;
+    r0 = std::exchange(r1, r0 - quotient * r1);
+    x0 = std::exchange(x1, x0 - quotient * x1);
+  }
+  return modulo(x1, modulus);
+}
+
+// Terms in rising order, as few as there can be: where the multiples of one reach to the next
+// multiple of another, both together are multiples of the smaller step. A dense dimension vanishes
+// so, and of usual layouts two or three terms are left.
+std::vector<Term> joined(std::vector<Term> terms) {
+  std::sort(terms.begin(), terms.end(),
+            [](const Term& a, const Term& b) { return a.step < b.step; });
+  std::vector<Term> result;
+  for (const Term& term : terms) {
+    if (term.most == 0) continue;
+    const auto base = std::find_if(result.rbegin(), result.rend(), [&](const Term& smaller) {
+      return term.step % smaller.step == 0 && term.step / smaller.step <= smaller.most + 1;
+    });
+    if (base == result.rend()) {
+      result.push_back(term);
+    } else {
+      base->most += term.step / base->step * term.most;
+    }
+  }
+  return result;
+}
+
+// Depth first from the largest step; a multiple is tried only if what is left is in reach of the
+// smaller steps and divided by what divides all of them.
+class Search {
+ public:
+  explicit Search(std::vector<Term> terms) : terms_(std::move(terms)) {
+    int64_t reach = 0, divisor = 0;
+    for (const Term& term : terms_) {
+      reach_.push_back(reach += term.step * term.most);
+      divisor_.push_back(divisor = std::gcd(divisor, term.step));
+    }
+  }
+
+  bool find(int64_t target) { return find(static_cast<int>(terms_.size()) - 1, target); }
+
+ private:
+  bool find(int last, int64_t target) {
+    if (last < 0) return target == 0;
+    if (target < 0 || target > reach_[last] || target % divisor_[last] != 0) return false;
+    if (last == 0) return true;
+    const Term& term = terms_[last];
+    const int64_t rest = target - reach_[last - 1];
+    const int64_t fewest = rest <= 0 ? 0 : (rest + term.step - 1) / term.step;
+    const int64_t most = std::min(term.most, target / term.step);
+    if (fewest > most) return false;
+    // What the smaller steps add up to is a multiple of their divisor.
+    const int64_t period = divisor_[last - 1] / divisor_[last];
+    int64_t first = fewest;
+    if (period > 1) {
+      const int64_t unit = divisor_[last];
+      const auto wanted = static_cast<__int128>(modulo(target / unit, period)) *
+                          inverse(term.step / unit, period) % period;
+      first += modulo(static_cast<int64_t>(wanted) - fewest, period);
+    }
+    if (first > most) return false;
+    if (last >= 2 && !tried_.insert({last, target}).second) return false;
+    for (int64_t count = first; count <= most; count += period) {
+      if (find(last - 1, target - count * term.step)) return true;
+    }
+    return false;
+  }
+
+  std::vector<Term> terms_;
+  std::vector<int64_t> reach_;    // the largest sum of the first terms
+  std::vector<int64_t> divisor_;  // of all their steps
+  std::set<std::pair<int, int64_t>> tried_;
+};
+
+int64_t span(const StridedMemory& memory) {
+  int64_t bytes = memory.item_bytes - 1;
+  for (const Term& dim : memory.dims) bytes += dim.step * dim.most;
+  return bytes;
+}
+
+}  // namespace
+
+bool is_sum_of(std::vector<Term> terms, int64_t target) {
+  return Search(joined(std::move(terms))).find(target);
+}
+
+// An offset into a equals one into b. With those of b counted from its end that is a sum of both.
+bool overlap(const StridedMemory& a, const StridedMemory& b) {
+  if (a.is_empty || b.is_empty) return false;
+  const int64_t distance = static_cast<int64_t>(b.data - a.data), span_b = span(b);
+  if (distance > span(a) || distance + span_b < 0) return false;  // the common case
+  std::vector<Term> terms{{1, a.item_bytes - 1}, {1, b.item_bytes - 1}};
+  for (const StridedMemory* memory : {&a, &b}) {
+    for (const Term& dim : memory->dims) {
+      if (dim.step > 0) terms.push_back(dim);
+    }
+  }
+  return is_sum_of(std::move(terms), distance + span_b);
+}
+
+// Two places differ by d_i elements in dimension i, -most_i <= d_i <= most_i, and are one where the
+// sum of d_i * step_i is 0. Let k be the last dimension in which they differ, by d_k >= 1; counted
+// from -most_i (from 1 in k) that is a sum of terms.
+bool overlaps_itself(const StridedMemory& memory) {
+  if (memory.is_empty) return false;
+  std::vector<Term> dims = memory.dims;
+  std::sort(dims.begin(), dims.end(), [](const Term& a, const Term& b) { return a.step < b.step; });
+  std::vector<Term> smaller;
+  int64_t reach = 0;  // of the smaller steps
+  for (const Term& dim : dims) {
+    if (dim.step == 0) return true;
+    if (dim.step <= reach) {  // else a step of this dimension leads beyond all of them
+      std::vector<Term> terms = smaller;
+      terms.push_back({dim.step, dim.most - 1});
+      if (is_sum_of(std::move(terms), reach - dim.step)) return true;
+    }
+    smaller.push_back({dim.step, 2 * dim.most});
+    reach += dim.step * dim.most;
+  }
+  return false;
+}
+
+}  // namespace sink_attention::binding

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sink_attention_ext import ops
 from sink_attention_ext.autograd import autocast_dtype, refuse_gradient
+from sink_attention_ext.batching import is_mapped
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 FLOAT8 = torch.float8_e4m3fn
@@ -65,7 +66,7 @@ def check_tensor(name: str, tensor: Any, layout: Sequence[str]) -> None:
 
 
 def check_last_stride(name: str, tensor: Tensor) -> None:
-    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1 and not is_mapped(tensor):
         raise ValueError(
             f"{name} must have stride 1 in its last dimension; got strides "
             f"{tuple(tensor.stride())}: pass {name}.contiguous()"

@@ -21,8 +21,16 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from sink_attention_ext import batching, float8, ops
+from sink_attention_ext.tensor_kinds import check_kind, check_written_kind
 
 # ---- attention: dense and varlen ----
+
+
+def _check_kinds(dout: Tensor | None, dlse: Tensor | None) -> None:
+    """Of gradients, which a function of the user's may have made in any layout."""
+    for name, gradient in (("dout", dout), ("dlse", dlse)):
+        if gradient is not None:
+            check_kind(name, gradient)
 
 
 def _gradient_of_out(dout: Tensor | None, out: Tensor) -> Tensor:
@@ -43,6 +51,7 @@ def _backward_flash_attn(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> 
     not_differentiable = (None,) * len(ctx.options)
     if dout is None and dlse is None:
         return (None,) * 4 + not_differentiable
+    _check_kinds(dout, dlse)
     dout = _gradient_of_out(dout, out)
     dq, dk, dv, ds_aux = ops.flash_attn_bwd(dout, dlse, q, k, v, out, lse, s_aux, *ctx.options)
     return dq, dk, dv, None if s_aux is None else ds_aux, *not_differentiable
@@ -63,6 +72,7 @@ def _backward_flash_attn_varlen(
     not_differentiable = (None,) * len(ctx.options)
     if dout is None and dlse is None:
         return (None,) * 7 + not_differentiable
+    _check_kinds(dout, dlse)
     dout = _gradient_of_out(dout, out)
     dq, dk, dv, ds_aux = ops.flash_attn_varlen_bwd(
         dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, s_aux, *ctx.options
@@ -110,6 +120,7 @@ def _backward_merge_attn_states(
     out, lse, s_aux = ctx.saved_tensors[2 * num_parts :]
     if dout is None and dlse is None:
         return [None] * num_parts, [None] * num_parts, None
+    _check_kinds(dout, dlse)
 
     def dot(part: Tensor) -> Tensor:  # <dout, part>, shaped like lse
         return torch.linalg.vecdot(dout.to(lse.dtype), part.to(lse.dtype)).transpose(-1, -2)
@@ -189,6 +200,8 @@ def _without_gradient(name: str) -> Callable[..., Any]:
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         refuse_gradient(f"sink_attention_ext::{name}", *args, *kwargs.values())
+        for i, argument in mutated:
+            check_written_kind(argument, args[i] if i < len(args) else kwargs[argument])
         for i, argument in mutated:
             changed = args[i] if i < len(args) else kwargs[argument]
             torch.autograd.graph.increment_version(changed)

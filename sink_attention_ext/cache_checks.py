@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sink_attention_ext import checks, ops
+from sink_attention_ext.tensor_kinds import check_written_kind
 
 K_NEW = ("batch", "seqlen_new", "num_heads_kv", "head_dim")
 V_NEW = ("batch", "seqlen_new", "num_heads_kv", "head_dim_v")
@@ -111,6 +112,8 @@ def _check_scale(name: str, scale: Any, k_cache: Tensor) -> Tensor:
 
 
 def check_caches_can_be_written(k_cache: Tensor, v_cache: Tensor) -> None:
+    check_written_kind("k_cache", k_cache)
+    check_written_kind("v_cache", v_cache)
     if k_cache is v_cache:
         raise ValueError("v_cache must not be k_cache: keys and values are written to both")
 
@@ -122,6 +125,7 @@ def check_scales_can_be_written(k_scale: Tensor | None, v_scale: Tensor | None) 
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if not are_token_scales(scale):
             continue
+        check_written_kind(name, scale)
         strides = zip(scale.shape, scale.stride(), strict=True)
         if any(size > 1 and stride == 0 for size, stride in strides):
             raise ValueError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sink_attention_ext import cache_checks, checks
+from sink_attention_ext import cache_checks, checks, torch_context_parallel
 from sink_attention_ext.autograd import refuse_gradient
 from sink_attention_ext.kvcache import flash_attn_with_kvcache, reshape_and_cache
 from sink_attention_ext.page_pool import PageTables
@@ -201,13 +201,14 @@ class CacheStep:
             RuntimeError: the step has ended, or k is None and the layer has not been written.
             TypeError, ValueError: an argument does not fit; nothing has been written.
         """
+        torch_context_parallel.refuse("CacheStep.attend")
         self._check_current()
         self._group(layer)  # an index that does not exist is named here
         checks.check_tensor("q", q, ("num_tokens", "num_heads_q", "head_dim"))
         checks.check_size("q", q, 0, "num_tokens", self.num_tokens, "as the step has")
         self._check_attention(layer, q, s_aux, tree_mask)
-        checks.check_softmax_scale(softmax_scale, q.shape[-1])
-        checks.check_softcap(softcap)
+        scale = checks.check_softmax_scale(softmax_scale, q.shape[-1], q.dtype)
+        checks.check_softcap(softcap, q.dtype, scale)
         checks.check_num_splits(num_splits)
         checks.check_bool("return_lse", return_lse)
         refuse_gradient("CacheStep.attend", q, k, v, s_aux)

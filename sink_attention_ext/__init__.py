@@ -1,6 +1,7 @@
 """Flash attention with learnable sinks: training, packed sequences, paged key-value caches."""
 
 from sink_attention_ext import autograd as _autograd  # registers gradients with torch
+from sink_attention_ext import flops as _flops  # registers formulas with torch
 from sink_attention_ext import parallel, reference
 from sink_attention_ext.cache_step import CacheStep
 from sink_attention_ext.cascade import cascade_attn_with_kvcache
@@ -33,4 +34,4 @@ __all__ = [
     "supports",
 ]
 
-del _autograd
+del _autograd, _flops

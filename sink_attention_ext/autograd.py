@@ -1,23 +1,36 @@
 """What the operators mean to autograd, autocast and vmap. Importing this registers it with torch.
 
-* Gradients of the dense, varlen and merge operators, through `out` and through `lse`.
-* Double backward of attention, and any gradient through the paged cache, is refused by name.
+* Gradients of the dense, varlen and merge operators, through `out` and through `lse`, also under
+  torch.func's grad, vjp and jacrev.
+* Double backward of attention, forward-mode AD of everything, and any gradient through the paged
+  cache are refused by name.
 * Autocast casts q, k and v; s_aux and lse keep their dtype. A cache is never cast: q follows its
   dtype.
-* vmap is refused: fold the mapped dimension into the batch.
+* vmap: batching.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
-from sink_attention_ext import float8, ops
+from sink_attention_ext import batching, float8, ops
+from sink_attention_ext.tensor_kinds import check_kind, check_written_kind
 
 # ---- attention: dense and varlen ----
+
+
+def _check_kinds(dout: Tensor | None, dlse: Tensor | None) -> None:
+    """Of gradients, which a function of the user's may have made in any layout."""
+    for name, gradient in (("dout", dout), ("dlse", dlse)):
+        if gradient is not None:
+            check_kind(name, gradient)
 
 
 def _gradient_of_out(dout: Tensor | None, out: Tensor) -> Tensor:
@@ -38,6 +51,7 @@ def _backward_flash_attn(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> 
     not_differentiable = (None,) * len(ctx.options)
     if dout is None and dlse is None:
         return (None,) * 4 + not_differentiable
+    _check_kinds(dout, dlse)
     dout = _gradient_of_out(dout, out)
     dq, dk, dv, ds_aux = ops.flash_attn_bwd(dout, dlse, q, k, v, out, lse, s_aux, *ctx.options)
     return dq, dk, dv, None if s_aux is None else ds_aux, *not_differentiable
@@ -58,12 +72,17 @@ def _backward_flash_attn_varlen(
     not_differentiable = (None,) * len(ctx.options)
     if dout is None and dlse is None:
         return (None,) * 7 + not_differentiable
+    _check_kinds(dout, dlse)
     dout = _gradient_of_out(dout, out)
     dq, dk, dv, ds_aux = ops.flash_attn_varlen_bwd(
         dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, s_aux, *ctx.options
     )
     ds_aux = None if s_aux is None else ds_aux
     return dq, dk, dv, None, None, None, ds_aux, *not_differentiable
+
+
+def _setup_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    return None
 
 
 def _backward_of_backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
@@ -101,6 +120,7 @@ def _backward_merge_attn_states(
     out, lse, s_aux = ctx.saved_tensors[2 * num_parts :]
     if dout is None and dlse is None:
         return [None] * num_parts, [None] * num_parts, None
+    _check_kinds(dout, dlse)
 
     def dot(part: Tensor) -> Tensor:  # <dout, part>, shaped like lse
         return torch.linalg.vecdot(dout.to(lse.dtype), part.to(lse.dtype)).transpose(-1, -2)
@@ -130,22 +150,52 @@ def _backward_merge_attn_states(
         counts = is_finite & ~sink.isinf()
         weight = torch.where(counts, torch.exp(torch.where(counts, sink, 0.0) - lse_or_zero), 0.0)
         weight = torch.where(sink == torch.inf, 1.0, weight)
-        ds_aux = (weight * d_logit).transpose(-1, -2).flatten(0, -2).sum(0).to(s_aux.dtype)
+        ds_aux = weight * d_logit  # (batch, num_heads, seqlen) or (num_heads, total)
+        ds_aux = ds_aux.sum((0, 2) if ds_aux.dim() == 3 else 1).to(s_aux.dtype)
     return douts, dlses, ds_aux
 
 
 # ---- what cannot be differentiated ----
 
 
+def refuse_tangents(function: str, *tensors: Any) -> None:
+    """Raises a NotImplementedError if one of the tensors carries a forward-mode derivative."""
+    if forward_ad._current_level < 0:  # no torch.func.jvp and no dual_level runs
+        return
+    for tensor in tensors:
+        if isinstance(tensor, (list, tuple)):
+            refuse_tangents(function, *tensor)
+        elif isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{function} has no forward-mode derivative (torch.func.jvp, jacfwd, linearize, "
+                "dual tensors), but one of its tensors carries a tangent: use reverse mode, or "
+                "sink_attention_ext.reference.attention, which is plain torch"
+            )
+
+
 def refuse_gradient(
     function: str, *tensors: Any, instead: str = "flash_attn_func or flash_attn_varlen_func"
 ) -> None:
-    """Raises a RuntimeError if autograd would have to differentiate `function`."""
+    """Raises a RuntimeError if autograd would have to differentiate `function`, and a
+    NotImplementedError if forward-mode AD or torch.vmap would have to transform it."""
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
         raise RuntimeError(
             f"{function} is not differentiable, but one of its tensors requires grad: call it "
             f"under torch.no_grad(), or use {instead} instead"
         )
+    refuse_tangents(function, *tensors)
+    if torch._C._are_functorch_transforms_active() and any(map(batching.is_mapped, tensors)):
+        raise NotImplementedError(
+            f"{function} has no batching rule for torch.vmap: fold the mapped dimension into the "
+            "batch dimension instead"
+        )
+
+
+def _mutated_arguments(op: Any) -> list[tuple[int, str]]:
+    """Places and names of the arguments that an operator writes."""
+    arguments = op._schema.arguments
+    is_mutated = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
+    return [(i, a.name) for i, a in enumerate(arguments) if is_mutated[i]]
 
 
 def _counting_changes(name: str) -> Callable[..., Any]:
@@ -155,9 +205,7 @@ def _counting_changes(name: str) -> Callable[..., Any]:
     for a backward before.
     """
     op = ops.lookup(name)
-    arguments = op._schema.arguments
-    is_mutated = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
-    mutated = [(i, a.name) for i, a in enumerate(arguments) if is_mutated[i]]
+    mutated = _mutated_arguments(op)
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         changed = {name: args[i] if i < len(args) else kwargs[name] for i, name in mutated}
@@ -179,9 +227,12 @@ def _counting_changes(name: str) -> Callable[..., Any]:
 def _without_gradient(name: str) -> Callable[..., Any]:
     """Autograd kernel of an operator without gradient; counts, too, which saves a dispatch."""
     count_and_call = _counting_changes(name)
+    mutated = _mutated_arguments(ops.lookup(name))
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         refuse_gradient(f"sink_attention_ext::{name}", *args, *kwargs.values())
+        for i, argument in mutated:
+            check_written_kind(argument, args[i] if i < len(args) else kwargs[argument])
         return count_and_call(*args, **kwargs)
 
     return kernel
@@ -253,45 +304,121 @@ def _autocast_kernel(
     return kernel
 
 
-# ---- vmap ----
-
-
-def _refuse_vmap(name: str) -> Callable[..., NoReturn]:
-    def rule(info: Any, in_dims: Any, *args: Any) -> NoReturn:
-        raise NotImplementedError(
-            f"sink_attention_ext::{name} has no batching rule for torch.vmap: fold the mapped "
-            "dimension into the batch dimension of q, k and v instead"
-        )
-
-    return rule
-
-
 # ---- registration ----
+
+
+class _OperatorGradient(torch.autograd.Function):
+    """The gradient of an operator, applied within its kernel for autograd.
+
+    There, below torch.func's dispatch, each grad or vjp that runs is a level of its own, as for
+    torch's own operators. ``Function.apply`` would start from the outermost one again.
+    """
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        apply = super(torch.autograd.Function, cls).apply
+        if not torch._C._are_functorch_transforms_active():
+            return apply(*args)
+        with enable_single_level_autograd_function():
+            return apply(*args)
+
+
+def _below_autograd(op: Any, keyset: Any, *args: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+def _outer_levels_recorded() -> contextlib.AbstractContextManager:
+    """Within a Function's forward, which turns both modes of AD off: what torch.func's outer levels
+    record of the operator below, they must record here too, or a gradient of a gradient is 0."""
+    if not torch._C._are_functorch_transforms_active():
+        return contextlib.nullcontext()
+    stack = contextlib.ExitStack()
+    stack.enter_context(torch.enable_grad())
+    stack.enter_context(forward_ad._set_fwd_grad_enabled(True))
+    return stack
+
+
+def _differentiable(
+    name: str, setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Autograd kernel of an operator whose arguments are tensors and numbers."""
+    op = ops.lookup(name)
+
+    def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
+        with _outer_levels_recorded():
+            output = _below_autograd(op, keyset, *args)
+        setup_context(ctx, args, output)
+        return output
+
+    gradient = type(
+        f"GradientOf_{name}",
+        (_OperatorGradient,),
+        {
+            "forward": staticmethod(forward),
+            "backward": staticmethod(lambda ctx, *grads: (None, *backward(ctx, *grads))),
+        },
+    )
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        refuse_tangents(f"sink_attention_ext::{name}", *args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return gradient.apply(keyset, *args)
+        return _below_autograd(op, keyset, *args)
+
+    return kernel
+
+
+def _differentiable_merge() -> Callable[..., Any]:
+    """The same for merge_attn_states, whose lists are spread out for autograd to see."""
+    op = ops.lookup("merge_attn_states")
+
+    class GradientOfMerge(_OperatorGradient):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, num_parts: int, s_aux: Any, *parts: Tensor) -> Any:
+            outs, lses = list(parts[:num_parts]), list(parts[num_parts:])
+            with _outer_levels_recorded():
+                output = _below_autograd(op, keyset, outs, lses, s_aux)
+            _setup_merge_attn_states(ctx, (outs, lses, s_aux), output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            douts, dlses, ds_aux = _backward_merge_attn_states(ctx, *grads)
+            return None, None, ds_aux, *douts, *dlses
+
+    def kernel(keyset: Any, outs: Any, lses: Any, s_aux: Tensor | None) -> Any:
+        refuse_tangents("sink_attention_ext::merge_attn_states", outs, lses, s_aux)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*outs, *lses, s_aux):
+            return GradientOfMerge.apply(keyset, len(outs), s_aux, *outs, *lses)
+        return _below_autograd(op, keyset, outs, lses, s_aux)
+
+    return kernel
 
 
 def _register() -> torch.library.Library:
     library = torch.library.Library(ops.NAMESPACE, "IMPL")
     formulas = {
-        "flash_attn_fwd": (_backward_flash_attn, _setup_flash_attn),
-        "flash_attn_bwd": (_backward_of_backward, None),
-        "flash_attn_varlen_fwd": (_backward_flash_attn_varlen, _setup_flash_attn_varlen),
-        "flash_attn_varlen_bwd": (_backward_of_backward, None),
-        "merge_attn_states": (_backward_merge_attn_states, _setup_merge_attn_states),
+        "flash_attn_fwd": (_setup_flash_attn, _backward_flash_attn),
+        "flash_attn_bwd": (_setup_nothing, _backward_of_backward),
+        "flash_attn_varlen_fwd": (_setup_flash_attn_varlen, _backward_flash_attn_varlen),
+        "flash_attn_varlen_bwd": (_setup_nothing, _backward_of_backward),
     }
-    for name, (backward, setup_context) in formulas.items():
-        torch.library.register_autograd(
-            f"{ops.NAMESPACE}::{name}", backward, setup_context=setup_context, lib=library
-        )
+    for name, formula in formulas.items():
+        library.impl(name, _differentiable(name, *formula), "Autograd", with_keyset=True)
+    library.impl("merge_attn_states", _differentiable_merge(), "Autograd", with_keyset=True)
     writers = ("reshape_and_cache", "reshape_and_cache.token_scales")
-    for name in ("paged_attn", "paged_attn.out", *float8.OPERATORS, *writers):
+    without = ("paged_attn", "check_paged_attn", *float8.OPERATORS, *writers)
+    for name in (*without, "paged_attn.out"):
         library.impl(name, _without_gradient(name), "Autograd")
     for name in ("paged_attn.out", *writers):
         library.impl(name, _counting_changes(name), "ADInplaceOrView")
     for name, cast in _AUTOCAST_RULES.items():
         for key in ("AutocastCPU", "AutocastCUDA"):
             library.impl(name, _autocast_kernel(name, cast, key), key)
-    for name in (*formulas, "paged_attn", "check_paged_attn", *float8.OPERATORS, *writers):
-        torch.library.register_vmap(f"{ops.NAMESPACE}::{name}", _refuse_vmap(name), lib=library)
+    rules = batching.RULES | {name: batching.refuse(name) for name in without}
+    for name, rule in rules.items():
+        torch.library.register_vmap(f"{ops.NAMESPACE}::{name}", rule, lib=library)
     return library
 
 

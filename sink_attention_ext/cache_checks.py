@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from sink_attention_ext import checks, ops
+from sink_attention_ext.tensor_kinds import check_written_kind
 
 K_NEW = ("batch", "seqlen_new", "num_heads_kv", "head_dim")
 V_NEW = ("batch", "seqlen_new", "num_heads_kv", "head_dim_v")
@@ -142,6 +143,8 @@ def call(op: Callable[..., Any], *args: Any) -> Any:
 
 def check_caches_can_be_written(k_cache: Tensor, v_cache: Tensor) -> None:
     """What can be said without addresses, as of meta tensors; operators see to the rest."""
+    check_written_kind("k_cache", k_cache)
+    check_written_kind("v_cache", v_cache)
     if k_cache is v_cache or (k_cache.device.type == "meta" and _begin_alike(k_cache, v_cache)):
         raise ValueError(
             "v_cache must not share memory with k_cache: keys and values are written to both"
@@ -161,6 +164,7 @@ def check_scales_can_be_written(k_scale: Tensor | None, v_scale: Tensor | None) 
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if not are_token_scales(scale):
             continue
+        check_written_kind(name, scale)
         strides = zip(scale.shape, scale.stride(), strict=True)
         if any(size > 1 and stride == 0 for size, stride in strides):
             raise ValueError(

@@ -7,7 +7,6 @@ only in eager mode. The compiled operators check them again when they run.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,9 @@ from torch import Tensor
 
 from sink_attention_ext import ops
 from sink_attention_ext.autograd import autocast_dtype, refuse_gradient
+from sink_attention_ext.batching import is_mapped
+from sink_attention_ext.fake_checks import wrong_softcap, wrong_softmax_scale
+from sink_attention_ext.tensor_kinds import check_kind
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 FLOAT8 = torch.float8_e4m3fn
@@ -53,6 +55,7 @@ def check_tensor(name: str, tensor: Any, layout: Sequence[str]) -> None:
         raise TypeError(
             f"{name} must be a torch.Tensor {_names(layout)}; got {type(tensor).__name__}"
         )
+    check_kind(name, tensor)
     if is_dtensor(tensor):
         raise TypeError(
             f"{name} must be a plain tensor, what this rank holds of it; got a DTensor of global "
@@ -66,7 +69,7 @@ def check_tensor(name: str, tensor: Any, layout: Sequence[str]) -> None:
 
 
 def check_last_stride(name: str, tensor: Tensor) -> None:
-    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1 and not is_mapped(tensor):
         raise ValueError(
             f"{name} must have stride 1 in its last dimension; got strides "
             f"{tuple(tensor.stride())}: pass {name}.contiguous()"
@@ -243,6 +246,7 @@ def check_s_aux(s_aux: Any, num_heads_q: int, device: torch.device) -> Tensor | 
             f"s_aux must be None or a torch.Tensor (num_heads_q,); got {type(s_aux).__name__}"
         )
     s_aux = local_s_aux(s_aux)
+    check_kind("s_aux", s_aux)
     if s_aux.dim() != 1 or s_aux.shape[0] != num_heads_q:
         raise ValueError(
             f"s_aux must have shape (num_heads_q,) = ({num_heads_q},), one sink per query head; "
@@ -255,7 +259,9 @@ def check_s_aux(s_aux: Any, num_heads_q: int, device: torch.device) -> Tensor | 
 
 def _unsharded_sinks(s_aux: Tensor, num_heads_q: int) -> str:
     """What to do about sinks of all heads beside one tensor parallel rank's share of the heads."""
-    if s_aux.dim() != 1 or s_aux.shape[0] <= num_heads_q or s_aux.shape[0] % num_heads_q != 0:
+    if num_heads_q == 0 or s_aux.dim() != 1 or s_aux.shape[0] <= num_heads_q:
+        return ""
+    if s_aux.shape[0] % num_heads_q != 0:
         return ""
     return (
         f". s_aux has {s_aux.shape[0]} logits, q has {num_heads_q} heads: under tensor parallelism "
@@ -272,26 +278,33 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool)
 
 
-def check_softmax_scale(softmax_scale: Any, head_dim: int) -> float:
-    """The scale of the scores; None is head_dim ** -0.5."""
+def check_softmax_scale(
+    softmax_scale: Any, head_dim: int, dtype: torch.dtype = torch.float32
+) -> float:
+    """The scale of the scores of q of `dtype`; None is head_dim ** -0.5."""
     if softmax_scale is None:
         return head_dim**-0.5
     if not _is_number(softmax_scale):
         raise TypeError(f"softmax_scale must be None or a number; got {softmax_scale!r}")
     if not torch.compiler.is_compiling():
-        if not math.isfinite(softmax_scale) or softmax_scale == 0:
+        wrong = wrong_softmax_scale(softmax_scale, dtype)
+        if wrong is not None:
             raise ValueError(
-                f"softmax_scale must be finite and not 0; got {softmax_scale} "
-                "(the argument after v is softmax_scale, not FlashAttention 2's dropout_p)"
+                f"{wrong} (the argument after v is softmax_scale, not FlashAttention 2's dropout_p)"
             )
     return softmax_scale
 
 
-def check_softcap(softcap: Any) -> float:
+def check_softcap(
+    softcap: Any, dtype: torch.dtype = torch.float32, softmax_scale: float | None = None
+) -> float:
+    """The softcap of scores of q of `dtype`, beside a softmax_scale that has been checked."""
     if not _is_number(softcap):
         raise TypeError(f"softcap must be a number; got {softcap!r}")
-    if not torch.compiler.is_compiling() and not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap must be finite and at least 0 (0.0 is none); got {softcap}")
+    if not torch.compiler.is_compiling():
+        wrong = wrong_softcap(softcap, softmax_scale, dtype)
+        if wrong is not None:
+            raise ValueError(wrong)
     return softcap
 
 

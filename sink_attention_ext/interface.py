@@ -37,7 +37,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sink_attention_ext import checks, ops
+from sink_attention_ext import checks, ops, torch_context_parallel
 from sink_attention_ext.reference import WindowSize
 
 
@@ -68,11 +68,13 @@ def flash_attn_func(
         k: (batch, seqlen_k, num_heads_kv, head_dim), the dtype of q.
         v: (batch, seqlen_k, num_heads_kv, head_dim_v), the dtype of q; head_dim_v 1 to 256, not
             necessarily head_dim. Strides of q, k and v are free but for the last, which is 1.
-        softmax_scale: factor of the scores <q, k>; None is head_dim ** -0.5.
+        softmax_scale: factor of the scores <q, k>, of magnitude 2**-100 to 2**100 (2**-1000 to
+            2**1000 for float64); None is head_dim ** -0.5.
         causal: row i sees no key after its position i + seqlen_k - seqlen_q. Wins over
             window_size[1].
         window_size: (left, right) keys seen beside the row's own position; -1 or None is unbounded.
-        softcap: if > 0, scores become softcap * tanh(score / softcap).
+        softcap: if > 0, scores become softcap * tanh(score / softcap); softcap and softmax_scale /
+            softcap in the range of softmax_scale.
         s_aux: (num_heads_q,) sinks of any of the four float dtypes, whatever q has; read as
             float32, its gradient comes in its own dtype.
         deterministic: makes the backward bitwise repeatable (on the CPU it always is).
@@ -106,15 +108,17 @@ def flash_attn_func(
         out = flash_attn_func(q, k, v, causal=True, window_size=(127, 0), s_aux=sinks)
         out.sum().backward()  # sinks.grad is the gradient of each head's sink
     """
+    torch_context_parallel.refuse("flash_attn_func")
     checks.check_qkv(q, k, v, (checks.Q_DENSE, checks.K_DENSE, checks.V_DENSE))
     s_aux = checks.check_s_aux(s_aux, q.shape[2], q.device)
     checks.check_bool("causal", causal)
     checks.check_bool("deterministic", deterministic)
+    scale = checks.check_softmax_scale(softmax_scale, q.shape[-1], q.dtype)
     options = (
-        checks.check_softmax_scale(softmax_scale, q.shape[-1]),
+        scale,
         causal,
         *checks.check_window(window_size, causal),
-        checks.check_softcap(softcap),
+        checks.check_softcap(softcap, q.dtype, scale),
     )
     num_sink_tokens = checks.check_num_sink_tokens(num_sink_tokens)
     descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
@@ -192,11 +196,13 @@ def flash_attn_varlen_func(
             q, k, v, cu_seqlens, cu_seqlens, 5, 5, causal=True, s_aux=sinks
         )
     """
+    torch_context_parallel.refuse("flash_attn_varlen_func")
     checks.check_qkv(q, k, v, (checks.Q_PACKED, checks.K_PACKED, checks.V_PACKED))
     checks.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, seqused_k, q.device)
     s_aux = checks.check_s_aux(s_aux, q.shape[1], q.device)
     checks.check_bool("causal", causal)
     checks.check_bool("deterministic", deterministic)
+    scale = checks.check_softmax_scale(softmax_scale, q.shape[-1], q.dtype)
     options = (
         cu_seqlens_q,
         cu_seqlens_k,
@@ -204,10 +210,10 @@ def flash_attn_varlen_func(
         s_aux,
         checks.check_max_seqlen("max_seqlen_q", max_seqlen_q),
         checks.check_max_seqlen("max_seqlen_k", max_seqlen_k),
-        checks.check_softmax_scale(softmax_scale, q.shape[-1]),
+        scale,
         causal,
         *checks.check_window(window_size, causal),
-        checks.check_softcap(softcap),
+        checks.check_softcap(softcap, q.dtype, scale),
     )
     num_sink_tokens = checks.check_num_sink_tokens(num_sink_tokens)
     descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}

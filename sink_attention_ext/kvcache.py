@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sink_attention_ext import cache_checks, cache_slots, checks, ops
+from sink_attention_ext import cache_checks, cache_slots, checks, ops, torch_context_parallel
 from sink_attention_ext.autograd import refuse_gradient
 from sink_attention_ext.reference import WindowSize
 
@@ -226,6 +226,7 @@ def attend(
     It is called when all else has been checked, and checks what it writes. function: the caller's
     name in messages.
     """
+    torch_context_parallel.refuse(function)
     is_packed = cu_seqlens_q is not None
     cache_checks.check_caches(k_cache, v_cache, is_paged=block_table is not None)
     checks.check_tensor("q", q, checks.Q_PACKED if is_packed else checks.Q_DENSE)
@@ -238,8 +239,8 @@ def attend(
     s_aux = checks.check_s_aux(s_aux, q.shape[-2], q.device)
     checks.check_bool("causal", causal)
     window_left, window_right = checks.check_window(window_size, causal)
-    scale = checks.check_softmax_scale(softmax_scale, q.shape[-1])
-    softcap = checks.check_softcap(softcap)
+    scale = checks.check_softmax_scale(softmax_scale, q.shape[-1], q.dtype)
+    softcap = checks.check_softcap(softcap, q.dtype, scale)
     num_splits = checks.check_num_splits(num_splits)
     checks.check_bool("return_lse", return_lse)
     num_sink_tokens = checks.check_num_sink_tokens(num_sink_tokens)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sink_attention_ext import checks, ops
+from sink_attention_ext.tensor_kinds import check_kind
 
 _LAYOUTS = "(batch, seqlen, num_heads, head_dim) or (total, num_heads, head_dim)"
 
@@ -18,6 +19,7 @@ def _check_part(out_name: str, out: Any, lse_name: str, lse: Any) -> None:
     for name, tensor in ((out_name, out), (lse_name, lse)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+        check_kind(name, tensor)
     if out.dim() not in (3, 4):
         raise ValueError(f"{out_name} must be {_LAYOUTS}; got shape {tuple(out.shape)}")
     checks.check_float_dtype(out_name, out)

@@ -1,4 +1,4 @@
-"""Gradients that nobody can have: of a gradient, through a cache, under vmap."""
+"""Gradients that nobody can have: of a gradient, through a cache."""
 
 from __future__ import annotations
 
@@ -79,10 +79,3 @@ def test_writing_into_a_saved_cache_is_noticed() -> None:
         )
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
-
-
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_vmap_is_refused(requires_grad: bool) -> None:
-    q, k, v, _ = (tensor.detach().requires_grad_(requires_grad) for tensor in qkvs())
-    with pytest.raises((NotImplementedError, RuntimeError), match="vmap"):
-        torch.vmap(flash_attn_func)(q[None], k[None], v[None])

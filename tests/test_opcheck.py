@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 import sink_attention_ext  # noqa: F401  registers autograd
-from sink_attention_ext import ops
+from sink_attention_ext import fakes, ops
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -69,6 +69,6 @@ def test_every_operator_has_a_sample() -> None:
 
 def test_a_wrong_fake_kernel_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison above can fail: a fake kernel with lse in the dtype of q does."""
-    monkeypatch.setattr(ops, "lse_dtype", lambda dtype: dtype)
+    monkeypatch.setattr(fakes, "lse_dtype", lambda dtype: dtype)
     with pytest.raises(AssertionError):
         test_fake_kernel_returns_what_the_real_one_does("fwd", torch.bfloat16)

@@ -92,10 +92,10 @@ inline void check_same_device(const Tensor& tensor, const char* name, const Tens
   check(tensor.device() == q.device(), name, " must be on the device of the first argument");
 }
 
-// A dimension of size 0 or 1 has no stride to speak of.
+// A dimension of size 0 or 1 has no stride to speak of, nor has a tensor without elements.
 inline bool has_unit_last_stride(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
-  return tensor.size(last) <= 1 || tensor.stride(last) == 1;
+  return tensor.size(last) <= 1 || tensor.stride(last) == 1 || tensor.numel() == 0;
 }
 
 inline void check_unit_last_stride(const Tensor& tensor, const char* name) {

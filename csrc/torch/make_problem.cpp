@@ -21,11 +21,36 @@ void check_dim_range(const char* name, int64_t value, int64_t largest) {
   check(value >= 1 && value <= largest, name, " must be in [1, ", largest, "], got ", value);
 }
 
+// What scores are multiplied with is computed in float32, in float64 for float64: more than 20
+// powers of two from where numbers become denormal or infinite, so that products with scores are
+// neither.
+struct FactorRange {
+  double least;
+  double largest;
+  const char* text;
+};
+
+FactorRange factor_range(DataType dtype) {
+  if (dtype == DataType::kFloat64) return {0x1p-1000, 0x1p1000, "2**-1000 to 2**1000 (float64)"};
+  return {0x1p-100, 0x1p100, "2**-100 to 2**100 (float32)"};
+}
+
+void check_factors(double softmax_scale, double softcap, DataType dtype) {
+  const FactorRange range = factor_range(dtype);
+  const auto has_range = [range](double value) {
+    return std::abs(value) >= range.least && std::abs(value) <= range.largest;
+  };
+  check(has_range(softmax_scale), "softmax_scale must be finite and not 0, its magnitude from ",
+        range.text, "; got ", softmax_scale);
+  if (softcap == 0) return;
+  check(softcap > 0 && has_range(softcap), "softcap must be finite and at least 0, 0.0 (none) or ",
+        range.text, "; got ", softcap);
+  check(has_range(softmax_scale / softcap), "softmax_scale / softcap must have a magnitude from ",
+        range.text, "; got ", softmax_scale, " / ", softcap);
+}
+
 void set_mask(FlashFwdProblem& problem, const MaskArgs& mask) {
-  check(std::isfinite(mask.softmax_scale), "softmax_scale must be finite, got ",
-        mask.softmax_scale);
-  check(std::isfinite(mask.softcap) && mask.softcap >= 0, "softcap must be finite and >= 0, got ",
-        mask.softcap);
+  check_factors(mask.softmax_scale, mask.softcap, problem.dtype);
   check(mask.window_left >= -1, "window_left must be >= -1 (-1: unbounded), got ",
         mask.window_left);
   check(mask.window_right >= -1, "window_right must be >= -1 (-1: unbounded), got ",

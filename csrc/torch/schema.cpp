@@ -8,58 +8,51 @@
 STABLE_TORCH_LIBRARY(SA_OP_NAMESPACE, m) {
   m.def(
       "flash_attn_fwd(Tensor q, Tensor k, Tensor v, Tensor? s_aux, float softmax_scale, bool "
-      "causal, int window_left, "
-      "int window_right, float softcap, bool deterministic, int num_sink_tokens) -> (Tensor, "
-      "Tensor)");
+      "causal, SymInt window_left, SymInt window_right, float softcap, bool deterministic, SymInt "
+      "num_sink_tokens) -> (Tensor, Tensor)");
   m.def(
       "flash_attn_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor "
-      "lse, Tensor? s_aux, "
-      "float softmax_scale, bool causal, int window_left, int window_right, float softcap, bool "
-      "deterministic, int num_sink_tokens) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
+      "lse, Tensor? s_aux, float softmax_scale, bool causal, SymInt window_left, SymInt "
+      "window_right, float softcap, bool deterministic, SymInt num_sink_tokens) -> (Tensor, "
+      "Tensor, Tensor, Tensor)");
   m.def(
       "flash_attn_varlen_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor "
-      "cu_seqlens_k, "
-      "Tensor? seqused_k, Tensor? s_aux, SymInt max_seqlen_q, SymInt max_seqlen_k, float "
-      "softmax_scale, bool causal, "
-      "int window_left, int window_right, float softcap, bool deterministic, int num_sink_tokens) "
-      "-> (Tensor, Tensor)");
+      "cu_seqlens_k, Tensor? seqused_k, Tensor? s_aux, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+      "float softmax_scale, bool causal, SymInt window_left, SymInt window_right, float softcap, "
+      "bool deterministic, SymInt num_sink_tokens) -> (Tensor, Tensor)");
   m.def(
       "flash_attn_varlen_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
-      "Tensor lse, "
-      "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_k, Tensor? s_aux, SymInt "
-      "max_seqlen_q, "
-      "SymInt max_seqlen_k, float softmax_scale, bool causal, int window_left, int window_right, "
-      "float softcap, "
-      "bool deterministic, int num_sink_tokens) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_k, Tensor? s_aux, "
+      "SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool causal, SymInt "
+      "window_left, SymInt window_right, float softcap, bool deterministic, SymInt "
+      "num_sink_tokens) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "flash_attn_float8_fwd(Tensor q, Tensor k, Tensor v, Tensor? q_descale, Tensor? k_descale, "
-      "Tensor? v_descale, Tensor? s_aux, float softmax_scale, bool causal, int window_left, int "
-      "window_right, float softcap, int num_sink_tokens) -> (Tensor, Tensor)");
+      "Tensor? v_descale, Tensor? s_aux, float softmax_scale, bool causal, SymInt window_left, "
+      "SymInt window_right, float softcap, SymInt num_sink_tokens) -> (Tensor, Tensor)");
   m.def(
       "flash_attn_float8_varlen_fwd(Tensor q, Tensor k, Tensor v, Tensor? q_descale, Tensor? "
       "k_descale, Tensor? v_descale, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_k, "
       "Tensor? s_aux, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool causal, "
-      "int window_left, int window_right, float softcap, int num_sink_tokens) -> (Tensor, Tensor)");
+      "SymInt window_left, SymInt window_right, float softcap, SymInt num_sink_tokens) -> (Tensor, "
+      "Tensor)");
   m.def(
       "flash_attn_float8_kernel(Tensor q, Tensor k, Tensor v, Tensor? q_descale, Tensor? "
       "k_descale, Tensor? v_descale, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? "
       "seqused_k, Tensor? s_aux, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, "
-      "bool causal, int window_left, int window_right, float softcap, int num_sink_tokens) "
-      "-> Tensor[]");
+      "bool causal, SymInt window_left, SymInt window_right, float softcap, SymInt "
+      "num_sink_tokens) -> Tensor[]");
   m.def(
       "paged_attn(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seqused_k, "
       "Tensor? cu_seqlens_q, Tensor? s_aux, Tensor? k_scale, Tensor? v_scale, SymInt max_seqlen_q, "
-      "float softmax_scale, bool causal, int window_left, int window_right, float softcap, int "
-      "num_splits, int num_sink_tokens, Tensor? tree_mask) "
-      "-> (Tensor, Tensor)");
+      "float softmax_scale, bool causal, SymInt window_left, SymInt window_right, float softcap, "
+      "SymInt num_splits, SymInt num_sink_tokens, Tensor? tree_mask) -> (Tensor, Tensor)");
   m.def(
       "paged_attn.out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor "
-      "seqused_k, "
-      "Tensor? cu_seqlens_q, Tensor? s_aux, Tensor? k_scale, Tensor? v_scale, SymInt max_seqlen_q, "
-      "float softmax_scale, bool causal, int window_left, int window_right, float softcap, int "
-      "num_splits, int num_sink_tokens, Tensor? tree_mask, *, "
-      "Tensor(a!) out, Tensor(b!) lse) -> ()");
+      "seqused_k, Tensor? cu_seqlens_q, Tensor? s_aux, Tensor? k_scale, Tensor? v_scale, SymInt "
+      "max_seqlen_q, float softmax_scale, bool causal, SymInt window_left, SymInt window_right, "
+      "float softcap, SymInt num_splits, SymInt num_sink_tokens, Tensor? tree_mask, *, Tensor(a!) "
+      "out, Tensor(b!) lse) -> ()");
   m.def(
       "check_paged_attn(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor "
       "seqused_k, Tensor? cu_seqlens_q, Tensor? s_aux, Tensor? k_scale, Tensor? v_scale, SymInt "
@@ -68,8 +61,7 @@ STABLE_TORCH_LIBRARY(SA_OP_NAMESPACE, m) {
       "()");
   m.def(
       "reshape_and_cache(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor "
-      "slot_mapping, "
-      "Tensor? k_scale, Tensor? v_scale) -> ()");
+      "slot_mapping, Tensor? k_scale, Tensor? v_scale) -> ()");
   m.def(
       "reshape_and_cache.token_scales(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
       "Tensor slot_mapping, Tensor(c!) k_scale, Tensor(d!) v_scale) -> ()");

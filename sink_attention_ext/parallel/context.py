@@ -207,11 +207,12 @@ def context_parallel_attn_func(
         s_aux = _check_shard(q, k, v, s_aux, layout)
         window = checks.check_window(window_size, checks.check_bool("causal", causal))
         sharding = Sharding(dist.get_world_size(group), layout, q.shape[1], window)
+        scale = checks.check_softmax_scale(softmax_scale, q.shape[-1], q.dtype)
         call = _Call(
             group,
             sharding,
-            checks.check_softmax_scale(softmax_scale, q.shape[-1]),
-            checks.check_softcap(softcap),
+            scale,
+            checks.check_softcap(softcap, q.dtype, scale),
             checks.check_bool("deterministic", deterministic),
             checks.check_bool("reduce_ds_aux", reduce_ds_aux),
         )

@@ -1,4 +1,4 @@
-// Sums so long that their error would grow with their length: collected in pieces of about a
+// Sums so long that their error would grow with their length: collected in pieces of about two
 // thousand terms, each of which is banked.
 //
 // total += piece, and what the addition rounds off stays in the piece, exactly (Knuth's two-sum),
@@ -11,8 +11,8 @@
 
 namespace sink_attention::cpu::SA_ISA {
 
-constexpr int64_t kPieceKeys = 1024;  // of a row's sums over keys, counted from key 0
-constexpr int64_t kPieceRows = 1024;  // of a key's sums over rows
+constexpr int64_t kPieceKeys = 2048;  // of a row's sums over keys, counted from key 0
+constexpr int64_t kPieceRows = 2048;  // of a key's sums over rows
 
 // An infinite total has no remainder; inf - inf must not make a NaN of it.
 template <class AnyReal>

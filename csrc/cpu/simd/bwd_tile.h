@@ -59,6 +59,7 @@ struct BackwardBlock {
     Real* dv;            // [block_keys][columns(head_dim_v)]
     Real* dk_total;      // what was banked of both (banked_sum.h)
     Real* dv_total;
+    int64_t* pieces_banked;
     Unit* q;  // [rows][row_stride(head_dim)]
     Unit* dout;
     Unit* q_zipped;  // rows zipped in pairs, [rows / 2][columns]: B of dK; without pairs it is q
@@ -99,6 +100,7 @@ struct BackwardBlock {
     scratch.dv = carver.take<Real>(plan.block_keys * Geo::columns(dim_v));
     scratch.dk_total = carver.take<Real>(plan.block_keys * Geo::columns(dim));
     scratch.dv_total = carver.take<Real>(plan.block_keys * Geo::columns(dim_v));
+    scratch.pieces_banked = carver.take<int64_t>(1);
     scratch.q = carver.take<Unit>(rows * row_stride(dim));
     scratch.dout = carver.take<Unit>(rows * row_stride(dim_v));
     scratch.p = carver.take<Real>(rows * score_stride(plan));
@@ -158,8 +160,7 @@ struct BackwardBlock {
     pack_rowwise<Arithmetic>(keys, block.begin, block.end, plan.block_keys, scratch.k_rowwise);
     memset(scratch.dk, 0, dk_numbers() * sizeof(Real));
     memset(scratch.dv, 0, dv_numbers() * sizeof(Real));
-    memset(scratch.dk_total, 0, dk_numbers() * sizeof(Real));
-    memset(scratch.dv_total, 0, dv_numbers() * sizeof(Real));
+    *scratch.pieces_banked = 0;
   }
 
   void add_tile(int64_t q_begin, int64_t q_end) {
@@ -187,25 +188,26 @@ struct BackwardBlock {
   }
 
   // Tiles come from the last to the first; a piece of the sums over rows ends with every so many.
-  void bank_piece_before(int64_t q_begin) {
+  void bank_piece_from(int64_t q_begin) {
     const int64_t tiles = max_of(1, kPieceRows / (plan.tile_positions * group));
-    if (q_begin / plan.tile_positions % tiles == 0) bank_dk_dv();
+    if (q_begin > 0 && q_begin / plan.tile_positions % tiles == 0) bank_dk_dv();
   }
 
   void end() {
-    bank_dk_dv();
+    if (*scratch.pieces_banked > 0) bank_dk_dv();
+    const Real* dk = *scratch.pieces_banked > 0 ? scratch.dk_total : scratch.dk;
+    const Real* dv = *scratch.pieces_banked > 0 ? scratch.dv_total : scratch.dv;
     for (int64_t key = block.begin; key < block.end; ++key) {
       const int64_t row = info.k_row + key;
       const int64_t dk_offset = info.k_batch * bwd.dk_stride_batch + row * bwd.dk_stride_row +
                                 task.kv_head_idx * bwd.dk_stride_head;
       const int64_t dv_offset = info.k_batch * bwd.dv_stride_batch + row * bwd.dv_stride_row +
                                 task.kv_head_idx * bwd.dv_stride_head;
-      store_row(scratch.dk_total + (key - block.begin) * Geo::columns(problem.head_dim),
-                problem.head_dim, static_cast<Real>(problem.softmax_scale),
-                element(bwd.dk, problem.dtype, dk_offset), problem.dtype);
-      store_row(scratch.dv_total + (key - block.begin) * Geo::columns(problem.head_dim_v),
-                problem.head_dim_v, Real(1), element(bwd.dv, problem.dtype, dv_offset),
+      store_row(dk + (key - block.begin) * Geo::columns(problem.head_dim), problem.head_dim,
+                static_cast<Real>(problem.softmax_scale), element(bwd.dk, problem.dtype, dk_offset),
                 problem.dtype);
+      store_row(dv + (key - block.begin) * Geo::columns(problem.head_dim_v), problem.head_dim_v,
+                Real(1), element(bwd.dv, problem.dtype, dv_offset), problem.dtype);
     }
   }
 
@@ -214,6 +216,13 @@ struct BackwardBlock {
   int64_t dv_numbers() const { return plan.block_keys * Geo::columns(problem.head_dim_v); }
 
   void bank_dk_dv() {
+    if ((*scratch.pieces_banked)++ == 0) {
+      memcpy(scratch.dk_total, scratch.dk, dk_numbers() * sizeof(Real));
+      memcpy(scratch.dv_total, scratch.dv, dv_numbers() * sizeof(Real));
+      memset(scratch.dk, 0, dk_numbers() * sizeof(Real));
+      memset(scratch.dv, 0, dv_numbers() * sizeof(Real));
+      return;
+    }
     bank<Real>(scratch.dk_total, scratch.dk, dk_numbers());
     bank<Real>(scratch.dv_total, scratch.dv, dv_numbers());
   }
@@ -432,7 +441,7 @@ void bwd_tile(const FlashBwdProblem& problem, const BwdPlan& plan, const BwdTask
               int64_t q_begin, int64_t q_end) {
   BackwardBlock<Arithmetic> block(problem, plan, task);
   block.add_tile(q_begin, q_end);
-  block.bank_piece_before(q_begin);
+  block.bank_piece_from(q_begin);
 }
 
 template <class Arithmetic>

@@ -13,8 +13,6 @@
 
 namespace sink_attention::cpu::SA_ISA {
 
-constexpr int64_t kMaxHeadsInPlace = 32;  // kv heads that attend_block_in_place takes at once
-
 template <class Arithmetic>
 FwdPlan plan_fwd(const FlashFwdProblem& problem) {
   return ForwardTile<Arithmetic>::make_plan(problem);
@@ -101,7 +99,7 @@ class StripsInPlace {
           key + kChunkKeys < end ? fetch_keys(key + kChunkKeys, end) : fetch_values(begin, end);
       score_chunk(key, min_of(kChunkKeys, end - key), key - begin, ahead);
     }
-    Real rescale[kMaxHeadsInPlace][kTileRows];
+    Real rescale[kMaxHeadsPerJob][kTileRows];
     for (int64_t head = 0; head < heads_; ++head) {
       Tile(problem_, plan_, task_, task_.kv_head_begin + head)
           .soften(first, 0, rows_, seen_begin, seen_end, rescale[head]);
@@ -233,8 +231,8 @@ void fwd_tile(const FlashFwdProblem& problem, const FwdPlan& plan, const FwdTask
   const int64_t rows = (task.q_end - task.q_begin) * (problem.num_heads_q / problem.num_heads_kv);
   const attention::KeySet readable =
       Tile(problem, plan, task, task.kv_head_begin).mask.visible_keys(task.q_begin, task.q_end);
-  const bool in_place = task.packed == nullptr && rows <= kTileRows &&
-                        can_read_in_place<Arithmetic>(problem) && heads <= kMaxHeadsInPlace;
+  const bool in_place =
+      task.packed == nullptr && rows <= kTileRows && can_read_in_place<Arithmetic>(problem);
   int64_t pieces_banked = 0;
   const auto bank_before = [&](int64_t idx) {
     if (idx == task.idx_begin ||

@@ -29,7 +29,7 @@ enum class Accumulate {
 
 // Units that are summed from zero. Adding them to C takes one addition in 32; an error of 32
 // additions is at most 8 units in the last place where all products are equal, 1 or 2 otherwise.
-constexpr int64_t kChainUnits = 32;
+constexpr int64_t kChainUnits = 64;
 
 // Units from number `unit` of the summed dimension to the end of its chain.
 constexpr int64_t rest_of_chain(int64_t unit) { return kChainUnits - unit % kChainUnits; }

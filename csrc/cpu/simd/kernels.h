@@ -14,6 +14,10 @@
 
 namespace sink_attention::cpu {
 
+// kv heads that a job of the forward takes at once, at most: enough to read a cache [token][head]
+// in the order in which it lies.
+constexpr int64_t kMaxHeadsPerJob = 32;
+
 // How a forward problem is cut, and the bytes that its pieces take. A tile is tile_positions query
 // positions of one sequence with all query heads of one kv head; keys come in blocks of block_keys,
 // counted from key 0, so that a row's sums are taken in the same order whatever tile, batch or

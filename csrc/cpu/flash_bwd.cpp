@@ -53,6 +53,16 @@ struct HeadState {
     const Range positions = positions_of_tile(tile, plan);
     return attention::blocks_of(mask.visible_keys(positions.begin, positions.end), plan.block_keys);
   }
+  // Whether a tile's dQ, after number idx of its blocks, is to be banked before the next one is
+  // added, and whether it was before.
+  static bool ends_piece(const BlockList<int64_t>& blocks, int64_t idx, const BwdPlan& plan) {
+    return idx + 1 < blocks.count() && blocks.block(idx) / plan.blocks_per_piece !=
+                                           blocks.block(idx + 1) / plan.blocks_per_piece;
+  }
+  static bool was_banked(const BlockList<int64_t>& blocks, int64_t idx, const BwdPlan& plan) {
+    return idx > 0 &&
+           blocks.block(0) / plan.blocks_per_piece != blocks.block(idx) / plan.blocks_per_piece;
+  }
 };
 
 // Memory for the dQ accumulators of the heads in work: at most one a thread, and one whose next job
@@ -153,6 +163,8 @@ void flash_bwd(const FlashBwdProblem& problem, const Executor& executor) {
   const Delta delta = preprocess(problem, kernels, real_bytes, executor);
   if (fwd.num_heads_q == 0) return;
   const BwdPlan plan = kernels.plan_bwd(problem);
+  // dQ of a 16-bit type has no place for a bank, and no digits for what it would save.
+  const bool banks_dq = fwd.dtype == DataType::kFloat32 || fwd.dtype == DataType::kFloat64;
   const int64_t group = fwd.num_heads_q / fwd.num_heads_kv;
 
   std::vector<std::unique_ptr<HeadState>> heads;
@@ -219,12 +231,22 @@ void flash_bwd(const FlashBwdProblem& problem, const Executor& executor) {
           const BlockList<int64_t> blocks = head.blocks_of_tile(tile, plan);
           wait_until([&] { return head.done[tile].load(std::memory_order_acquire) >= block_idx; });
           kernels.bwd_tile(problem, plan, task, positions.begin, positions.end);
-          head.done[tile].store(blocks.block(blocks.index(block_idx) + 1),
-                                std::memory_order_release);
+          const int64_t idx = blocks.index(block_idx);
+          if (banks_dq && HeadState::ends_piece(blocks, idx, plan)) {
+            kernels.bwd_bank_dq(problem, head.batch_idx, head.kv_head_idx, positions,
+                                task.dq_accumulator, !HeadState::was_banked(blocks, idx, plan));
+          }
+          head.done[tile].store(blocks.block(idx + 1), std::memory_order_release);
         }
         kernels.bwd_end_block(problem, plan, task);
         if (head.jobs_left.fetch_sub(1) == 1) {
-          kernels.bwd_store_dq(problem, head.batch_idx, head.kv_head_idx, task.dq_accumulator);
+          for (int64_t tile = 0; tile < head.num_tiles; ++tile) {
+            const BlockList<int64_t> blocks = head.blocks_of_tile(tile, plan);
+            kernels.bwd_store_dq(
+                problem, head.batch_idx, head.kv_head_idx, head.positions_of_tile(tile, plan),
+                task.dq_accumulator,
+                banks_dq && HeadState::was_banked(blocks, blocks.count() - 1, plan));
+          }
           pool.give_back(task.dq_accumulator);
         }
       });

@@ -63,9 +63,18 @@ Schedule make_schedule(const FlashFwdProblem& problem, const FwdPlan& plan) {
   return schedule;
 }
 
-// Jobs of at least this many keys are worth the merge that splitting them costs.
 constexpr int64_t kMaxSplits = 64;  // as on CUDA; more would only take memory
+// Jobs of at least this many keys are worth the merge that splitting them costs.
 constexpr int64_t kMinSplitKeys = 512;
+// What all partial results may take together: enough to give every thread of a large machine work
+// where there are few rows, which is what splitting is for.
+constexpr int64_t kMaxPartialBytes = int64_t{64} << 20;
+// What a thread's scratch may take for several kv heads. One is always possible.
+constexpr int64_t kMaxScratchBytes = int64_t{16} << 20;
+
+int64_t scratch_bytes_per_head(const FwdPlan& plan) {
+  return plan.tile_scratch_bytes + plan.packed_k_bytes + plan.packed_v_bytes;
+}
 
 struct Division {
   int64_t num_splits;     // of each job's key range
@@ -78,21 +87,32 @@ struct Division {
 Division divide(const FlashFwdProblem& problem, const FwdPlan& plan, const Schedule& schedule,
                 int num_threads) {
   const int64_t wanted = num_threads == 1 ? 1 : 2 * num_threads;
-  int64_t longest = 0;
-  int64_t jobs = 0;
+  int64_t most_blocks = 1;
   for (const Sequence& sequence : schedule.sequences) {
-    longest = std::max(longest, sequence.blocks.count() * plan.block_keys);
-    jobs += sequence.num_tiles > 1 ? sequence.num_tiles * problem.num_heads_kv : 1;
+    most_blocks = std::max(most_blocks, sequence.blocks.count());
   }
-  Division division{std::min(problem.num_splits, kMaxSplits), problem.num_heads_kv};
+  const auto jobs_of = [&](int64_t heads_per_job) {
+    int64_t jobs = 0;
+    for (const Sequence& sequence : schedule.sequences) {
+      jobs += sequence.num_tiles > 1 ? sequence.num_tiles * problem.num_heads_kv
+                                     : (problem.num_heads_kv + heads_per_job - 1) / heads_per_job;
+    }
+    return jobs;
+  };
+  const int64_t most_heads =
+      std::clamp<int64_t>(kMaxScratchBytes / scratch_bytes_per_head(plan), 1, kMaxHeadsPerJob);
+  Division division{problem.num_splits, std::min(problem.num_heads_kv, most_heads)};
   if (division.num_splits <= 0) {
-    division.num_splits =
-        jobs >= wanted ? 1 : std::clamp<int64_t>(longest / kMinSplitKeys, 1, wanted / jobs);
+    const int64_t jobs = jobs_of(division.heads_per_job);
+    const int64_t worthwhile = most_blocks * plan.block_keys / kMinSplitKeys;
+    division.num_splits = jobs >= wanted ? 1 : std::clamp<int64_t>(worthwhile, 1, wanted / jobs);
   }
-  jobs *= division.num_splits;
+  // A part without a block would take as much memory as any other.
+  const int64_t split_bytes = schedule.num_tiles * problem.num_heads_kv * plan.partial_bytes;
+  const int64_t affordable = std::max<int64_t>(kMaxPartialBytes / split_bytes, 1);
+  division.num_splits = std::min({division.num_splits, kMaxSplits, most_blocks, affordable});
   while (division.heads_per_job > 1 &&
-         jobs * ((problem.num_heads_kv + division.heads_per_job - 1) / division.heads_per_job) <
-             wanted) {
+         jobs_of(division.heads_per_job) * division.num_splits < wanted) {
     division.heads_per_job = (division.heads_per_job + 1) / 2;
   }
   return division;
@@ -110,7 +130,7 @@ void flash_fwd(const FlashFwdProblem& problem, const Executor& executor) {
   const int64_t num_heads = problem.num_heads_kv;
 
   // Pack. A kv head's blocks lie together.
-  const AlignedBuffer packed(schedule.num_packed_blocks * block_bytes);
+  const KeptBuffer<Use::kPacked> packed(schedule.num_packed_blocks * block_bytes);
   struct PackJob {
     const Sequence* sequence;
     int64_t kv_head_idx;
@@ -183,7 +203,7 @@ void flash_fwd(const FlashFwdProblem& problem, const Executor& executor) {
     task.scratch = scratch;
     return task;
   };
-  const int64_t scratch_bytes = heads_per_job * (plan.tile_scratch_bytes + block_bytes);
+  const int64_t scratch_bytes = heads_per_job * scratch_bytes_per_head(plan);
   parallel_jobs(executor, static_cast<int64_t>(tile_jobs.size()) * num_splits, scratch_bytes,
                 [&](int64_t job, char* scratch) {
                   kernels.fwd_tile(

@@ -37,8 +37,52 @@ class AlignedBuffer {
   void* memory_ = nullptr;
 };
 
+enum class Use { kScratch, kPacked };
+
+// Memory of one call that the calling thread keeps for its next one, up to kMostKept bytes for each
+// use. Freed and allocated anew, it may go back to the system in between: a page fault for every
+// 4 KiB, a fifth of the time of a short call.
+template <Use>
+class KeptBuffer {
+ public:
+  explicit KeptBuffer(int64_t bytes) : is_kept_(bytes <= kMostKept && !kept().in_use) {
+    if (!is_kept_) {
+      own_ = AlignedBuffer(bytes);
+      return;
+    }
+    Kept& mine = kept();
+    if (mine.bytes < bytes) {
+      mine.bytes = 0;
+      mine.buffer = AlignedBuffer(0);
+      mine.buffer = AlignedBuffer(bytes);
+      mine.bytes = bytes;
+    }
+    mine.in_use = true;
+  }
+  KeptBuffer(const KeptBuffer&) = delete;
+  KeptBuffer& operator=(const KeptBuffer&) = delete;
+  ~KeptBuffer() {
+    if (is_kept_) kept().in_use = false;
+  }
+  char* data() const { return is_kept_ ? kept().buffer.data() : own_.data(); }
+
+ private:
+  static constexpr int64_t kMostKept = int64_t{4} << 20;
+  struct Kept {
+    AlignedBuffer buffer{0};
+    int64_t bytes = 0;
+    bool in_use = false;
+  };
+  static Kept& kept() {
+    static thread_local Kept mine;
+    return mine;
+  }
+  AlignedBuffer own_{0};
+  bool is_kept_;
+};
+
 // Calls body(job, scratch) for every job in [0, num_jobs), taken in order by whichever thread is
-// free; scratch is scratch_bytes of the thread's own, allocated before any job starts.
+// free; scratch is scratch_bytes of the thread's own, there before any job starts.
 template <class Body>
 void parallel_jobs(const Executor& executor, int64_t num_jobs, int64_t scratch_bytes,
                    const Body& body) {
@@ -46,7 +90,7 @@ void parallel_jobs(const Executor& executor, int64_t num_jobs, int64_t scratch_b
   const int workers =
       static_cast<int>(std::min<int64_t>(std::max(executor.num_threads, 1), num_jobs));
   const int64_t stride = (scratch_bytes + 63) / 64 * 64;
-  const AlignedBuffer scratch(workers * stride);
+  const KeptBuffer<Use::kScratch> scratch(workers * stride);
   struct Shared {
     const Body& body;
     int64_t num_jobs;

@@ -1,6 +1,7 @@
 // The backward's row-wise parts: delta and ds_aux before, dQ's rounding after.
 #pragma once
 
+#include "cpu/simd/banked_sum.h"
 #include "cpu/simd/fwd_tile.h"
 
 namespace sink_attention::cpu::SA_ISA {
@@ -78,24 +79,59 @@ double bwd_preprocess(const FlashBwdProblem& bwd, int64_t batch_idx, int64_t hea
   return sink_gradient(sink, lse, delta, info.seqlen_q);
 }
 
-template <class Arithmetic>
-void bwd_store_dq(const FlashBwdProblem& bwd, int64_t batch_idx, int64_t kv_head_idx,
-                  const char* dq_accumulator) {
+// Calls body(row of dq, row of the accumulator) for the rows [q_begin, q_end) of one kv head.
+template <class Arithmetic, class Body>
+SA_INLINE void for_dq_rows(const FlashBwdProblem& bwd, int64_t batch_idx, int64_t kv_head_idx,
+                           Range positions, char* dq_accumulator, const Body& body) {
   using Real = typename Arithmetic::Real;
   const FlashFwdProblem& problem = bwd.fwd;
   const SeqlenInfo info = attention::seqlen_info(problem, batch_idx);
   const int64_t group = problem.num_heads_q / problem.num_heads_kv;
   const int64_t columns = Geometry<Arithmetic>::columns(problem.head_dim);
-  const Real* source = reinterpret_cast<const Real*>(dq_accumulator);
-  for (int64_t position = 0; position < info.seqlen_q; ++position) {
-    for (int64_t g = 0; g < group; ++g, source += columns) {
+  Real* row = reinterpret_cast<Real*>(dq_accumulator) + positions.begin * group * columns;
+  for (int64_t position = positions.begin; position < positions.end; ++position) {
+    for (int64_t g = 0; g < group; ++g, row += columns) {
       const int64_t offset = info.q_batch * bwd.dq_stride_batch +
                              (info.q_row + position) * bwd.dq_stride_row +
                              (kv_head_idx * group + g) * bwd.dq_stride_head;
-      store_row(source, problem.head_dim, static_cast<Real>(problem.softmax_scale),
-                element(bwd.dq, problem.dtype, offset), problem.dtype);
+      body(element(bwd.dq, problem.dtype, offset), row);
     }
   }
+}
+
+// Banks the accumulator, the sums over a piece of the keys, in dq itself, whose numbers are Real.
+template <class Arithmetic>
+void bwd_bank_dq(const FlashBwdProblem& bwd, int64_t batch_idx, int64_t kv_head_idx,
+                 Range positions, char* dq_accumulator, bool is_first) {
+  using Real = typename Arithmetic::Real;
+  const int64_t dim = bwd.fwd.head_dim;
+  alignas(64) Real total[kMaxHeadDim] = {};
+  for_dq_rows<Arithmetic>(bwd, batch_idx, kv_head_idx, positions, dq_accumulator,
+                          [&](void* dq, Real* piece) {
+                            if (is_first) {
+                              memset(total, 0, sizeof(total));
+                            } else {
+                              memcpy(total, dq, dim * sizeof(Real));
+                            }
+                            bank<Real>(total, piece, Geometry<Arithmetic>::columns(dim));
+                            memcpy(dq, total, dim * sizeof(Real));
+                          });
+}
+
+// Writes dq out of the accumulator, and of itself where something was banked.
+template <class Arithmetic>
+void bwd_store_dq(const FlashBwdProblem& bwd, int64_t batch_idx, int64_t kv_head_idx,
+                  Range positions, char* dq_accumulator, bool was_banked) {
+  using Real = typename Arithmetic::Real;
+  const FlashFwdProblem& problem = bwd.fwd;
+  if (was_banked) {
+    bwd_bank_dq<Arithmetic>(bwd, batch_idx, kv_head_idx, positions, dq_accumulator, false);
+  }
+  for_dq_rows<Arithmetic>(
+      bwd, batch_idx, kv_head_idx, positions, dq_accumulator, [&](void* dq, const Real* sums) {
+        store_row(was_banked ? static_cast<const Real*>(dq) : sums, problem.head_dim,
+                  static_cast<Real>(problem.softmax_scale), dq, problem.dtype);
+      });
 }
 
 }  // namespace sink_attention::cpu::SA_ISA

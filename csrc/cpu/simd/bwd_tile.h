@@ -10,6 +10,9 @@
 // for each block (2% of its products).
 #pragma once
 
+#include <cmath>
+
+#include "cpu/simd/banked_sum.h"
 #include "cpu/simd/fwd_tile.h"
 
 namespace sink_attention::cpu::SA_ISA {
@@ -17,6 +20,27 @@ namespace sink_attention::cpu::SA_ISA {
 using attention::FlashBwdProblem;
 
 constexpr int64_t kTargetBwdRows = 64;
+
+// A row's lse in base 2, as whole + rest. A weight is exp2(logit - rest) * 2^-whole: over many keys
+// lse is large beside the logits, and the rounding of their difference would be an error of all the
+// row's weights alike.
+template <class Real>
+struct SplitLse {
+  Real whole;
+  Real rest;
+  Real power;  // 2^-whole
+};
+
+template <class Real>
+SplitLse<Real> split_lse(Real lse) {
+  // A row without a key has lse = -inf (no sink): +inf here makes its weights 0.
+  if (lse == attention::negative_infinity<Real>()) return {0, -lse, 1};
+  const double log2 = static_cast<double>(lse) * attention::kLog2E;
+  // The exponentials of all logits up to this whole part stay finite.
+  const double whole = log2 > 0 && log2 < 64 ? std::floor(log2) : 0;
+  return {static_cast<Real>(whole), static_cast<Real>(log2 - whole),
+          static_cast<Real>(std::exp2(-whole))};
+}
 
 template <class Arithmetic>
 struct BackwardBlock {
@@ -33,7 +57,10 @@ struct BackwardBlock {
     Unit* k_rowwise;     // B of dQ
     Real* dk;            // [block_keys][columns(head_dim)]
     Real* dv;            // [block_keys][columns(head_dim_v)]
-    Unit* q;             // [rows][row_stride(head_dim)]
+    Real* dk_total;      // what was banked of both (banked_sum.h)
+    Real* dv_total;
+    int64_t* pieces_banked;
+    Unit* q;  // [rows][row_stride(head_dim)]
     Unit* dout;
     Unit* q_zipped;  // rows zipped in pairs, [rows / 2][columns]: B of dK; without pairs it is q
     Unit* dout_zipped;
@@ -41,7 +68,7 @@ struct BackwardBlock {
     Real* ds;        // [rows][stride]: dP, then dS as units along keys: A of dQ
     Unit* p_zipped;  // [rows / 2][stride]: A of dV; without pairs it is p
     Unit* ds_zipped;
-    Real* lse_log2;  // [rows]
+    SplitLse<Real>* lse;  // [rows]
     Real* delta;
   };
 
@@ -71,6 +98,9 @@ struct BackwardBlock {
         carver.take<Unit>(plan.block_keys / Geo::kPair * round_up(dim, Geo::kPanel));
     scratch.dk = carver.take<Real>(plan.block_keys * Geo::columns(dim));
     scratch.dv = carver.take<Real>(plan.block_keys * Geo::columns(dim_v));
+    scratch.dk_total = carver.take<Real>(plan.block_keys * Geo::columns(dim));
+    scratch.dv_total = carver.take<Real>(plan.block_keys * Geo::columns(dim_v));
+    scratch.pieces_banked = carver.take<int64_t>(1);
     scratch.q = carver.take<Unit>(rows * row_stride(dim));
     scratch.dout = carver.take<Unit>(rows * row_stride(dim_v));
     scratch.p = carver.take<Real>(rows * score_stride(plan));
@@ -86,7 +116,7 @@ struct BackwardBlock {
       scratch.p_zipped = scratch.p;
       scratch.ds_zipped = scratch.ds;
     }
-    scratch.lse_log2 = carver.take<Real>(rows);
+    scratch.lse = carver.take<SplitLse<Real>>(rows);
     scratch.delta = carver.take<Real>(rows);
     return scratch;
   }
@@ -97,6 +127,7 @@ struct BackwardBlock {
     plan.tile_positions = max_of(
         1, kTargetBwdRows / max_of(problem.num_heads_q / max_of(problem.num_heads_kv, 1), 1));
     plan.block_keys = larger_dim <= 64 ? 256 : 128;
+    plan.blocks_per_piece = kPieceKeys / plan.block_keys;
     plan.dq_row_bytes = Geo::columns(problem.head_dim) * static_cast<int64_t>(sizeof(Real));
     ScratchCarver carver(nullptr);
     carve(problem, plan, carver);
@@ -127,8 +158,9 @@ struct BackwardBlock {
     pack_transposed<Arithmetic>(keys, block.begin, block.end, scratch.k_transposed);
     pack_transposed<Arithmetic>(values, block.begin, block.end, scratch.v_transposed);
     pack_rowwise<Arithmetic>(keys, block.begin, block.end, plan.block_keys, scratch.k_rowwise);
-    memset(scratch.dk, 0, plan.block_keys * Geo::columns(problem.head_dim) * sizeof(Real));
-    memset(scratch.dv, 0, plan.block_keys * Geo::columns(problem.head_dim_v) * sizeof(Real));
+    memset(scratch.dk, 0, dk_numbers() * sizeof(Real));
+    memset(scratch.dv, 0, dv_numbers() * sizeof(Real));
+    *scratch.pieces_banked = 0;
   }
 
   void add_tile(int64_t q_begin, int64_t q_end) {
@@ -155,23 +187,46 @@ struct BackwardBlock {
     add_dq(q_begin, rows, begin, end);
   }
 
+  // Tiles come from the last to the first; a piece of the sums over rows ends with every so many.
+  void bank_piece_from(int64_t q_begin) {
+    const int64_t tiles = max_of(1, kPieceRows / (plan.tile_positions * group));
+    if (q_begin > 0 && q_begin / plan.tile_positions % tiles == 0) bank_dk_dv();
+  }
+
   void end() {
+    if (*scratch.pieces_banked > 0) bank_dk_dv();
+    const Real* dk = *scratch.pieces_banked > 0 ? scratch.dk_total : scratch.dk;
+    const Real* dv = *scratch.pieces_banked > 0 ? scratch.dv_total : scratch.dv;
     for (int64_t key = block.begin; key < block.end; ++key) {
       const int64_t row = info.k_row + key;
       const int64_t dk_offset = info.k_batch * bwd.dk_stride_batch + row * bwd.dk_stride_row +
                                 task.kv_head_idx * bwd.dk_stride_head;
       const int64_t dv_offset = info.k_batch * bwd.dv_stride_batch + row * bwd.dv_stride_row +
                                 task.kv_head_idx * bwd.dv_stride_head;
-      store_row(scratch.dk + (key - block.begin) * Geo::columns(problem.head_dim), problem.head_dim,
+      store_row(dk + (key - block.begin) * Geo::columns(problem.head_dim), problem.head_dim,
                 static_cast<Real>(problem.softmax_scale), element(bwd.dk, problem.dtype, dk_offset),
                 problem.dtype);
-      store_row(scratch.dv + (key - block.begin) * Geo::columns(problem.head_dim_v),
-                problem.head_dim_v, Real(1), element(bwd.dv, problem.dtype, dv_offset),
-                problem.dtype);
+      store_row(dv + (key - block.begin) * Geo::columns(problem.head_dim_v), problem.head_dim_v,
+                Real(1), element(bwd.dv, problem.dtype, dv_offset), problem.dtype);
     }
   }
 
  private:
+  int64_t dk_numbers() const { return plan.block_keys * Geo::columns(problem.head_dim); }
+  int64_t dv_numbers() const { return plan.block_keys * Geo::columns(problem.head_dim_v); }
+
+  void bank_dk_dv() {
+    if ((*scratch.pieces_banked)++ == 0) {
+      memcpy(scratch.dk_total, scratch.dk, dk_numbers() * sizeof(Real));
+      memcpy(scratch.dv_total, scratch.dv, dv_numbers() * sizeof(Real));
+      memset(scratch.dk, 0, dk_numbers() * sizeof(Real));
+      memset(scratch.dv, 0, dv_numbers() * sizeof(Real));
+      return;
+    }
+    bank<Real>(scratch.dk_total, scratch.dk, dk_numbers());
+    bank<Real>(scratch.dv_total, scratch.dv, dv_numbers());
+  }
+
   void load_rows(int64_t q_begin, int64_t rows) {
     const int64_t q_stride = row_stride(problem.head_dim);
     const int64_t dout_stride = row_stride(problem.head_dim_v);
@@ -191,9 +246,7 @@ struct BackwardBlock {
       const Real lse =
           static_cast<const Real*>(problem.lse)[info.q_batch * problem.lse_stride_batch +
                                                 head * problem.lse_stride_head + q_row];
-      // A row without a key has lse = -inf (no sink): +inf here makes its weights 0.
-      scratch.lse_log2[row] =
-          lse == attention::negative_infinity<Real>() ? -lse : lse * Real(attention::kLog2E);
+      scratch.lse[row] = split_lse(lse);
       scratch.delta[row] =
           static_cast<const Real*>(task.delta)[info.q_batch * task.delta_stride_batch +
                                                head * task.delta_stride_head + q_row];
@@ -258,8 +311,8 @@ struct BackwardBlock {
 
   // P and dS of the keys j ... of one row; zero where it does not see them.
   SA_INLINE WeightAndGradient differentiate(Vec<Real> score, Vec<Real> dp, int64_t j,
-                                            const Sight& sight, Real lse_log2, Real delta,
-                                            bool is_edge, bool has_hole) const {
+                                            const Sight& sight, const SplitLse<Real>& lse,
+                                            Real delta, bool is_edge, bool has_hole) const {
     Vec<Real> slope = broadcast(Real(1));
     if (scale.has_softcap) {
       score = tanh<Real>(score * scale.to_tanh);
@@ -268,8 +321,8 @@ struct BackwardBlock {
     WeightAndGradient result;
     // No weight exceeds 1. Where logits are so large that lse's rounding is a power of two or more,
     // this keeps the gradients finite; a NaN passes.
-    const Vec<Real> exponent = minimum(Vec<Real>{}, score * scale.to_log2 - lse_log2);
-    result.p = Arithmetic::weight_exp2(exponent);
+    const Vec<Real> exponent = minimum(broadcast(lse.whole), score * scale.to_log2 - lse.rest);
+    result.p = Arithmetic::weight_exp2(exponent) * lse.power;
     result.ds = result.p * (dp - delta) * slope;
     if (is_edge) {
       result.p = keep_range<Real>(result.p, j, sight.visible, Vec<Real>{});
@@ -287,13 +340,13 @@ struct BackwardBlock {
     const int64_t stride = score_stride(plan);
     for (int i = 0; i < count; i += Geo::kPair) {
       Sight sights[Geo::kPair];
-      Real lse_log2[Geo::kPair];
+      SplitLse<Real> lse[Geo::kPair];
       Real delta[Geo::kPair];
       for (int half = 0; half < Geo::kPair; ++half) {
         const int64_t r = row + i + half;
         const bool exists = i + half < count;  // the odd row out has a partner of zeros
         sights[half] = exists ? sight(q_begin + r / group) : Sight{{0, 0}, {0, 0}};
-        lse_log2[half] = exists ? scratch.lse_log2[r] : Real(0);
+        lse[half] = exists ? scratch.lse[r] : SplitLse<Real>{0, 0, 1};
         delta[half] = exists ? scratch.delta[r] : Real(0);
         if (!exists) {
           memset(scratch.p + r * stride + begin, 0, (end - begin) * sizeof(Real));
@@ -309,9 +362,8 @@ struct BackwardBlock {
           const auto& [visible, hole] = sights[half];
           const bool is_edge = j < visible.begin || j + kStep > visible.end;
           const bool has_hole = j < hole.end && j + kStep > hole.begin;
-          result[half] =
-              differentiate(load(p + half * stride + j), load(ds + half * stride + j), j,
-                            sights[half], lse_log2[half], delta[half], is_edge, has_hole);
+          result[half] = differentiate(load(p + half * stride + j), load(ds + half * stride + j), j,
+                                       sights[half], lse[half], delta[half], is_edge, has_hole);
           store_row_units<Arithmetic>(reinterpret_cast<Unit*>(ds + half * stride), j,
                                       result[half].ds);
         }
@@ -336,6 +388,7 @@ struct BackwardBlock {
     op.a_stride = score_stride(plan);
     op.b_stride = columns;
     op.depth = depth;
+    op.rest_of_chain = kChainUnits;
     op.c_stride = columns;
     for (int64_t column = 0; column < columns; column += Geo::kPanel) {
       const int vecs = static_cast<int>(min_of(kTileVecs, (columns - column) / Geo::kLanesReal));
@@ -355,6 +408,7 @@ struct BackwardBlock {
     op.a_stride = score_stride(plan);
     op.b_stride = Geo::kPanel;
     op.depth = (end - begin) / Geo::kPair;
+    op.rest_of_chain = rest_of_chain(begin / Geo::kPair);
     op.c_stride = columns;
     for (int64_t row = 0; row < rows; row += kTileRows) {
       op.a =
@@ -385,7 +439,9 @@ void bwd_begin_block(const FlashBwdProblem& problem, const BwdPlan& plan, const 
 template <class Arithmetic>
 void bwd_tile(const FlashBwdProblem& problem, const BwdPlan& plan, const BwdTask& task,
               int64_t q_begin, int64_t q_end) {
-  BackwardBlock<Arithmetic>(problem, plan, task).add_tile(q_begin, q_end);
+  BackwardBlock<Arithmetic> block(problem, plan, task);
+  block.add_tile(q_begin, q_end);
+  block.bank_piece_from(q_begin);
 }
 
 template <class Arithmetic>

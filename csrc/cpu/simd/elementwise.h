@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/online_softmax.h"
+#include "cpu/simd/banked_sum.h"
 #include "cpu/simd/convert.h"
 #include "cpu/simd/pack.h"
 
@@ -15,8 +16,10 @@ template <class Real>
 void merge_rows(const MergeProblem& problem, int64_t begin, int64_t end) {
   const int64_t dim = problem.head_dim;
   constexpr int64_t kChunk =
-      kMaxHeadDim;  // head_dim is not bounded here: rows are merged in pieces
+      kMaxHeadDim;                     // head_dim is not bounded here: rows are merged in pieces
+  constexpr int64_t kPieceParts = 64;  // sums over more parts than these are banked
   alignas(64) Real sum[kChunk];
+  alignas(64) Real total[kChunk];
   alignas(64) Real part[kChunk];
   for (int64_t row = begin; row < end; ++row) {
     const int64_t head = row % problem.num_heads;
@@ -40,16 +43,24 @@ void merge_rows(const MergeProblem& problem, int64_t begin, int64_t end) {
       if (lse != lse) nan = lse;
       state.max = lse > state.max ? lse : state.max;
     }
+    double sum_of_weights = 0;
     for (int64_t i = 0; i < problem.num_parts; ++i) {
-      state.sum +=
+      sum_of_weights +=
           attention::rebase_factor(part_lse(i) * static_cast<Real>(attention::kLog2E), state.max);
     }
-    state.sum += nan;
+    state.sum = static_cast<Real>(sum_of_weights) + nan;
     const attention::RowResult<Real> result = attention::fold_sink(state, sink);
     for (int64_t first = 0; first < dim; first += kChunk) {
       const int64_t count = min_of(kChunk, dim - first);
-      for (int64_t i = 0; i < count; ++i) sum[i] = 0;
+      const int64_t padded = round_up(count, kLanes<Real>);
+      bool was_banked = false;
+      for (int64_t i = 0; i < padded; ++i) sum[i] = 0;
       for (int64_t p = 0; p < problem.num_parts; ++p) {
+        if (p > 0 && p % kPieceParts == 0) {
+          if (!was_banked) memset(total, 0, padded * sizeof(Real));
+          bank<Real>(total, sum, padded);
+          was_banked = true;
+        }
         const Real weight =
             attention::rebase_factor(part_lse(p) * static_cast<Real>(attention::kLog2E), state.max);
         if (weight == Real(0)) continue;  // an empty part may hold anything
@@ -57,8 +68,9 @@ void merge_rows(const MergeProblem& problem, int64_t begin, int64_t end) {
                  Real(1), part);
         for (int64_t i = 0; i < count; ++i) sum[i] += weight * part[i];
       }
-      store_row(sum, count, result.scale, element(problem.out, problem.dtype, row * dim + first),
-                problem.dtype);
+      if (was_banked) bank<Real>(total, sum, padded);
+      store_row(was_banked ? total : sum, count, result.scale,
+                element(problem.out, problem.dtype, row * dim + first), problem.dtype);
     }
     static_cast<Real*>(problem.lse)[lse_idx] = result.lse;
   }

@@ -13,8 +13,6 @@
 
 namespace sink_attention::cpu::SA_ISA {
 
-constexpr int64_t kMaxHeadsInPlace = 32;  // kv heads that attend_block_in_place takes at once
-
 template <class Arithmetic>
 FwdPlan plan_fwd(const FlashFwdProblem& problem) {
   return ForwardTile<Arithmetic>::make_plan(problem);
@@ -101,7 +99,7 @@ class StripsInPlace {
           key + kChunkKeys < end ? fetch_keys(key + kChunkKeys, end) : fetch_values(begin, end);
       score_chunk(key, min_of(kChunkKeys, end - key), key - begin, ahead);
     }
-    Real rescale[kMaxHeadsInPlace][kTileRows];
+    Real rescale[kMaxHeadsPerJob][kTileRows];
     for (int64_t head = 0; head < heads_; ++head) {
       Tile(problem_, plan_, task_, task_.kv_head_begin + head)
           .soften(first, 0, rows_, seen_begin, seen_end, rescale[head]);
@@ -202,8 +200,9 @@ class StripsInPlace {
       Real* out = of_head(first_.scratch.out, head);
       for (int64_t dim = 0; dim < problem_.head_dim_v; dim += Geo::kPanel) {
         accumulate_columns_rows<Arithmetic>(rows_, rows, offset + dim * kv_bytes_,
-                                            count / Geo::kPair, weights, stride_, rescale[head],
-                                            out + dim, problem_.head_dim_v, &ahead);
+                                            count / Geo::kPair, rest_of_chain(key / Geo::kPair),
+                                            weights, stride_, rescale[head], out + dim,
+                                            problem_.head_dim_v, &ahead);
       }
     }
   }
@@ -222,25 +221,39 @@ class StripsInPlace {
 
 template <class Arithmetic>
 void fwd_tile(const FlashFwdProblem& problem, const FwdPlan& plan, const FwdTask& task) {
+  using Tile = ForwardTile<Arithmetic>;
   const int64_t heads = task.kv_head_end - task.kv_head_begin;
   const int64_t block_bytes = plan.packed_k_bytes + plan.packed_v_bytes;
   char* packed_here = task.scratch + heads * plan.tile_scratch_bytes;
   for (int64_t head = task.kv_head_begin; head < task.kv_head_end; ++head) {
-    ForwardTile<Arithmetic>(problem, plan, task, head).load_q();
+    Tile(problem, plan, task, head).load_q();
   }
   const int64_t rows = (task.q_end - task.q_begin) * (problem.num_heads_q / problem.num_heads_kv);
   const attention::KeySet readable =
-      ForwardTile<Arithmetic>(problem, plan, task, task.kv_head_begin)
-          .mask.visible_keys(task.q_begin, task.q_end);
-  const bool in_place = task.packed == nullptr && rows <= kTileRows &&
-                        can_read_in_place<Arithmetic>(problem) && heads <= kMaxHeadsInPlace;
+      Tile(problem, plan, task, task.kv_head_begin).mask.visible_keys(task.q_begin, task.q_end);
+  const bool in_place =
+      task.packed == nullptr && rows <= kTileRows && can_read_in_place<Arithmetic>(problem);
+  int64_t pieces_banked = 0;
+  const auto bank_before = [&](int64_t idx) {
+    if (idx == task.idx_begin ||
+        Tile::piece(plan, task.blocks.block(idx)) == Tile::piece(plan, task.blocks.block(idx - 1)))
+      return;
+    for (int64_t head = task.kv_head_begin; head < task.kv_head_end; ++head) {
+      Tile(problem, plan, task, head).bank_piece(pieces_banked == 0);
+    }
+    ++pieces_banked;
+  };
   if constexpr (kHasStripVec<typename Arithmetic::Real>) {
     if (in_place) {
       StripsInPlace<Arithmetic> strips(problem, plan, task);
-      for (int64_t idx = task.idx_begin; idx < task.idx_end; ++idx) strips.attend_block(idx);
+      for (int64_t idx = task.idx_begin; idx < task.idx_end; ++idx) {
+        bank_before(idx);
+        strips.attend_block(idx);
+      }
     }
   }
   for (int64_t idx = task.idx_begin; idx < task.idx_end && !in_place; ++idx) {
+    bank_before(idx);
     const int64_t block_idx = task.blocks.block(idx);
     const char* packed = task.packed + task.packed_blocks.index(block_idx) * block_bytes;
     if (task.packed == nullptr) {
@@ -250,11 +263,12 @@ void fwd_tile(const FlashFwdProblem& problem, const FwdPlan& plan, const FwdTask
     }
     for (int64_t head = task.kv_head_begin; head < task.kv_head_end;
          ++head, packed += block_bytes) {
-      ForwardTile<Arithmetic>(problem, plan, task, head).attend_block(block_idx, packed);
+      Tile(problem, plan, task, head).attend_block(block_idx, packed);
     }
   }
   for (int64_t head = task.kv_head_begin; head < task.kv_head_end; ++head) {
-    ForwardTile<Arithmetic> tile(problem, plan, task, head);
+    Tile tile(problem, plan, task, head);
+    if (pieces_banked > 0) tile.take_totals();
     if (task.partial != nullptr) {
       tile.leave_partial(task.partial + (head - task.kv_head_begin) * task.partial_stride);
     } else {
@@ -267,9 +281,12 @@ template <class Arithmetic>
 void combine_splits(const FlashFwdProblem& problem, const FwdPlan& plan, const FwdTask& task,
                     int64_t num_splits, int64_t split_stride) {
   ForwardTile<Arithmetic> tile(problem, plan, task, task.kv_head_begin);
-  tile.load_q();
-  for (int64_t split = 0; split < num_splits; ++split)
+  tile.clear_sums();
+  for (int64_t split = 0; split < num_splits; ++split) {
     tile.merge_partial(task.partial + split * split_stride);
+    tile.bank_piece(split == 0);
+  }
+  tile.take_totals();
   tile.finish();
 }
 

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "attention/seqlen_info.h"
+#include "cpu/simd/banked_sum.h"
 #include "cpu/simd/gemm.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/pack.h"
@@ -50,7 +51,9 @@ struct ForwardTile {
     Unit* q_lanes;          // [q_stride][kTileRows]: one strip's q for keys read in place
     Real* out;              // [rows][columns(head_dim_v)], not yet divided
     RowState<Real>* state;  // [rows]
-    Real* scores;           // [kTileRows][score_stride], weights in place
+    Real* total_out;        // what was banked of both (banked_sum.h)
+    RowState<Real>* total_state;
+    Real* scores;  // [kTileRows][score_stride], weights in place
   };
 
   const FlashFwdProblem& problem;
@@ -71,6 +74,8 @@ struct ForwardTile {
     scratch.q_lanes = carver.take<Unit>(q_stride(problem) * kTileRows);
     scratch.out = carver.take<Real>(rows * Geo::columns(problem.head_dim_v));
     scratch.state = carver.take<RowState<Real>>(rows);
+    scratch.total_out = carver.take<Real>(rows * Geo::columns(problem.head_dim_v));
+    scratch.total_state = carver.take<RowState<Real>>(rows);
     scratch.scores = carver.take<Real>(kTileRows * score_stride(plan));
   }
   static int64_t q_stride(const FlashFwdProblem& problem) {
@@ -127,9 +132,53 @@ struct ForwardTile {
       pack_row_units<Arithmetic>(element(problem.q, problem.dtype, offset), problem.dtype,
                                  problem.head_dim, Real(1), q_stride(problem),
                                  scratch.q + row * q_stride(problem));
+    }
+    clear_sums();
+  }
+
+  void clear_sums() {
+    for (int64_t row = 0; row < rows; ++row) {
       scratch.state[row] = {attention::negative_infinity<Real>(), Real(0)};
     }
     memset(scratch.out, 0, rows * Geo::columns(problem.head_dim_v) * sizeof(Real));
+  }
+
+  // The piece of the sums over keys that a block belongs to.
+  static int64_t piece(const FwdPlan& plan, int64_t block_idx) {
+    return block_idx * plan.block_keys / kPieceKeys;
+  }
+
+  // Adds out and state, the sums over a piece of the keys, to the totals; what that rounds off
+  // stays.
+  void bank_piece(bool is_first) {
+    const int64_t columns = Geo::columns(problem.head_dim_v);
+    for (int64_t row = 0; row < rows; ++row) {
+      RowState<Real>& total = scratch.total_state[row];
+      RowState<Real>& state = scratch.state[row];
+      Real* total_out = scratch.total_out + row * columns;
+      Real* out = scratch.out + row * columns;
+      if (is_first) {
+        total = state;
+        state.sum = 0;
+        memcpy(total_out, out, columns * sizeof(Real));
+        memset(out, 0, columns * sizeof(Real));
+        continue;
+      }
+      const Real max = state.max > total.max ? state.max : total.max;
+      const Real total_factor = attention::rebase_factor(total.max, max);
+      const Real factor = attention::rebase_factor(state.max, max);
+      total = {max, total.sum * total_factor + Real(0)};
+      state = {max, state.sum * factor + Real(0)};
+      bank(total.sum, state.sum);
+      bank<Real>(total_out, out, columns, total_factor, factor);
+    }
+  }
+
+  // Leaves the totals in out and state, where something was banked.
+  void take_totals() {
+    bank_piece(false);
+    memcpy(scratch.state, scratch.total_state, rows * sizeof(RowState<Real>));
+    memcpy(scratch.out, scratch.total_out, rows * Geo::columns(problem.head_dim_v) * sizeof(Real));
   }
 
   // All rows against a block of keys, packed K and V side by side.
@@ -219,6 +268,7 @@ struct ForwardTile {
     op.b = v + begin / Geo::kPair * Geo::kPanel;
     op.b_stride = Geo::kPanel;
     op.depth = (end - begin) / Geo::kPair;
+    op.rest_of_chain = rest_of_chain(begin / Geo::kPair);
     op.c = scratch.out + row * columns;
     op.c_stride = columns;
     op.row_scale = rescale;

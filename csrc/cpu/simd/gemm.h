@@ -5,6 +5,11 @@
 // vectors of B, and does rows * kTileVecs multiply-adds: on AVX-512, 10 loads to 16 multiply-adds.
 // B comes in panels kPanel columns wide whose rows follow each other in memory, so its stream is
 // sequential.
+//
+// Where C collects a sum over many keys or rows, no chain of additions is long: a tile sums
+// kChainUnits products from zero, in registers, and adds them to C once. Chains end at fixed places
+// of the summed dimension, so that a sum has the same bits wherever a call begins or ends. Longer
+// sums go on in banked_sum.h.
 #pragma once
 
 #include "cpu/simd/arithmetic.h"
@@ -22,47 +27,53 @@ enum class Accumulate {
   kRescale,  // C = C * row_scale + A B
 };
 
+// Units that are summed from zero. Adding them to C takes one addition in 32; an error of 32
+// additions is at most 8 units in the last place where all products are equal, 1 or 2 otherwise.
+constexpr int64_t kChainUnits = 64;
+
+// Units from number `unit` of the summed dimension to the end of its chain.
+constexpr int64_t rest_of_chain(int64_t unit) { return kChainUnits - unit % kChainUnits; }
+
 template <class Arithmetic>
 struct GemmOperands {
   using Unit = typename Arithmetic::Unit;
   using Real = typename Arithmetic::Real;
   const Unit* a;
   int64_t a_stride;
-  const Unit* b;     // the panel's first unit that is summed
-  int64_t b_stride;  // units from one row of the panel to the next
-  int64_t depth;     // units summed
+  const Unit* b;          // the panel's first unit that is summed
+  int64_t b_stride;       // units from one row of the panel to the next
+  int64_t depth;          // units summed
+  int64_t rest_of_chain;  // kAdd, kRescale: how many of them the first chain has at most
   Real* c;
   int64_t c_stride;
   const Real* row_scale;  // kRescale only
 };
 
-template <class Arithmetic, AOrder kOrder, Accumulate kAccumulate, int kRows, int kVecs>
-SA_INLINE void gemm_tile(const GemmOperands<Arithmetic>& op) {
+// c * factor, rounded by itself: adding zero keeps the compiler from fusing the multiplication with
+// the addition that follows, which would make the bits depend on where a chain begins.
+template <class Real>
+SA_INLINE Vec<Real> rescaled(Vec<Real> c, Real factor) {
+  return c * factor + Vec<Real>{};
+}
+
+// sum = sum of `depth` products from zero, leaving a and b at the next ones.
+template <class Arithmetic, AOrder kOrder, int kRows, int kVecs>
+SA_INLINE void gemm_chain(const GemmOperands<Arithmetic>& op, int64_t depth,
+                          const typename Arithmetic::Unit*& a, const typename Arithmetic::Unit*& b,
+                          Vec<typename Arithmetic::Real> (&sum)[kRows][kVecs]) {
   using Unit = typename Arithmetic::Unit;
   using Real = typename Arithmetic::Real;
-  constexpr int kStep = kLanes<Real>;
-  Vec<Real> sum[kRows][kVecs];
+  const int64_t a_stride = op.a_stride;
+  const int64_t b_stride = op.b_stride;
   SA_UNROLL
   for (int m = 0; m < kRows; ++m) {
     SA_UNROLL
-    for (int n = 0; n < kVecs; ++n) {
-      if constexpr (kAccumulate == Accumulate::kNo) {
-        sum[m][n] = Vec<Real>{};
-      } else if constexpr (kAccumulate == Accumulate::kAdd) {
-        sum[m][n] = load(op.c + m * op.c_stride + n * kStep);
-      } else {
-        sum[m][n] = load(op.c + m * op.c_stride + n * kStep) * op.row_scale[m];
-      }
-    }
+    for (int n = 0; n < kVecs; ++n) sum[m][n] = Vec<Real>{};
   }
-  const Unit* a = op.a;
-  const Unit* b = op.b;
-  const int64_t a_stride = op.a_stride;
-  const int64_t b_stride = op.b_stride;
-  for (int64_t k = 0; k < op.depth; ++k) {
+  for (int64_t k = 0; k < depth; ++k) {
     Vec<Unit> b_vec[kVecs];
     SA_UNROLL
-    for (int n = 0; n < kVecs; ++n) b_vec[n] = load(b + n * kStep);
+    for (int n = 0; n < kVecs; ++n) b_vec[n] = load(b + n * kLanes<Real>);
     SA_UNROLL
     for (int m = 0; m < kRows; ++m) {
       const Vec<Unit> a_vec = broadcast(kOrder == AOrder::kRowMajor ? a[m * a_stride] : a[m]);
@@ -72,10 +83,43 @@ SA_INLINE void gemm_tile(const GemmOperands<Arithmetic>& op) {
     a += kOrder == AOrder::kRowMajor ? 1 : a_stride;
     b += b_stride;
   }
-  SA_UNROLL
-  for (int m = 0; m < kRows; ++m) {
+}
+
+template <class Arithmetic, AOrder kOrder, Accumulate kAccumulate, int kRows, int kVecs>
+SA_INLINE void gemm_tile(const GemmOperands<Arithmetic>& op) {
+  using Unit = typename Arithmetic::Unit;
+  using Real = typename Arithmetic::Real;
+  constexpr int kStep = kLanes<Real>;
+  const Unit* a = op.a;
+  const Unit* b = op.b;
+  Vec<Real> sum[kRows][kVecs];
+  const auto place = [&](int m, int n) { return op.c + m * op.c_stride + n * kStep; };
+  if constexpr (kAccumulate == Accumulate::kNo) {
+    gemm_chain<Arithmetic, kOrder>(op, op.depth, a, b, sum);
     SA_UNROLL
-    for (int n = 0; n < kVecs; ++n) store(op.c + m * op.c_stride + n * kStep, sum[m][n]);
+    for (int m = 0; m < kRows; ++m) {
+      SA_UNROLL
+      for (int n = 0; n < kVecs; ++n) store(place(m, n), sum[m][n]);
+    }
+    return;
+  }
+  if constexpr (kAccumulate == Accumulate::kRescale) {
+    SA_UNROLL
+    for (int m = 0; m < kRows; ++m) {
+      SA_UNROLL
+      for (int n = 0; n < kVecs; ++n)
+        store(place(m, n), rescaled<Real>(load(place(m, n)), op.row_scale[m]));
+    }
+  }
+  int64_t chain = op.rest_of_chain;
+  for (int64_t left = op.depth; left > 0; left -= chain, chain = kChainUnits) {
+    chain = chain < left ? chain : left;
+    gemm_chain<Arithmetic, kOrder>(op, chain, a, b, sum);
+    SA_UNROLL
+    for (int m = 0; m < kRows; ++m) {
+      SA_UNROLL
+      for (int n = 0; n < kVecs; ++n) store(place(m, n), load(place(m, n)) + sum[m][n]);
+    }
   }
 }
 

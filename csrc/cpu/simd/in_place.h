@@ -101,39 +101,43 @@ SA_INLINE void load_value_units(const char* const* values, int64_t offset,
 }
 
 // out[row] = out[row] * rescale + weights V over `depth` units of keys, two vectors of columns,
-// which lie `offset` bytes behind the addresses in values.
+// which lie `offset` bytes behind the addresses in values. In chains, the first of which ends after
+// rest_of_chain units (gemm.h).
 template <class Arithmetic, int kRows>
 SA_INLINE void accumulate_columns(const char* const* values, int64_t offset, int64_t depth,
-                                  const typename Arithmetic::Unit* weights, int64_t weight_stride,
-                                  const typename Arithmetic::Real* rescale,
+                                  int64_t rest_of_chain, const typename Arithmetic::Unit* weights,
+                                  int64_t weight_stride, const typename Arithmetic::Real* rescale,
                                   typename Arithmetic::Real* out, int64_t out_stride,
                                   RowPrefetcher* ahead) {
   using Unit = typename Arithmetic::Unit;
   using Real = typename Arithmetic::Real;
   constexpr int kStep = kLanes<Real>;
-  Vec<Real> sum[kRows][kTileVecs];
+  const auto place = [&](int row, int n) { return out + row * out_stride + n * kStep; };
   SA_UNROLL
   for (int row = 0; row < kRows; ++row) {
     SA_UNROLL
-    for (int n = 0; n < kTileVecs; ++n) {
-      sum[row][n] = load(out + row * out_stride + n * kStep) * rescale[row];
-    }
+    for (int n = 0; n < kTileVecs; ++n)
+      store(place(row, n), rescaled<Real>(load(place(row, n)), rescale[row]));
   }
-  for (int64_t k = 0; k < depth; ++k) {
-    ahead->fetch(kTileVecs * kVectorBytes);
-    Vec<Unit> b[kTileVecs];
-    load_value_units<Arithmetic>(values + k * Arithmetic::kPair, offset, b);
+  int64_t end = rest_of_chain < depth ? rest_of_chain : depth;
+  for (int64_t k = 0; k < depth; end = min_of(end + kChainUnits, depth)) {
+    Vec<Real> sum[kRows][kTileVecs] = {};
+    for (; k < end; ++k) {
+      ahead->fetch(kTileVecs * kVectorBytes);
+      Vec<Unit> b[kTileVecs];
+      load_value_units<Arithmetic>(values + k * Arithmetic::kPair, offset, b);
+      SA_UNROLL
+      for (int row = 0; row < kRows; ++row) {
+        const Vec<Unit> a = broadcast(weights[row * weight_stride + k]);
+        SA_UNROLL
+        for (int n = 0; n < kTileVecs; ++n) sum[row][n] = Arithmetic::dot(a, b[n], sum[row][n]);
+      }
+    }
     SA_UNROLL
     for (int row = 0; row < kRows; ++row) {
-      const Vec<Unit> a = broadcast(weights[row * weight_stride + k]);
       SA_UNROLL
-      for (int n = 0; n < kTileVecs; ++n) sum[row][n] = Arithmetic::dot(a, b[n], sum[row][n]);
+      for (int n = 0; n < kTileVecs; ++n) store(place(row, n), load(place(row, n)) + sum[row][n]);
     }
-  }
-  SA_UNROLL
-  for (int row = 0; row < kRows; ++row) {
-    SA_UNROLL
-    for (int n = 0; n < kTileVecs; ++n) store(out + row * out_stride + n * kStep, sum[row][n]);
   }
 }
 

@@ -14,6 +14,10 @@
 
 namespace sink_attention::cpu {
 
+// kv heads that a job of the forward takes at once, at most: enough to read a cache [token][head]
+// in the order in which it lies.
+constexpr int64_t kMaxHeadsPerJob = 32;
+
 // How a forward problem is cut, and the bytes that its pieces take. A tile is tile_positions query
 // positions of one sequence with all query heads of one kv head; keys come in blocks of block_keys,
 // counted from key 0, so that a row's sums are taken in the same order whatever tile, batch or
@@ -47,8 +51,9 @@ struct FwdTask {
 struct BwdPlan {
   int64_t tile_positions;
   int64_t block_keys;
-  int64_t scratch_bytes;  // of one thread
-  int64_t dq_row_bytes;   // of one row of the dQ accumulator
+  int64_t blocks_per_piece;  // whose sum a dQ of float32 or float64 banks (simd/banked_sum.h)
+  int64_t scratch_bytes;     // of one thread
+  int64_t dq_row_bytes;      // of one row of the dQ accumulator
 };
 
 // One block of keys: query tiles add to dQ's accumulator, and to dK and dV in scratch.
@@ -80,9 +85,13 @@ struct Kernels {
   void (*bwd_tile)(const attention::FlashBwdProblem&, const BwdPlan&, const BwdTask&,
                    int64_t q_begin, int64_t q_end);
   void (*bwd_end_block)(const attention::FlashBwdProblem&, const BwdPlan&, const BwdTask&);
-  // Writes dQ's accumulator out.
+  // Of the rows of some query positions, where dq is float32 or float64: moves what dQ's
+  // accumulator holds to dq.
+  void (*bwd_bank_dq)(const attention::FlashBwdProblem&, int64_t batch_idx, int64_t kv_head_idx,
+                      attention::Range positions, char* dq_accumulator, bool is_first);
+  // Writes dq, from dQ's accumulator and, where something was banked, from dq.
   void (*bwd_store_dq)(const attention::FlashBwdProblem&, int64_t batch_idx, int64_t kv_head_idx,
-                       const char* dq_accumulator);
+                       attention::Range positions, char* dq_accumulator, bool was_banked);
 
   // Rows [begin, end) of the merged result.
   void (*merge_rows)(const attention::MergeProblem&, int64_t begin, int64_t end);

@@ -33,10 +33,11 @@ struct KeyRows {
   int64_t row_bytes;
   int64_t page_bytes;
   int64_t page_size;
-  int page_shift;   // log2(page_size), or -1 where that is no integer
-  KeySet readable;  // keys that may be read; the others, beyond the sequence or out of every
-                    // query's sight, count as zeros: a windowed layer's older pages may be gone,
-                    // and their entries anything
+  int64_t num_pages;  // of the cache
+  int page_shift;     // log2(page_size), or -1 where that is no integer
+  KeySet readable;    // keys that may be read; the others, beyond the sequence or out of every
+                      // query's sight, count as zeros: a windowed layer's older pages may be gone,
+                      // and their entries anything
   int64_t dim;
   DataType dtype;
   float scale;                // what stored numbers are multiplied with; 1 but for 8 bits
@@ -45,6 +46,14 @@ struct KeyRows {
   int64_t scale_stride_slot;
 
   SA_HOST_DEVICE bool is_readable(int64_t key) const { return readable.holds(key); }
+
+  // Whether the cache has the page that the key's entry names. Where nobody has looked at the block
+  // table, a key that may be read is asked this first, and counts as zeros if not.
+  SA_HOST_DEVICE bool is_in_cache(int64_t key) const {
+    if (pages == nullptr) return true;
+    const int64_t page = pages[page_shift >= 0 ? key >> page_shift : key / page_size];
+    return 0 <= page && page < num_pages;
+  }
 
   SA_HOST_DEVICE const void* row(int64_t key) const {
     if (pages == nullptr) return base + key * row_bytes;
@@ -77,6 +86,7 @@ SA_HOST_DEVICE KeyRows rows_of(const FlashFwdProblem& problem, int64_t batch_idx
     rows.pages = problem.block_table + batch_idx * problem.block_table_stride;
     rows.page_bytes = stride_batch * bytes;
     rows.page_size = problem.page_size;
+    rows.num_pages = problem.num_pages;
     rows.page_shift = -1;
     for (int shift = 0; shift < 31; ++shift) {
       if (int64_t{1} << shift == problem.page_size) rows.page_shift = shift;

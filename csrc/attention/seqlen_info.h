@@ -16,23 +16,36 @@ struct SeqlenInfo {
   int64_t seqlen_k;  // keys that count
 };
 
+// `row` if it lies in [0, total], else the nearer end.
+SA_HOST_DEVICE int64_t bounded_row(int64_t row, int64_t total) {
+  const int64_t positive = row > 0 ? row : 0;
+  return positive < total ? positive : total;
+}
+
+// Nobody may have looked at what cu_seqlens and seqused_k hold: on CUDA they are in device memory.
+// Whatever it is, the sequence's rows lie within the tensors, and its keys within its rows of k, or
+// the entries of its row of the block table.
 SA_HOST_DEVICE SeqlenInfo seqlen_info(const FlashFwdProblem& problem, int64_t batch_idx) {
   SeqlenInfo info{};
   if (problem.cu_seqlens_q != nullptr) {
-    info.q_row = problem.cu_seqlens_q[batch_idx];
-    info.seqlen_q = problem.cu_seqlens_q[batch_idx + 1] - info.q_row;
+    info.q_row = bounded_row(problem.cu_seqlens_q[batch_idx], problem.total_q);
+    info.seqlen_q =
+        bounded_row(problem.cu_seqlens_q[batch_idx + 1] - info.q_row, problem.total_q - info.q_row);
   } else {
     info.q_batch = batch_idx;
     info.seqlen_q = problem.seqlen_q;
   }
   if (problem.cu_seqlens_k != nullptr) {
-    info.k_row = problem.cu_seqlens_k[batch_idx];
-    info.seqlen_k = problem.cu_seqlens_k[batch_idx + 1] - info.k_row;
+    info.k_row = bounded_row(problem.cu_seqlens_k[batch_idx], problem.total_k);
+    info.seqlen_k =
+        bounded_row(problem.cu_seqlens_k[batch_idx + 1] - info.k_row, problem.total_k - info.k_row);
   } else {
     info.k_batch = batch_idx;
     info.seqlen_k = problem.seqlen_k;
   }
-  if (problem.seqused_k != nullptr) info.seqlen_k = problem.seqused_k[batch_idx];
+  if (problem.seqused_k != nullptr) {
+    info.seqlen_k = bounded_row(problem.seqused_k[batch_idx], info.seqlen_k);
+  }
   return info;
 }
 

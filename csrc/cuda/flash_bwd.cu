@@ -3,6 +3,7 @@
 
 #include "attention/online_softmax.h"
 #include "cuda/backend.h"
+#include "cuda/bounded.h"
 #include "cuda/common/bwd_workspace.h"
 #include "cuda/family.h"
 #include "cuda/simt/backend.h"
@@ -129,8 +130,10 @@ int64_t flash_bwd_workspace_bytes(const FlashBwdProblem& problem, const Device& 
   return 0;
 }
 
-void flash_bwd(const FlashBwdProblem& problem, const Device& device, void* memory, Stream stream) {
-  if (problem.fwd.num_heads_q == 0) return;
+void flash_bwd(const FlashBwdProblem& given, const Device& device, void* memory, Stream stream) {
+  if (given.fwd.num_heads_q == 0) return;
+  FlashBwdProblem problem = given;
+  problem.fwd = bounded(given.fwd);
   switch (choose_family(problem, device)) {
     case Family::kSimt:
       return run_simt(problem, memory, stream);

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "cuda/backend.h"
+#include "cuda/bounded.h"
 #include "cuda/common/combine.h"
 #include "cuda/family.h"
 #include "cuda/simt/backend.h"
@@ -150,7 +151,8 @@ Family flash_fwd_family(const FlashFwdProblem& problem, const Device& device) {
   return make_plan(problem, device).family;
 }
 
-int64_t flash_fwd_workspace_bytes(const FlashFwdProblem& problem, const Device& device) {
+int64_t flash_fwd_workspace_bytes(const FlashFwdProblem& given, const Device& device) {
+  const FlashFwdProblem problem = bounded(given);
   const Plan plan = make_plan(problem, device);
   switch (plan.family) {
     case Family::kSimt:
@@ -163,9 +165,9 @@ int64_t flash_fwd_workspace_bytes(const FlashFwdProblem& problem, const Device& 
   return 0;
 }
 
-void flash_fwd(const FlashFwdProblem& problem, const Device& device, void* workspace,
-               Stream stream) {
-  if (problem.batch == 0 || problem.seqlen_q == 0 || problem.num_heads_q == 0) return;
+void flash_fwd(const FlashFwdProblem& given, const Device& device, void* workspace, Stream stream) {
+  if (given.batch == 0 || given.seqlen_q == 0 || given.num_heads_q == 0) return;
+  const FlashFwdProblem problem = bounded(given);
   const Plan plan = make_plan(problem, device);
   switch (plan.family) {
     case Family::kSimt:

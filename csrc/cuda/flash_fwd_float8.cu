@@ -1,4 +1,5 @@
 // The float8 forward's entry: whether there are kernels.
+#include "cuda/bounded.h"
 #include "cuda/family.h"
 #include "cuda/sm90/flash_fwd_fp8/entry.h"
 
@@ -12,10 +13,12 @@ bool takes_flash_fwd_float8(const attention::FlashFwdFloat8Problem& problem, con
   return false;
 }
 
-void flash_fwd_float8(const attention::FlashFwdFloat8Problem& problem,
+void flash_fwd_float8(const attention::FlashFwdFloat8Problem& given,
                       [[maybe_unused]] const Device& device, [[maybe_unused]] Stream stream) {
-  const attention::FlashFwdProblem& fwd = problem.fwd;
+  const attention::FlashFwdProblem& fwd = given.fwd;
   if (fwd.batch == 0 || fwd.seqlen_q == 0 || fwd.num_heads_q == 0) return;
+  attention::FlashFwdFloat8Problem problem = given;
+  problem.fwd = bounded(fwd);
   if constexpr (kHasSm90) sm90::flash_fwd_float8(problem, device, stream);
 }
 

@@ -67,12 +67,16 @@ int64_t lay_out(const FlashBwdProblem& problem, int tile_rows, int used_rows, in
   workspace.sink_terms =
       fwd.s_aux == nullptr ? nullptr : carver.take<float>(num_tiles * fwd.num_heads_q);
   workspace.turns = problem.deterministic ? carver.take<int>(all_tiles) : nullptr;
+  workspace.first_tiles = fwd.cu_seqlens_q == nullptr ? nullptr : carver.take<int>(fwd.batch);
   return carver.used();
 }
 
 void bwd_preprocess(const FlashBwdProblem& problem, const BwdWorkspace& workspace, void* stream) {
   const BwdRowsProblem rows = rows_problem(problem, workspace);
   const primitives::Index3 tiles = tiles_of(problem, workspace);
+  if (problem.fwd.cu_seqlens_q != nullptr) {
+    primitives::launch<BwdFirstTiles>(rows, {1, 1, 1}, stream);
+  }
   if (problem.fwd.dtype == DataType::kBFloat16) {
     primitives::launch<BwdPreprocess<BFloat16>>(rows, tiles, stream);
   } else {

@@ -46,17 +46,59 @@ SA_DEVICE BwdRowTile bwd_row_tile(const BwdRowsProblem& problem) {
   const int kv_head = primitives::block_idx().y;
   BwdRowTile result{};
   result.tile_idx = int64_t{kv_head} * workspace.num_tiles + tile;
-  const int batch_idx = find_sequence(fwd, tile, workspace.used_rows);
+  const int batch_idx = find_sequence(workspace, fwd, tile);
   if (batch_idx < 0) return result;
   result.rows = packed_rows(fwd, batch_idx, kv_head);
-  const int64_t begin =
-      (tile - first_tile(fwd, batch_idx, workspace.used_rows)) * workspace.used_rows;
+  const int64_t begin = int64_t{tile - first_tile(workspace, fwd, batch_idx)} * workspace.used_rows;
   if (begin >= result.rows.num_rows) return result;
   result.row_begin = static_cast<int>(begin);
   result.num_rows = static_cast<int>(
       attention::min_of(workspace.used_rows, result.rows.num_rows - result.row_begin));
   return result;
 }
+
+// Where packed sequences start in the workspace. One block: thread t sums the tiles of some
+// neighbouring sequences, then learns what comes before them.
+struct BwdFirstTiles {
+  using Problem = BwdRowsProblem;
+  struct Config {
+    static constexpr int kThreads = 256;
+    static constexpr int kMinBlocks = 1;
+    static constexpr int kSharedBytes = kThreads * sizeof(int64_t);
+  };
+
+  static SA_DEVICE void run(const Problem& problem, char* shared) {
+    int64_t* sums = reinterpret_cast<int64_t*>(shared);
+    const BwdWorkspace& workspace = problem.workspace;
+    const int thread = primitives::thread_idx();
+    const int64_t batch = problem.bwd.fwd.batch;
+    const int64_t share = (batch + Config::kThreads - 1) / Config::kThreads;
+    const int64_t begin = attention::min_of(thread * share, batch);
+    const int64_t end = attention::min_of(begin + share, batch);
+    int64_t own = 0;
+    for (int64_t i = begin; i < end; ++i) own += tiles_of(problem, i);
+    int64_t sum = own;  // of this thread's sequences and all before
+    for (int step = 1; step < Config::kThreads; step *= 2) {
+      primitives::store_shared(sums + thread, sum);
+      primitives::sync_threads();  // all sums are there
+      if (thread >= step) sum += primitives::load_shared(sums + thread - step);
+      primitives::sync_threads();  // read: they may be overwritten
+    }
+    int64_t next = sum - own;
+    for (int64_t i = begin; i < end; ++i) {
+      primitives::store_global(workspace.first_tiles + i,
+                               static_cast<int>(attention::min_of(next, workspace.num_tiles)));
+      next += tiles_of(problem, i);
+    }
+  }
+
+  static SA_DEVICE int64_t tiles_of(const Problem& problem, int64_t batch_idx) {
+    const attention::FlashFwdProblem& fwd = problem.bwd.fwd;
+    const int64_t rows =
+        attention::seqlen_info(fwd, batch_idx).seqlen_q * (fwd.num_heads_q / fwd.num_heads_kv);
+    return (rows + problem.workspace.used_rows - 1) / problem.workspace.used_rows;
+  }
+};
 
 // One block a tile and kv head. 8 lanes share a row: lane i of them takes chunks i, i + 8, ...
 template <class Element>

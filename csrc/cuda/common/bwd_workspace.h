@@ -2,12 +2,14 @@
 //
 // All of it is cut into query tiles of tile_rows rows, into which used_rows packed rows
 // (tile/packed_rows.cuh) of one sequence and kv head are put. Sequences follow each other, each
-// from a whole tile on. Where sequence b starts is known without a table:
+// from a whole tile on:
 //
-//     first_tile(b) = first row of b * group / used_rows + b
+//     dense      sequence b starts at tile  b * seqlen_q * group / used_rows + b
+//     packed     at the sum of the tiles of those before it, which a kernel computes first
 //
 // One spare tile a sequence makes room for its last, partial one, whatever the lengths in device
-// memory are; tiles that no row falls into stay unused.
+// memory are; tiles that no row falls into stay unused. Packed sequences that cu_seqlens_q lets
+// overlap may want more tiles than there are: the last ones then go without, and no two share one.
 //
 // dq is summed in float32, and only these kernels read it, so it lies as the products leave it:
 // 16 x 8 fragments (tile/fragment.cuh), each lane's number beside its neighbour's. A warp then adds
@@ -19,6 +21,7 @@
 
 #include "attention/host_device.h"
 #include "attention/problem.h"
+#include "primitives/memory.h"
 
 namespace sink_attention::cuda {
 
@@ -33,24 +36,26 @@ struct BwdWorkspace {
   float* sink_terms;  // [num_heads_q][num_tiles]: parts of ds_aux; null without a sink
   int* turns;  // [num_heads_kv][num_tiles]: blocks of keys that have added to dq; null unless they
                // must do so in order
+  int* first_tiles;  // [batch]: where packed sequences start, at most num_tiles; else null
 };
 
-SA_HOST_DEVICE int64_t first_tile(const attention::FlashFwdProblem& problem, int64_t batch_idx,
-                                  int64_t used_rows) {
+SA_DEVICE int first_tile(const BwdWorkspace& workspace, const attention::FlashFwdProblem& problem,
+                         int batch_idx) {
+  if (workspace.first_tiles != nullptr) {
+    return primitives::load_global(workspace.first_tiles + batch_idx);
+  }
   const int64_t group = problem.num_heads_q / problem.num_heads_kv;
-  const int64_t first_row = problem.cu_seqlens_q != nullptr ? problem.cu_seqlens_q[batch_idx]
-                                                            : batch_idx * problem.seqlen_q;
-  return first_row * group / used_rows + batch_idx;
+  return static_cast<int>(batch_idx * problem.seqlen_q * group / workspace.used_rows) + batch_idx;
 }
 
 // The sequence whose tiles begin last at or before `tile`; -1 if there is none.
-SA_HOST_DEVICE int find_sequence(const attention::FlashFwdProblem& problem, int64_t tile,
-                                 int64_t used_rows) {
+SA_DEVICE int find_sequence(const BwdWorkspace& workspace,
+                            const attention::FlashFwdProblem& problem, int tile) {
   int begin = 0;
   int end = static_cast<int>(problem.batch);
   while (begin < end) {
     const int middle = begin + (end - begin) / 2;
-    if (first_tile(problem, middle, used_rows) <= tile) {
+    if (first_tile(workspace, problem, middle) <= tile) {
       begin = middle + 1;
     } else {
       end = middle;
@@ -63,7 +68,8 @@ SA_HOST_DEVICE int find_sequence(const attention::FlashFwdProblem& problem, int6
 int64_t lay_out(const attention::FlashBwdProblem& problem, int tile_rows, int used_rows,
                 int dq_cols, void* memory, BwdWorkspace& workspace);
 
-// Before: lse_log2, delta, ds_aux; dq and the turns become 0. After: dq, scaled and rounded.
+// Before: first_tiles, lse_log2, delta, ds_aux; dq and the turns become 0. After: dq, scaled and
+// rounded.
 void bwd_preprocess(const attention::FlashBwdProblem& problem, const BwdWorkspace& workspace,
                     void* stream);
 void bwd_postprocess(const attention::FlashBwdProblem& problem, const BwdWorkspace& workspace,

@@ -1,3 +1,5 @@
+#include <stdexcept>
+
 #include "cuda/common/combine.cuh"
 #include "cuda/common/combine.h"
 #include "primitives/launch.h"
@@ -39,6 +41,9 @@ void combine(const attention::FlashFwdProblem& problem, int num_splits, const Pa
   const int tile_rows = block_per_row ? 1 : Kernel::kRowsPerBlock;
   const int64_t rows = problem.seqlen_q * (problem.num_heads_q / problem.num_heads_kv);
   const int num_tiles = static_cast<int>((rows + tile_rows - 1) / tile_rows);
+  if (num_tiles * problem.batch > INT32_MAX) {
+    throw std::runtime_error("sink_attention_ext: more rows than one launch can take");
+  }
   const CombineProblem parts{problem, num_tiles, num_splits, block_per_row, partials};
   const primitives::Index3 grid{static_cast<int>(num_tiles * problem.batch),
                                 static_cast<int>(problem.num_heads_kv), 1};

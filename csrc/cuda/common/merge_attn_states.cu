@@ -59,21 +59,23 @@ void start(MergeParts& parts, Stream stream) {
 
 }  // namespace
 
-// Each launch but the first has the result of those before as its first part. Only the last one
-// knows of the sink.
+// Each launch but the first has the result of those before as its last part: a sum over many parts
+// is one of sums over a launch's, no chain over all. Only the last one knows of the sink.
 void merge_attn_states(const MergeProblem& problem, Stream stream) {
   int64_t merged = 0;
   do {
     MergeParts parts{};
     parts.problem = problem;
     int count = 0;
-    if (merged > 0) {
-      parts.outs[count] = problem.out;
-      parts.lses[count++] = problem.lse;
-    }
-    for (; count < kMaxMergeParts && merged < problem.num_parts; ++merged) {
+    const bool has_earlier = merged > 0;
+    const int room = kMaxMergeParts - (has_earlier ? 1 : 0);
+    for (; count < room && merged < problem.num_parts; ++merged) {
       parts.outs[count] = problem.outs[merged];
       parts.lses[count++] = problem.lses[merged];
+    }
+    if (has_earlier) {
+      parts.outs[count] = problem.out;
+      parts.lses[count++] = problem.lse;
     }
     parts.problem.num_parts = count;
     if (merged < problem.num_parts) parts.problem.s_aux = nullptr;

@@ -41,7 +41,7 @@ struct KeySource {
   bool in_vectors;
 
   SA_DEVICE const void* row(int64_t key) const {
-    return rows.is_readable(key) ? rows.row(key) : nullptr;
+    return rows.is_readable(key) && rows.is_in_cache(key) ? rows.row(key) : nullptr;
   }
   SA_DEVICE Real number(const void* row, int i) const {
     if (rows.dtype == attention::DataType::kFloat8E4M3) {

@@ -13,6 +13,8 @@
 // column fall into different banks.
 #pragma once
 
+#include <cstdint>
+
 #include "primitives/memory.h"
 #include "primitives/warp.h"
 
@@ -80,11 +82,16 @@ SA_DEVICE void add_dots(Real (&s)[kRows][kCols], const TileA& a_tile, int a_col,
 }
 
 // acc[i][e] += sum over rows k < depth of  w(y + 8 i, k) * b(k, kVector * x + e).
+//
+// The sum starts from zero and is added once. Were it added number by number, the sums over n
+// blocks would be chains of n times as many additions, each of which rounds a number as large as
+// the result.
 template <class Real, int kRows, class TileW, class TileB>
 SA_DEVICE void add_products(Real (&acc)[kRows][kVector<Real>], const TileW& w_tile,
                             const TileB& b_tile, int depth) {
   static_assert(TileW::kRows == kRows * kThreadRows && TileW::kCols == TileB::kRows,
                 "summed over all rows of b");
+  Real sum[kRows][kVector<Real>] = {};
   for (int k = 0; k < depth; k += kVector<Real>) {
     Vector<Real> w[kRows];
     SA_UNROLL
@@ -95,8 +102,25 @@ SA_DEVICE void add_products(Real (&acc)[kRows][kVector<Real>], const TileW& w_ti
       SA_UNROLL
       for (int i = 0; i < kRows; ++i) {
         SA_UNROLL
-        for (int n = 0; n < kVector<Real>; ++n) acc[i][n] += w[i].number[e] * b.number[n];
+        for (int n = 0; n < kVector<Real>; ++n) sum[i][n] += w[i].number[e] * b.number[n];
       }
+    }
+  }
+  SA_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    SA_UNROLL
+    for (int n = 0; n < kVector<Real>; ++n) acc[i][n] += sum[i][n];
+  }
+}
+
+template <class Real, int kChunks, int kRows>
+SA_DEVICE void clear(Real (&acc)[kChunks][kRows][kVector<Real>]) {
+  SA_UNROLL
+  for (int c = 0; c < kChunks; ++c) {
+    SA_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      SA_UNROLL
+      for (int n = 0; n < kVector<Real>; ++n) acc[c][i][n] = Real(0);
     }
   }
 }
@@ -131,20 +155,41 @@ SA_DEVICE Real sum_over_row(Real value) {
   return value;
 }
 
-// Writes a thread's numbers of one row and chunk: those from column col on that are below dim.
+// After as many blocks sums in float32 go from registers to the result's own memory, and start from
+// zero again, so that of 131072 numbers no chain of additions is longer than 128. Blocks are
+// counted from the first key (or row): which numbers are summed first does not depend on a walk's
+// begin.
+template <class Real>
+constexpr int kBlocksOfSum = sizeof(Real) == 4 ? 16 : INT32_MAX;
+
+// Which of the sums a block belongs to.
+template <class Real>
+SA_DEVICE int sum_of_block(int block) {
+  return block / kBlocksOfSum<Real>;
+}
+
+// Writes a thread's numbers of one row and chunk: those from column col on that are below dim. With
+// `adds` to what it has written there before, times `kept`.
 template <class Real>
 SA_DEVICE void store_numbers(Real* row, int col, int dim, bool in_vectors,
-                             const Real (&numbers)[kVector<Real>], Real factor) {
+                             const Real (&numbers)[kVector<Real>], Real factor, bool adds,
+                             Real kept) {
   if (in_vectors && col + kVector<Real> <= dim) {
-    Vector<Real> vector;
+    auto* place = reinterpret_cast<Vector<Real>*>(row + col);
+    Vector<Real> vector{};
+    if (adds) vector = primitives::load_global(place);
     SA_UNROLL
-    for (int e = 0; e < kVector<Real>; ++e) vector.number[e] = numbers[e] * factor;
-    primitives::store_global(reinterpret_cast<Vector<Real>*>(row + col), vector);
+    for (int e = 0; e < kVector<Real>; ++e) {
+      vector.number[e] = (adds ? vector.number[e] * kept : Real(0)) + numbers[e] * factor;
+    }
+    primitives::store_global(place, vector);
     return;
   }
   SA_UNROLL
   for (int e = 0; e < kVector<Real>; ++e) {
-    if (col + e < dim) primitives::store_global(row + col + e, numbers[e] * factor);
+    if (col + e >= dim) continue;
+    const Real before = adds ? primitives::load_global(row + col + e) * kept : Real(0);
+    primitives::store_global(row + col + e, before + numbers[e] * factor);
   }
 }
 

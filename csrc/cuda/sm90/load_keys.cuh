@@ -69,6 +69,7 @@ SA_DEVICE void start_boxes(Tile& tile, const KeySource<kValues>& source, const K
     }
     return;
   }
+  // Of a page that the cache does not have, the copy engine makes zeros.
   const int page_size = static_cast<int>(source.problem.page_size);
   SA_ROLLED
   for (int row = lane * boxes.rows; row < Tile::kRows; row += primitives::kWarpSize * boxes.rows) {

@@ -87,12 +87,18 @@ struct KeySource {
   SA_DEVICE const Stored* origin() const {
     return reinterpret_cast<const Stored*>(base);
   }
+  // Whether the cache has a page that a block table names: nobody has looked at it on the host.
+  SA_DEVICE bool has_page(int page) const {
+    return static_cast<uint32_t>(page) < static_cast<uint32_t>(problem.num_pages);
+  }
+  // Null where the cache does not have the page: the key counts as zeros.
   template <class Stored>
   SA_DEVICE const Stored* row_in_page(int key) const {
     const int page_size = static_cast<int>(problem.page_size);
-    const int page = key / page_size;
-    return origin<Stored>() + primitives::load_global(pages + page) * page_stride() +
-           (key - page * page_size) * row_stride();
+    const int entry = key / page_size;
+    const int page = primitives::load_global(pages + entry);
+    if (!has_page(page)) return nullptr;
+    return origin<Stored>() + page * page_stride() + (key - entry * page_size) * row_stride();
   }
   template <class Stored>
   SA_DEVICE const Stored* row(int key) const {

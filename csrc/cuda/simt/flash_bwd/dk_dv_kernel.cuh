@@ -87,7 +87,12 @@ struct FlashBwdDkDvKernel {
     const ScoreScale<Real> scale = score_scale<Real>(problem);
     Output dk = {};
     Output dv = {};
+    bool adds = false;
     for (int block = block_begin; block < block_end; ++block) {
+      if (block > block_begin && sum_of_block<Real>(block) != sum_of_block<Real>(block - 1)) {
+        store_sums(bwd, rows, key_begin, key_end, dk, dv, adds);
+        adds = true;
+      }
       // The facts of the block before were last read before the barriers of its last pass over q.
       storage.facts.fill(kernel_problem, mask, rows, block * kBlockN);
       Scores s = {};
@@ -131,11 +136,19 @@ struct FlashBwdDkDvKernel {
     }
     primitives::cp_async_wait<0>();  // of k and v, where no row sees them
 
+    store_sums(bwd, rows, key_begin, key_end, dk, dv, adds);
+  }
+
+  // Adds the sums to those of other rows, if there are any, and clears them.
+  static SA_DEVICE void store_sums(const attention::FlashBwdProblem& bwd, const PackedRows& rows,
+                                   int key_begin, int key_end, Output& dk, Output& dv, bool adds) {
     store_gradient(static_cast<Real*>(bwd.dk), rows, key_begin, key_end, bwd.dk_stride_batch,
-                   bwd.dk_stride_row, bwd.dk_stride_head, problem.head_dim, dk,
-                   static_cast<Real>(problem.softmax_scale));
+                   bwd.dk_stride_row, bwd.dk_stride_head, bwd.fwd.head_dim, dk,
+                   static_cast<Real>(bwd.fwd.softmax_scale), adds);
     store_gradient(static_cast<Real*>(bwd.dv), rows, key_begin, key_end, bwd.dv_stride_batch,
-                   bwd.dv_stride_row, bwd.dv_stride_head, problem.head_dim_v, dv, Real(1));
+                   bwd.dv_stride_row, bwd.dv_stride_head, bwd.fwd.head_dim_v, dv, Real(1), adds);
+    clear(dk);
+    clear(dv);
   }
 
   // P^T into shared memory. The scores stay as they are: dS is computed from them again, which
@@ -160,7 +173,7 @@ struct FlashBwdDkDvKernel {
   static SA_DEVICE void store_gradient(Real* gradient, const PackedRows& rows, int key_begin,
                                        int key_end, int64_t stride_batch, int64_t stride_row,
                                        int64_t stride_head, int64_t dim, const Output& sums,
-                                       Real factor) {
+                                       Real factor, bool adds) {
     const bool in_vectors =
         is_aligned(gradient, sizeof(Real), stride_batch, stride_row, stride_head);
     SA_UNROLL
@@ -172,7 +185,7 @@ struct FlashBwdDkDvKernel {
       SA_UNROLL
       for (int c = 0; c < kChunks; ++c) {
         store_numbers(row, c * kChunkCols<Real> + kVector<Real> * thread_x(), static_cast<int>(dim),
-                      in_vectors, sums[c][i], factor);
+                      in_vectors, sums[c][i], factor, adds, Real(1));
       }
     }
   }

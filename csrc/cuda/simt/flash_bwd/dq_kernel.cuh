@@ -75,7 +75,14 @@ struct FlashBwdDqKernel {
 
     const ScoreScale<Real> scale = score_scale<Real>(problem);
     Output dq = {};
+    int sum = sum_of_block<Real>(blocks.block(0));
+    bool adds = false;
     for (int idx = 0; idx < blocks.count(); ++idx) {
+      if (sum_of_block<Real>(blocks.block(idx)) != sum) {
+        store_sums(bwd, rows, row_begin, dq, adds);
+        sum = sum_of_block<Real>(blocks.block(idx));
+        adds = true;
+      }
       const int first_key = blocks.block(idx) * kBlockN;
       Scores s = {};
       Scores dp = {};
@@ -110,7 +117,12 @@ struct FlashBwdDqKernel {
       }
     }
     primitives::cp_async_wait<0>();  // of q and dout, where there was no key to wait for
+    store_sums(bwd, rows, row_begin, dq, adds);
+  }
 
+  // Adds the sums to those of other keys, if there are any, and clears them.
+  static SA_DEVICE void store_sums(const attention::FlashBwdProblem& bwd, const PackedRows& rows,
+                                   int row_begin, Output& dq, bool adds) {
     const bool in_vectors = is_aligned(bwd.dq, sizeof(Real), bwd.dq_stride_batch, bwd.dq_stride_row,
                                        bwd.dq_stride_head);
     SA_UNROLL
@@ -122,10 +134,11 @@ struct FlashBwdDqKernel {
       SA_UNROLL
       for (int c = 0; c < kChunks; ++c) {
         store_numbers(dq_row, c * kChunkCols<Real> + kVector<Real> * thread_x(),
-                      static_cast<int>(problem.head_dim), in_vectors, dq[c][i],
-                      static_cast<Real>(problem.softmax_scale));
+                      static_cast<int>(bwd.fwd.head_dim), in_vectors, dq[c][i],
+                      static_cast<Real>(bwd.fwd.softmax_scale), adds, Real(1));
       }
     }
+    clear(dq);
   }
 };
 

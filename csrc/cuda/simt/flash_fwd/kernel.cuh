@@ -45,6 +45,8 @@ struct FlashFwdKernel {
     typename Stream::Buffers keys;
     Tile<Real, kBlockM, kBlockN> weights;
     KeyRange window[kBlockM];
+    // Of each thread: the maximum that a row's earlier sums in global memory are based on.
+    Real stored_max[kRows][simt::kThreads];
   };
   struct Config {
     static constexpr int kThreads = simt::kThreads;
@@ -100,7 +102,14 @@ struct FlashFwdKernel {
     // Through a shuffle, so that the compiler knows that all lanes go round together: they come to
     // shuffles.
     const int num_blocks = primitives::shfl(blocks.count(), 0);
+    int sum = sum_of_block<Real>(blocks.block(0));
+    bool adds = false;
     for (int idx = 0; idx < num_blocks; ++idx) {
+      if (sum_of_block<Real>(blocks.block(idx)) != sum) {
+        store_sums(problem, storage, rows, row_begin, scale, states, out, adds);
+        sum = sum_of_block<Real>(blocks.block(idx));
+        adds = true;
+      }
       const int first_key = blocks.block(idx) * kBlockN;
       Scores s = {};
       // The first call's barrier also lets all threads read q and window, and write weights, which
@@ -122,7 +131,7 @@ struct FlashFwdKernel {
       }
     }
     primitives::cp_async_wait<0>();  // of q, where there was no key to wait for
-    store_results(problem, rows, row_begin, scale, states, out);
+    store_results(problem, storage, rows, row_begin, scale, states, out, adds);
   }
 
   // Scores of the keys first_key ... to weights; out is re-based on the new maxima.
@@ -153,20 +162,60 @@ struct FlashFwdKernel {
       // Differences are taken before they are scaled: the largest score's is 0 exactly. A row that
       // has seen no key keeps the maximum -inf; subtracting 0 gives weights of 0, not NaN.
       const Real base = max == kHidden ? Real(0) : max;
-      const Real rescale = old_max == max ? Real(1) : std::exp2((old_max - base) * scale.to_log2);
-      Real sum = states.sum[i] * rescale;
+      const Real rescale = rebase(old_max, max, scale);
+      Real sum = Real(0);  // of the block, which is added once
       SA_UNROLL
       for (int j = 0; j < kKeys; ++j) {
         s[i][j] = std::exp2((s[i][j] - base) * scale.to_log2);
         sum += s[i][j];
       }
       states.max[i] = max;
-      states.sum[i] = sum;
+      states.sum[i] = states.sum[i] * rescale + sum;
       SA_UNROLL
       for (int c = 0; c < kChunks; ++c) {
         SA_UNROLL
         for (int e = 0; e < kVector<Real>; ++e) out[c][i][e] *= rescale;
       }
+    }
+  }
+
+  // What sums that are based on one maximum are to be multiplied with, to be based on a larger one.
+  static SA_DEVICE Real rebase(Real old_max, Real max, const ScoreScale<Real>& scale) {
+    const Real base = max == attention::negative_infinity<Real>() ? Real(0) : max;
+    return old_max == max ? Real(1) : std::exp2((old_max - base) * scale.to_log2);
+  }
+
+  // Adds the output so far to that of other keys, if there is any, and clears it.
+  static SA_DEVICE void store_sums(const attention::FlashFwdProblem& problem,
+                                   SharedStorage& storage, const PackedRows& rows, int row_begin,
+                                   const ScoreScale<Real>& scale, const RowStates& states,
+                                   Output& out, bool adds) {
+    SA_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      Real* stored_max = &storage.stored_max[i][primitives::thread_idx()];
+      const Real kept =
+          adds ? rebase(primitives::load_shared(stored_max), states.max[i], scale) : Real(0);
+      primitives::store_shared(stored_max, states.max[i]);
+      store_row(problem, rows, row_begin, i, out, Real(1), adds, kept);
+    }
+    clear(out);
+  }
+
+  static SA_DEVICE void store_row(const attention::FlashFwdProblem& problem, const PackedRows& rows,
+                                  int row_begin, int i, const Output& out, Real factor, bool adds,
+                                  Real kept) {
+    const bool in_vectors = is_aligned(problem.out, sizeof(Real), problem.out_stride_batch,
+                                       problem.out_stride_row, problem.out_stride_head);
+    const int row = row_begin + thread_y() + kThreadRows * i;
+    if (row >= rows.num_rows) return;
+    Real* out_row =
+        static_cast<Real*>(problem.out) +
+        rows.offset(row, problem.out_stride_batch, problem.out_stride_row, problem.out_stride_head);
+    SA_UNROLL
+    for (int c = 0; c < kChunks; ++c) {
+      store_numbers(out_row, c * kChunkCols<Real> + kVector<Real> * thread_x(),
+                    static_cast<int>(problem.head_dim_v), in_vectors, out[c][i], factor, adds,
+                    kept);
     }
   }
 
@@ -180,18 +229,17 @@ struct FlashFwdKernel {
       const int key = first_key + thread_x() + kThreadCols * j;
       const int draft = key - static_cast<int>(mask.context());
       const bool is_draft = draft >= 0 && draft < rows.info.seqlen_q;
-      if (is_draft && ((drafts >> draft) & 1) == 0) {
+      // A sequence longer than it may be has drafts without a bit.
+      if (is_draft && (draft >= attention::kMaxDraftTokens || ((drafts >> draft) & 1) == 0)) {
         scores[j] = attention::negative_infinity<Real>();
       }
     }
   }
 
   static SA_DEVICE void store_results(const attention::FlashFwdProblem& problem,
-                                      const PackedRows& rows, int row_begin,
-                                      const ScoreScale<Real>& scale, const RowStates& states,
-                                      const Output& out) {
-    const bool in_vectors = is_aligned(problem.out, sizeof(Real), problem.out_stride_batch,
-                                       problem.out_stride_row, problem.out_stride_head);
+                                      const SharedStorage& storage, const PackedRows& rows,
+                                      int row_begin, const ScoreScale<Real>& scale,
+                                      const RowStates& states, const Output& out, bool adds) {
     SA_UNROLL
     for (int i = 0; i < kRows; ++i) {
       const Real sum = sum_over_row(states.sum[i]);  // all lanes take part, whatever their row
@@ -202,14 +250,13 @@ struct FlashFwdKernel {
                             : load_number<Real>(problem.s_aux, problem.s_aux_dtype, rows.head(row));
       const attention::RowResult<Real> result =
           attention::fold_sink<Real>({states.max[i] * scale.to_log2, sum}, sink);
-      Real* out_row = static_cast<Real*>(problem.out) + rows.offset(row, problem.out_stride_batch,
-                                                                    problem.out_stride_row,
-                                                                    problem.out_stride_head);
-      SA_UNROLL
-      for (int c = 0; c < kChunks; ++c) {
-        store_numbers(out_row, c * kChunkCols<Real> + kVector<Real> * thread_x(),
-                      static_cast<int>(problem.head_dim_v), in_vectors, out[c][i], result.scale);
+      Real kept = Real(0);
+      if (adds) {
+        const Real stored_max =
+            primitives::load_shared(&storage.stored_max[i][primitives::thread_idx()]);
+        kept = rebase(stored_max, states.max[i], scale) * result.scale;
       }
+      store_row(problem, rows, row_begin, i, out, result.scale, adds, kept);
       if (thread_x() == 0) {
         primitives::store_global(
             static_cast<Real*>(problem.lse) +

@@ -101,6 +101,8 @@ struct FlashBwdBlock {
         attention::make_mask(fwd, seqlen_q, seqlen_k)
             .visible_queries(first_key, attention::min_of(first_key + kBlockN, seqlen_k));
     const bool some = queries.begin < queries.end;
+    const int first_tile = cuda::first_tile(problem.workspace, fwd, place.batch_idx);
+    const int tiles_left = problem.workspace.num_tiles - first_tile;
     using primitives::store_shared;
     store_shared(&storage.first_q,
                  static_cast<const Element*>(fwd.q) +
@@ -119,11 +121,13 @@ struct FlashBwdBlock {
     store_shared(&storage.seqlen_k, seqlen_k);
     store_shared(&storage.tiles_begin,
                  some ? static_cast<int>(queries.begin) * group() / kBlockM : 0);
-    store_shared(&storage.tiles_end,
-                 some ? (static_cast<int>(queries.end) * group() + kBlockM - 1) / kBlockM : 0);
+    store_shared(
+        &storage.tiles_end,
+        some ? static_cast<int>(attention::min_of(
+                   (static_cast<int>(queries.end) * group() + kBlockM - 1) / kBlockM, tiles_left))
+             : 0);
     store_shared(&storage.first_workspace_tile,
-                 place.kv_head * problem.workspace.num_tiles +
-                     static_cast<int>(first_tile(fwd, place.batch_idx, kBlockM)));
+                 place.kv_head * problem.workspace.num_tiles + first_tile);
   }
 
   SA_DEVICE void run() {

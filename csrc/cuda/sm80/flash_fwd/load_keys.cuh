@@ -29,6 +29,7 @@ SA_DEVICE void load_8_bit_keys(Tile& tile, const KeySource<kValues>& source, int
       scale[j] = 1.0f;
       if (!source.is_readable(key)) continue;
       const int64_t page = primitives::load_global(source.pages + key / page_size);
+      if (!source.has_page(static_cast<int>(page))) continue;
       const int slot = key % page_size;
       stored[j] = load_8_bit_chunk(source.template origin<uint8_t>() + page * source.page_stride() +
                                        slot * source.row_stride(),
@@ -87,10 +88,13 @@ SA_DEVICE void load_keys(Tile& tile, const KeySource<kValues>& source, int first
         [&](int row, int chunk) {
           const int key = first_key + row;
           const int col = chunk * kChunkElems;
-          const bool valid = source.is_readable(key) && col < cols;
-          const Element* numbers = source.template origin<Element>();
-          if (valid) numbers = source.template row_in_page<Element>(key) + col;
-          primitives::cp_async_16(tile.chunk(row, chunk), numbers, valid);
+          const Element* numbers = nullptr;
+          if (source.is_readable(key) && col < cols) {
+            numbers = source.template row_in_page<Element>(key);
+          }
+          const bool valid = numbers != nullptr;
+          primitives::cp_async_16(tile.chunk(row, chunk),
+                                  valid ? numbers + col : source.template origin<Element>(), valid);
         },
         thread);
   }

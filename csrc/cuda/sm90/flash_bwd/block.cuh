@@ -58,6 +58,8 @@ struct FlashBwdBlock {
         attention::make_mask(fwd(), seqlen_q, seqlen_k)
             .visible_queries(first_key, attention::min_of(first_key + kBlockN, seqlen_k));
     const bool some = queries.begin < queries.end;
+    const int first_tile = cuda::first_tile(problem.workspace, fwd(), place.batch_idx);
+    const int tiles_left = problem.workspace.num_tiles - first_tile;
     primitives::store_shared(&to.batch_idx, place.batch_idx);
     primitives::store_shared(&to.kv_head, place.kv_head);
     primitives::store_shared(&to.first_key, first_key);
@@ -71,10 +73,12 @@ struct FlashBwdBlock {
                              some ? static_cast<int>(queries.begin) * group() / used_rows() : 0);
     primitives::store_shared(
         &to.tiles_end,
-        some ? (static_cast<int>(queries.end) * group() + used_rows() - 1) / used_rows() : 0);
+        some ? static_cast<int>(attention::min_of(
+                   (static_cast<int>(queries.end) * group() + used_rows() - 1) / used_rows(),
+                   tiles_left))
+             : 0);
     primitives::store_shared(&to.first_workspace_tile,
-                             place.kv_head * problem.workspace.num_tiles +
-                                 static_cast<int>(first_tile(fwd(), place.batch_idx, used_rows())));
+                             place.kv_head * problem.workspace.num_tiles + first_tile);
   }
 
   SA_DEVICE int first_position(int tile) const { return first_row(tile) / group(); }

@@ -98,7 +98,8 @@ struct DecodeProducer {
   }
 
  private:
-  // Where box number `box` of the walk is to be asked for. Keys and values share their pages.
+  // Where box number `box` of the walk is to be asked for. Keys and values share their pages. Of a
+  // page that the cache does not have, the copy engine makes zeros.
   SA_DEVICE int page_of_box(int box, int boxes) const {
     const int rows = kernel_problem.box_rows;
     const int idx = walk.begin + box / boxes;
@@ -134,7 +135,10 @@ struct DecodeProducer {
       const int entry = key / page_size;
       places.slot[i] = key - entry * page_size;
       places.page[i] = -1;
-      if (keys.is_readable(key)) places.page[i] = primitives::load_global(keys.pages + entry);
+      if (keys.is_readable(key)) {
+        const int page = primitives::load_global(keys.pages + entry);
+        if (keys.has_page(page)) places.page[i] = page;
+      }
     }
     return places;
   }

@@ -336,6 +336,64 @@ def test_compiled_bounds(compiled: Callable[..., Step], parts: list[Tensor], alo
 # ---- the attention function itself ----
 
 
+def random_rows(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """position_ids, attention_mask and numbers of sequences (padding -1) of random packed rows."""
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    batch, length = draw(1, 4), draw(2, 40)
+    number = torch.full((batch, length), -1)
+    place = torch.randint(0, 3, (batch, length), generator=generator)  # of padding: anything
+    for b in range(batch):
+        end, column, sequence = length - draw(0, 3), draw(0, 4), 0
+        while column < end:
+            size = min(draw(1, 14), end - column)
+            number[b, column : column + size] = sequence
+            begin = 0 if sequence > 0 else draw(0, 3)
+            place[b, column : column + size] = torch.arange(begin, begin + size)
+            column += size + draw(0, 3) * draw(0, 2)
+            sequence += 1
+    return place, number >= 0, number
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_rows(seed: int) -> None:
+    """Sequences of any length behind each other, padding of any length around and between them."""
+    generator = torch.Generator().manual_seed(seed)
+    place, is_real, number = random_rows(generator)
+    (batch, length), heads = place.shape, 4
+    tail, window = seed % 2 * 5, (None, 1, 4, 100)[seed // 2 % 4]  # a static cache's unused keys
+    rule = masking_utils.causal_mask_function
+    if window is not None:
+        rule = masking_utils.sliding_window_causal_mask_function(window)
+    mask = sink_attention_mask(
+        batch, length, length + tail, mask_function=rule, attention_mask=is_real
+    )
+    q, k, v = (
+        torch.randn(batch, heads, n, 8, generator=generator)
+        for n in (length, length + tail, length + tail)
+    )
+    sinks = torch.tensor([20.0, -20.0, 1.0, -1.0])
+    row, column = torch.arange(length)[:, None], torch.arange(length)
+    visible = (column <= row) & (row - column < (window or length))
+    visible = visible & (number[:, :, None] == number[:, None]) & is_real[:, None]
+    scores = (q.double() @ k[:, :, :length].double().mT * 8**-0.5).masked_fill(
+        ~visible[:, None], -torch.inf
+    )
+    logit = sinks.double()[None, :, None, None].expand(batch, -1, length, 1)
+    weights = torch.cat([scores, logit], -1).softmax(-1)[..., :-1]
+    expected = (weights @ v[:, :, :length].double()).transpose(1, 2)[is_real]
+    for gradient in (False, True):
+        q.requires_grad_(gradient)
+        module = nn.Module()
+        out, _ = sink_attention(
+            module, q, k, v, mask, s_aux=sinks, position_ids=place, sliding_window=window
+        )
+        torch.testing.assert_close(out[is_real].double(), expected, atol=2e-6, rtol=2e-5)
+        assert out.isfinite().all()
+
+
 def test_bidirectional_rows_are_split_and_cross_attention_is_not() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 9, 8, generator=generator) for _ in range(3))

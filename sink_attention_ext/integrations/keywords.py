@@ -25,7 +25,8 @@ HARMLESS = {
     *("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds"),
     *("encoder_outputs", "hidden_states", "decoder_position_ids", "position_embeddings"),
     *("pixel_values", "pixel_values_videos", "input_features", "input_values"),
-    *("image_sizes", "grid_thw", "image_grid_thw", "video_grid_thw"),
+    *("image_sizes", "grid_thw", "image_grid_thw", "video_grid_thw", "spatial_shapes"),
+    *("image_position_ids", "video_position_ids", "second_per_grid_ts"),
     # Of these the model makes its attention_mask, which does arrive.
     *("token_type_ids", "mm_token_type_ids", "decoder_attention_mask"),
     # Caches: the layer has written them, and key and value are what it has read.

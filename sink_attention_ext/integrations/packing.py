@@ -232,7 +232,7 @@ def split_by_lengths(
     if batch > 1:
         _require_rows("cu_seq_lens_q", packed.cu_seqlens_q, batch, mask.q_length)
         _require_rows("cu_seq_lens_k", packed.cu_seqlens_k, batch, mask.kv_length)
-    if _belong_to_rows(position_ids, batch, mask.q_length):
+    if mask.causal and _belong_to_rows(position_ids, batch, mask.q_length):
         _require_starts(position_ids.expand(batch, -1), packed.cu_seqlens_q)
     if not is_tracing():
         mask._by_lengths = (key, packed)

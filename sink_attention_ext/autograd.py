@@ -160,8 +160,8 @@ def _counting_changes(name: str) -> Callable[..., Any]:
     mutated = [(i, a.name) for i, a in enumerate(arguments) if is_mutated[i]]
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        changed = {name: args[i] if i < len(args) else kwargs[name] for i, name in mutated}
-        for argument, tensor in changed.items():
+        changed = [args[i] if i < len(args) else kwargs[name] for i, name in mutated]
+        for (_, argument), tensor in zip(mutated, changed, strict=True):
             if tensor.is_inference() and not torch.is_inference_mode_enabled():
                 raise RuntimeError(  # as torch's own in-place operators do
                     f"{argument} must not be a tensor that was made in inference mode, which is "
@@ -169,8 +169,7 @@ def _counting_changes(name: str) -> Callable[..., Any]:
                 )
         with torch._C._AutoDispatchBelowADInplaceOrView():
             result = op(*args, **kwargs)
-        for tensor in changed.values():  # as torch does: not where the operator has refused
-            torch.autograd.graph.increment_version(tensor)
+        torch.autograd.graph.increment_version(changed)  # not where the operator has refused
         return result
 
     return kernel

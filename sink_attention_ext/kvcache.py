@@ -262,13 +262,12 @@ def attend(
         _check_new_kv(q, k, v, k_cache, v_cache, is_packed)
         cache_checks.check_scales_can_be_written(k_scale, v_scale)
         cache_checks.check_caches_can_be_written(k_cache, v_cache)
+        seqused_k = lengths + (cu_seqlens_q.diff() if is_packed else k.shape[1])
         if cache_checks.can_read_values(lengths):
             if is_packed:
                 cache_checks.check_packed_lengths(cu_seqlens_q, q.shape[0], max_seqlen_q)
             new = cu_seqlens_q.diff().tolist() if is_packed else [k.shape[1]] * batch
             cache_checks.check_append_lengths(lengths, new, capacity)
-        seqused_k = lengths + (cu_seqlens_q.diff() if is_packed else k.shape[1])
-        if cache_checks.can_read_values(lengths):
             if block_table is not None:
                 seqlens_q = cu_seqlens_q.diff() if is_packed else q.shape[1]
                 first_key = cache_slots.first_key(lengths, seqused_k, seqlens_q, window_left)

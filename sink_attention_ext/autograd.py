@@ -208,8 +208,8 @@ def _counting_changes(name: str) -> Callable[..., Any]:
     mutated = _mutated_arguments(op)
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        changed = {name: args[i] if i < len(args) else kwargs[name] for i, name in mutated}
-        for argument, tensor in changed.items():
+        changed = [args[i] if i < len(args) else kwargs[name] for i, name in mutated]
+        for (_, argument), tensor in zip(mutated, changed, strict=True):
             if tensor.is_inference() and not torch.is_inference_mode_enabled():
                 raise RuntimeError(  # as torch's own in-place operators do
                     f"{argument} must not be a tensor that was made in inference mode, which is "
@@ -217,8 +217,7 @@ def _counting_changes(name: str) -> Callable[..., Any]:
                 )
         with torch._C._AutoDispatchBelowADInplaceOrView():
             result = op(*args, **kwargs)
-        for tensor in changed.values():  # as torch does: not where the operator has refused
-            torch.autograd.graph.increment_version(tensor)
+        torch.autograd.graph.increment_version(changed)  # not where the operator has refused
         return result
 
     return kernel

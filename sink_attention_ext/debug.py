@@ -7,7 +7,8 @@ from sink_attention_ext import checks, ops
 
 def set_debug_checks(on: bool) -> None:
     """Whether calls on CUDA tensors check the values in cu_seqlens, seqused_k and cache_seqlens,
-    block_table, tree_mask and slot_mapping before any kernel uses them. Off at first.
+    block_table, tree_mask, slot_mapping, k_scale and v_scale before any kernel uses them. Off at
+    first.
 
     On the CPU they always are. On CUDA the host has to wait for the device to see them, at every
     call, so this is for finding an error. While it is off, such values on CUDA are the caller's to

@@ -26,6 +26,8 @@ def reshape_and_cache(
     """Writes the keys and values of tokens into a paged cache, in place.
 
     Token t goes to slot ``slot_mapping[t] % page_size`` of page ``slot_mapping[t] // page_size``.
+    What is written has memory of its own: no element in common with another argument, none that is
+    two of a cache's. Caches interleaved in one buffer are fine.
 
     Args:
         k: (num_tokens, num_heads_kv, head_dim).
@@ -39,7 +41,8 @@ def reshape_and_cache(
         k_scale: for float8 and int8 caches, and only for them: float32; what is stored is
             k / k_scale, rounded to nearest even and saturated to +-448 (float8) or +-127 (int8).
             NaN stays NaN in float8 and becomes 0 in int8.
-            Of shape (), (1,) or (num_heads_kv,) it is read. Of shape (num_pages, page_size,
+            Of shape (), (1,) or (num_heads_kv,) it is read, of magnitudes from 2**-126 to 2**126
+            (on CUDA looked at under set_debug_checks only). Of shape (num_pages, page_size,
             num_heads_kv), any strides, it is **written**, with a scale for each token and head
             beside the token: the largest finite magnitude of the head's row, divided by 448 or 127
             (1.0 for a row of zeros; infinities are saturated).
@@ -48,8 +51,10 @@ def reshape_and_cache(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
         RuntimeError: a slot is out of range (the operator checks before it writes; on CUDA under
-            set_debug_checks only, otherwise such a token is left out), or autograd would have to
-            differentiate this.
+            set_debug_checks only, otherwise such a token is left out), a cache was made in
+            inference mode and is written outside of it, or autograd would have to differentiate
+            this.
+        In all these cases nothing has been written.
 
     Under torch.autocast k and v are cast to the caches' dtype.
 
@@ -107,7 +112,8 @@ def flash_attn_with_kvcache(
         q: (batch, seqlen_q, num_heads_q, head_dim), or (total_q, num_heads_q, head_dim) with
             cu_seqlens_q. The caches' dtype; with float8 and int8 caches any float dtype.
         k_cache: with block_table (num_pages, page_size, num_heads_kv, head_dim), without it
-            (batch, seqlen_cache, num_heads_kv, head_dim): one row per sequence. Any strides but for
+            (batch, seqlen_cache, num_heads_kv, head_dim): one row per sequence; where keys are
+            appended, memory of its own (see reshape_and_cache). Any strides but for
             the last, which is 1: a (num_pages, num_heads_kv, page_size, head_dim) cache is passed
             as ``cache.transpose(1, 2)``.
         v_cache: like k_cache with head_dim_v.
@@ -263,13 +269,12 @@ def attend(
         _check_new_kv(q, k, v, k_cache, v_cache, is_packed)
         cache_checks.check_scales_can_be_written(k_scale, v_scale)
         cache_checks.check_caches_can_be_written(k_cache, v_cache)
+        seqused_k = lengths + (cu_seqlens_q.diff() if is_packed else k.shape[1])
         if cache_checks.can_read_values(lengths):
             if is_packed:
                 cache_checks.check_packed_lengths(cu_seqlens_q, q.shape[0], max_seqlen_q)
             new = cu_seqlens_q.diff().tolist() if is_packed else [k.shape[1]] * batch
             cache_checks.check_append_lengths(lengths, new, capacity)
-        seqused_k = lengths + (cu_seqlens_q.diff() if is_packed else k.shape[1])
-        if cache_checks.can_read_values(lengths):
             if block_table is not None:
                 seqlens_q = cu_seqlens_q.diff() if is_packed else q.shape[1]
                 first_key = cache_slots.first_key(lengths, seqused_k, seqlens_q, window_left)

@@ -122,8 +122,9 @@ class PageTables:
         """After what lies behind `length` tokens, which are at least min_length, is given back."""
         num_kept = -(-length // self.page_size) - self._num_dropped[row]
         draft = TablesDraft(self)
-        draft.pool.drop(self._pages[row][num_kept:])
-        draft.set_pages(row, num_kept, [])
+        if behind := self._pages[row][num_kept:]:
+            draft.pool.drop(behind)
+            draft.set_pages(row, num_kept, [])
         return draft
 
     def freed(self, row: int) -> TablesDraft:
@@ -152,7 +153,7 @@ class TablesDraft:
 
     def __init__(self, tables: PageTables) -> None:
         self._tables = tables
-        self.pool = PoolDraft(tables.pool)
+        self.pool = PoolDraft(tables.pool)  # which changes only where rows do
         self.copies: list[tuple[int, int]] = []
         self._ends: dict[int, tuple[int, list[int]]] = {}  # of changed rows: from a column on
         self._num_dropped: dict[int, int] = {}  # of rows in which that changes
@@ -165,6 +166,11 @@ class TablesDraft:
         self._ends[row] = begin, end[: first - begin] + pages
         if num_dropped != 0:
             self._num_dropped[row] = self._dropped(row) + num_dropped
+
+    @property
+    def is_change(self) -> bool:
+        """Whether there is anything to commit: most steps of decode stay on their pages."""
+        return bool(self._ends)
 
     def num_pages(self, row: int) -> int:
         if row in self._ends:
@@ -182,10 +188,12 @@ class TablesDraft:
 
     def slots(self, row: int, begin: int, end: int) -> list[int]:
         """``page * page_size + token in page`` of the places from begin to end - 1 in the row."""
-        size = self._tables.page_size
+        size, pages = self._tables.page_size, self._tables._pages[row]
+        first, changed = self._ends.get(row, (len(pages), ()))
         slots: list[int] = []
         for column in range(begin // size, -(-end // size)):
-            shift = (self.page(row, column) - column) * size
+            page = pages[column] if column < first else changed[column - first]
+            shift = (page - column) * size
             slots += range(shift + max(begin, column * size), shift + min(end, (column + 1) * size))
         return slots
 
@@ -194,9 +202,10 @@ class TablesDraft:
         width = max(map(self.num_pages, rows), default=0)
         indices = torch.tensor(rows, dtype=torch.int64, device="cpu")
         table = self._tables.table[:, :width].index_select(0, indices)
-        for i, row in enumerate(rows):
-            if row in self._ends:
-                _store(table[i], *self._ends[row])
+        if self._ends:
+            for i, row in enumerate(rows):
+                if row in self._ends:
+                    _store(table[i], *self._ends[row])
         return table
 
     def commit(self) -> None:

@@ -6,7 +6,7 @@ page_storage.py the device memory, cache_step.py what a model's layers call in o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
@@ -24,7 +24,7 @@ from sink_attention_ext.page_storage import (
     bytes_per_page,
     clone_inference_tensors,
 )
-from sink_attention_ext.page_tables import PageTables
+from sink_attention_ext.page_tables import PageTables, TablesDraft
 from sink_attention_ext.reference import WindowSize
 from sink_attention_ext.sequence_ids import new_id
 
@@ -33,6 +33,15 @@ from sink_attention_ext.sequence_ids import new_id
 class _Sequence:
     row: int  # of the host's tables
     length: int
+
+
+def _commits(drafts: Sequence[TablesDraft]) -> list[Callable[[], None]]:
+    return [draft.commit for draft in drafts if draft.is_change]
+
+
+def _set_lengths(sequences: Sequence[_Sequence], lengths: Sequence[int]) -> None:
+    for sequence, length in zip(sequences, lengths, strict=True):
+        sequence.length = length
 
 
 class PagedKVCache:
@@ -237,7 +246,7 @@ class PagedKVCache:
         drafts = [tables.forked(source.row, row) for tables in self._tables]
         self._current_step = None
         self._journal.change(
-            *(draft.commit for draft in drafts),
+            *_commits(drafts),
             partial(self._free_rows.__delitem__, slice(len(self._free_rows) - 1, None)),
             partial(self._sequences.__setitem__, forked_id, _Sequence(row, source.length)),
         )
@@ -250,7 +259,7 @@ class PagedKVCache:
         free_rows = [*self._free_rows, sequence.row]
         self._current_step = None
         self._journal.change(
-            *(draft.commit for draft in drafts),
+            *_commits(drafts),
             partial(self._free_rows.__setitem__, slice(None), free_rows),
             partial(self._sequences.pop, seq_id, None),
         )
@@ -281,9 +290,7 @@ class PagedKVCache:
                 )
         drafts = [tables.truncated(sequence.row, length) for tables in self._tables]
         self._current_step = None
-        self._journal.change(
-            *(draft.commit for draft in drafts), partial(setattr, sequence, "length", length)
-        )
+        self._journal.change(*_commits(drafts), partial(setattr, sequence, "length", length))
 
     def seqlen(self, seq_id: int) -> int:
         """Tokens of a sequence."""
@@ -332,11 +339,13 @@ class PagedKVCache:
             *(
                 partial(storage.copy_pages, draft.copies)
                 for storage, draft in zip(self._storage, drafts, strict=True)
+                if draft.copies
             ),
-            *(draft.commit for draft in drafts),
-            *(
-                partial(setattr, self._sequences[seq_id], "length", length + count)
-                for seq_id, length, count in zip(seq_ids, lengths, counts, strict=True)
+            *_commits(drafts),
+            partial(
+                _set_lengths,
+                [self._sequences[seq_id] for seq_id in seq_ids],
+                [length + count for length, count in zip(lengths, counts, strict=True)],
             ),
         )
         return CacheStep(self, num_seqs, num_tokens, max(counts, default=0))

@@ -1,6 +1,6 @@
 #include "torch/check_memory.h"
 
-#include <vector>
+#include <array>
 
 #include "torch/strided_memory.h"
 
@@ -13,26 +13,43 @@ struct Region {
   StridedMemory memory;
 };
 
-std::vector<Region> regions_of(std::initializer_list<NamedTensor> tensors) {
-  std::vector<Region> regions;
-  regions.reserve(tensors.size());
-  for (const NamedTensor& named : tensors) {
-    if (named.tensor == nullptr) continue;
+// Of the tensors that are given, in place: a call has this on its way.
+struct Regions {
+  static constexpr int kMost = 12;
+
+  std::array<Region, kMost> all;
+  int count = 0;
+
+  explicit Regions(std::initializer_list<NamedTensor> tensors) {
+    for (const NamedTensor& named : tensors) {
+      if (named.tensor != nullptr) all[count++] = {named.name, named.tensor, memory_of(named)};
+    }
+  }
+  const Region* begin() const { return all.data(); }
+  const Region* end() const { return all.data() + count; }
+
+ private:
+  static StridedMemory memory_of(const NamedTensor& named) {
     const Tensor& tensor = *named.tensor;
-    const auto bytes = static_cast<int64_t>(tensor.element_size());
-    StridedMemory memory{reinterpret_cast<uintptr_t>(tensor.const_data_ptr()), bytes, {}, false};
     const auto sizes = tensor.sizes(), strides = tensor.strides();
-    memory.dims.reserve(sizes.size());
+    check(sizes.size() <= StridedMemory::kMaxDims, named.name, " must have at most ",
+          StridedMemory::kMaxDims, " dimensions, got shape ", shape_of(tensor));
+    StridedMemory memory{};
+    memory.data = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+    memory.item_bytes = static_cast<int64_t>(tensor.element_size());
+    memory.last_byte = memory.item_bytes - 1;
     for (size_t i = 0; i < sizes.size(); ++i) {
       if (sizes[i] == 0) memory.is_empty = true;
-      if (sizes[i] > 1) memory.dims.push_back({strides[i] * bytes, sizes[i] - 1});
+      if (sizes[i] <= 1) continue;
+      const Term dim{strides[i] * memory.item_bytes, sizes[i] - 1};
+      memory.dims[memory.num_dims++] = dim;
+      memory.last_byte += dim.step * dim.most;
     }
-    regions.push_back({named.name, named.tensor, std::move(memory)});
+    return memory;
   }
-  return regions;
-}
+};
 
-void check_read(const std::vector<Region>& written, const std::vector<Region>& read) {
+void check_read(const Regions& written, const Regions& read) {
   for (const Region& reader : read) {
     for (const Region& writer : written) {
       check(!overlap(writer.memory, reader.memory), reader.name, " must not share memory with ",
@@ -45,24 +62,23 @@ void check_read(const std::vector<Region>& written, const std::vector<Region>& r
 
 void check_memory(std::initializer_list<NamedTensor> written_tensors,
                   std::initializer_list<NamedTensor> read_tensors) {
-  const std::vector<Region> written = regions_of(written_tensors), read = regions_of(read_tensors);
-  for (size_t i = 0; i < written.size(); ++i) {
-    const Region& region = written[i];
+  const Regions written(written_tensors);
+  for (const Region& region : written) {
     const auto strides = region.tensor->strides();
     check(!overlaps_itself(region.memory), region.name,
           " must have memory of its own for each element, since it is written; got strides ",
           Shape{strides.data(), region.tensor->dim()}, " for shape ", shape_of(*region.tensor));
-    for (size_t before = 0; before < i; ++before) {
-      check(!overlap(written[before].memory, region.memory), region.name,
-            " must not share memory with ", written[before].name, ": both are written");
+    for (const Region* before = written.begin(); before != &region; ++before) {
+      check(!overlap(before->memory, region.memory), region.name, " must not share memory with ",
+            before->name, ": both are written");
     }
   }
-  check_read(written, read);
+  check_read(written, Regions(read_tensors));
 }
 
 void check_read_memory(std::initializer_list<NamedTensor> written,
                        std::initializer_list<NamedTensor> read) {
-  check_read(regions_of(written), regions_of(read));
+  check_read(Regions(written), Regions(read));
 }
 
 }  // namespace sink_attention::binding

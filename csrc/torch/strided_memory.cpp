@@ -92,12 +92,6 @@ class Search {
   std::set<std::pair<int, int64_t>> tried_;
 };
 
-int64_t span(const StridedMemory& memory) {
-  int64_t bytes = memory.item_bytes - 1;
-  for (const Term& dim : memory.dims) bytes += dim.step * dim.most;
-  return bytes;
-}
-
 }  // namespace
 
 bool is_sum_of(std::vector<Term> terms, int64_t target) {
@@ -106,16 +100,16 @@ bool is_sum_of(std::vector<Term> terms, int64_t target) {
 
 // An offset into a equals one into b. With those of b counted from its end that is a sum of both.
 bool overlap(const StridedMemory& a, const StridedMemory& b) {
+  const int64_t distance = static_cast<int64_t>(b.data - a.data);
+  if (distance > a.last_byte || distance + b.last_byte < 0) return false;  // the common case
   if (a.is_empty || b.is_empty) return false;
-  const int64_t distance = static_cast<int64_t>(b.data - a.data), span_b = span(b);
-  if (distance > span(a) || distance + span_b < 0) return false;  // the common case
   std::vector<Term> terms{{1, a.item_bytes - 1}, {1, b.item_bytes - 1}};
   for (const StridedMemory* memory : {&a, &b}) {
-    for (const Term& dim : memory->dims) {
-      if (dim.step > 0) terms.push_back(dim);
+    for (int i = 0; i < memory->num_dims; ++i) {
+      if (memory->dims[i].step > 0) terms.push_back(memory->dims[i]);
     }
   }
-  return is_sum_of(std::move(terms), distance + span_b);
+  return is_sum_of(std::move(terms), distance + b.last_byte);
 }
 
 // Two places differ by d_i elements in dimension i, -most_i <= d_i <= most_i, and are one where the
@@ -123,19 +117,18 @@ bool overlap(const StridedMemory& a, const StridedMemory& b) {
 // from -most_i (from 1 in k) that is a sum of terms.
 bool overlaps_itself(const StridedMemory& memory) {
   if (memory.is_empty) return false;
-  std::vector<Term> dims = memory.dims;
-  std::sort(dims.begin(), dims.end(), [](const Term& a, const Term& b) { return a.step < b.step; });
-  std::vector<Term> smaller;
+  std::array<Term, StridedMemory::kMaxDims> dims = memory.dims;
+  std::sort(dims.begin(), dims.begin() + memory.num_dims,
+            [](const Term& a, const Term& b) { return a.step < b.step; });
   int64_t reach = 0;  // of the smaller steps
-  for (const Term& dim : dims) {
-    if (dim.step == 0) return true;
-    if (dim.step <= reach) {  // else a step of this dimension leads beyond all of them
-      std::vector<Term> terms = smaller;
-      terms.push_back({dim.step, dim.most - 1});
-      if (is_sum_of(std::move(terms), reach - dim.step)) return true;
+  for (int k = 0; k < memory.num_dims; ++k) {
+    if (dims[k].step == 0) return true;
+    if (dims[k].step <= reach) {  // else a step of this dimension leads beyond all of them
+      std::vector<Term> terms{{dims[k].step, dims[k].most - 1}};
+      for (int i = 0; i < k; ++i) terms.push_back({dims[i].step, 2 * dims[i].most});
+      if (is_sum_of(std::move(terms), reach - dims[k].step)) return true;
     }
-    smaller.push_back({dim.step, 2 * dim.most});
-    reach += dim.step * dim.most;
+    reach += dims[k].step * dims[k].most;
   }
   return false;
 }

@@ -1,6 +1,7 @@
 // Which bytes a strided tensor has, and whether two have one in common: exact for every layout.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -16,12 +17,16 @@ struct Term {
 bool is_sum_of(std::vector<Term> terms, int64_t target);
 
 // The elements of a tensor: those of `data`, `item_bytes` each, at all combinations of multiples of
-// `dims` (without those of one element). No element where `is_empty`.
+// its dimensions (without those of one element).
 struct StridedMemory {
+  static constexpr int kMaxDims = 8;
+
   uintptr_t data;
   int64_t item_bytes;
-  std::vector<Term> dims;  // a step may be 0
+  std::array<Term, kMaxDims> dims;  // a step may be 0
+  int num_dims;
   bool is_empty;
+  int64_t last_byte;  // counted from data
 };
 
 bool overlap(const StridedMemory& a, const StridedMemory& b);

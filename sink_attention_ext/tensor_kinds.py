@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+STRIDED = torch.strided  # a look-up less in each call
+
 
 def check_kind(name: str, tensor: Tensor) -> None:
     """A strided tensor: neither nested nor sparse nor in mkldnn's layout. (Quantised ones are
     refused by their dtype; torch negates those with a negative bit on the way to the operator.)"""
-    if tensor.layout is torch.strided and not tensor.is_nested:
+    if tensor.layout is STRIDED and not tensor.is_nested:
         return
     if tensor.is_nested:
         raise TypeError(

@@ -17,7 +17,6 @@ from torch import Tensor
 from sink_attention_ext import flash_attn_with_kvcache, ops, reshape_and_cache
 
 HEADS, DIM = 2, 16
-BACKENDS = ("inductor", "aot_eager")
 SIZES = ((6, 4, 3), (7, 8, 5), (9, 8, 5))  # pages, page size, tokens of call after call
 
 Layout = tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Callable[[int, int], tuple[int, ...]]]
@@ -79,13 +78,13 @@ def test_caches_of_one_buffer(
     layout: str, function: Callable[..., None], dynamic: bool | None
 ) -> None:
     step = write_to(layout, function)
-    check_writes(layout, step, torch.compile(step, dynamic=dynamic))
+    check_writes(layout, step, torch.compile(step, dynamic=dynamic, fullgraph=True))
 
 
 @pytest.mark.parametrize("layout", ["heads first", "side by side"])
 def test_caches_of_one_buffer_in_other_layouts(layout: str) -> None:
     step = write_to(layout, write)
-    check_writes(layout, step, torch.compile(step, dynamic=True))
+    check_writes(layout, step, torch.compile(step, dynamic=True, fullgraph=True))
 
 
 def test_scales_of_one_buffer() -> None:
@@ -94,7 +93,7 @@ def test_scales_of_one_buffer() -> None:
     def step(both: Tensor, scales: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
         reshape_and_cache(k, v, both[0], both[1], slots, scales[0], scales[1])
 
-    call = torch.compile(step, dynamic=True)
+    call = torch.compile(step, dynamic=True, fullgraph=True)
     for pages, page_size, tokens in SIZES:
         both = torch.zeros(2, pages, page_size, HEADS, DIM, dtype=torch.int8)
         scales = torch.ones(2, pages, page_size, HEADS)
@@ -117,7 +116,7 @@ def test_results_of_one_buffer() -> None:
             0.0, 0, 0, None, out=outs[1], lse=lses[1],
         )  # fmt: skip
 
-    call = torch.compile(step, dynamic=True)
+    call = torch.compile(step, dynamic=True, fullgraph=True)
     for batch in (2, 3, 5):
         outs, lses = torch.zeros(2, batch, 1, 4, DIM), torch.zeros(2, batch, 4, 1)
         expected = outs.clone(), lses.clone()
@@ -141,7 +140,7 @@ def test_sizes_that_stay_make_no_guard_of_offsets_known() -> None:
     def step(k_cache: Tensor, v_cache: Tensor, k: Tensor, slots: Tensor) -> None:
         reshape_and_cache(k, k, k_cache, v_cache, slots)
 
-    call = torch.compile(step, backend=backend, dynamic=True)
+    call = torch.compile(step, backend=backend, dynamic=True, fullgraph=True)
     for pages, page_size, tokens in ((6, 4, 3), (7, 8, 5), (9, 10, 7)):
         caches = [torch.zeros(pages, page_size, HEADS, DIM) for _ in range(2)]
         call(*caches, torch.ones(tokens, HEADS, DIM), torch.arange(tokens))

@@ -159,9 +159,8 @@ def _backward_merge_attn_states(
 
 
 def refuse_tangents(function: str, *tensors: Any) -> None:
-    """Raises a NotImplementedError if one of the tensors carries a forward-mode derivative."""
-    if forward_ad._current_level < 0:  # no torch.func.jvp and no dual_level runs
-        return
+    """Raises a NotImplementedError if one of the tensors carries a forward-mode derivative. Where
+    forward_ad._current_level is below 0, no torch.func.jvp or dual_level runs: none can."""
     for tensor in tensors:
         if isinstance(tensor, (list, tuple)):
             refuse_tangents(function, *tensor)
@@ -183,7 +182,8 @@ def refuse_gradient(
             f"{function} is not differentiable, but one of its tensors requires grad: call it "
             f"under torch.no_grad(), or use {instead} instead"
         )
-    refuse_tangents(function, *tensors)
+    if forward_ad._current_level >= 0:
+        refuse_tangents(function, *tensors)
     if torch._C._are_functorch_transforms_active() and any(map(batching.is_mapped, tensors)):
         raise NotImplementedError(
             f"{function} has no batching rule for torch.vmap: fold the mapped dimension into the "
@@ -359,11 +359,15 @@ def _differentiable(
         },
     )
 
+    below_autograd = torch._C._after_autograd_keyset
+
     def kernel(keyset: Any, *args: Any) -> Any:
-        refuse_tangents(f"sink_attention_ext::{name}", *args)
+        if forward_ad._current_level >= 0:
+            refuse_tangents(f"sink_attention_ext::{name}", *args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return gradient.apply(keyset, *args)
-        return _below_autograd(op, keyset, *args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & below_autograd, *args)
 
     return kernel
 
@@ -387,7 +391,8 @@ def _differentiable_merge() -> Callable[..., Any]:
             return None, None, ds_aux, *douts, *dlses
 
     def kernel(keyset: Any, outs: Any, lses: Any, s_aux: Tensor | None) -> Any:
-        refuse_tangents("sink_attention_ext::merge_attn_states", outs, lses, s_aux)
+        if forward_ad._current_level >= 0:
+            refuse_tangents("sink_attention_ext::merge_attn_states", outs, lses, s_aux)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*outs, *lses, s_aux):
             return GradientOfMerge.apply(keyset, len(outs), s_aux, *outs, *lses)
         return _below_autograd(op, keyset, outs, lses, s_aux)

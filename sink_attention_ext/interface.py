@@ -95,8 +95,14 @@ def flash_attn_func(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it. Nothing has been
             computed.
-        RuntimeError: from a second derivative, which is not implemented, and with float8 q, k and v
-            where s_aux or a descale requires grad.
+        RuntimeError: from a second derivative, which is not implemented, with float8 q, k and v
+            where s_aux or a descale requires grad, and under torch's context_parallel, in which
+            sink_attention_ext.parallel.context_parallel_attn_func takes this function's place.
+        NotImplementedError: under forward-mode AD (torch.func.jvp, jacfwd, dual tensors).
+
+    torch.func's grad, vjp and jacrev, and torch.vmap over any of the tensors, work; vmap over a
+    gradient gives each sample's own, of s_aux too. FlopCounterMode counts as it does for
+    scaled_dot_product_attention, and sliding windows by the pairs that are visible.
 
     Under torch.autocast q, k and v are cast to autocast's dtype unless they are float8; s_aux and
     lse are not.
@@ -185,7 +191,8 @@ def flash_attn_varlen_func(
         TypeError, ValueError: an argument does not fit; the message names it.
         RuntimeError: lengths inside cu_seqlens or seqused_k are out of range (checked by the
             operator before it computes; on CUDA under set_debug_checks only), a second derivative
-            is taken, or a gradient with float8 q, k and v.
+            is taken, or a gradient with float8 q, k and v, or torch's context_parallel is on.
+        NotImplementedError: under forward-mode AD, and torch.vmap over lengths.
 
     Example::
 

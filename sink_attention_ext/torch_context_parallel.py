@@ -12,10 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-_HOMES = (  # since torch 2.10, and before
-    "torch.distributed.tensor.experimental._context_parallel._attention",
-    "torch.distributed.tensor.experimental._attention",
-)
+_NEW_HOME = "torch.distributed.tensor.experimental._context_parallel._attention"
+_OLD_HOME = "torch.distributed.tensor.experimental._attention"  # before torch 2.10
 
 
 def _is_patched() -> bool:
@@ -27,7 +25,7 @@ def _is_patched() -> bool:
 def _is_dispatched() -> bool:
     """By that too, and by _enable_context_parallel_dispatcher() for wrapped modules: DTensors of
     scaled_dot_product_attention go to the ring."""
-    for home in _HOMES:
+    for home in (_NEW_HOME, _OLD_HOME):
         dtensor: Any = getattr(sys.modules.get(home), "DTensor", None)
         handlers = getattr(getattr(dtensor, "_op_dispatcher", None), "_custom_op_handlers", {})
         if torch.ops.aten._scaled_dot_product_flash_attention.default in handlers:
@@ -35,8 +33,8 @@ def _is_dispatched() -> bool:
     return False
 
 
-def is_on() -> bool:
-    if _HOMES[0] not in sys.modules and _HOMES[1] not in sys.modules:
+def is_on(modules: dict[str, Any] = sys.modules) -> bool:
+    if _NEW_HOME not in modules and _OLD_HOME not in modules:
         return False
     return _is_patched() or _is_dispatched()
 

@@ -104,9 +104,7 @@ def test_decode(
 
 
 @instruction_sets
-def test_queries_gradient_over_many_keys(
-    set_instruction_set: SetInstructionSet, name: str
-) -> None:
+def test_queries_gradient_over_many_keys(set_instruction_set: SetInstructionSet, name: str) -> None:
     """dq is a sum of equal terms: two kinds of keys, opposite to each other in k and in v."""
     set_instruction_set(name)
     for keys in LENGTHS:

@@ -47,8 +47,7 @@ void check_exp2(const char* name, double most, double most_mean, const Exp2& exp
 
 SA_SUITE(exp2) {
   check_exp2("float32", 2.5e-7, 2e-8, [](Vec<float> x) { return exp2(x); });
-  check_exp2("bfloat16 weights", 3.6e-6, 2e-8,
-             [](Vec<float> x) { return exp2_by(kExp2Fast, x); });
+  check_exp2("bfloat16 weights", 3.6e-6, 2e-8, [](Vec<float> x) { return exp2_by(kExp2Fast, x); });
 }
 
 }  // namespace sink_attention::tests

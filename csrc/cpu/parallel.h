@@ -48,6 +48,7 @@ class KeptBuffer {
   explicit KeptBuffer(int64_t bytes) : is_kept_(bytes <= kMostKept && !kept().in_use) {
     if (!is_kept_) {
       own_ = AlignedBuffer(bytes);
+      data_ = own_.data();
       return;
     }
     Kept& mine = kept();
@@ -58,13 +59,14 @@ class KeptBuffer {
       mine.bytes = bytes;
     }
     mine.in_use = true;
+    data_ = mine.buffer.data();
   }
   KeptBuffer(const KeptBuffer&) = delete;
   KeptBuffer& operator=(const KeptBuffer&) = delete;
   ~KeptBuffer() {
     if (is_kept_) kept().in_use = false;
   }
-  char* data() const { return is_kept_ ? kept().buffer.data() : own_.data(); }
+  char* data() const { return data_; }  // on any thread
 
  private:
   static constexpr int64_t kMostKept = int64_t{4} << 20;
@@ -78,6 +80,7 @@ class KeptBuffer {
     return mine;
   }
   AlignedBuffer own_{0};
+  char* data_;
   bool is_kept_;
 };
 

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -40,6 +40,14 @@ def _gradient_of_out(dout: Tensor | None, out: Tensor) -> Tensor:
     return dout if dout.stride(-1) == 1 else dout.contiguous()
 
 
+def _backward_options(options: Sequence[Any]) -> tuple[Any, ...]:
+    """A backward's last arguments. `deterministic` is also what torch asks of its own operators
+    when they run: torch.use_deterministic_algorithms."""
+    *first, deterministic, num_sink_tokens = options
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    return *first, deterministic, num_sink_tokens
+
+
 def _setup_flash_attn(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, s_aux, *ctx.options = inputs
     ctx.save_for_backward(q, k, v, *output, s_aux)
@@ -53,7 +61,8 @@ def _backward_flash_attn(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> 
         return (None,) * 4 + not_differentiable
     _check_kinds(dout, dlse)
     dout = _gradient_of_out(dout, out)
-    dq, dk, dv, ds_aux = ops.flash_attn_bwd(dout, dlse, q, k, v, out, lse, s_aux, *ctx.options)
+    options = _backward_options(ctx.options)
+    dq, dk, dv, ds_aux = ops.flash_attn_bwd(dout, dlse, q, k, v, out, lse, s_aux, *options)
     return dq, dk, dv, None if s_aux is None else ds_aux, *not_differentiable
 
 
@@ -75,8 +84,9 @@ def _backward_flash_attn_varlen(
     _check_kinds(dout, dlse)
     dout = _gradient_of_out(dout, out)
     dq, dk, dv, ds_aux = ops.flash_attn_varlen_bwd(
-        dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, s_aux, *ctx.options
-    )
+        dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, s_aux,
+        *_backward_options(ctx.options),
+    )  # fmt: skip
     ds_aux = None if s_aux is None else ds_aux
     return dq, dk, dv, None, None, None, ds_aux, *not_differentiable
 

@@ -12,8 +12,10 @@ def set_debug_checks(on: bool) -> None:
 
     On the CPU they always are. On CUDA the host has to wait for the device to see them, at every
     call, so this is for finding an error. While it is off, such values on CUDA are the caller's to
-    keep right: slots out of range are skipped, other values out of range read memory that is not
-    theirs.
+    keep right. Whatever they are, no kernel reads or writes outside of the tensors that it is
+    given: a sequence is cut where its rows, its keys or its row of the block table end, keys of a
+    page that the cache does not have count as zeros, and tokens with a slot out of range are
+    skipped. Such a sequence's results are wrong, and those of others that it overlaps.
 
     For the whole process, all threads and devices.
 

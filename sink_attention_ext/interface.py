@@ -77,7 +77,8 @@ def flash_attn_func(
             softcap in the range of softmax_scale.
         s_aux: (num_heads_q,) sinks of any of the four float dtypes, whatever q has; read as
             float32, its gradient comes in its own dtype.
-        deterministic: makes the backward bitwise repeatable (on the CPU it always is).
+        deterministic: makes the backward bitwise repeatable (on the CPU it always is). So does
+            torch.use_deterministic_algorithms(True), if it is on when the backward runs.
         return_lse: also return lse.
         num_sink_tokens: the first keys, which stay visible beside the window (StreamingLLM). Those
             between them and the window are not loaded.

@@ -169,10 +169,13 @@ SLOW_WHEN_EMULATED = {
 # computed by the others, which emulated-sm80 has tested. So only files whose calls reach them, and
 # of these the tests that `_reaches_hopper`. One that then runs none of their thread blocks fails.
 HOPPER_FILES = {
+    "test_bad_lengths_paged.py",
+    "test_bad_lengths_varlen.py",
     "test_batch_invariance.py",
     "test_decode.py",
     "test_dense.py",
     "test_edges.py",
+    "test_equal_keys.py",
     "test_fp8_forward.py",
     "test_fuzz.py",
     "test_gradients.py",

@@ -39,9 +39,8 @@ class _Call:
         """The last arguments of flash_attn_fwd and of flash_attn_bwd, which are the same."""
         window = (tile.window_left, tile.window_right)
         num_sink_tokens = 0  # a tile does not begin at the sequence's first token
-        return (
-            self.softmax_scale, False, *window, self.softcap, self.deterministic, num_sink_tokens
-        )  # fmt: skip
+        deterministic = self.deterministic or torch.are_deterministic_algorithms_enabled()
+        return self.softmax_scale, False, *window, self.softcap, deterministic, num_sink_tokens
 
 
 def _rows_and_keys(tile: Tile) -> tuple[slice, slice]:

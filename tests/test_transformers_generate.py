@@ -134,8 +134,13 @@ def test_sliding_layers_keep_a_bounded_cache(model):
     assert kept == {"sliding_attention": WINDOW - 1, "full_attention": 100}
 
 
-def test_generate_under_autocast(model):
-    """Decoding reads the cache in the cache's dtype; the tokens are those of a whole forward."""
+def test_generate_under_autocast():
+    """Decoding reads the cache in the cache's dtype; the tokens are those of a whole forward.
+
+    Every expert takes part. Which ones would be chosen is a jump, on which the rounding of bfloat16
+    decides where two are alike, and that differs from CPU to CPU.
+    """
+    model = gpt_oss(num_experts_per_tok=4)
     ids = tokens(2, 24)
     mask = padding_mask(24, [24, 15], "left")
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -144,7 +149,7 @@ def test_generate_under_autocast(model):
     whole = torch.cat([mask, torch.ones(2, NEW - 1, dtype=torch.long)], dim=1)
     run = {"attention_mask": whole, "position_ids": positions(whole)}
     exact = logits(model, ours.sequences[:, :-1], **run)[:, -NEW:]
-    assert steps.isfinite().all() and max_diff(steps, exact) < 0.1 * exact.abs().max()
+    assert steps.isfinite().all() and max_diff(steps, exact) < 0.02 * exact.abs().max()
 
 
 @pytest.mark.slow

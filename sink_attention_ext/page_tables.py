@@ -63,7 +63,8 @@ class PageTables:
             left = 0 if count == 0 else self._num_droppable(length) - self._num_dropped[row]
             left = max(0, left)
             num_leaving.append(left)
-            leaving.update(self._leaving(row, left))
+            if left > 0:
+                leaving.update(self._leaving(row, left))
         changes, needed = [], 0
         for row, length, count, left in zip(rows, lengths, counts, num_leaving, strict=True):
             column, copied_column = length // self.page_size - self._num_dropped[row], -1

@@ -37,7 +37,7 @@ def check(call: Callable[..., tuple[Tensor, Tensor]], leaves: list[Tensor]) -> N
     for loss in LOSSES.values():
         for used in ((0,), (1,), (0, 1)):
             results = call(*leaves)
-            total = sum(loss(results[i].nan_to_num(neginf=0.0).float()) for i in used)
+            total = sum(loss(results[i]) for i in used)
             for x, gradient in zip(
                 leaves, torch.autograd.grad(total, leaves, allow_unused=True), strict=True
             ):
@@ -72,7 +72,7 @@ def test_no_keys(dtype: torch.dtype) -> None:
     s_aux = leaf(2, dtype=torch.float32)
     for loss in LOSSES.values():
         out, lse = flash_attn_func(q, k, v, s_aux=s_aux, return_lse=True)
-        gradients = torch.autograd.grad(loss(out.float()) + lse.sum(), (q, k, v, s_aux))
+        gradients = torch.autograd.grad(loss(out) + lse.sum(), (q, k, v, s_aux))
         assert not any(x.any() for x in gradients[:3])
         assert torch.equal(gradients[3], torch.full((2,), 8.0))
 

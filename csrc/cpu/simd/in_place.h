@@ -113,12 +113,9 @@ SA_INLINE void accumulate_columns(const char* const* values, int64_t offset, int
   using Real = typename Arithmetic::Real;
   constexpr int kStep = kLanes<Real>;
   const auto place = [&](int row, int n) { return out + row * out_stride + n * kStep; };
+  Real factor[kRows];
   SA_UNROLL
-  for (int row = 0; row < kRows; ++row) {
-    SA_UNROLL
-    for (int n = 0; n < kTileVecs; ++n)
-      store(place(row, n), rescaled<Real>(load(place(row, n)), rescale[row]));
-  }
+  for (int row = 0; row < kRows; ++row) factor[row] = rescale[row];
   int64_t end = rest_of_chain < depth ? rest_of_chain : depth;
   for (int64_t k = 0; k < depth; end = min_of(end + kChainUnits, depth)) {
     Vec<Real> sum[kRows][kTileVecs] = {};
@@ -136,7 +133,9 @@ SA_INLINE void accumulate_columns(const char* const* values, int64_t offset, int
     SA_UNROLL
     for (int row = 0; row < kRows; ++row) {
       SA_UNROLL
-      for (int n = 0; n < kTileVecs; ++n) store(place(row, n), load(place(row, n)) + sum[row][n]);
+      for (int n = 0; n < kTileVecs; ++n)
+        store(place(row, n), rescaled<Real>(load(place(row, n)), factor[row]) + sum[row][n]);
+      factor[row] = 1;
     }
   }
 }

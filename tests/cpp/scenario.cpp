@@ -50,6 +50,7 @@ void set_queries(Scenario& s, const Spec& spec, int64_t batch, int64_t rows, boo
     p.out_stride_batch = rows * p.out_stride_row;
     p.lse_stride_batch = p.num_heads_q * rows;
   }
+  p.total_q = s.q_rows;
   p.q = s.q.data();
   p.out = s.out.data();
   p.lse = s.lse.data();
@@ -71,7 +72,7 @@ void set_dense(Scenario& s, const Spec& spec, Random& random) {
   p.seqlen_q = spec.seqlen_q;
   p.seqlen_k = spec.seqlen_k;
   set_queries(s, spec, p.batch, spec.seqlen_q, false, random);
-  s.k_rows = p.batch * spec.seqlen_k;
+  p.total_k = s.k_rows = p.batch * spec.seqlen_k;
   s.k = Array::normal(spec.dtype, s.k_rows * p.num_heads_kv * p.head_dim, random);
   s.v = Array::normal(spec.dtype, s.k_rows * p.num_heads_kv * p.head_dim_v, random);
   set_kv_strides(p, spec.seqlen_k, spec.head_major);
@@ -88,7 +89,7 @@ void set_varlen(Scenario& s, const Spec& spec, Random& random) {
   p.seqlen_q = std::max<int64_t>(spec.seqlen_q, 3);
   p.seqlen_k = spec.seqlen_k;
   set_queries(s, spec, p.batch, s.cu_seqlens_q.back() + kUnusedRows, true, random);
-  s.k_rows = s.cu_seqlens_k.back() + kUnusedRows;
+  p.total_k = s.k_rows = s.cu_seqlens_k.back() + kUnusedRows;
   s.k = Array::normal(spec.dtype, s.k_rows * p.num_heads_kv * p.head_dim, random);
   s.v = Array::normal(spec.dtype, s.k_rows * p.num_heads_kv * p.head_dim_v, random);
   set_kv_strides(p, s.k_rows, spec.head_major);
@@ -120,6 +121,7 @@ void set_paged(Scenario& s, const Spec& spec, Random& random) {
   p.page_size = spec.page_size;
   const int64_t max_pages = spec.seqlen_k / spec.page_size + 2;
   const int64_t num_pages = p.batch * max_pages;
+  p.num_pages = num_pages;
   p.seqlen_k = max_pages * spec.page_size;
   p.block_table_stride = max_pages + 1;
   s.block_table.assign(p.batch * p.block_table_stride, -12345);

@@ -13,8 +13,6 @@
 // column fall into different banks.
 #pragma once
 
-#include <cstdint>
-
 #include "primitives/memory.h"
 #include "primitives/warp.h"
 
@@ -83,15 +81,17 @@ SA_DEVICE void add_dots(Real (&s)[kRows][kCols], const TileA& a_tile, int a_col,
 
 // acc[i][e] += sum over rows k < depth of  w(y + 8 i, k) * b(k, kVector * x + e).
 //
-// The sum starts from zero and is added once. Were it added number by number, the sums over n
-// blocks would be chains of n times as many additions, each of which rounds a number as large as
-// the result.
+// In float32 the sum starts from zero and is added once. Were it added number by number, the sums
+// over n blocks would be chains of n times as many additions, each of which rounds a number as
+// large as the result. Float64 has digits to spare, and needs the registers.
 template <class Real, int kRows, class TileW, class TileB>
 SA_DEVICE void add_products(Real (&acc)[kRows][kVector<Real>], const TileW& w_tile,
                             const TileB& b_tile, int depth) {
   static_assert(TileW::kRows == kRows * kThreadRows && TileW::kCols == TileB::kRows,
                 "summed over all rows of b");
-  Real sum[kRows][kVector<Real>] = {};
+  constexpr bool kStartsFromZero = sizeof(Real) == 4;
+  Real part[kRows][kVector<Real>] = {};
+  auto& sum = kStartsFromZero ? part : acc;
   for (int k = 0; k < depth; k += kVector<Real>) {
     Vector<Real> w[kRows];
     SA_UNROLL
@@ -106,10 +106,12 @@ SA_DEVICE void add_products(Real (&acc)[kRows][kVector<Real>], const TileW& w_ti
       }
     }
   }
-  SA_UNROLL
-  for (int i = 0; i < kRows; ++i) {
+  if constexpr (kStartsFromZero) {
     SA_UNROLL
-    for (int n = 0; n < kVector<Real>; ++n) acc[i][n] += sum[i][n];
+    for (int i = 0; i < kRows; ++i) {
+      SA_UNROLL
+      for (int n = 0; n < kVector<Real>; ++n) acc[i][n] += part[i][n];
+    }
   }
 }
 
@@ -159,13 +161,12 @@ SA_DEVICE Real sum_over_row(Real value) {
 // zero again, so that of 131072 numbers no chain of additions is longer than 128. Blocks are
 // counted from the first key (or row): which numbers are summed first does not depend on a walk's
 // begin.
-template <class Real>
-constexpr int kBlocksOfSum = sizeof(Real) == 4 ? 16 : INT32_MAX;
+constexpr int kBlocksOfSum = 16;
 
 // Which of the sums a block belongs to.
 template <class Real>
 SA_DEVICE int sum_of_block(int block) {
-  return block / kBlocksOfSum<Real>;
+  return sizeof(Real) == 4 ? block / kBlocksOfSum : 0;
 }
 
 // Writes a thread's numbers of one row and chunk: those from column col on that are below dim. With

@@ -112,8 +112,11 @@ struct FlashBwdDkDvKernel {
         if (c >= Stream::num_chunks(dout)) break;
         // The first call's barrier also makes P^T all threads' to read.
         const auto& chunk = stream.next();
+        // In float32 the first sums of dV come before dP, which then takes their registers.
+        constexpr bool kSumsFirst = sizeof(Real) == 4;
+        if constexpr (kSumsFirst) add_products(dv[c], storage.weights, chunk, depth);
         add_dots(dp, storage.v, c * kChunkCols<Real>, chunk, chunk_depth<Real>(dout.dim, c));
-        add_products(dv[c], storage.weights, chunk, depth);
+        if constexpr (!kSumsFirst) add_products(dv[c], storage.weights, chunk, depth);
       }
       primitives::sync_warp();  // a row of P^T is its half warp's: nobody else may still read it
       SA_UNROLL

@@ -201,13 +201,6 @@ def refuse_gradient(
         )
 
 
-def _mutated_arguments(op: Any) -> list[tuple[int, str]]:
-    """Places and names of the arguments that an operator writes."""
-    arguments = op._schema.arguments
-    is_mutated = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
-    return [(i, a.name) for i, a in enumerate(arguments) if is_mutated[i]]
-
-
 def _counting_changes(name: str) -> Callable[..., Any]:
     """ADInplaceOrView kernel of an operator, where torch counts in-place changes of its arguments.
 
@@ -215,11 +208,14 @@ def _counting_changes(name: str) -> Callable[..., Any]:
     for a backward before.
     """
     op = ops.lookup(name)
-    mutated = _mutated_arguments(op)
+    arguments = op._schema.arguments
+    is_mutated = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
+    mutated = [(i, a.name) for i, a in enumerate(arguments) if is_mutated[i]]
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         changed = [args[i] if i < len(args) else kwargs[name] for i, name in mutated]
         for (_, argument), tensor in zip(mutated, changed, strict=True):
+            check_written_kind(argument, tensor)
             if tensor.is_inference() and not torch.is_inference_mode_enabled():
                 raise RuntimeError(  # as torch's own in-place operators do
                     f"{argument} must not be a tensor that was made in inference mode, which is "
@@ -236,12 +232,9 @@ def _counting_changes(name: str) -> Callable[..., Any]:
 def _without_gradient(name: str) -> Callable[..., Any]:
     """Autograd kernel of an operator without gradient; counts, too, which saves a dispatch."""
     count_and_call = _counting_changes(name)
-    mutated = _mutated_arguments(ops.lookup(name))
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         refuse_gradient(f"sink_attention_ext::{name}", *args, *kwargs.values())
-        for i, argument in mutated:
-            check_written_kind(argument, args[i] if i < len(args) else kwargs[argument])
         return count_and_call(*args, **kwargs)
 
     return kernel

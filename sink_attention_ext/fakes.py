@@ -160,7 +160,7 @@ def _paged_attn(
 
 
 def _check_paged_attn(*args: Any) -> None:
-    _paged_attn(*args)
+    _paged_attn(*args[:-1])  # the last one is cache_seqlens
 
 
 def _fix_layout(*written: Tensor) -> None:

@@ -131,7 +131,7 @@ def flash_attn_with_kvcache(
             with tree_mask.
         softmax_scale, causal, window_size, softcap, s_aux, return_lse, num_sink_tokens: as in
             flash_attn_func. Pages between the sink tokens and the window need not exist.
-        num_splits: parts into which the keys are cut, computed apart and merged; 0: chosen for you;
+        num_splits: parts into which the keys are cut at most, computed apart, merged; 0: chosen;
             1: never, which is also the batch-invariant mode: a token's out and lse then have the
             same bits alone and in any batch, prefilled whole, in chunks of any size or decoded,
             wherever its pages lie, as long as its row of the block table begins at its first token

@@ -215,6 +215,8 @@ def _counting_changes(name: str) -> Callable[..., Any]:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         changed = [args[i] if i < len(args) else kwargs[name] for i, name in mutated]
         for (_, argument), tensor in zip(mutated, changed, strict=True):
+            if tensor is None:  # the dispatcher lets it pass for a tensor
+                raise TypeError(f"{argument} must be a torch.Tensor; got None")
             check_written_kind(argument, tensor)
             if tensor.is_inference() and not torch.is_inference_mode_enabled():
                 raise RuntimeError(  # as torch's own in-place operators do

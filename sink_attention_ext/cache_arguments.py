@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from sink_attention_ext import checks, ops
+from sink_attention_ext.fake_checks import number_text
 from sink_attention_ext.reference import WindowSize
+
+MOST = 2**62  # of anything, bytes among them: sums of two are int64
 
 
 def check_count(name: str, value: Any, at_least: int = 0) -> int:
-    if checks.check_int(name, value) < at_least:
-        raise ValueError(f"{name} must be at least {at_least}; got {value}")
+    if not at_least <= checks.check_int(name, value) <= MOST:
+        raise ValueError(f"{name} must be from {at_least} to {MOST}; got {number_text(value)}")
     return value
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from sink_attention_ext import checks, ops
-from sink_attention_ext.tensor_kinds import check_written_kind
+from sink_attention_ext.tensor_kinds import check_kind, check_written_kind
 
 K_NEW = ("batch", "seqlen_new", "num_heads_kv", "head_dim")
 V_NEW = ("batch", "seqlen_new", "num_heads_kv", "head_dim_v")
@@ -104,6 +104,7 @@ def _check_scale(name: str, scale: Any, k_cache: Tensor) -> Tensor:
             f"{name} must be a float32 tensor of shape {shapes} for {k_cache.dtype} caches; got "
             f"{type(scale).__name__}"
         )
+    check_kind(name, scale)
     if scale.dtype != torch.float32:
         raise TypeError(f"{name} must have dtype torch.float32; got {scale.dtype}")
     is_static = scale.dim() == 0 or (scale.dim() == 1 and scale.shape[0] in (1, num_heads_kv))

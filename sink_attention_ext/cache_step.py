@@ -218,8 +218,6 @@ class CacheStep:
             q,
             self._cache.k_cache(layer),
             self._cache.v_cache(layer),
-            None,
-            None,
             softmax_scale=softmax_scale,
             softcap=softcap,
             s_aux=s_aux,
@@ -228,7 +226,7 @@ class CacheStep:
             tree_mask=tree_mask,
             write=write,
             function="CacheStep.attend",
-            **({"num_sink_tokens": 0, "k_scale": None, "v_scale": None} | kwargs),
+            **kwargs,
         )
 
     def _group(self, layer: int) -> int:

@@ -144,8 +144,9 @@ def check_sinks(s_aux: Tensor | None, num_heads: Any, first: Tensor) -> None:
 
 
 class FactorRange(NamedTuple):
-    least: float
-    largest: float
+    least: float  # the smallest normal number
+    largest: float  # more than 20 powers of two below infinity: products with scores are finite
+    largest_ratio: float  # a normal number; beyond, tanh has its ends
     text: str
 
     def holds(self, value: float) -> bool:
@@ -153,14 +154,11 @@ class FactorRange(NamedTuple):
 
 
 def factor_range(dtype: torch.dtype) -> FactorRange:
-    """Of what scores are multiplied with, which is computed in float32, in float64 for float64.
-
-    More than 20 powers of two from where numbers become denormal or infinite, so that products
-    with scores are neither.
-    """
+    """Of what scores are multiplied with, which is computed in float32, in float64 for float64."""
     if dtype == torch.float64:
-        return FactorRange(2.0**-1000, 2.0**1000, "2**-1000 to 2**1000 (float64)")
-    return FactorRange(2.0**-100, 2.0**100, "2**-100 to 2**100 (float32)")
+        text = "2**-1022 to 2**1000 (float64)"
+        return FactorRange(2.0**-1022, 2.0**1000, 2.0**1022, text)
+    return FactorRange(2.0**-126, 2.0**100, 2.0**126, "2**-126 to 2**100 (float32)")
 
 
 def wrong_softmax_scale(softmax_scale: Any, dtype: torch.dtype) -> str | None:
@@ -184,11 +182,11 @@ def wrong_softcap(softcap: Any, softmax_scale: Any, dtype: torch.dtype) -> str |
             f"softcap must be finite and at least 0, 0.0 (none) or {kept.text}; got "
             f"{number_text(softcap)}"
         )
-    if softmax_scale is None or kept.holds(softmax_scale / softcap):
+    if softmax_scale is None or abs(softmax_scale) <= kept.largest_ratio * softcap:
         return None
     return (
-        f"softmax_scale / softcap must have a magnitude from {kept.text}; got {softmax_scale} / "
-        f"{softcap}"
+        f"softmax_scale / softcap must have a magnitude of at most {kept.largest_ratio:.6g}; got "
+        f"{softmax_scale} / {softcap}"
     )
 
 

@@ -68,7 +68,7 @@ def flash_attn_func(
         k: (batch, seqlen_k, num_heads_kv, head_dim), the dtype of q.
         v: (batch, seqlen_k, num_heads_kv, head_dim_v), the dtype of q; head_dim_v 1 to 256, not
             necessarily head_dim. Strides of q, k and v are free but for the last, which is 1.
-        softmax_scale: factor of the scores <q, k>, of magnitude 2**-100 to 2**100 (2**-1000 to
+        softmax_scale: factor of the scores <q, k>, of magnitude 2**-126 to 2**100 (2**-1022 to
             2**1000 for float64); None is head_dim ** -0.5.
         causal: row i sees no key after its position i + seqlen_k - seqlen_q. Wins over
             window_size[1].

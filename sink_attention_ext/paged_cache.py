@@ -149,6 +149,11 @@ class PagedKVCache:
         )
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype must be a torch.dtype; got {dtype!r}")
+        if dtype not in (*checks.FLOAT_DTYPES, *checks.QUANTISED_DTYPES):
+            raise TypeError(
+                "dtype must be float64, float32, float16, bfloat16, float8_e4m3fn or int8; got "
+                f"{dtype}"
+            )
         device = cache_arguments.check_device(device)
         cache_arguments.check_count("num_sink_tokens", num_sink_tokens)
         checks.check_bool("per_token_head_scales", per_token_head_scales)

@@ -119,3 +119,10 @@ def test_questions_to_a_cache() -> None:
 def test_set_debug_checks(value: Any) -> None:
     with pytest.raises(TypeError, match="on must be True or False"):
         set_debug_checks(value)
+
+
+def test_a_cache_of_another_dtype_or_without_end() -> None:
+    for dtype in (torch.qint8, torch.int32, torch.bool, torch.complex64):
+        refused("dtype", lambda: make_cache(dtype=dtype))  # noqa: B023
+    for name in ("num_pages", "max_num_seqs", "max_seqlen", "max_num_batched_tokens"):
+        refused(name, lambda: make_cache(**{name: 10**400}))  # noqa: B023

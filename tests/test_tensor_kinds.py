@@ -73,6 +73,16 @@ def write() -> dict[str, Any]:
             "v_cache": randn(2, 4, 2, 8)}  # fmt: skip
 
 
+def write_scaled(k_scale: Tensor, v_scale: Tensor) -> None:
+    caches = torch.zeros(2, 2, 4, 2, 8, dtype=torch.int8)
+    k = randn(3, 2, 8)
+    reshape_and_cache(k, k, *caches, torch.tensor([3, 0, 1]), k_scale, v_scale)
+
+
+def scales() -> dict[str, Any]:
+    return {"k_scale": torch.rand(2) + 0.5, "v_scale": torch.rand(2) + 0.5}
+
+
 def merged() -> dict[str, Any]:
     return {"outs[0]": randn(2, 3, 4, 8), "lses[0]": randn(2, 4, 3), "s_aux": randn(4)}
 
@@ -103,6 +113,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = 
     "merge": (lambda **x: merge_attn_states([x["outs[0]"]], [x["lses[0]"]], x["s_aux"]), merged),
     "apply_sink": (apply_sink, applied),
     "float8": (attend_float8, float8),
+    "scales": (write_scaled, scales),
 }
 CASES = [(name, argument) for name, (_, make) in FUNCTIONS.items() for argument in make()]
 

@@ -86,13 +86,13 @@ def test_decode_reads_the_cache_in_place(model, monkeypatch):
 
         monkeypatch.setattr(paged, name, wrapper)
 
-    for name in ("flash_attn_with_kvcache", "flash_attn_varlen_func", "_gather"):
+    for name in ("attend", "flash_attn_varlen_func", "_gather"):
         record(name)
     serve(model, "paged|sink_attention", prompts((9, 5)))
     layers = model.config.num_hidden_layers
     prefill, decode = calls[:layers], calls[layers:]
     assert {name for name, *_ in prefill} == {"flash_attn_varlen_func"}
-    assert {call for call in decode} == {("flash_attn_with_kvcache", 1, 2)}
+    assert {call for call in decode} == {("attend", 1, 2)}
     assert len(decode) == layers * (GREEDY.max_new_tokens - 1)
 
 
@@ -209,3 +209,30 @@ def test_a_forward_without_a_paged_cache_is_refused(model):
     model.set_attn_implementation("paged|sink_attention")
     with pytest.raises(ValueError, match="is for generate_batch"):
         model(tokens(1, 8))
+
+
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("name", ["decode", "chunks"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"scaling": 1e39},
+        {"softcap": -1.0},
+        {"s_aux": torch.zeros(5)},
+        {"max_seqlen_q": 1.5},
+        {"max_seqlen_k": -(2**70)},
+        {"cu_seq_lens_q": torch.tensor([0, 1], dtype=torch.int64)},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_a_refused_layer_has_written_nothing(window, name, wrong):
+    cache, kwargs = batch_of_requests(window, REQUESTS[name])
+    total = int(kwargs["cu_seq_lens_q"][-1])
+    q, k, v = (torch.randn(1, heads, total, 16) for heads in (6, 2, 2))
+    before = cache.key_cache[0].clone(), cache.value_cache[0].clone()
+    module = SimpleNamespace(layer_idx=0, modules=lambda: iter(()))
+    argument = {"scaling": "softmax_scale", "cu_seq_lens_q": "cu_seqlens_q"}
+    with pytest.raises((TypeError, ValueError), match=argument.get(*list(wrong) * 2)):
+        paged.paged_sink_attention(module, q, k, v, cache=cache, **kwargs | wrong)
+    assert torch.equal(before[0], cache.key_cache[0])
+    assert torch.equal(before[1], cache.value_cache[0])

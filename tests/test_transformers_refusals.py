@@ -101,7 +101,7 @@ def test_a_mask_object_is_no_tensor(use: str, kind: str) -> None:
 def test_a_mask_object_is_an_object(kind: str) -> None:
     mask = MASKS[kind]
     assert not hasattr(mask, "shape") and getattr(mask, "dtype", None) is None
-    assert mask is not None and hash(mask) == hash(mask) and mask in {mask: 0}
+    assert mask and mask is not None and hash(mask) == hash(mask) and mask in {mask: 0}
     assert vars(copy.deepcopy(mask)).keys() == vars(mask).keys()
     assert mask.to("meta").q_length == 4
 

@@ -21,18 +21,19 @@ void check_dim_range(const char* name, int64_t value, int64_t largest) {
   check(value >= 1 && value <= largest, name, " must be in [1, ", largest, "], got ", value);
 }
 
-// What scores are multiplied with is computed in float32, in float64 for float64: more than 20
-// powers of two from where numbers become denormal or infinite, so that products with scores are
-// neither.
+// Of what scores are multiplied with, which is computed in float32, in float64 for float64.
 struct FactorRange {
-  double least;
-  double largest;
+  double least;    // the smallest normal number
+  double largest;  // more than 20 powers of two below infinity: products with scores are finite
+  double largest_ratio;  // a normal number; beyond, tanh has its ends
   const char* text;
 };
 
 FactorRange factor_range(DataType dtype) {
-  if (dtype == DataType::kFloat64) return {0x1p-1000, 0x1p1000, "2**-1000 to 2**1000 (float64)"};
-  return {0x1p-100, 0x1p100, "2**-100 to 2**100 (float32)"};
+  if (dtype == DataType::kFloat64) {
+    return {0x1p-1022, 0x1p1000, 0x1p1022, "2**-1022 to 2**1000 (float64)"};
+  }
+  return {0x1p-126, 0x1p100, 0x1p126, "2**-126 to 2**100 (float32)"};
 }
 
 void check_factors(double softmax_scale, double softcap, DataType dtype) {
@@ -45,8 +46,9 @@ void check_factors(double softmax_scale, double softcap, DataType dtype) {
   if (softcap == 0) return;
   check(softcap > 0 && has_range(softcap), "softcap must be finite and at least 0, 0.0 (none) or ",
         range.text, "; got ", softcap);
-  check(has_range(softmax_scale / softcap), "softmax_scale / softcap must have a magnitude from ",
-        range.text, "; got ", softmax_scale, " / ", softcap);
+  check(std::abs(softmax_scale) / softcap <= range.largest_ratio,
+        "softmax_scale / softcap must have a magnitude of at most ", range.largest_ratio, "; got ",
+        softmax_scale, " / ", softcap);
 }
 
 void set_mask(FlashFwdProblem& problem, const MaskArgs& mask) {

@@ -244,6 +244,7 @@ def flash_attn_with_kvcache(
     _refuse(cache_leftpad=cache_leftpad)
     _refuse(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     _refuse_context_parallel(cp_world_size, cp_rank, cp_tot_seqused_k)
+    checks.check_bool("return_softmax_lse", return_softmax_lse)
     is_paged = page_table is not None or block_table is not None
     cache_checks.check_caches(k_cache, v_cache, is_paged)
     if k_cache.dtype in checks.QUANTISED_DTYPES:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sink_attention_ext import checks
 from sink_attention_ext.integrations.mask_object import AttentionMask
 from sink_attention_ext.integrations.mask_pattern import (
     MaskPattern,
@@ -54,6 +55,8 @@ def sink_attention_mask(
         return attention_mask
     if attention_mask is not None:
         _check_padding_mask(attention_mask, batch_size)
+    for name, count in (("q_length", q_length), ("kv_length", kv_length), ("kv_offset", kv_offset)):
+        _check_length(name, count)
     if isinstance(q_offset, Tensor) and q_length > 1 and not is_tracing():
         # A static cache's length is read by the host, but for decoding: that forward may be
         # compiled, and should not depend on a number that changes with each token.
@@ -95,6 +98,13 @@ def mask_of_pattern(
     shape = (q_length, kv_length, rule.causal, rule.window_size)
     bounds = {"key_start": rule.key_start, "key_stop": rule.key_stop}
     return PaddedMask(*shape, **bounds, row_begin=rule.row_begin, key_mask=key_mask)
+
+
+def _check_length(name: str, count: Any) -> None:
+    if isinstance(count, (Tensor, torch.SymInt)):  # which torch.compile traces
+        return
+    if not 0 <= checks.check_int(name, count) <= checks.INT32_MAX:
+        raise ValueError(f"{name} must be from 0 to {checks.INT32_MAX}; got {count}")
 
 
 def _check_padding_mask(attention_mask: Tensor, batch_size: int) -> None:

@@ -77,6 +77,9 @@ class AttentionMask:
     ) -> NoReturn:
         raise _not_a_tensor(cls, f"{getattr(function, '__name__', function)}(..., attention_mask)")
 
+    def __bool__(self) -> bool:
+        return True  # "is there a mask", as of any object; __len__ is refused
+
     __hash__ = object.__hash__  # beside the comparisons, which are refused below
 
 

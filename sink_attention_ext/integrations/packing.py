@@ -22,6 +22,7 @@ from sink_attention_ext.integrations.masks import (
     UnpaddedMask,
     is_tracing,
 )
+from sink_attention_ext.tensor_kinds import check_kind
 
 INT32_MAX = 2**31 - 1
 
@@ -63,9 +64,11 @@ def split_by_positions(
 
 
 def _belong_to_rows(position_ids: Any, batch: int, q_length: int) -> bool:
+    if not isinstance(position_ids, Tensor):
+        return False
+    check_kind("position_ids", position_ids)
     return (
-        isinstance(position_ids, Tensor)
-        and position_ids.dim() == 2
+        position_ids.dim() == 2
         and position_ids.shape[0] in (1, batch)
         and position_ids.shape[1] == q_length
     )

@@ -15,11 +15,13 @@ Our paged operator reads that as pages of one token:
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sink_attention_ext import checks
 from sink_attention_ext.integrations.keywords import (
     PAGED_HARMLESS,
     check_keywords,
@@ -28,7 +30,7 @@ from sink_attention_ext.integrations.keywords import (
 )
 from sink_attention_ext.integrations.transformers import kernel_options, to_compute_dtype
 from sink_attention_ext.interface import flash_attn_varlen_func
-from sink_attention_ext.kvcache import flash_attn_with_kvcache, reshape_and_cache
+from sink_attention_ext.kvcache import attend, reshape_and_cache
 
 
 def paged_sink_attention(
@@ -94,18 +96,24 @@ def paged_sink_attention(
     old_slots, new_slots = read_index[group], write_index[group]
     k_cache, v_cache = cache.key_cache[index], cache.value_cache[index]
 
+    # What attention refuses, it refuses before the write.
+    max_seqlen_k = checks.check_max_seqlen("max_seqlen_k", max_seqlen_k)
+    write = partial(_write, k, v, k_cache, v_cache, new_slots)
     if old_slots.numel() > 0 and (not is_ring or max_seqlen_q == 1):
-        _write(k, v, k_cache, v_cache, new_slots)
         if is_ring:  # one row per request: its own slot stands where read_index has the sentinel
             old_slots = _with_new_slots(old_slots, new_slots, cache.sentinel_index)
-        out = flash_attn_with_kvcache(
+        out = attend(
             q,
             k_cache[:, None],
             v_cache[:, None],
             cache_seqlens=cu_seq_lens_k.diff(),
-            block_table=_block_table(old_slots, cu_seq_lens_k, max_seqlen_k),
+            block_table=_block_table(
+                old_slots, cu_seq_lens_k, min(max_seqlen_k, old_slots.numel())
+            ),
             cu_seqlens_q=cu_seq_lens_q,
             max_seqlen_q=max_seqlen_q,
+            write=write,
+            function='"paged|sink_attention"',
             **options,
         )
         return out, None
@@ -115,9 +123,10 @@ def paged_sink_attention(
         keys, values = (_gather(c, old_slots, is_new, t) for c, t in ((k_cache, k), (v_cache, v)))
     else:
         keys, values = k, v
-    _write(k, v, k_cache, v_cache, new_slots)
     lengths = (cu_seq_lens_q, cu_seq_lens_k, max_seqlen_q, max_seqlen_k)
-    return flash_attn_varlen_func(q, keys, values, *lengths, **options), None
+    out = flash_attn_varlen_func(q, keys, values, *lengths, **options)
+    write()
+    return out, None
 
 
 def _write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:

@@ -249,6 +249,8 @@ def _check_group(group: Any) -> dist.ProcessGroup:
 def _check_shard(q: Any, k: Any, v: Any, s_aux: Any, layout: Any) -> Tensor | None:
     """What can be said of this rank's tensors alone; the checked s_aux."""
     checks.check_qkv(q, k, v, (checks.Q_DENSE, checks.K_DENSE, checks.V_DENSE))
+    if q.device.type == "meta":
+        raise ValueError("q must hold numbers, which ranks exchange; got a meta tensor")
     checks.check_float_dtype("q", q)  # and so k and v: float8 is for the forward of one process
     s_aux = checks.check_s_aux(s_aux, q.shape[2], q.device)
     if q.shape[0] < 1 or q.shape[1] < 1:

@@ -248,7 +248,7 @@ def _without_gradient(name: str) -> Callable[..., Any]:
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype that autocast wants for `tensor`, or None where it leaves the tensor alone."""
     device = tensor.device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # torch has no word on meta
         return None
     if not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return None

@@ -12,12 +12,14 @@ from sink_attention_ext import checks, ops
 from sink_attention_ext.fake_checks import number_text
 from sink_attention_ext.reference import WindowSize
 
-MOST = 2**62  # of anything, bytes among them: sums of two are int64
+MOST_BYTES = 2**62
 
 
-def check_count(name: str, value: Any, at_least: int = 0) -> int:
-    if not at_least <= checks.check_int(name, value) <= MOST:
-        raise ValueError(f"{name} must be from {at_least} to {MOST}; got {number_text(value)}")
+def check_count(name: str, value: Any, at_least: int = 0, at_most: int = checks.INT32_MAX) -> int:
+    if checks.check_int(name, value) < at_least:
+        raise ValueError(f"{name} must be at least {at_least}; got {number_text(value)}")
+    if value > at_most:
+        raise ValueError(f"{name} must be at most {at_most}; got {number_text(value)}")
     return value
 
 
@@ -146,7 +148,7 @@ def pages_by_group(
         return [check_count("num_pages", num_pages, at_least=1)] * len(windows)
 
     pages = [0 if left < 0 else most for left, most in zip(windows, most_pages, strict=True)]
-    rest = check_count("memory_budget", memory_budget)
+    rest = check_count("memory_budget", memory_budget, at_most=MOST_BYTES)
     rest -= sum(count * size for count, size in zip(pages, page_bytes, strict=True))
     for group, left in enumerate(windows):
         if left < 0:  # there is one such group at most

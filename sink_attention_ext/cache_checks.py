@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sink_attention_ext import checks, ops
 from sink_attention_ext.tensor_kinds import check_kind, check_written_kind
@@ -200,9 +201,11 @@ def check_new_kv(
 
 
 def can_read_values(tensor: Tensor) -> bool:
-    """Whether the host may look at the values: eager mode, and no device that it would wait for
-    unasked (set_debug_checks)."""
-    if torch.compiler.is_compiling() or (type(tensor) is not Tensor and is_fake(tensor)):
+    """Whether the host may look at the values: eager mode, no tensor that only wraps others, and no
+    device that it would wait for unasked (set_debug_checks)."""
+    if torch.compiler.is_compiling():
+        return False
+    if type(tensor) is not Tensor and (is_fake(tensor) or is_traceable_wrapper_subclass(tensor)):
         return False
     if tensor.device.type == "cuda":
         return ops.debug_checks() and not torch.cuda.is_current_stream_capturing()

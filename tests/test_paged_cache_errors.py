@@ -244,7 +244,7 @@ def test_what_a_step_refuses() -> None:
         ({"head_dim": 8.0}, TypeError, "head_dim must be an int; got 8.0"),
         ({"max_num_seqs": 0}, ValueError, "max_num_seqs must be at least 1"),
         ({"num_sink_tokens": -1}, ValueError, "num_sink_tokens must be at least 0; got -1"),
-        ({"dtype": torch.int64}, TypeError, "k_cache must have dtype"),
+        ({"dtype": torch.int64}, TypeError, "dtype must be float64"),
         ({"k_scale": torch.ones(())}, ValueError, "k_scale must be None for caches of"),
         ({"dtype": FLOAT8}, TypeError, "k_scale must be a float32 tensor"),
         ({"dtype": FLOAT8, "k_scale": 0.5}, TypeError, "^k_scale must be a tensor.* got 0.5"),

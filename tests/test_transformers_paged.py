@@ -231,7 +231,7 @@ def test_a_refused_layer_has_written_nothing(window, name, wrong):
     q, k, v = (torch.randn(1, heads, total, 16) for heads in (6, 2, 2))
     before = cache.key_cache[0].clone(), cache.value_cache[0].clone()
     module = SimpleNamespace(layer_idx=0, modules=lambda: iter(()))
-    argument = {"scaling": "softmax_scale", "cu_seq_lens_q": "cu_seqlens_q"}
+    argument = {"scaling": "softmax_scale"}
     with pytest.raises((TypeError, ValueError), match=argument.get(*list(wrong) * 2)):
         paged.paged_sink_attention(module, q, k, v, cache=cache, **kwargs | wrong)
     assert torch.equal(before[0], cache.key_cache[0])

@@ -23,6 +23,7 @@ from sink_attention_ext.integrations.masks import (
     is_tracing,
 )
 from sink_attention_ext.integrations.packing import pack
+from sink_attention_ext.tensor_kinds import check_kind
 
 
 def sink_attention_mask(
@@ -55,7 +56,8 @@ def sink_attention_mask(
         return attention_mask
     if attention_mask is not None:
         _check_padding_mask(attention_mask, batch_size)
-    for name, count in (("q_length", q_length), ("kv_length", kv_length), ("kv_offset", kv_offset)):
+    lengths = {"q_length": q_length, "kv_length": kv_length}
+    for name, count in (lengths | {"q_offset": q_offset, "kv_offset": kv_offset}).items():
         _check_length(name, count)
     if isinstance(q_offset, Tensor) and q_length > 1 and not is_tracing():
         # A static cache's length is read by the host, but for decoding: that forward may be
@@ -108,6 +110,10 @@ def _check_length(name: str, count: Any) -> None:
 
 
 def _check_padding_mask(attention_mask: Tensor, batch_size: int) -> None:
+    if isinstance(attention_mask, Tensor):
+        check_kind("attention_mask", attention_mask)
+        if attention_mask.device.type == "meta" and not is_tracing():
+            raise ValueError("attention_mask must hold values, which are read; got a meta tensor")
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         got = (
             f"shape {tuple(attention_mask.shape)}"

@@ -91,6 +91,16 @@ def paged_sink_attention(
         cu_seq_lens_k, max_seqlen_k = cu_seq_lens_k[layer_type], max_seqlen_k[layer_type]
     window = ring if is_ring else sliding_window
     options |= {"causal": True, "window_size": (window - 1 if window else -1, 0)}
+    checks.check_int32("cu_seq_lens_q", cu_seq_lens_q, ("requests + 1",), q.device)
+    checks.check_int32("cu_seq_lens_k", cu_seq_lens_k, ("requests + 1",), q.device)
+    checks.check_size(
+        "cu_seq_lens_k",
+        cu_seq_lens_k,
+        0,
+        "requests + 1",
+        cu_seq_lens_q.shape[0],
+        "as cu_seq_lens_q has",
+    )
 
     group, index = cache.layer_index_to_group_indices[module.layer_idx]
     old_slots, new_slots = read_index[group], write_index[group]

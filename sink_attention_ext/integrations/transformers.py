@@ -153,7 +153,7 @@ def to_compute_dtype(
     As transformers' flash attention does. Under autocast the operators cast by themselves, but for
     those over caches, which take keys and values of one dtype.
     """
-    if torch.is_autocast_enabled(query.device.type):
+    if query.device.type != "meta" and torch.is_autocast_enabled(query.device.type):
         if key.dtype == value.dtype == query.dtype:
             return query, key, value
         dtype = torch.get_autocast_dtype(query.device.type)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sink_attention_ext import checks
+from sink_attention_ext.tensor_kinds import check_kind
 
 LAYOUTS = ("contiguous", "zigzag")
 
@@ -117,6 +118,7 @@ def unshard_sequence(shards: Sequence[Tensor], layout: str = "contiguous", dim: 
     for rank, shard in enumerate(shards):
         if not isinstance(shard, Tensor):
             raise TypeError(f"shards[{rank}] must be a torch.Tensor; got {type(shard).__name__}")
+        check_kind(f"shards[{rank}]", shard)
     if len(shards) == 0 or any(shard.shape != shards[0].shape for shard in shards):
         raise ValueError(
             "shards must be one or more tensors of one shape; got "

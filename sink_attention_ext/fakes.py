@@ -160,7 +160,10 @@ def _paged_attn(
 
 
 def _check_paged_attn(*args: Any) -> None:
-    _paged_attn(*args[:-1])  # the last one is cache_seqlens
+    *arguments, cache_seqlens = args
+    _paged_attn(*arguments)
+    if cache_seqlens is not None:
+        check_device("cache_seqlens", cache_seqlens, args[0])
 
 
 def _fix_layout(*written: Tensor) -> None:

@@ -161,7 +161,8 @@ def test_every_bad_number_is_refused(name: str) -> None:
                 op(*arguments[0], **arguments[1])
 
 
-UNPACKED = {"paged", "paged_tree", "paged_int8_token_scales", "paged_out"}  # q says its length
+# q says its length
+UNPACKED = {"paged", "check_paged", "paged_tree", "paged_int8_token_scales", "paged_out"}
 
 
 def test_symbols_are_compared_only_where_it_is_known() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import transformers
 from tiny_models import gpt_oss, gradients, logits, max_diff, padding_mask, positions, tokens
 from torch import Tensor, nn
 from transformers import DynamicCache, GptOssForCausalLM, StaticCache, masking_utils
@@ -394,24 +395,25 @@ def test_random_rows(seed: int) -> None:
         assert out.isfinite().all()
 
 
-def test_bidirectional_rows_are_split_and_cross_attention_is_not() -> None:
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 2, 9, 8, generator=generator) for _ in range(3))
-    place = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 0]])
-    module = nn.Module()
-    module.is_causal = False
-    sinks = torch.tensor([20.0, -20.0])
-    full = masking_utils.bidirectional_mask_function
-    padding = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 0, 0]]).bool()
-    mask = sink_attention_mask(1, 9, 9, mask_function=full, attention_mask=padding)
-    ours, _ = sink_attention(module, q, k, v, mask, s_aux=sinks, position_ids=place)
-    for begin, end in ((0, 4), (4, 7)):
-        piece = (t[:, :, begin:end] for t in (q, k, v))
-        expected, _ = sink_attention(module, *piece, None, s_aux=sinks)
-        torch.testing.assert_close(ours[:, begin:end], expected, atol=2e-6, rtol=2e-5)
-    assert (ours[:, 7:] == 0).all()
-    cross = sink_attention_mask(1, 9, 6, mask_function=full)
-    keys = (t[:, :, :6] for t in (k, v))
-    ours, _ = sink_attention(module, q, *keys, cross, s_aux=sinks, position_ids=place)
-    expected, _ = sink_attention(module, q, k[:, :, :6], v[:, :, :6], cross, s_aux=sinks)
-    assert torch.equal(ours, expected)
+@pytest.mark.parametrize("ids", [[*range(5), *range(5)], [0] * 10], ids=["segments", "zeros"])
+@pytest.mark.parametrize("padded", [None, False, True])
+def test_position_ids_of_an_encoder_pack_nothing(ids: list[int], padded: bool | None) -> None:
+    """Two segments of one text, as BERT has them: all see each other, in transformers' own too."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model = transformers.BertModel(config).eval()
+    mask = None if padded is None else torch.ones(2, 10, dtype=torch.long)
+    if padded:
+        mask[0, 7:] = 0
+    results = []
+    for name in ("sdpa", "sink_attention"):
+        model.set_attn_implementation(name)
+        with torch.no_grad():
+            hidden = model(
+                torch.arange(20).view(2, 10), position_ids=torch.tensor([ids]), attention_mask=mask
+            ).last_hidden_state
+        results.append(hidden if mask is None else hidden[mask.bool()])
+    torch.testing.assert_close(results[1], results[0], atol=2e-5, rtol=2e-5)

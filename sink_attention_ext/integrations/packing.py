@@ -35,7 +35,8 @@ def split_by_positions(
 ) -> AttentionMask:
     """The mask of sequences packed into a row, where position_ids start anew within it.
 
-    A token whose position is not above that of the token before it begins a sequence. Padding does
+    A token whose position is not above that of the token before it begins a sequence. Only where a
+    token sees none behind it: encoders (BERT) number segments of one text so. Padding does
     not count: generate() gives it positions of any kind, and leaves those of the tokens rising.
 
     Args:
@@ -46,8 +47,6 @@ def split_by_positions(
             of one.
     """
     if mask.q_length == 1 or not isinstance(mask, (UnpaddedMask, PaddedMask, GatheredMask)):
-        return mask
-    if not mask.causal and mask.q_length != mask.kv_length:  # cross attention
         return mask
     if not isinstance(mask, UnpaddedMask) and mask.key_mask is None:
         return mask

@@ -114,7 +114,7 @@ def sink_attention(
     lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     if any(length is not None for length in lengths):
         mask = split_by_lengths(mask, query.shape[0], position_ids, *lengths)
-    elif attention_mask is not None or mask.causal:
+    elif mask.causal:
         mask = split_by_positions(mask, position_ids, query.shape[0])
     return mask.attend(query, key, value, bool(deterministic), options), None
 

@@ -44,8 +44,12 @@ def _backward_options(options: Sequence[Any]) -> tuple[Any, ...]:
     """A backward's last arguments. `deterministic` is also what torch asks of its own operators
     when they run: torch.use_deterministic_algorithms."""
     *first, deterministic, num_sink_tokens = options
-    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    return *first, deterministic, num_sink_tokens
+    return *first, is_deterministic(deterministic), num_sink_tokens
+
+
+def is_deterministic(asked: bool) -> bool:
+    """Whether gradients must be bitwise repeatable: asked of the function, or of torch."""
+    return asked or torch.are_deterministic_algorithms_enabled()
 
 
 def _setup_flash_attn(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -268,7 +272,8 @@ def _is_quantised(cache: Tensor) -> bool:
     return cache.dtype in (torch.float8_e4m3fn, torch.int8)
 
 
-def _cast_q_like_cache(q: Tensor, k_cache: Tensor, *args: Any) -> tuple[Any, ...]:
+def cast_q_like_cache(q: Tensor, k_cache: Tensor, *args: Any) -> tuple[Any, ...]:
+    """What autocast makes of an operator's arguments, q to begin with."""
     if _is_quantised(k_cache):
         return _cast(q), k_cache, *args
     return q if autocast_dtype(q) is None else q.to(k_cache.dtype), k_cache, *args
@@ -287,8 +292,8 @@ def _cast_kv_like_cache(
 _AUTOCAST_RULES = {
     "flash_attn_fwd": _cast_qkv,
     "flash_attn_varlen_fwd": _cast_qkv,
-    "paged_attn": _cast_q_like_cache,
-    "check_paged_attn": _cast_q_like_cache,
+    "paged_attn": cast_q_like_cache,
+    "check_paged_attn": cast_q_like_cache,
     "reshape_and_cache": _cast_kv_like_cache,
     "reshape_and_cache.token_scales": _cast_kv_like_cache,
 }

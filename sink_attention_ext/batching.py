@@ -53,10 +53,6 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _is_mapped(dims: Sequence[Dim]) -> bool:
-    return any(dim is not None for dim in dims)
-
-
 def _fold_qkv(
     tensors: Sequence[Tensor], dims: Sequence[Dim], size: int, fold: Callable[..., Any]
 ) -> list[Tensor]:

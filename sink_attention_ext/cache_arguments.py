@@ -32,7 +32,8 @@ def check_sizes(**sizes: Any) -> None:
 
 
 def check_device(device: Any) -> torch.device:
-    """One that this machine and this torch have."""
+    """One that this machine and this torch have; None is torch's default device."""
+    device = torch.get_default_device() if device is None else device
     checked = checks.check_device_name(device)
     if checked.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device must be one that is there; got {device}, but there is no CUDA")

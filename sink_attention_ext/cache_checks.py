@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sink_attention_ext import checks, ops
+from sink_attention_ext.fake_checks import MAX_DRAFT_TOKENS
 from sink_attention_ext.tensor_kinds import check_kind, check_written_kind
 
 K_NEW = ("batch", "seqlen_new", "num_heads_kv", "head_dim")
@@ -22,7 +23,6 @@ V_TOKENS = ("num_tokens", "num_heads_kv", "head_dim_v")
 K_CACHE = ("num_pages", "page_size", "num_heads_kv", "head_dim")
 V_CACHE = ("num_pages", "page_size", "num_heads_kv", "head_dim_v")
 SMALLEST_SCALE = 2.0**-126  # the smallest normal float32
-MAX_DRAFT_TOKENS = 64  # of a sequence with a tree mask: a bit each
 
 
 def check_caches(k_cache: Any, v_cache: Any, is_paged: bool = True) -> None:
@@ -32,7 +32,7 @@ def check_caches(k_cache: Any, v_cache: Any, is_paged: bool = True) -> None:
     """
     for name, cache, layout in (("k_cache", k_cache, K_CACHE), ("v_cache", v_cache, V_CACHE)):
         checks.check_tensor(name, cache, layout)
-        if cache.dtype not in (*checks.FLOAT_DTYPES, *checks.QUANTISED_DTYPES):
+        if cache.dtype not in checks.CACHE_DTYPES:
             raise TypeError(
                 f"{name} must have dtype float64, float32, float16, bfloat16, float8_e4m3fn or "
                 f"int8; got {cache.dtype}"
@@ -203,7 +203,7 @@ def check_new_kv(
 def can_read_values(tensor: Tensor) -> bool:
     """Whether the host may look at the values: eager mode, no tensor that only wraps others, and no
     device that it would wait for unasked (set_debug_checks)."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
     if type(tensor) is not Tensor and (is_fake(tensor) or is_traceable_wrapper_subclass(tensor)):
         return False

@@ -81,9 +81,9 @@ class CacheStep:
     attention on ``attn_kwargs``).
 
     The tensors here are views of buffers that the cache keeps and fills anew at every append:
-    a step ends with the next append, fork, truncate or free, also where that fails. In a CUDA graph
-    that was captured with this step they are what a later append of the same padded sizes has put
-    there.
+    a step ends with the next append, fork, truncate or free, also where an exception other than a
+    refusal ends that. In a CUDA graph that was captured with this step they are what a later append
+    of the same padded sizes has put there.
 
     Attributes:
         num_tokens: tokens of q, k and v; with padding.

@@ -7,6 +7,7 @@ only in eager mode. The compiled operators check them again when they run.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,13 +17,17 @@ from torch import Tensor
 from sink_attention_ext import ops
 from sink_attention_ext.autograd import autocast_dtype, refuse_gradient
 from sink_attention_ext.batching import is_mapped
-from sink_attention_ext.fake_checks import wrong_softcap, wrong_softmax_scale
+from sink_attention_ext.fake_checks import (
+    FLOAT8,
+    FLOAT_DTYPES,
+    MAX_HEAD_DIM,
+    QUANTISED_DTYPES,
+    wrong_softcap,
+    wrong_softmax_scale,
+)
 from sink_attention_ext.tensor_kinds import check_kind
 
-FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-FLOAT8 = torch.float8_e4m3fn
-QUANTISED_DTYPES = (FLOAT8, torch.int8)  # of caches, with scales
-MAX_HEAD_DIM = 256
+CACHE_DTYPES = (*FLOAT_DTYPES, *QUANTISED_DTYPES)
 INT32_MAX = 2**31 - 1  # lengths are int32
 
 Q_DENSE = ("batch", "seqlen_q", "num_heads_q", "head_dim")
@@ -69,7 +74,8 @@ def check_tensor(name: str, tensor: Any, layout: Sequence[str]) -> None:
 
 
 def check_last_stride(name: str, tensor: Tensor) -> None:
-    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1 and not is_mapped(tensor):
+    is_read = tensor.shape[-1] > 1 and tensor.numel() > 0
+    if tensor.stride(-1) != 1 and is_read and not is_mapped(tensor):
         raise ValueError(
             f"{name} must have stride 1 in its last dimension; got strides "
             f"{tuple(tensor.stride())}: pass {name}.contiguous()"
@@ -98,9 +104,9 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
 
 
 def check_device_name(device: Any) -> torch.device:
-    """A torch.device, or what names one."""
-    if not isinstance(device, (str, torch.device)):
-        raise TypeError(f"device must be a torch.device or its name; got {device!r}")
+    """A torch.device, or what names one; a number is one of the accelerator's."""
+    if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):
+        raise TypeError(f"device must be a torch.device, its name or number; got {device!r}")
     try:
         return torch.device(device)
     except RuntimeError as error:
@@ -315,9 +321,10 @@ def check_bool(name: str, value: Any) -> bool:
 
 
 def check_int(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
+    """An int, or what stands for one (NumPy's), but neither a bool nor a tensor."""
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an int; got {value!r}")
-    return value
+    return operator.index(value)
 
 
 def check_window(window_size: Any, causal: bool) -> tuple[int, int]:

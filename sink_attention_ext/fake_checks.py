@@ -16,9 +16,9 @@ from torch import Tensor
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 FLOAT8 = torch.float8_e4m3fn
-QUANTISED_DTYPES = (FLOAT8, torch.int8)
+QUANTISED_DTYPES = (FLOAT8, torch.int8)  # of caches, with scales
 MAX_HEAD_DIM = 256
-MAX_DRAFT_TOKENS = 64
+MAX_DRAFT_TOKENS = 64  # of a sequence with a tree mask: a bit each
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -86,7 +86,8 @@ def check_device(name: str, tensor: Tensor, first: Tensor) -> None:
 
 
 def check_last_stride(name: str, tensor: Tensor) -> None:
-    if is_known(tensor.stride(-1) != 1) and is_known(tensor.shape[-1] > 1):
+    is_read = not is_known(tensor.numel() == 0) and is_known(tensor.shape[-1] > 1)
+    if is_read and is_known(tensor.stride(-1) != 1):
         raise RuntimeError(
             f"{name} must have stride 1 in its last dimension, got stride {tensor.stride(-1)}; "
             "call .contiguous() on it"

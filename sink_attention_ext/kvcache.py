@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sink_attention_ext import cache_checks, cache_slots, checks, ops, torch_context_parallel
-from sink_attention_ext.autograd import refuse_gradient
+from sink_attention_ext.autograd import cast_q_like_cache, refuse_gradient
 from sink_attention_ext.reference import WindowSize
 
 
@@ -164,7 +164,8 @@ def flash_attn_with_kvcache(
             written. Where keys are appended in eager mode, this includes values in cache_seqlens,
             block_table, cu_seqlens_q and tree_mask: on the CPU, and on CUDA under set_debug_checks.
         RuntimeError: the operators found such values out of range (without k and v, and under
-            torch.compile), or autograd would have to differentiate this.
+            torch.compile, where the new keys may have been written then), or autograd would have to
+            differentiate this.
 
     Under torch.autocast q, k and v are cast to the caches' dtype: a cache is never cast.
 
@@ -290,6 +291,8 @@ def attend(
                 k, v = k.flatten(0, 1), v.flatten(0, 1)
             write = partial(_write, k, v, k_cache, v_cache, slots, k_scale, v_scale)
 
+    if write is not None:
+        q, _ = cast_q_like_cache(q, k_cache)  # once for two operators
     arguments = (
         q,
         k_cache,

@@ -149,7 +149,7 @@ class PagedKVCache:
         )
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype must be a torch.dtype; got {dtype!r}")
-        if dtype not in (*checks.FLOAT_DTYPES, *checks.QUANTISED_DTYPES):
+        if dtype not in checks.CACHE_DTYPES:
             raise TypeError(
                 "dtype must be float64, float32, float16, bfloat16, float8_e4m3fn or int8; got "
                 f"{dtype}"
@@ -222,7 +222,8 @@ class PagedKVCache:
     # ---- sequences ----
 
     def allocate(self) -> int:
-        """A new, empty sequence; its id is never used again, by this cache or another.
+        """A new, empty sequence; its id, an int below 2**63, is never used again, by this cache or
+        another.
 
         Raises:
             RuntimeError: there are max_num_seqs sequences already.
@@ -430,7 +431,7 @@ class PagedKVCache:
         return self.__dict__ | {"_current_step": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Sequences keep their ids, which are none of this process's own (sequence_ids.py)."""
+        """Sequences keep their ids, which allocate() will not draw again (sequence_ids.py)."""
         self.__dict__ |= state
         for owner in (*self._storage, self._buffers, *self._tables):
             clone_inference_tensors(owner)

@@ -4,6 +4,7 @@ tensor; every layout in which that is so is taken."""
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 
 import pytest
@@ -179,6 +180,39 @@ def test_aliased_caches_may_be_read() -> None:
     expanded = cache[:1].expand(SHAPE)
     actual = flash_attn_with_kvcache(q, expanded, cache, *args)
     assert torch.equal(actual, flash_attn_with_kvcache(q, expanded.clone(), cache, *args))
+
+
+def test_values_that_are_the_first_columns_of_the_keys_are_written() -> None:
+    """Latent attention (MLA): both writes put the same numbers in the same places."""
+    torch.manual_seed(0)
+    cache, expected, k = torch.zeros(SHAPE), torch.zeros(SHAPE), torch.randn(4, HEADS, DIM)
+    reshape_and_cache(k, k[..., :4], cache, cache[..., :4], SLOTS)
+    expected.view(-1, HEADS, DIM)[SLOTS] = k
+    assert torch.equal(cache, expected)
+    q = torch.randn(2, 1, HEADS, DIM)
+    new = torch.randn(2, 1, HEADS, DIM)
+    lengths, table = torch.tensor([2, 3], dtype=torch.int32), torch.tensor([[1], [2]]).int()
+    apart = cache.clone(), cache[..., :4].clone()
+    out = flash_attn_with_kvcache(q, cache, cache[..., :4], new, new[..., :4], lengths, table)
+    assert torch.equal(out, flash_attn_with_kvcache(q, *apart, new, new[..., :4], lengths, table))
+    assert torch.equal(cache, apart[0])
+    for v in (k[..., :4].clone(), k[..., 4:]):  # other numbers
+        with pytest.raises(ValueError, match="v_cache must not share memory with k_cache"):
+            reshape_and_cache(k, v, cache, cache[..., :4], SLOTS)
+    assert torch.equal(cache, apart[0])
+
+
+def test_a_layout_that_takes_long_to_look_through_is_refused() -> None:
+    """Strides without a pattern: whether two such tensors meet is a search without end."""
+    whole = torch.empty(40_000_000)
+    shape = (51, 123, 25, 1)
+    k_cache = whole.as_strided(shape, (82410, 58047, 66756, 1), 1650324)
+    v_cache = whole.as_strided(shape, (94311, 131688, 8682, 1), 1170331)
+    k = torch.zeros(1, 25, 1)
+    start = time.thread_time()
+    with pytest.raises(ValueError, match="must not share memory with .*contiguous"):
+        reshape_and_cache(k, k.clone(), k_cache, v_cache, torch.tensor([0]))
+    assert time.thread_time() - start < 30  # without a limit, other strides take minutes
 
 
 def test_new_tokens_inside_the_cache_are_refused() -> None:
@@ -359,10 +393,14 @@ def test_large_caches_of_irregular_strides(strides: tuple[int, ...], gap: int) -
         ops.reshape_and_cache(*args)
 
 
+@torch.compiler.config.patch(force_disable_caches=True)
 def test_compiled_calls_are_checked_when_they_run() -> None:
+    """Where Inductor hands over the caches themselves. Of views of one buffer it makes copies, and
+    keeps that graph on the disk for other caches of these sizes."""
+    torch._dynamo.reset()
     k, v = key_values()
     compiled = torch.compile(reshape_and_cache, fullgraph=True)
-    apart = tuple(buffer(2, *SHAPE))
+    apart = buffer(*SHAPE), buffer(*SHAPE)
     compiled(k, v, *apart, SLOTS)
     assert torch.equal(apart[1].flatten(0, 1)[SLOTS], v)
     cache = torch.zeros(PAGES, SIZE, HEADS, DIM)

@@ -86,12 +86,13 @@ def test_shard_sequence() -> None:
 
 
 def test_the_device_of_a_cache() -> None:
-    wrong: list[Any] = [0, None, 1.5, "gpu", "cpu:x", "xpu"]
+    wrong: list[Any] = [True, 1.5, "gpu", "cpu:x", "xpu"]
     if not torch.cuda.is_available():
-        wrong += ["cuda", torch.device("cuda", 1)]
+        wrong += [0, "cuda", torch.device("cuda", 1)]
     for device in wrong:
         refused("device", lambda: make_cache(device=device))  # noqa: B023
-    assert make_cache(device=torch.device("cpu")).k_cache(0).device.type == "cpu"
+    for device in (torch.device("cpu"), "cpu", None):
+        assert make_cache(device=device).k_cache(0).device.type == "cpu"
 
 
 def test_questions_to_a_cache() -> None:

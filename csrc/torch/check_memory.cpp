@@ -76,6 +76,24 @@ void check_memory(std::initializer_list<NamedTensor> written_tensors,
   check_read(written, Regions(read_tensors));
 }
 
+namespace {
+
+bool is_first_columns(const Tensor& part, const Tensor& whole) {
+  if (part.const_data_ptr() != whole.const_data_ptr() || part.dim() != whole.dim()) return false;
+  for (int64_t dim = 0; dim + 1 < part.dim(); ++dim) {
+    if (part.size(dim) > 1 && part.stride(dim) != whole.stride(dim)) return false;
+  }
+  return part.size(part.dim() - 1) <= whole.size(whole.dim() - 1);
+}
+
+}  // namespace
+
+bool values_are_part_of_keys(const Tensor& k, const Tensor& v, const Tensor& k_cache,
+                             const Tensor& v_cache) {
+  return k.scalar_type() == k_cache.scalar_type() && is_first_columns(v_cache, k_cache) &&
+         is_first_columns(v, k);
+}
+
 void check_read_memory(std::initializer_list<NamedTensor> written,
                        std::initializer_list<NamedTensor> read) {
   check_read(Regions(written), Regions(read));

@@ -22,6 +22,11 @@ struct NamedTensor {
 void check_memory(std::initializer_list<NamedTensor> written,
                   std::initializer_list<NamedTensor> read);
 
+// Whether values are the first columns of the keys, in the caches and in what is written to them,
+// as latent attention (MLA) has them: then both writes put the same bytes in the same places.
+bool values_are_part_of_keys(const Tensor& k, const Tensor& v, const Tensor& k_cache,
+                             const Tensor& v_cache);
+
 // The second half of that alone: no element of `read` lies in one of `written`.
 void check_read_memory(std::initializer_list<NamedTensor> written,
                        std::initializer_list<NamedTensor> read);

@@ -323,11 +323,16 @@ struct Ops {
           "k_scale and v_scale of each token and head are results: reshape_and_cache.token_scales "
           "writes them, reshape_and_cache takes shapes (), (1,) and (num_heads_kv,), got ",
           k_scale ? shape_of(*k_scale) : Shape{nullptr, 0});
-    check_memory({{"k_cache", k_cache}, {"v_cache", v_cache}}, {{"k", k},
-                                                                {"v", v},
-                                                                {"slot_mapping", slot_mapping},
-                                                                {"k_scale", k_scale},
-                                                                {"v_scale", v_scale}});
+    const std::initializer_list<NamedTensor> operands{{"k", k},
+                                                      {"v", v},
+                                                      {"slot_mapping", slot_mapping},
+                                                      {"k_scale", k_scale},
+                                                      {"v_scale", v_scale}};
+    if (values_are_part_of_keys(k, v, k_cache, v_cache)) {
+      check_memory({{"k_cache", k_cache}}, operands);
+    } else {
+      check_memory({{"k_cache", k_cache}, {"v_cache", v_cache}}, operands);
+    }
     check_values_in(problem, k_cache.size(0), CacheArgs{slot_mapping, k_scale, v_scale}, k);
     Backend::reshape_and_cache(problem,
                                {{k, v, slot_mapping}, {&k_scale, &v_scale}, {k_cache, v_cache}});

@@ -5,6 +5,8 @@
 #include <set>
 #include <utility>
 
+#include "torch/checks.h"
+
 namespace sink_attention::binding {
 namespace {
 
@@ -59,11 +61,17 @@ class Search {
 
   bool find(int64_t target) { return find(static_cast<int>(terms_.size()) - 1, target); }
 
+  // Layouts that someone has a use for take tens of steps.
+  static constexpr int64_t kMostSteps = 100'000;
+
  private:
   bool find(int last, int64_t target) {
     if (last < 0) return target == 0;
     if (target < 0 || target > reach_[last] || target % divisor_[last] != 0) return false;
     if (last == 0) return true;
+    check(++num_steps_ <= kMostSteps,
+          "tensors that are written must not share memory with others, which strides like these do "
+          "not let tell: pass one of them .contiguous()");
     const Term& term = terms_[last];
     const int64_t rest = target - reach_[last - 1];
     const int64_t fewest = rest <= 0 ? 0 : (rest + term.step - 1) / term.step;
@@ -86,6 +94,7 @@ class Search {
     return false;
   }
 
+  int64_t num_steps_ = 0;
   std::vector<Term> terms_;
   std::vector<int64_t> reach_;    // the largest sum of the first terms
   std::vector<int64_t> divisor_;  // of all their steps

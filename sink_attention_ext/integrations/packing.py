@@ -24,9 +24,6 @@ from sink_attention_ext.integrations.masks import (
 )
 from sink_attention_ext.tensor_kinds import check_kind
 
-INT32_MAX = 2**31 - 1
-
-
 # ---- position_ids ----
 
 
@@ -255,7 +252,7 @@ def _as_int32(bounds: Tensor) -> Tensor:
     """What does not fit into 32 bits stays too large, for the operator to refuse."""
     if bounds.dtype == torch.int32:
         return bounds
-    return bounds.clamp(-1, INT32_MAX).to(torch.int32)
+    return bounds.clamp(-1, checks.INT32_MAX).to(torch.int32)
 
 
 def _maximum(name: str, given: int | Tensor | None, total: int) -> int:

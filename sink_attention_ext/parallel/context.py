@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sink_attention_ext import checks, ops
-from sink_attention_ext.autograd import autocast_dtype
+from sink_attention_ext.autograd import autocast_dtype, is_deterministic
 from sink_attention_ext.parallel.exchange import Exchange, add_rows, check_agreement
 from sink_attention_ext.parallel.layout import Sharding, Tile, chunks_of
 from sink_attention_ext.reference import WindowSize
@@ -39,8 +39,8 @@ class _Call:
         """The last arguments of flash_attn_fwd and of flash_attn_bwd, which are the same."""
         window = (tile.window_left, tile.window_right)
         num_sink_tokens = 0  # a tile does not begin at the sequence's first token
-        deterministic = self.deterministic or torch.are_deterministic_algorithms_enabled()
-        return self.softmax_scale, False, *window, self.softcap, deterministic, num_sink_tokens
+        factors = self.softmax_scale, False, *window, self.softcap
+        return *factors, is_deterministic(self.deterministic), num_sink_tokens
 
 
 def _rows_and_keys(tile: Tile) -> tuple[slice, slice]:
@@ -217,7 +217,7 @@ def context_parallel_attn_func(
         )
         checks.check_bool("return_lse", return_lse)
         q, k, v = (x.to(autocast_dtype(x) or x.dtype) for x in (q, k, v))
-        _try_one_row(q, k, v, s_aux, call)
+        _try_one_row(q, k, v, s_aux, call, "meta" if check_shards is False else q.device)
         facts = _facts(q, k, v, s_aux, call)
     except Exception as wrong:  # of any kind: the other ranks must hear of it
         error = wrong
@@ -267,10 +267,21 @@ def _check_shard(q: Any, k: Any, v: Any, s_aux: Any, layout: Any) -> Tensor | No
     return s_aux
 
 
-def _try_one_row(q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, call: _Call) -> None:
-    """Whatever the operators refuse, they refuse here, and not while other ranks wait for keys."""
+def _try_one_row(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s_aux: Tensor | None,
+    call: _Call,
+    device: torch.device | str,
+) -> None:
+    """Whatever the operators refuse, they refuse here, and not while other ranks wait for keys.
+
+    On the device "meta" nothing is launched.
+    """
     with torch.no_grad():
-        row = (x[:1, :1] for x in (q, k, v))
+        row = (x[:1, :1].to(device) for x in (q, k, v))
+        s_aux = None if s_aux is None else s_aux.to(device)
         tile = Tile(0, 0, 1, -1, -1)
         out, lse = ops.flash_attn_fwd(*row, None, *call.op_options(tile))
         ops.merge_attn_states([out], [lse], s_aux)

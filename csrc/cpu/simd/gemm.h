@@ -27,8 +27,8 @@ enum class Accumulate {
   kRescale,  // C = C * row_scale + A B
 };
 
-// Units that are summed from zero. Adding them to C takes one addition in 32; an error of 32
-// additions is at most 8 units in the last place where all products are equal, 1 or 2 otherwise.
+// Units that are summed from zero. Adding them to C is one addition in 64, and the error of a chain
+// of 64 is a few units in the last place.
 constexpr int64_t kChainUnits = 64;
 
 // Units from number `unit` of the summed dimension to the end of its chain.

@@ -31,7 +31,8 @@ Device current_device();
 
 bool is_capturing(Stream stream);  // in a CUDA graph
 
-// Dense, varlen and paged.
+// Dense, varlen and paged. Whatever flash_fwd would refuse, flash_fwd_workspace_bytes does; it
+// looks at no results, which need not be set, and launches nothing.
 int64_t flash_fwd_workspace_bytes(const attention::FlashFwdProblem& problem, const Device& device);
 void flash_fwd(const attention::FlashFwdProblem& problem, const Device& device, void* workspace,
                Stream stream);

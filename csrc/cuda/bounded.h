@@ -11,6 +11,7 @@ namespace sink_attention::cuda {
 
 // Of rows of a kv head and of keys: an int has room for a tile beyond the last one.
 constexpr int64_t kMaxCount = INT32_MAX - 1023;
+constexpr int64_t kMaxGridY = 65535;  // thread blocks along a grid's second dimension
 
 // Throws std::runtime_error where there are more. Of a cache the keys that there can be are bounded
 // instead: a block table may have more entries than any sequence needs. Lengths in device memory

@@ -111,7 +111,9 @@ Family flash_bwd_family(const FlashBwdProblem& problem, const Device& device) {
   return choose_family(problem, device);
 }
 
-int64_t flash_bwd_workspace_bytes(const FlashBwdProblem& problem, const Device& device) {
+int64_t flash_bwd_workspace_bytes(const FlashBwdProblem& given, const Device& device) {
+  FlashBwdProblem problem = given;
+  problem.fwd = bounded(given.fwd);
   const FlashFwdProblem& fwd = problem.fwd;
   switch (choose_family(problem, device)) {
     case Family::kSimt: {

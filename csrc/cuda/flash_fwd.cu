@@ -3,9 +3,12 @@
 
 #include "cuda/backend.h"
 #include "cuda/bounded.h"
+#include "cuda/common/block_order.h"
 #include "cuda/common/combine.h"
+#include "cuda/common/splits.h"
 #include "cuda/family.h"
 #include "cuda/simt/backend.h"
+#include "cuda/sm80/flash_fwd/config.h"
 #include "cuda/sm80/flash_fwd/entry.h"
 #include "cuda/sm90/flash_fwd/entry.h"
 #include "cuda/sm90/paged_attn/entry.h"
@@ -38,20 +41,11 @@ bool is_sm80_decode(const FlashFwdProblem& problem) {
 // Parts of the keys, so that there is a block for each multiprocessor. Lengths in device memory are
 // not known here: the longest that there can be counts.
 int choose_splits(const FlashFwdProblem& problem, const Device& device) {
-  if (problem.num_splits > 0) {
-    return static_cast<int>(std::min<int64_t>(problem.num_splits, kMaxSplits));
-  }
+  if (problem.num_splits > 0) return limit_splits(problem, problem.num_splits);
   if (!is_sm80_decode(problem)) return 1;
-  int64_t keys = problem.seqlen_k;
-  if (problem.window_left >= 0) {
-    keys = std::min(keys, problem.window_left + problem.seqlen_q +
-                              std::max<int64_t>(problem.window_right, 0) +
-                              std::min(problem.num_sink_tokens, keys));
-  }
   const int64_t blocks = std::max<int64_t>(problem.batch * problem.num_heads_kv, 1);
   const int64_t wanted = 2 * device.num_sms / blocks;
-  return static_cast<int>(
-      std::clamp<int64_t>(std::min(wanted, keys / kMinSplitKeys), 1, kMaxSplits));
+  return limit_splits(problem, std::min(wanted, most_keys(problem) / kMinSplitKeys));
 }
 
 struct Plan {
@@ -61,7 +55,7 @@ struct Plan {
 };
 
 // Which kernels run a problem. On Hopper sm90's do where they take it: the decode over a cache, or
-// the prefill where the keys stay in one part.
+// the prefill where the caller lets the keys stay in one part.
 Plan make_plan(const FlashFwdProblem& problem, const Device& device) {
   Plan plan{Family::kSimt, false, 1};
   if (has_tensor_core_kernels(problem)) {
@@ -72,8 +66,10 @@ Plan make_plan(const FlashFwdProblem& problem, const Device& device) {
     why_not = sm90::why_not_decode(problem);
     if (why_not == nullptr) return {Family::kSm90, true, 1};
     if (!plan.decode) {
-      why_not = plan.num_splits > 1 ? "num_splits is above 1, and these are too many rows to decode"
-                                    : sm90::why_not_flash_fwd(problem);
+      why_not = sm90::why_not_flash_fwd(problem);
+      if (why_not == nullptr && problem.num_splits > 1) {
+        why_not = "num_splits is above 1, and these are too many rows to decode";
+      }
       if (why_not == nullptr) return {Family::kSm90, false, 1};
     }
   }
@@ -82,6 +78,37 @@ Plan make_plan(const FlashFwdProblem& problem, const Device& device) {
 }
 
 // ---- sm80 ----
+
+// A head_dim class: rows of a prefill tile, and the kernels.
+struct HeadDimClass {
+  int prefill_rows;
+  void (*run)(const sm80::FlashFwdKernelProblem& problem, bool decode, Stream stream);
+};
+
+template <int kHeadDim, int kHeadDimV>
+HeadDimClass make_class(void (*run)(const sm80::FlashFwdKernelProblem&, bool, Stream)) {
+  static_assert(sm80::Decode<kHeadDim, kHeadDimV>::kBlockM == sm80::kDecodeRows);
+  return {sm80::Prefill<kHeadDim, kHeadDimV>::kBlockM, run};
+}
+
+HeadDimClass class_of(const FlashFwdProblem& problem) {
+  const int64_t dim = problem.head_dim;
+  const int64_t dim_v = problem.head_dim_v;
+  const int64_t larger = std::max(dim, dim_v);
+  if (larger <= 32) return make_class<32, 32>(sm80::flash_fwd_hdim32);
+  if (larger <= 64) return make_class<64, 64>(sm80::flash_fwd_hdim64);
+  if (larger <= 96) return make_class<96, 96>(sm80::flash_fwd_hdim96);
+  if (larger <= 128) return make_class<128, 128>(sm80::flash_fwd_hdim128);
+  if (dim <= 192 && dim_v <= 128) return make_class<192, 128>(sm80::flash_fwd_hdim192_128);
+  if (larger <= 192) return make_class<192, 192>(sm80::flash_fwd_hdim192);
+  return make_class<256, 256>(sm80::flash_fwd_hdim256);
+}
+
+int64_t sm80_workspace_bytes(const FlashFwdProblem& problem, const Plan& plan) {
+  fwd_block_order(problem, plan.decode ? sm80::kDecodeRows : class_of(problem).prefill_rows);
+  if (plan.num_splits > 1) check_combine(problem, plan.num_splits);
+  return partials_bytes(problem, plan.num_splits);
+}
 
 void run_sm80(const FlashFwdProblem& problem, const Plan& plan, void* workspace, Stream stream) {
   sm80::FlashFwdKernelProblem kernel_problem{};
@@ -101,24 +128,7 @@ void run_sm80(const FlashFwdProblem& problem, const Plan& plan, void* workspace,
   const Partials partials = partials_in(workspace, problem, plan.num_splits);
   kernel_problem.partial_state = partials.state;
   kernel_problem.partial_out = partials.out;
-  const int64_t dim = problem.head_dim;
-  const int64_t dim_v = problem.head_dim_v;
-  const int64_t larger = std::max(dim, dim_v);
-  if (larger <= 32) {
-    sm80::flash_fwd_hdim32(kernel_problem, plan.decode, stream);
-  } else if (larger <= 64) {
-    sm80::flash_fwd_hdim64(kernel_problem, plan.decode, stream);
-  } else if (larger <= 96) {
-    sm80::flash_fwd_hdim96(kernel_problem, plan.decode, stream);
-  } else if (larger <= 128) {
-    sm80::flash_fwd_hdim128(kernel_problem, plan.decode, stream);
-  } else if (dim <= 192 && dim_v <= 128) {
-    sm80::flash_fwd_hdim192_128(kernel_problem, plan.decode, stream);
-  } else if (larger <= 192) {
-    sm80::flash_fwd_hdim192(kernel_problem, plan.decode, stream);
-  } else {
-    sm80::flash_fwd_hdim256(kernel_problem, plan.decode, stream);
-  }
+  class_of(problem).run(kernel_problem, plan.decode, stream);
   if (plan.num_splits > 1) {
     combine(problem, plan.num_splits, partials, stream);
   }
@@ -130,10 +140,10 @@ int64_t sm90_workspace_bytes([[maybe_unused]] const FlashFwdProblem& problem,
                              [[maybe_unused]] const Plan& plan,
                              [[maybe_unused]] const Device& device) {
   if constexpr (kHasSm90) {
-    return plan.decode ? sm90::decode_workspace_bytes(problem, device) : 0;
-  } else {
-    return 0;
+    if (plan.decode) return sm90::decode_workspace_bytes(problem, device);
+    sm90::check_flash_fwd(problem);
   }
+  return 0;
 }
 
 void run_sm90([[maybe_unused]] const FlashFwdProblem& problem, [[maybe_unused]] const Plan& plan,
@@ -156,9 +166,11 @@ int64_t flash_fwd_workspace_bytes(const FlashFwdProblem& given, const Device& de
   const Plan plan = make_plan(problem, device);
   switch (plan.family) {
     case Family::kSimt:
+      problem.dtype == DataType::kFloat32 ? check_flash_fwd_float32(problem)
+                                          : check_flash_fwd_float64(problem);
       return 0;
     case Family::kSm80:
-      return partials_bytes(problem, plan.num_splits);
+      return sm80_workspace_bytes(problem, plan);
     case Family::kSm90:
       return sm90_workspace_bytes(problem, plan, device);
   }

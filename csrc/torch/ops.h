@@ -8,6 +8,7 @@
 //                                       graph, so that nothing may wait for the device
 //     may_leave_rows(problem, extent)   whether there may be rows that no sequence has
 //     takes_float8(problem, tensor)     whether it has kernels for float8 q, k and v
+//     check_flash_fwd(problem, tensor)  throws what flash_fwd would, of a problem without results
 //     flash_fwd, flash_fwd_float8, flash_bwd, reshape_and_cache, merge_attn_states(problem,
 //     operands)
 #pragma once
@@ -244,11 +245,12 @@ struct Ops {
                                int64_t num_splits, int64_t num_sink_tokens,
                                const OptionalTensor& tree_mask,
                                const OptionalTensor& cache_seqlens) {
-    checked_paged_problem(
+    const FlashFwdProblem problem = checked_paged_problem(
         q, k_cache, v_cache, s_aux,
         {block_table, seqused_k, cu_seqlens_q, k_scale, v_scale, max_seqlen_q, num_splits,
          tree_mask},
         {softmax_scale, causal, window_left, window_right, softcap, num_sink_tokens});
+    Backend::check_flash_fwd(problem, q);
     const std::initializer_list<NamedTensor> operands{{"q", q},
                                                       {"block_table", block_table},
                                                       {"seqused_k", seqused_k},

@@ -13,6 +13,7 @@ struct CpuBackend {
     return problem.cu_seqlens_q[problem.batch] < extent.q_rows ||
            (problem.cu_seqlens_k != nullptr && problem.cu_seqlens_k[problem.batch] < extent.k_rows);
   }
+  static void check_flash_fwd(const attention::FlashFwdProblem&, const Tensor&) {}
   static void flash_fwd(const attention::FlashFwdProblem& problem, const Operands&) {
     cpu::flash_fwd(problem, TorchExecutor());
   }

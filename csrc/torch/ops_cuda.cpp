@@ -56,6 +56,10 @@ struct CudaBackend {
   }
   static bool may_leave_rows(const attention::FlashFwdProblem&, const Extent&) { return true; }
 
+  static void check_flash_fwd(const attention::FlashFwdProblem& problem, const Tensor& tensor) {
+    const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
+    cuda::flash_fwd_workspace_bytes(problem, current_device());
+  }
   static void flash_fwd(const attention::FlashFwdProblem& problem, const Operands& operands) {
     const Call call(operands);
     const cuda::Device device = current_device();

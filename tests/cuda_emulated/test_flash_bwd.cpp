@@ -1,4 +1,7 @@
 // The backward on tensor cores (sm80), bfloat16 and float16.
+#include <stdexcept>
+#include <string>
+
 #include "backward.h"
 
 namespace sink_attention::tests {
@@ -65,9 +68,35 @@ void check_groups_and_scales() {
   }
 }
 
+// Before a workspace for them is allocated.
+void check_too_many_rows() {
+  const auto message_for = [](int64_t rows, int arch, DataType dtype) {
+    attention::FlashBwdProblem problem{};
+    problem.fwd.dtype = problem.fwd.kv_dtype = dtype;
+    problem.fwd.batch = problem.fwd.num_heads_q = problem.fwd.num_heads_kv = 1;
+    problem.fwd.seqlen_q = problem.fwd.total_q = rows;
+    problem.fwd.seqlen_k = problem.fwd.total_k = 10;
+    problem.fwd.head_dim = problem.fwd.head_dim_v = 64;
+    try {
+      return std::to_string(cuda::flash_bwd_workspace_bytes(problem, {4, arch, {}}) > 0);
+    } catch (const std::runtime_error& error) {
+      return std::string(error.what());
+    }
+  };
+  for (const int arch : {80, 90}) {
+    for (const DataType dtype : {DataType::kBFloat16, DataType::kFloat32}) {
+      check(message_for(INT32_MAX - 1023, arch, dtype) == "1", "as many rows as there can be");
+      const std::string message = message_for(INT32_MAX, arch, dtype);
+      check(message == "sink_attention_ext: more rows or keys than one launch can take",
+            "too many rows: ", message);
+    }
+  }
+}
+
 }  // namespace
 
 SA_SUITE(emulated_flash_bwd) {
+  check_too_many_rows();
   check_head_dims();
   check_groups_and_scales();
   check_sections({});

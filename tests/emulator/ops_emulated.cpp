@@ -15,6 +15,7 @@ namespace {
 int num_sms = 4;
 int arch = 80;
 bool pretends_to_capture = false;
+int64_t asked_for = 0;
 
 emulator::Buffer buffer_of(const Tensor& tensor, bool writable, const std::string& name) {
   int64_t last = 0;
@@ -60,12 +61,14 @@ struct EmulatedBackend {
 
   static cuda::Device device() { return {num_sms, arch, forced_cuda_family()}; }
 
+  static void check_flash_fwd(const attention::FlashFwdProblem& problem, const Tensor&) {
+    asked_for = cuda::flash_fwd_workspace_bytes(problem, device());
+  }
   static void flash_fwd(const attention::FlashFwdProblem& problem, const Operands& operands) {
     if (problem.cu_seqlens_q == nullptr) poison(operands);
     void* workspace = nullptr;
-    const Operands all =
-        with_workspace(operands, operands.read.front(),
-                       cuda::flash_fwd_workspace_bytes(problem, device()), workspace);
+    asked_for = cuda::flash_fwd_workspace_bytes(problem, device());
+    const Operands all = with_workspace(operands, operands.read.front(), asked_for, workspace);
     const Visible visible(all);
     cuda::flash_fwd(problem, device(), workspace, nullptr);
   }
@@ -113,6 +116,9 @@ void configure(int64_t seed, int64_t multiprocessors, int64_t architecture) {
 }
 void pretend_to_capture(bool on) { pretends_to_capture = on; }
 
+// Bytes that the last check of a forward, or forward, wants as workspace.
+int64_t workspace_bytes() { return asked_for; }
+
 // Thread blocks so far of kernels in sink_attention::cuda::<family>; all where family is empty.
 int64_t blocks_run(const std::string& family) {
   int64_t sum = 0;
@@ -128,12 +134,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SA_OP_NAMESPACE, m) {
   m.def("configure(int seed, int multiprocessors, int arch) -> ()");
   m.def("pretend_to_capture(bool on) -> ()");
   m.def("blocks_run(str family) -> int");
+  m.def("workspace_bytes() -> int");
 }
 STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("configure", TORCH_BOX(&configure));
   m.impl("cuda_kernel_family", TORCH_BOX(&cuda_kernel_family));
   m.impl("pretend_to_capture", TORCH_BOX(&pretend_to_capture));
   m.impl("blocks_run", TORCH_BOX(&blocks_run));
+  m.impl("workspace_bytes", TORCH_BOX(&workspace_bytes));
 }
 STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CPU, m) { Ops<EmulatedBackend>::register_with(m); }
 

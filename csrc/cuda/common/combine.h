@@ -18,6 +18,8 @@ struct Partials {
 int64_t partials_bytes(const attention::FlashFwdProblem& problem, int num_splits);
 Partials partials_in(void* workspace, const attention::FlashFwdProblem& problem, int num_splits);
 
+// Throws std::runtime_error where one launch cannot take all rows.
+void check_combine(const attention::FlashFwdProblem& problem, int num_splits);
 void combine(const attention::FlashFwdProblem& problem, int num_splits, const Partials& partials,
              void* stream);
 

@@ -17,6 +17,10 @@ namespace sink_attention::cuda {
 
 using Stream = void*;  // a cudaStream_t
 
+// Throw std::runtime_error where one launch cannot take the forward.
+void check_flash_fwd_float32(const attention::FlashFwdProblem& problem);
+void check_flash_fwd_float64(const attention::FlashFwdProblem& problem);
+
 void flash_fwd_float32(const attention::FlashFwdProblem& problem, Stream stream);
 void flash_fwd_float64(const attention::FlashFwdProblem& problem, Stream stream);
 

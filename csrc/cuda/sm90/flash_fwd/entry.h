@@ -35,6 +35,9 @@ inline const char* why_not_flash_fwd(const attention::FlashFwdProblem& problem) 
   return nullptr;
 }
 
+// Throws std::runtime_error where one launch cannot take a problem that is taken.
+void check_flash_fwd(const attention::FlashFwdProblem& problem);
+
 // out and lse of each row that a sequence has, sink included: nothing is left to be merged, and
 // num_splits is not looked at. Only for problems that are taken, with batch, seqlen_q and
 // num_heads_q above 0 (seqlen_k may be 0) and device.arch == 90. Throws std::runtime_error where

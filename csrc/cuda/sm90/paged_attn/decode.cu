@@ -1,7 +1,10 @@
 // Decode's entry: how many splits, and which head_dim class.
 #include <algorithm>
+#include <stdexcept>
 
+#include "cuda/bounded.h"
 #include "cuda/common/combine.h"
+#include "cuda/common/splits.h"
 #include "cuda/sm90/paged_attn/entry.h"
 #include "cuda/tile/copy.cuh"
 
@@ -28,20 +31,13 @@ double duration(int64_t blocks, int64_t splits, int64_t slots) {
 
 // Lengths in device memory are not known here: the longest that there can be counts. A split of a
 // shorter sequence has fewer keys, or none and ends at once.
-int choose_splits(const FlashFwdProblem& problem, const Device& device) {
-  if (problem.num_splits > 0)
-    return static_cast<int>(std::min<int64_t>(problem.num_splits, kMaxSplits));
-  int64_t keys = problem.seqlen_k;
-  if (problem.window_left >= 0) {
-    keys = std::min(keys, problem.window_left + problem.seqlen_q +
-                              std::max<int64_t>(problem.window_right, 0) +
-                              std::min(problem.num_sink_tokens, keys));
-  }
-  const int64_t most = std::clamp<int64_t>(keys / kMinSplitKeys, 1, kMaxSplits);
+int64_t wanted_splits(const FlashFwdProblem& problem, const Device& device) {
+  if (problem.num_splits > 0) return limit_splits(problem, problem.num_splits);
+  const int64_t most = limit_splits(problem, most_keys(problem) / kMinSplitKeys);
   const int64_t slots = slots_of(problem, device);
   const int64_t blocks = std::max<int64_t>(problem.batch * problem.num_heads_kv, 1);
   // Where there are few, as many as run at once.
-  if (2 * blocks <= slots) return static_cast<int>(std::min(slots / blocks, most));
+  if (2 * blocks <= slots) return std::min(slots / blocks, most);
   // Else so many that the last wave of blocks is nearly as full as the others: the fewest that are
   // within a tenth of the best.
   double best = duration(blocks, 1, slots);
@@ -50,13 +46,25 @@ int choose_splits(const FlashFwdProblem& problem, const Device& device) {
   }
   int64_t splits = 1;
   while (duration(blocks, splits, slots) > 1.1 * best) ++splits;
-  return static_cast<int>(splits);
+  return splits;
+}
+
+// kv heads and splits lie along one dimension of the grid.
+int choose_splits(const FlashFwdProblem& problem, const Device& device) {
+  const int64_t most = std::max<int64_t>(kMaxGridY / problem.num_heads_kv, 1);
+  return static_cast<int>(std::min(wanted_splits(problem, device), most));
 }
 
 }  // namespace
 
 int64_t decode_workspace_bytes(const FlashFwdProblem& problem, const Device& device) {
-  return partials_bytes(problem, choose_splits(problem, device));
+  if (problem.num_heads_kv > kMaxGridY || problem.batch > INT32_MAX) {
+    throw std::runtime_error(
+        "sink_attention_ext: more sequences or kv heads than one launch can take");
+  }
+  const int num_splits = choose_splits(problem, device);
+  if (num_splits > 1) check_combine(problem, num_splits);
+  return partials_bytes(problem, num_splits);
 }
 
 void decode(const FlashFwdProblem& problem, const Device& device, void* workspace, Stream stream) {

@@ -42,14 +42,15 @@ inline const char* why_not_decode(const attention::FlashFwdProblem& problem) {
   return nullptr;
 }
 
-// What decode needs for the same problem on the same device; it may be 0.
+// What decode needs for the same problem on the same device; it may be 0. Throws std::runtime_error
+// where one launch cannot take it.
 int64_t decode_workspace_bytes(const attention::FlashFwdProblem& problem, const Device& device);
 
 // out and lse of each row that a sequence has, sink included. Owns its splits (problem.num_splits
-// of them, or by shapes and device.num_sms where that is 0) and joins them (common/combine.h). Only
-// for problems that are taken, with batch, seqlen_q and num_heads_q above 0 and device.arch == 90;
-// `workspace` as backend.h says: aligned to 256 bytes, contents not set. Throws std::runtime_error
-// where a launch fails.
+// of them at most, or by shapes and device.num_sms where that is 0) and joins them
+// (common/combine.h). Only for problems that are taken, with batch, seqlen_q and num_heads_q above
+// 0 and device.arch == 90; `workspace` as backend.h says: aligned to 256 bytes, contents not set.
+// Throws std::runtime_error where a launch fails.
 void decode(const attention::FlashFwdProblem& problem, const Device& device, void* workspace,
             Stream stream);
 

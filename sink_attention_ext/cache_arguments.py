@@ -16,7 +16,8 @@ MOST_BYTES = 2**62
 
 
 def check_count(name: str, value: Any, at_least: int = 0, at_most: int = checks.INT32_MAX) -> int:
-    if checks.check_int(name, value) < at_least:
+    value = checks.check_int(name, value)
+    if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}; got {number_text(value)}")
     if value > at_most:
         raise ValueError(f"{name} must be at most {at_most}; got {number_text(value)}")
@@ -53,7 +54,8 @@ def check_padding(name: str, padded: Any, actual: int, most: int) -> int:
     """The padded number; None is the actual one."""
     if padded is None:
         return actual
-    if check_count(name, padded) < actual or padded > most:
+    padded = check_count(name, padded)
+    if padded < actual or padded > most:
         raise ValueError(f"{name} must be from {actual}, what there is, to {most}; got {padded}")
     return padded
 

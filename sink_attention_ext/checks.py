@@ -7,7 +7,7 @@ only in eager mode. The compiled operators check them again when they run.
 
 from __future__ import annotations
 
-import operator
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -321,10 +321,10 @@ def check_bool(name: str, value: Any) -> bool:
 
 
 def check_int(name: str, value: Any) -> int:
-    """An int, or what stands for one (NumPy's), but neither a bool nor a tensor."""
-    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+    """An int, or one of NumPy's, but no bool."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int; got {value!r}")
-    return operator.index(value)
+    return int(value)
 
 
 def check_window(window_size: Any, causal: bool) -> tuple[int, int]:

@@ -66,6 +66,7 @@ VALID: dict[str, Callable[[], Caches]] = {
 }
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("layout", VALID)
 def test_layouts_with_memory_of_their_own_are_written(layout: str) -> None:
     k_cache, v_cache = VALID[layout]()
@@ -154,6 +155,7 @@ def check_refused(k_cache: Tensor, v_cache: Tensor, message: str) -> None:
         assert not k_cache.any() and not v_cache.any()
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("layout", OVERLAPPING)
 def test_caches_that_overlap_are_refused(layout: str) -> None:
     check_refused(*OVERLAPPING[layout](), "^v_cache must not share memory with k_cache: both are")
@@ -182,6 +184,7 @@ def test_aliased_caches_may_be_read() -> None:
     assert torch.equal(actual, flash_attn_with_kvcache(q, expanded.clone(), cache, *args))
 
 
+@pytest.mark.sanitize
 def test_values_that_are_the_first_columns_of_the_keys_are_written() -> None:
     """Latent attention (MLA): both writes put the same numbers in the same places."""
     torch.manual_seed(0)
@@ -215,6 +218,7 @@ def test_a_layout_that_takes_long_to_look_through_is_refused() -> None:
     assert time.thread_time() - start < 30  # without a limit, other strides take minutes
 
 
+@pytest.mark.sanitize
 def test_new_tokens_inside_the_cache_are_refused() -> None:
     """Tokens that are moved on by one would be smeared, as by copy_ without its own check."""
     torch.manual_seed(0)

@@ -104,6 +104,7 @@ def outcome(op: Callable[..., Any], arguments: Arguments) -> type[Exception] | N
     return None
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", SAMPLES)
 def test_every_changed_tensor_is_refused_where_the_real_kernel_refuses_it(
@@ -143,6 +144,7 @@ NUMBERS = {
 }  # fmt: skip
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("name", SAMPLES)
 def test_every_bad_number_is_refused(name: str) -> None:
     op, (args, kwargs) = sample(name)

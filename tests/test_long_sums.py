@@ -69,6 +69,7 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 @instruction_sets
 @kinds
+@pytest.mark.sanitize
 @pytest.mark.parametrize("sink", [None, 0.5, 20.0])
 def test_forward(
     set_instruction_set: SetInstructionSet, sink: float | None, kind: str, name: str
@@ -86,6 +87,7 @@ def test_forward(
 
 @instruction_sets
 @kinds
+@pytest.mark.sanitize
 @pytest.mark.parametrize("num_splits", [1, 0, 64])
 def test_decode(
     set_instruction_set: SetInstructionSet, num_splits: int, kind: str, name: str
@@ -104,6 +106,7 @@ def test_decode(
 
 
 @instruction_sets
+@pytest.mark.sanitize
 def test_queries_gradient_over_many_keys(set_instruction_set: SetInstructionSet, name: str) -> None:
     """dq is a sum of equal terms: two kinds of keys, opposite to each other in k and in v."""
     set_instruction_set(name)
@@ -119,6 +122,7 @@ def test_queries_gradient_over_many_keys(set_instruction_set: SetInstructionSet,
 
 @instruction_sets
 @kinds
+@pytest.mark.sanitize
 def test_keys_gradients_over_many_rows(
     set_instruction_set: SetInstructionSet, kind: str, name: str
 ) -> None:
@@ -164,6 +168,7 @@ def test_lse_of_bfloat16_has_no_bias(set_instruction_set: SetInstructionSet, nam
 
 
 @instruction_sets
+@pytest.mark.sanitize
 def test_merge_of_many_parts(set_instruction_set: SetInstructionSet, name: str) -> None:
     set_instruction_set(name)
     out, lse = rows_of("equal", 2, 1, 1), torch.zeros(1, 1, 2)

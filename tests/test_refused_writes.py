@@ -154,6 +154,7 @@ ENTRIES: dict[str, tuple[Callable[..., Any], Callable[[dict[str, Any]], dict[str
 }
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_a_function_that_raises_has_not_written(entry: str, dtype: torch.dtype) -> None:
@@ -200,6 +201,7 @@ def memory(cache: PagedKVCache) -> dict[str, Tensor]:
     return tensors
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("options", [
     {"dtype": torch.float32},
     {"dtype": torch.int8, "per_token_head_scales": True},
@@ -294,6 +296,7 @@ def test_huge_counts_are_as_good_as_the_most(append: bool) -> None:
         torch.testing.assert_close(flash_attn_with_kvcache(**wide), expected)
 
 
+@pytest.mark.sanitize
 def test_lengths_near_the_largest_int32() -> None:
     """length + new does not fit into an int32."""
     for kind in ("paged", "dense", "packed"):

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sink_attention_ext import checks
 from sink_attention_ext.autograd import refuse_gradient
-from sink_attention_ext.kvcache import attend, reshape_and_cache
+from sink_attention_ext.cache_attention import attend
+from sink_attention_ext.kvcache import reshape_and_cache
 from sink_attention_ext.page_tables import PageTables, TablesDraft
 
 if TYPE_CHECKING:

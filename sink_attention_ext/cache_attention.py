@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sink_attention_ext import cache_checks, cache_slots, checks, ops, torch_context_parallel
-from sink_attention_ext.autograd import cast_q_like_cache, refuse_gradient
+from sink_attention_ext.autocast import cast_q_like_cache
+from sink_attention_ext.autograd import refuse_gradient
 from sink_attention_ext.reference import WindowSize
 
 

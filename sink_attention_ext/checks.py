@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from sink_attention_ext import ops
-from sink_attention_ext.autograd import autocast_dtype, refuse_gradient
+from sink_attention_ext.autocast import autocast_dtype
+from sink_attention_ext.autograd import refuse_gradient
 from sink_attention_ext.batching import is_mapped
 from sink_attention_ext.fake_checks import (
     FLOAT8,

@@ -67,7 +67,8 @@ SANITIZE_FLAGS = [
 ]
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the oldest torch that the library loads into
 CHECKED_CUDA_ARCHS = ["8.0", "9.0", "12.0"]
-SM90 = CSRC / "cuda" / "sm90"  # Hopper's kernels, whose instructions exist for HOPPER_ARCH only
+# Hopper's kernels, whose instructions exist for HOPPER_ARCH only.
+SM90 = [CSRC / "cuda" / "sm90", CSRC / "cuda" / "instantiations" / "sm90"]
 HOPPER_ARCH = "9.0a"
 
 
@@ -90,14 +91,14 @@ def cuda_sources() -> list[Path]:
 def archs_of(source: Path, archs: list[str]) -> list[str]:
     """What of the list a .cu file is compiled for: Hopper's files for HOPPER_ARCH where the list
     has it in whatever form, else not at all, and all other files for the whole list."""
-    if not source.is_relative_to(SM90):
+    if not any(source.is_relative_to(folder) for folder in SM90):
         return archs
     return [HOPPER_ARCH] * any(arch.startswith("9.0") for arch in archs)
 
 
 def without_sm90(archs: list[str]) -> list[str]:
     """The host code's flag for a list without Hopper: nothing may refer to its kernels."""
-    return [] if archs_of(SM90 / "any.cu", archs) else ["-DSINK_WITHOUT_SM90"]
+    return [] if archs_of(SM90[0] / "any.cu", archs) else ["-DSINK_WITHOUT_SM90"]
 
 
 def choose_cuda() -> Path | None:

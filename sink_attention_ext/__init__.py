@@ -1,16 +1,16 @@
 """Flash attention with learnable sinks: training, packed sequences, paged key-value caches."""
 
-from sink_attention_ext import autograd as _autograd  # registers gradients with torch
+from sink_attention_ext import dispatch_rules as _dispatch_rules  # registers gradients with torch
 from sink_attention_ext import flops as _flops  # registers formulas with torch
 from sink_attention_ext import parallel, reference
-from sink_attention_ext.cache_step import CacheStep
+from sink_attention_ext.cache.functions import flash_attn_with_kvcache, reshape_and_cache
+from sink_attention_ext.cache.page_pool import OutOfPages
+from sink_attention_ext.cache.paged_cache import PagedKVCache
+from sink_attention_ext.cache.step import CacheStep
 from sink_attention_ext.cascade import cascade_attn_with_kvcache
 from sink_attention_ext.debug import set_debug_checks
 from sink_attention_ext.interface import flash_attn_func, flash_attn_varlen_func
-from sink_attention_ext.kvcache import flash_attn_with_kvcache, reshape_and_cache
 from sink_attention_ext.merge import apply_sink, merge_attn_states
-from sink_attention_ext.page_pool import OutOfPages
-from sink_attention_ext.paged_cache import PagedKVCache
 from sink_attention_ext.support import Support, supports
 
 __version__ = "0.1.0"
@@ -34,4 +34,4 @@ __all__ = [
     "supports",
 ]
 
-del _autograd, _flops
+del _dispatch_rules, _flops

@@ -1,6 +1,6 @@
 """What torch.autocast casts: q, k and v, but never a cache, whose dtype q then follows.
 
-Importing this registers nothing: autograd.py does.
+Importing this registers nothing: dispatch_rules.py does.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """torch.vmap over the operators: the mapped dimension becomes part of one that they have.
 
 The batch dimension where that is right, since it needs no copy; else the heads, each of which has a
-sink, and a gradient of it, of its own. Importing this registers nothing: autograd.py does.
+sink, and a gradient of it, of its own. Importing this registers nothing: dispatch_rules.py does.
 """
 
 from __future__ import annotations

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sink_attention_ext import cache_checks, checks
-from sink_attention_ext.autograd import refuse_gradient
-from sink_attention_ext.kvcache import flash_attn_with_kvcache
+from sink_attention_ext import checks
+from sink_attention_ext.cache import checks as cache_checks
+from sink_attention_ext.cache.functions import flash_attn_with_kvcache
+from sink_attention_ext.dispatch_rules import refuse_gradient
 from sink_attention_ext.merge import merge_attn_states
 from sink_attention_ext.reference import WindowSize
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sink_attention_ext import ops
 from sink_attention_ext.autocast import autocast_dtype
-from sink_attention_ext.autograd import refuse_gradient
 from sink_attention_ext.batching import is_mapped
+from sink_attention_ext.dispatch_rules import refuse_gradient
 from sink_attention_ext.fake_checks import (
     FLOAT8,
     FLOAT_DTYPES,

@@ -75,7 +75,7 @@ def _float8_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out.new_empty(out.shape, dtype=torch.bfloat16), lse
 
 
-def _flash_attn_float8_fwd(
+def _flash_attn_fp8_fwd(
     q: Tensor, k: Tensor, v: Tensor, q_descale: Tensor | None, k_descale: Tensor | None,
     v_descale: Tensor | None, s_aux: Tensor | None, *mask: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -85,7 +85,7 @@ def _flash_attn_float8_fwd(
     return _float8_results(q, v)
 
 
-def _flash_attn_float8_varlen_fwd(
+def _flash_attn_fp8_varlen_fwd(
     q: Tensor, k: Tensor, v: Tensor, q_descale: Tensor | None, k_descale: Tensor | None,
     v_descale: Tensor | None, cu_seqlens_q: Tensor, *options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -247,8 +247,8 @@ FAKE_KERNELS: dict[str, Callable[..., Any]] = {
     "flash_attn_bwd": _flash_attn_bwd,
     "flash_attn_varlen_fwd": _flash_attn_varlen_fwd,
     "flash_attn_varlen_bwd": _flash_attn_varlen_bwd,
-    "flash_attn_float8_fwd": _flash_attn_float8_fwd,
-    "flash_attn_float8_varlen_fwd": _flash_attn_float8_varlen_fwd,
+    "flash_attn_fp8_fwd": _flash_attn_fp8_fwd,
+    "flash_attn_fp8_varlen_fwd": _flash_attn_fp8_varlen_fwd,
     "paged_attn": _paged_attn,
     "paged_attn.out": _paged_attn_out,
     "check_paged_attn": _check_paged_attn,

@@ -143,7 +143,7 @@ def _flash_attn_varlen_bwd(
     return _varlen(q, v, *lengths, window, backward=True)
 
 
-def _flash_attn_float8_fwd(
+def _flash_attn_fp8_fwd(
     q: Tensor, k: Tensor, v: Tensor, q_descale: Any, k_descale: Any, v_descale: Any, s_aux: Any,
     scale: Any, causal: bool, left: int, right: int, softcap: Any, num_sink_tokens: int,
     **kwargs: Any,
@@ -151,7 +151,7 @@ def _flash_attn_float8_fwd(
     return _dense(q, k, v, _window(causal, left, right, num_sink_tokens))
 
 
-def _flash_attn_float8_varlen_fwd(
+def _flash_attn_fp8_varlen_fwd(
     q: Tensor, k: Tensor, v: Tensor, q_descale: Any, k_descale: Any, v_descale: Any,
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seqused_k: Tensor | None, s_aux: Any,
     max_seqlen_q: int, max_seqlen_k: int, scale: Any, causal: bool, left: int, right: int,
@@ -182,8 +182,8 @@ FORMULAS = {
     "flash_attn_bwd": _flash_attn_bwd,
     "flash_attn_varlen_fwd": _flash_attn_varlen_fwd,
     "flash_attn_varlen_bwd": _flash_attn_varlen_bwd,
-    "flash_attn_float8_fwd": _flash_attn_float8_fwd,
-    "flash_attn_float8_varlen_fwd": _flash_attn_float8_varlen_fwd,
+    "flash_attn_fp8_fwd": _flash_attn_fp8_fwd,
+    "flash_attn_fp8_varlen_fwd": _flash_attn_fp8_varlen_fwd,
     "paged_attn": _paged_attn,  # paged_attn.out too: formulas are for all overloads
 }
 

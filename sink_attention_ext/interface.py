@@ -132,7 +132,7 @@ def flash_attn_func(
     checks.check_descales(q, q.shape[0], k.shape[2], **descales)
     if q.dtype == checks.FLOAT8:
         checks.refuse_float8_gradient(q, k, v, *descales.values(), s_aux)
-        out, lse = ops.flash_attn_float8_fwd(
+        out, lse = ops.flash_attn_fp8_fwd(
             q, k, v, *descales.values(), s_aux, *options, num_sink_tokens
         )
     else:
@@ -228,7 +228,7 @@ def flash_attn_varlen_func(
     checks.check_descales(q, cu_seqlens_q.shape[0] - 1, k.shape[1], **descales)
     if q.dtype == checks.FLOAT8:
         checks.refuse_float8_gradient(q, k, v, *descales.values(), s_aux)
-        out, lse = ops.flash_attn_float8_varlen_fwd(
+        out, lse = ops.flash_attn_fp8_varlen_fwd(
             q, k, v, *descales.values(), *options, num_sink_tokens
         )
     else:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sink_attention_ext import reference
+from sink_attention_ext.cache.functions import flash_attn_with_kvcache
 from sink_attention_ext.interface import flash_attn_func, flash_attn_varlen_func
-from sink_attention_ext.kvcache import flash_attn_with_kvcache
 from sink_attention_ext.merge import merge_attn_states
 
 # Bounds on max|ours - reference| for values of about 1; a wrong mask or a sink counted twice gives

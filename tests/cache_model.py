@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from sink_attention_ext import PagedKVCache
-from sink_attention_ext.cache_step import CacheStep
-from sink_attention_ext.page_tables import PageTables, TablesDraft
+from sink_attention_ext.cache.page_tables import PageTables, TablesDraft
+from sink_attention_ext.cache.step import CacheStep
 
 NUM_HEADS_Q, NUM_HEADS_KV, HEAD_DIM, HEAD_DIM_V = 4, 2, 8, 6
 

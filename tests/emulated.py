@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from sink_attention_ext import float8, ops
+from sink_attention_ext import fp8, ops
 
 LIBRARY = Path(__file__).resolve().parent.parent / "build" / "emulator" / "_emulated.so"
 MULTIPROCESSORS = 4  # of the emulated device: what the choice of splits goes by
@@ -49,7 +49,7 @@ def emulated(
     library = torch.library.Library(ops.NAMESPACE, "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of every override
-        for name in (*(ops.FAKE_KERNELS.keys() - float8.OPERATORS), "flash_attn_float8_kernel"):
+        for name in (*(ops.FAKE_KERNELS.keys() - fp8.OPERATORS), "flash_attn_fp8_kernel"):
             library.impl(name, operator(name), "CPU", allow_override=True)
         for name in SETTINGS:
             key = "CompositeExplicitAutograd"

@@ -14,7 +14,8 @@ import torch
 from cases import int32
 from conftest import EMULATED, Backend
 
-from sink_attention_ext import cache_checks, ops, set_debug_checks
+from sink_attention_ext import ops, set_debug_checks
+from sink_attention_ext.cache import checks as cache_checks
 
 
 @pytest.fixture

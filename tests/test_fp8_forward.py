@@ -48,7 +48,7 @@ from torch import Tensor
 from sink_attention_ext import (
     flash_attn_func,
     flash_attn_varlen_func,
-    float8,
+    fp8,
     ops,
     reference,
     supports,
@@ -143,7 +143,7 @@ def check(
     else:
         out, lse = backend.flash_attn(*qkv, **options)
     hopper = backend.is_hopper and taken
-    dtype = float8.computed_in(torch.device(backend.device))
+    dtype = fp8.computed_in(torch.device(backend.device))
     if before is not None:
         blocks = emulated.blocks_run() - before
         family = "sm90" if hopper else "simt" if dtype == torch.float32 else "sm80"
@@ -234,7 +234,7 @@ def test_what_hopper_has_no_kernel_for(backend: Backend, change: dict[str, Any])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_in_bfloat16(backend: Backend, case: DenseCase, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on cards without kernels for it."""
-    monkeypatch.setattr(float8, "computed_in", lambda device: torch.bfloat16)
+    monkeypatch.setattr(fp8, "computed_in", lambda device: torch.bfloat16)
     check(backend, case)
 
 
@@ -301,7 +301,7 @@ def test_the_operator_checks_descales_too() -> None:
     q = torch.zeros(2, 5, 4, 16).to(FLOAT8)
     options = (None, 1.0, False, -1, -1, 0.0, 0)
     with pytest.raises(RuntimeError, match=r"k_descale must have shape \(2, 4\), got \(2, 2\)"):
-        ops.flash_attn_float8_fwd(q, q, q, None, torch.ones(2, 2), None, *options)
+        ops.flash_attn_fp8_fwd(q, q, q, None, torch.ones(2, 2), None, *options)
 
 
 @pytest.mark.no_sm90_blocks("it only asks")

@@ -17,13 +17,18 @@ CXX_SUFFIXES = {".cpp", ".h", ".inc", ".cu", ".cuh"}
 MAX_LINES = 500
 
 # What a file of a folder may include: an include points to the right in
-# torch -> problem struct -> cpu:: or cuda:: entry -> launch -> kernel -> tile -> primitives.
+# torch -> params -> cpu:: or cuda:: entry -> launch -> kernel -> tile -> device -> primitives.
 MAY_INCLUDE = {
     "torch": ["torch/", "cpu/backend.h", "cuda/backend.h", "attention/"],
     "cpu": ["cpu/", "attention/"],
     "cpu/simd": ["cpu/simd/", "attention/"],
     "cuda": ["cuda/", "attention/", "primitives/"],
-    "cuda/tile": ["cuda/tile/", "attention/", "primitives/"],
+    "cuda/kernels": [
+        *("cuda/kernels/", "cuda/tile/", "cuda/device/", "attention/", "primitives/"),
+        *("cuda/backend.h", "cuda/bounded.h"),
+    ],
+    "cuda/tile": ["cuda/tile/", "cuda/device/", "attention/", "primitives/"],
+    "cuda/device": ["cuda/device/", "attention/", "primitives/"],
     "attention": ["attention/"],
     "primitives": ["primitives/", "attention/host_device.h", "attention/numeric.h"],
     # The twins of the instructions belong to the emulated GPU, which is test equipment.

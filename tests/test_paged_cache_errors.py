@@ -10,7 +10,7 @@ from cache_model import HEAD_DIM, NUM_HEADS_KV, NUM_HEADS_Q, make_cache
 from cases import FLOAT8
 
 from sink_attention_ext import OutOfPages, PagedKVCache
-from sink_attention_ext.page_pool import PagePool, PoolDraft
+from sink_attention_ext.cache.page_pool import PagePool, PoolDraft
 
 
 def snapshot(cache: PagedKVCache) -> Any:

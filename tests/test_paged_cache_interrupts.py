@@ -13,8 +13,8 @@ import torch
 from cache_model import CacheModel
 
 from sink_attention_ext import PagedKVCache, cache_step
-from sink_attention_ext.cache_step import CacheStep
-from sink_attention_ext.page_storage import PageStorage
+from sink_attention_ext.cache.page_storage import PageStorage
+from sink_attention_ext.cache.step import CacheStep
 
 PACKAGE = cache_step.__file__.removesuffix("cache_step.py")
 

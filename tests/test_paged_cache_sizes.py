@@ -7,7 +7,7 @@ import torch
 from cache_model import HEAD_DIM, HEAD_DIM_V, NUM_HEADS_KV, NUM_HEADS_Q, make_cache
 from cases import FLOAT8
 
-from sink_attention_ext.page_storage import PageStorage
+from sink_attention_ext.cache.page_storage import PageStorage
 
 
 @pytest.mark.parametrize("within", ["construction", "use"])

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "attention/host_device.h"
-#include "attention/problem.h"
+#include "attention/params.h"
 #include "attention/seqlen_info.h"
 
 namespace sink_attention::attention {
@@ -160,25 +160,25 @@ struct Mask {
   }
 };
 
-SA_HOST_DEVICE Mask make_mask(const FlashFwdProblem& problem, int64_t seqlen_q, int64_t seqlen_k,
+SA_HOST_DEVICE Mask make_mask(const FlashFwdParams& params, int64_t seqlen_q, int64_t seqlen_k,
                               const int64_t* tree = nullptr) {
   return {seqlen_q,
           seqlen_k,
-          problem.window_left,
-          problem.window_right,
-          min_of(problem.num_sink_tokens, seqlen_k),
+          params.window_left,
+          params.window_right,
+          min_of(params.num_sink_tokens, seqlen_k),
           tree};
 }
 
 // A sequence's part of the tree mask, or null.
-SA_HOST_DEVICE const int64_t* tree_of(const FlashFwdProblem& problem, const SeqlenInfo& info) {
-  return problem.tree_mask == nullptr
+SA_HOST_DEVICE const int64_t* tree_of(const FlashFwdParams& params, const SeqlenInfo& info) {
+  return params.tree_mask == nullptr
              ? nullptr
-             : problem.tree_mask + info.q_batch * problem.tree_mask_stride + info.q_row;
+             : params.tree_mask + info.q_batch * params.tree_mask_stride + info.q_row;
 }
 
-SA_HOST_DEVICE Mask make_mask(const FlashFwdProblem& problem, const SeqlenInfo& info) {
-  return make_mask(problem, info.seqlen_q, info.seqlen_k, tree_of(problem, info));
+SA_HOST_DEVICE Mask make_mask(const FlashFwdParams& params, const SeqlenInfo& info) {
+  return make_mask(params, info.seqlen_q, info.seqlen_k, tree_of(params, info));
 }
 
 }  // namespace sink_attention::attention

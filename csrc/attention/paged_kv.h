@@ -4,7 +4,7 @@
 
 #include "attention/host_device.h"
 #include "attention/mask.h"
-#include "attention/problem.h"
+#include "attention/params.h"
 #include "attention/seqlen_info.h"
 
 namespace sink_attention::attention {
@@ -70,26 +70,26 @@ struct KeyRows {
 };
 
 namespace internal {
-SA_HOST_DEVICE KeyRows rows_of(const FlashFwdProblem& problem, int64_t batch_idx,
+SA_HOST_DEVICE KeyRows rows_of(const FlashFwdParams& params, int64_t batch_idx,
                                const SeqlenInfo& info, int64_t head_idx, KeySet readable,
                                const void* tensor, int64_t stride_batch, int64_t stride_row,
                                int64_t stride_head, int64_t dim, const float* scale) {
-  const int64_t bytes = bytes_of(problem.kv_dtype);
+  const int64_t bytes = bytes_of(params.kv_dtype);
   KeyRows rows{};
   rows.base = static_cast<const char*>(tensor) + head_idx * stride_head * bytes;
   rows.row_bytes = stride_row * bytes;
   rows.readable = {readable.sink_end, intersect(readable.window, {0, info.seqlen_k})};
   rows.dim = dim;
-  rows.dtype = problem.kv_dtype;
-  rows.scale = scale == nullptr ? 1.0f : scale[head_idx * problem.kv_scale_stride];
-  if (problem.block_table != nullptr) {
-    rows.pages = problem.block_table + batch_idx * problem.block_table_stride;
+  rows.dtype = params.kv_dtype;
+  rows.scale = scale == nullptr ? 1.0f : scale[head_idx * params.kv_scale_stride];
+  if (params.block_table != nullptr) {
+    rows.pages = params.block_table + batch_idx * params.block_table_stride;
     rows.page_bytes = stride_batch * bytes;
-    rows.page_size = problem.page_size;
-    rows.num_pages = problem.num_pages;
+    rows.page_size = params.page_size;
+    rows.num_pages = params.num_pages;
     rows.page_shift = -1;
     for (int shift = 0; shift < 31; ++shift) {
-      if (int64_t{1} << shift == problem.page_size) rows.page_shift = shift;
+      if (int64_t{1} << shift == params.page_size) rows.page_shift = shift;
     }
   } else {
     rows.base += (info.k_batch * stride_batch + info.k_row * stride_row) * bytes;
@@ -98,28 +98,28 @@ SA_HOST_DEVICE KeyRows rows_of(const FlashFwdProblem& problem, int64_t batch_idx
 }
 }  // namespace internal
 
-SA_HOST_DEVICE KeyRows key_rows(const FlashFwdProblem& problem, int64_t batch_idx,
+SA_HOST_DEVICE KeyRows key_rows(const FlashFwdParams& params, int64_t batch_idx,
                                 const SeqlenInfo& info, int64_t head_idx, KeySet readable) {
-  KeyRows rows = internal::rows_of(problem, batch_idx, info, head_idx, readable, problem.k,
-                                   problem.k_stride_batch, problem.k_stride_row,
-                                   problem.k_stride_head, problem.head_dim, problem.k_scale);
-  if (problem.k_token_scales != nullptr) {
-    rows.token_scales = problem.k_token_scales + head_idx * problem.k_scale_stride_head;
-    rows.scale_stride_page = problem.k_scale_stride_page;
-    rows.scale_stride_slot = problem.k_scale_stride_slot;
+  KeyRows rows = internal::rows_of(params, batch_idx, info, head_idx, readable, params.k,
+                                   params.k_stride_batch, params.k_stride_row, params.k_stride_head,
+                                   params.head_dim, params.k_scale);
+  if (params.k_token_scales != nullptr) {
+    rows.token_scales = params.k_token_scales + head_idx * params.k_scale_stride_head;
+    rows.scale_stride_page = params.k_scale_stride_page;
+    rows.scale_stride_slot = params.k_scale_stride_slot;
   }
   return rows;
 }
 
-SA_HOST_DEVICE KeyRows value_rows(const FlashFwdProblem& problem, int64_t batch_idx,
+SA_HOST_DEVICE KeyRows value_rows(const FlashFwdParams& params, int64_t batch_idx,
                                   const SeqlenInfo& info, int64_t head_idx, KeySet readable) {
-  KeyRows rows = internal::rows_of(problem, batch_idx, info, head_idx, readable, problem.v,
-                                   problem.v_stride_batch, problem.v_stride_row,
-                                   problem.v_stride_head, problem.head_dim_v, problem.v_scale);
-  if (problem.v_token_scales != nullptr) {
-    rows.token_scales = problem.v_token_scales + head_idx * problem.v_scale_stride_head;
-    rows.scale_stride_page = problem.v_scale_stride_page;
-    rows.scale_stride_slot = problem.v_scale_stride_slot;
+  KeyRows rows = internal::rows_of(params, batch_idx, info, head_idx, readable, params.v,
+                                   params.v_stride_batch, params.v_stride_row, params.v_stride_head,
+                                   params.head_dim_v, params.v_scale);
+  if (params.v_token_scales != nullptr) {
+    rows.token_scales = params.v_token_scales + head_idx * params.v_scale_stride_head;
+    rows.scale_stride_page = params.v_scale_stride_page;
+    rows.scale_stride_slot = params.v_scale_stride_slot;
   }
   return rows;
 }

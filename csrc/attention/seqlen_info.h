@@ -3,7 +3,7 @@
 #pragma once
 
 #include "attention/host_device.h"
-#include "attention/problem.h"
+#include "attention/params.h"
 
 namespace sink_attention::attention {
 
@@ -25,26 +25,26 @@ SA_HOST_DEVICE int64_t bounded_row(int64_t row, int64_t total) {
 // Nobody may have looked at what cu_seqlens and seqused_k hold: on CUDA they are in device memory.
 // Whatever it is, the sequence's rows lie within the tensors, and its keys within its rows of k, or
 // the entries of its row of the block table.
-SA_HOST_DEVICE SeqlenInfo seqlen_info(const FlashFwdProblem& problem, int64_t batch_idx) {
+SA_HOST_DEVICE SeqlenInfo seqlen_info(const FlashFwdParams& params, int64_t batch_idx) {
   SeqlenInfo info{};
-  if (problem.cu_seqlens_q != nullptr) {
-    info.q_row = bounded_row(problem.cu_seqlens_q[batch_idx], problem.total_q);
+  if (params.cu_seqlens_q != nullptr) {
+    info.q_row = bounded_row(params.cu_seqlens_q[batch_idx], params.total_q);
     info.seqlen_q =
-        bounded_row(problem.cu_seqlens_q[batch_idx + 1] - info.q_row, problem.total_q - info.q_row);
+        bounded_row(params.cu_seqlens_q[batch_idx + 1] - info.q_row, params.total_q - info.q_row);
   } else {
     info.q_batch = batch_idx;
-    info.seqlen_q = problem.seqlen_q;
+    info.seqlen_q = params.seqlen_q;
   }
-  if (problem.cu_seqlens_k != nullptr) {
-    info.k_row = bounded_row(problem.cu_seqlens_k[batch_idx], problem.total_k);
+  if (params.cu_seqlens_k != nullptr) {
+    info.k_row = bounded_row(params.cu_seqlens_k[batch_idx], params.total_k);
     info.seqlen_k =
-        bounded_row(problem.cu_seqlens_k[batch_idx + 1] - info.k_row, problem.total_k - info.k_row);
+        bounded_row(params.cu_seqlens_k[batch_idx + 1] - info.k_row, params.total_k - info.k_row);
   } else {
     info.k_batch = batch_idx;
-    info.seqlen_k = problem.seqlen_k;
+    info.seqlen_k = params.seqlen_k;
   }
-  if (problem.seqused_k != nullptr) {
-    info.seqlen_k = bounded_row(problem.seqused_k[batch_idx], info.seqlen_k);
+  if (params.seqused_k != nullptr) {
+    info.seqlen_k = bounded_row(params.seqused_k[batch_idx], info.seqlen_k);
   }
   return info;
 }

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "attention/problem.h"
+#include "attention/params.h"
 
 namespace sink_attention::cpu {
 
@@ -17,10 +17,10 @@ struct Executor {
   void (*run)(void* context, int num_tasks, void (*task)(void* arg, int task_idx), void* arg);
 };
 
-void flash_fwd(const attention::FlashFwdProblem& problem, const Executor& executor);
-void flash_bwd(const attention::FlashBwdProblem& problem, const Executor& executor);
-void reshape_and_cache(const attention::ReshapeAndCacheProblem& problem, const Executor& executor);
-void merge_attn_states(const attention::MergeProblem& problem, const Executor& executor);
+void flash_fwd(const attention::FlashFwdParams& params, const Executor& executor);
+void flash_bwd(const attention::FlashBwdParams& params, const Executor& executor);
+void reshape_and_cache(const attention::ReshapeAndCacheParams& params, const Executor& executor);
+void merge_attn_states(const attention::MergeParams& params, const Executor& executor);
 
 // The instruction set in use, one of available_instruction_sets(): "portable", "avx2", "avx512",
 // "avx512_bf16". The best one that the machine has is chosen at the first call, or the one that the

@@ -26,8 +26,8 @@ namespace {
 
 using attention::BlockList;
 using attention::DataType;
-using attention::FlashBwdProblem;
-using attention::FlashFwdProblem;
+using attention::FlashBwdParams;
+using attention::FlashFwdParams;
 using attention::Range;
 using attention::SeqlenInfo;
 
@@ -124,9 +124,9 @@ struct Delta {
   int64_t stride_head;
 };
 
-Delta preprocess(const FlashBwdProblem& problem, const Kernels& kernels, int64_t real_bytes,
+Delta preprocess(const FlashBwdParams& params, const Kernels& kernels, int64_t real_bytes,
                  const Executor& executor) {
-  const FlashFwdProblem& fwd = problem.fwd;
+  const FlashFwdParams& fwd = params.fwd;
   const bool varlen = fwd.cu_seqlens_q != nullptr;
   const int64_t head_rows = varlen ? fwd.cu_seqlens_q[fwd.batch] : fwd.seqlen_q;
   const int64_t num_sets = varlen ? 1 : fwd.batch;
@@ -140,15 +140,15 @@ Delta preprocess(const FlashBwdProblem& problem, const Kernels& kernels, int64_t
     char* rows = delta.memory.data() +
                  (info.q_batch * delta.stride_batch + head_idx * delta.stride_head + info.q_row) *
                      real_bytes;
-    ds_aux[job] = kernels.bwd_preprocess(problem, batch_idx, head_idx, rows);
+    ds_aux[job] = kernels.bwd_preprocess(params, batch_idx, head_idx, rows);
   });
-  if (problem.ds_aux != nullptr) {
+  if (params.ds_aux != nullptr) {
     for (int64_t head_idx = 0; head_idx < fwd.num_heads_q; ++head_idx) {
       double sum = 0;
       for (int64_t batch_idx = 0; batch_idx < fwd.batch; ++batch_idx) {
         sum += ds_aux[batch_idx * fwd.num_heads_q + head_idx];
       }
-      write_number(sum, problem.ds_aux, fwd.s_aux_dtype, head_idx);
+      write_number(sum, params.ds_aux, fwd.s_aux_dtype, head_idx);
     }
   }
   return delta;
@@ -156,16 +156,16 @@ Delta preprocess(const FlashBwdProblem& problem, const Kernels& kernels, int64_t
 
 }  // namespace
 
-void flash_bwd(const FlashBwdProblem& problem, const Executor& executor) {
-  const FlashFwdProblem& fwd = problem.fwd;
+void flash_bwd(const FlashBwdParams& params, const Executor& executor) {
+  const FlashFwdParams& fwd = params.fwd;
   const Kernels& kernels = kernels_for(fwd.dtype, fwd.kv_dtype);
   const int64_t real_bytes = fwd.dtype == DataType::kFloat64 ? 8 : 4;
-  const Delta delta = preprocess(problem, kernels, real_bytes, executor);
+  const Delta delta = preprocess(params, kernels, real_bytes, executor);
   if (fwd.num_heads_q == 0) return;
-  const BwdPlan plan = kernels.plan_bwd(problem);
+  const BwdPlan plan = kernels.plan_bwd(params);
   // dQ of a 16-bit type has no place for a bank, and no digits for what it would save.
   const bool banks_dq = fwd.dtype == DataType::kFloat32 || fwd.dtype == DataType::kFloat64;
-  const int64_t group = fwd.num_heads_q / fwd.num_heads_kv;
+  const int64_t qhead_per_khead = fwd.num_heads_q / fwd.num_heads_kv;
 
   std::vector<std::unique_ptr<HeadState>> heads;
   struct Job {
@@ -191,7 +191,7 @@ void flash_bwd(const FlashBwdProblem& problem, const Executor& executor) {
         head->done[tile] = head->blocks_of_tile(tile, plan).block(0);
       }
       accumulator_bytes =
-          std::max(accumulator_bytes, head->info.seqlen_q * group * plan.dq_row_bytes);
+          std::max(accumulator_bytes, head->info.seqlen_q * qhead_per_khead * plan.dq_row_bytes);
       for (int64_t block = 0; block < head->num_blocks; ++block)
         jobs.push_back({head.get(), block});
       heads.push_back(std::move(head));
@@ -208,7 +208,7 @@ void flash_bwd(const FlashBwdProblem& problem, const Executor& executor) {
         const int64_t block_idx = jobs[job].block_idx;
         if (block_idx == 0) {
           char* accumulator = pool.take();
-          std::fill_n(accumulator, head.info.seqlen_q * group * plan.dq_row_bytes, 0);
+          std::fill_n(accumulator, head.info.seqlen_q * qhead_per_khead * plan.dq_row_bytes, 0);
           head.dq_accumulator.store(accumulator, std::memory_order_release);
         }
         BwdTask task{};
@@ -219,7 +219,7 @@ void flash_bwd(const FlashBwdProblem& problem, const Executor& executor) {
         task.delta = delta.memory.data();
         task.delta_stride_batch = delta.stride_batch;
         task.delta_stride_head = delta.stride_head;
-        kernels.bwd_begin_block(problem, plan, task);
+        kernels.bwd_begin_block(params, plan, task);
         wait_until([&] { return head.dq_accumulator.load(std::memory_order_acquire) != nullptr; });
         task.dq_accumulator = head.dq_accumulator.load(std::memory_order_acquire);
         const Range keys{block_idx * plan.block_keys,
@@ -230,20 +230,20 @@ void flash_bwd(const FlashBwdProblem& problem, const Executor& executor) {
           const Range positions = head.positions_of_tile(tile, plan);
           const BlockList<int64_t> blocks = head.blocks_of_tile(tile, plan);
           wait_until([&] { return head.done[tile].load(std::memory_order_acquire) >= block_idx; });
-          kernels.bwd_tile(problem, plan, task, positions.begin, positions.end);
+          kernels.bwd_tile(params, plan, task, positions.begin, positions.end);
           const int64_t idx = blocks.index(block_idx);
           if (banks_dq && HeadState::ends_piece(blocks, idx, plan)) {
-            kernels.bwd_bank_dq(problem, head.batch_idx, head.kv_head_idx, positions,
+            kernels.bwd_bank_dq(params, head.batch_idx, head.kv_head_idx, positions,
                                 task.dq_accumulator, !HeadState::was_banked(blocks, idx, plan));
           }
           head.done[tile].store(blocks.block(idx + 1), std::memory_order_release);
         }
-        kernels.bwd_end_block(problem, plan, task);
+        kernels.bwd_end_block(params, plan, task);
         if (head.jobs_left.fetch_sub(1) == 1) {
           for (int64_t tile = 0; tile < head.num_tiles; ++tile) {
             const BlockList<int64_t> blocks = head.blocks_of_tile(tile, plan);
             kernels.bwd_store_dq(
-                problem, head.batch_idx, head.kv_head_idx, head.positions_of_tile(tile, plan),
+                params, head.batch_idx, head.kv_head_idx, head.positions_of_tile(tile, plan),
                 task.dq_accumulator,
                 banks_dq && HeadState::was_banked(blocks, blocks.count() - 1, plan));
           }

@@ -20,7 +20,7 @@ namespace sink_attention::cpu {
 namespace {
 
 using attention::BlockList;
-using attention::FlashFwdProblem;
+using attention::FlashFwdParams;
 using attention::SeqlenInfo;
 
 struct Sequence {
@@ -40,13 +40,13 @@ struct Schedule {
   int64_t num_packed_blocks = 0;  // of all kv heads
 };
 
-Schedule make_schedule(const FlashFwdProblem& problem, const FwdPlan& plan) {
+Schedule make_schedule(const FlashFwdParams& params, const FwdPlan& plan) {
   Schedule schedule;
-  for (int64_t batch_idx = 0; batch_idx < problem.batch; ++batch_idx) {
+  for (int64_t batch_idx = 0; batch_idx < params.batch; ++batch_idx) {
     Sequence sequence{};
     sequence.batch_idx = batch_idx;
-    sequence.info = attention::seqlen_info(problem, batch_idx);
-    sequence.mask = attention::make_mask(problem, sequence.info);
+    sequence.info = attention::seqlen_info(params, batch_idx);
+    sequence.mask = attention::make_mask(params, sequence.info);
     sequence.first_tile = schedule.num_tiles;
     sequence.num_tiles = (sequence.info.seqlen_q + plan.tile_positions - 1) / plan.tile_positions;
     sequence.blocks = attention::blocks_of(sequence.mask.visible_keys(0, sequence.info.seqlen_q),
@@ -54,7 +54,7 @@ Schedule make_schedule(const FlashFwdProblem& problem, const FwdPlan& plan) {
     sequence.packed_block = -1;
     if (sequence.num_tiles > 1) {
       sequence.packed_block = schedule.num_packed_blocks;
-      schedule.num_packed_blocks += sequence.blocks.count() * problem.num_heads_kv;
+      schedule.num_packed_blocks += sequence.blocks.count() * params.num_heads_kv;
     }
     if (sequence.num_tiles == 0) continue;
     schedule.num_tiles += sequence.num_tiles;
@@ -84,7 +84,7 @@ struct Division {
 // Enough jobs for the threads: first by splitting key ranges (where the caller left that open),
 // which leaves a cache read in the order in which it lies, then by giving each kv head to a job of
 // its own.
-Division divide(const FlashFwdProblem& problem, const FwdPlan& plan, const Schedule& schedule,
+Division divide(const FlashFwdParams& params, const FwdPlan& plan, const Schedule& schedule,
                 int num_threads) {
   const int64_t wanted = num_threads == 1 ? 1 : 2 * num_threads;
   int64_t most_blocks = 1;
@@ -94,21 +94,21 @@ Division divide(const FlashFwdProblem& problem, const FwdPlan& plan, const Sched
   const auto jobs_of = [&](int64_t heads_per_job) {
     int64_t jobs = 0;
     for (const Sequence& sequence : schedule.sequences) {
-      jobs += sequence.num_tiles > 1 ? sequence.num_tiles * problem.num_heads_kv
-                                     : (problem.num_heads_kv + heads_per_job - 1) / heads_per_job;
+      jobs += sequence.num_tiles > 1 ? sequence.num_tiles * params.num_heads_kv
+                                     : (params.num_heads_kv + heads_per_job - 1) / heads_per_job;
     }
     return jobs;
   };
   const int64_t most_heads =
       std::clamp<int64_t>(kMaxScratchBytes / scratch_bytes_per_head(plan), 1, kMaxHeadsPerJob);
-  Division division{problem.num_splits, std::min(problem.num_heads_kv, most_heads)};
+  Division division{params.num_splits, std::min(params.num_heads_kv, most_heads)};
   if (division.num_splits <= 0) {
     const int64_t jobs = jobs_of(division.heads_per_job);
     const int64_t worthwhile = most_blocks * plan.block_keys / kMinSplitKeys;
     division.num_splits = jobs >= wanted ? 1 : std::clamp<int64_t>(worthwhile, 1, wanted / jobs);
   }
   // A part without a block would take as much memory as any other.
-  const int64_t split_bytes = schedule.num_tiles * problem.num_heads_kv * plan.partial_bytes;
+  const int64_t split_bytes = schedule.num_tiles * params.num_heads_kv * plan.partial_bytes;
   const int64_t affordable = std::max<int64_t>(kMaxPartialBytes / split_bytes, 1);
   division.num_splits = std::min({division.num_splits, kMaxSplits, most_blocks, affordable});
   while (division.heads_per_job > 1 &&
@@ -120,14 +120,14 @@ Division divide(const FlashFwdProblem& problem, const FwdPlan& plan, const Sched
 
 }  // namespace
 
-void flash_fwd(const FlashFwdProblem& problem, const Executor& executor) {
-  if (problem.batch == 0 || problem.num_heads_q == 0) return;
-  const Kernels& kernels = kernels_for(problem.dtype, problem.kv_dtype);
-  const FwdPlan plan = kernels.plan_fwd(problem);
-  const Schedule schedule = make_schedule(problem, plan);
+void flash_fwd(const FlashFwdParams& params, const Executor& executor) {
+  if (params.batch == 0 || params.num_heads_q == 0) return;
+  const Kernels& kernels = kernels_for(params.dtype, params.kv_dtype);
+  const FwdPlan plan = kernels.plan_fwd(params);
+  const Schedule schedule = make_schedule(params, plan);
   if (schedule.sequences.empty()) return;
   const int64_t block_bytes = plan.packed_k_bytes + plan.packed_v_bytes;
-  const int64_t num_heads = problem.num_heads_kv;
+  const int64_t num_heads = params.num_heads_kv;
 
   // Pack. A kv head's blocks lie together.
   const KeptBuffer<Use::kPacked> packed(schedule.num_packed_blocks * block_bytes);
@@ -149,14 +149,14 @@ void flash_fwd(const FlashFwdProblem& problem, const Executor& executor) {
   parallel_jobs(executor, static_cast<int64_t>(pack_jobs.size()), 0, [&](int64_t job, char*) {
     const PackJob& pack = pack_jobs[job];
     const Sequence& sequence = *pack.sequence;
-    kernels.pack_blocks(problem, plan, sequence.batch_idx, pack.kv_head_idx, pack.kv_head_idx + 1,
+    kernels.pack_blocks(params, plan, sequence.batch_idx, pack.kv_head_idx, pack.kv_head_idx + 1,
                         pack.block_idx, sequence.mask.visible_keys(0, sequence.info.seqlen_q),
                         packed.data() + job * block_bytes);
   });
 
   // Attend. Jobs of one kv head follow each other (its packed keys stay in cache), the last tile,
   // under a causal mask the longest, first.
-  const auto [num_splits, heads_per_job] = divide(problem, plan, schedule, executor.num_threads);
+  const auto [num_splits, heads_per_job] = divide(params, plan, schedule, executor.num_threads);
   struct TileJob {
     const Sequence* sequence;
     int64_t kv_head_begin, kv_head_end;
@@ -207,7 +207,7 @@ void flash_fwd(const FlashFwdProblem& problem, const Executor& executor) {
   parallel_jobs(executor, static_cast<int64_t>(tile_jobs.size()) * num_splits, scratch_bytes,
                 [&](int64_t job, char* scratch) {
                   kernels.fwd_tile(
-                      problem, plan,
+                      params, plan,
                       make_task(tile_jobs[job / num_splits], job % num_splits, scratch));
                 });
   if (num_splits == 1) return;
@@ -220,7 +220,7 @@ void flash_fwd(const FlashFwdProblem& problem, const Executor& executor) {
         const Sequence& sequence = *(after - 1);
         const TileJob job{&sequence, idx % num_heads, idx % num_heads + 1,
                           tile - sequence.first_tile};
-        kernels.combine_splits(problem, plan, make_task(job, 0, scratch), num_splits, split_stride);
+        kernels.combine_splits(params, plan, make_task(job, 0, scratch), num_splits, split_stride);
       });
 }
 

@@ -9,7 +9,7 @@
 
 #include <optional>
 
-#include "attention/float8_problem.h"
+#include "attention/fp8_params.h"
 
 namespace sink_attention::cuda {
 
@@ -33,26 +33,25 @@ bool is_capturing(Stream stream);  // in a CUDA graph
 
 // Dense, varlen and paged. Whatever flash_fwd would refuse, flash_fwd_workspace_bytes does; it
 // looks at no results, which need not be set, and launches nothing.
-int64_t flash_fwd_workspace_bytes(const attention::FlashFwdProblem& problem, const Device& device);
-void flash_fwd(const attention::FlashFwdProblem& problem, const Device& device, void* workspace,
+int64_t flash_fwd_workspace_bytes(const attention::FlashFwdParams& params, const Device& device);
+void flash_fwd(const attention::FlashFwdParams& params, const Device& device, void* workspace,
                Stream stream);
 
 // On float8 q, k and v. Whether this device has kernels for the problem, whose results need not be
 // set: Hopper only, and there not for every layout. Throws std::runtime_error if sm90's kernels are
 // forced and do not take it. And the forward of a problem that is taken, without a workspace.
-bool takes_flash_fwd_float8(const attention::FlashFwdFloat8Problem& problem, const Device& device);
-void flash_fwd_float8(const attention::FlashFwdFloat8Problem& problem, const Device& device,
-                      Stream stream);
+bool takes_flash_fwd_fp8(const attention::FlashFwdFp8Params& params, const Device& device);
+void flash_fwd_fp8(const attention::FlashFwdFp8Params& params, const Device& device, Stream stream);
 
-int64_t flash_bwd_workspace_bytes(const attention::FlashBwdProblem& problem, const Device& device);
-void flash_bwd(const attention::FlashBwdProblem& problem, const Device& device, void* workspace,
+int64_t flash_bwd_workspace_bytes(const attention::FlashBwdParams& params, const Device& device);
+void flash_bwd(const attention::FlashBwdParams& params, const Device& device, void* workspace,
                Stream stream);
 
 // Whose kernels the same call runs; throws as it does.
-Family flash_fwd_family(const attention::FlashFwdProblem& problem, const Device& device);
-Family flash_bwd_family(const attention::FlashBwdProblem& problem, const Device& device);
+Family flash_fwd_family(const attention::FlashFwdParams& params, const Device& device);
+Family flash_bwd_family(const attention::FlashBwdParams& params, const Device& device);
 
-void reshape_and_cache(const attention::ReshapeAndCacheProblem& problem, Stream stream);
-void merge_attn_states(const attention::MergeProblem& problem, Stream stream);
+void reshape_and_cache(const attention::ReshapeAndCacheParams& params, Stream stream);
+void merge_attn_states(const attention::MergeParams& params, Stream stream);
 
 }  // namespace sink_attention::cuda

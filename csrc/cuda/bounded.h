@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <stdexcept>
 
-#include "attention/problem.h"
+#include "attention/params.h"
 
 namespace sink_attention::cuda {
 
@@ -16,20 +16,20 @@ constexpr int64_t kMaxGridY = 65535;  // thread blocks along a grid's second dim
 // Throws std::runtime_error where there are more. Of a cache the keys that there can be are bounded
 // instead: a block table may have more entries than any sequence needs. Lengths in device memory
 // are bounded by these where they are read (attention/seqlen_info.h).
-inline attention::FlashFwdProblem bounded(attention::FlashFwdProblem problem) {
-  const int64_t group =
-      problem.num_heads_q / std::max<int64_t>(problem.num_heads_kv, 1);  // q may have no heads
-  const int64_t rows = problem.cu_seqlens_q != nullptr ? problem.total_q : problem.seqlen_q;
-  const int64_t keys = problem.cu_seqlens_k != nullptr ? problem.total_k : problem.seqlen_k;
-  const bool is_paged = problem.block_table != nullptr;
-  if (rows * group > kMaxCount || (!is_paged && keys > kMaxCount)) {
+inline attention::FlashFwdParams bounded(attention::FlashFwdParams params) {
+  const int64_t qhead_per_khead =
+      params.num_heads_q / std::max<int64_t>(params.num_heads_kv, 1);  // q may have no heads
+  const int64_t rows = params.cu_seqlens_q != nullptr ? params.total_q : params.seqlen_q;
+  const int64_t keys = params.cu_seqlens_k != nullptr ? params.total_k : params.seqlen_k;
+  const bool is_paged = params.block_table != nullptr;
+  if (rows * qhead_per_khead > kMaxCount || (!is_paged && keys > kMaxCount)) {
     throw std::runtime_error("sink_attention_ext: more rows or keys than one launch can take");
   }
   if (is_paged) {
-    problem.seqlen_k = problem.num_pages == 0 ? 0 : std::min(problem.seqlen_k, kMaxCount);
-    problem.num_pages = std::min<int64_t>(problem.num_pages, INT32_MAX);
+    params.seqlen_k = params.num_pages == 0 ? 0 : std::min(params.seqlen_k, kMaxCount);
+    params.num_pages = std::min<int64_t>(params.num_pages, INT32_MAX);
   }
-  return problem;
+  return params;
 }
 
 }  // namespace sink_attention::cuda

@@ -2,10 +2,10 @@
 //
 //   struct Kernel {                            what every kernel of csrc/cuda is
 //     struct Config { kThreads, kMinBlocks, kSharedBytes }    of constexpr int
-//     using Problem = ...;                     plain data, passed by value
-//     static SA_DEVICE void run(const Problem& problem, char* shared);
+//     using Params = ...;                     plain data, passed by value
+//     static SA_DEVICE void run(const Params& problem, char* shared);
 //   };
-//   void launch<Kernel>(const typename Kernel::Problem& problem, Index3 grid, Stream stream)
+//   void launch<Kernel>(const typename Kernel::Params& problem, Index3 grid, Stream stream)
 //        throws std::runtime_error if it cannot be started; an empty grid starts nothing
 #pragma once
 

@@ -6,12 +6,12 @@
 //
 //   int thread_idx()   index of the thread in its block, 0 .. block size - 1 (blocks are 1-D)
 //   int lane_idx()     thread_idx() % 32
-//   int thread_idx_anew(), lane_idx_anew()    the same; what is computed from them is computed
+//   int rematerialise_thread_idx(), rematerialise_lane_idx()    the same; what is computed from them is computed
 //                      where they are called, not kept in registers from an earlier place
 //   int warp_idx()     thread_idx() / 32, the same register for all lanes of a warp, all of
 //                      which call
 //   Index3 block_idx(), grid_dim()
-//   int opaque(int x)  x, of which the compiler knows nothing: what is computed from it is computed
+//   int optimisation_barrier(int x)  x, of which the compiler knows nothing: what is computed from it is computed
 //                      there, and not kept in registers from before a loop
 //   SA_UNROLL, SA_ROLLED before a loop: that it be unrolled, or that it stay one
 #pragma once

@@ -3,7 +3,7 @@
 // On the host:
 //   struct TensorMapShape            what the tensor and the box are; dimension 0 is the innermost
 //   TensorMap encode_tensor_map(const TensorMapShape&)    throws std::runtime_error if the driver
-//        refuses it. The map is plain data; it is passed to a kernel inside its Problem.
+//        refuses it. The map is plain data; it is passed to a kernel inside its Params.
 // In a kernel:
 //   void prefetch_tensor_map(const TensorMap*)
 //   void tma_load<kRank>(void* shared, const TensorMap*, Mbarrier*, const int (&at)[kRank])

@@ -2,8 +2,8 @@
 //
 //   int warpgroup_idx()          thread_idx() / 128, the same register for all lanes of a warp; all
 //                                of them call
-//   void give_registers<kCount>()    this warpgroup keeps kCount registers a thread
-//   void take_registers<kCount>()    and this one has kCount from now on, once there are so many
+//   void warpgroup_reg_dealloc<kCount>()    this warpgroup keeps kCount registers a thread
+//   void warpgroup_reg_alloc<kCount>()    and this one has kCount from now on, once there are so many
 //        Every warp of the warpgroup calls, at most once; kCount is a multiple of 8, 24 to 256. The
 //        block's warpgroups together must not have more than the block got at its launch, which is
 //        the same number for each thread, 65536 / threads rounded down to a multiple of 8.

@@ -17,14 +17,14 @@
 //   void wgmma_rs(float (&acc)[kTilesN][4], const uint32_t (&a)[4], uint64_t b, bool accumulate)
 //        BFloat16, Float16 or Float8E4M3 (kK only). Where !accumulate, acc is what A B is.
 //
-//   void wgmma_fence()             before the first product, and before one whose registers (acc,
+//   void warpgroup_arrive()             before the first product, and before one whose registers (acc,
 //   or
 //                                  a) other instructions have touched since the last fence
 //   void wgmma_commit()            closes the group of the products started since the last commit
 //   void wgmma_wait<kPending>()    until at most the kPending latest groups are under way. Before
 //                                  that, nobody touches a group's acc, a, or shared operands; but
 //                                  products on one acc follow each other without a wait.
-//   void wgmma_hold(acc)           accesses to acc stay on the side of this call on which they are
+//   void warpgroup_fence_operand(acc)           accesses to acc stay on the side of this call on which they are
 //                                  written: to be called after the wait, and before the first
 //                                  product
 //

@@ -10,7 +10,7 @@
 namespace sink_attention::binding {
 namespace {
 
-using attention::FlashFwdProblem;
+using attention::FlashFwdParams;
 
 void check_cu_seqlens(const int32_t* cu_seqlens, const char* name, int64_t batch, int64_t rows,
                       const char* rows_name) {
@@ -23,26 +23,26 @@ void check_cu_seqlens(const int32_t* cu_seqlens, const char* name, int64_t batch
         ", got ", cu_seqlens[batch]);
 }
 
-void check_seqused_k(const FlashFwdProblem& problem) {
-  for (int64_t b = 0; b < problem.batch; ++b) {
-    int64_t capacity = problem.seqlen_k;
+void check_seqused_k(const FlashFwdParams& params) {
+  for (int64_t b = 0; b < params.batch; ++b) {
+    int64_t capacity = params.seqlen_k;
     const char* meaning = "max_pages_per_seq * page_size";
-    if (problem.cu_seqlens_k != nullptr) {
-      capacity = problem.cu_seqlens_k[b + 1] - problem.cu_seqlens_k[b];
+    if (params.cu_seqlens_k != nullptr) {
+      capacity = params.cu_seqlens_k[b + 1] - params.cu_seqlens_k[b];
       meaning = "the sequence's keys";
     }
-    check(problem.seqused_k[b] >= 0 && problem.seqused_k[b] <= capacity, "seqused_k[", b,
-          "] must be in [0, ", capacity, "] (", meaning, "), got ", problem.seqused_k[b]);
+    check(params.seqused_k[b] >= 0 && params.seqused_k[b] <= capacity, "seqused_k[", b,
+          "] must be in [0, ", capacity, "] (", meaning, "), got ", params.seqused_k[b]);
   }
 }
 
 // Only pages that some query sees are read, so only those need to exist: a windowed layer's older
 // pages, but for those of sink tokens, may be gone.
-void check_block_table(const FlashFwdProblem& problem, int64_t batch_idx, int64_t num_pages) {
-  const attention::SeqlenInfo info = attention::seqlen_info(problem, batch_idx);
+void check_block_table(const FlashFwdParams& params, int64_t batch_idx, int64_t num_pages) {
+  const attention::SeqlenInfo info = attention::seqlen_info(params, batch_idx);
   const attention::BlockList<int64_t> read = attention::blocks_of(
-      attention::make_mask(problem, info).visible_keys(0, info.seqlen_q), problem.page_size);
-  const int32_t* pages = problem.block_table + batch_idx * problem.block_table_stride;
+      attention::make_mask(params, info).visible_keys(0, info.seqlen_q), params.page_size);
+  const int32_t* pages = params.block_table + batch_idx * params.block_table_stride;
   for (int64_t idx = 0; idx < read.count(); ++idx) {
     const int64_t i = read.block(idx);
     check(pages[i] >= 0 && pages[i] < num_pages, "block_table[", batch_idx, ", ", i,
@@ -52,13 +52,13 @@ void check_block_table(const FlashFwdProblem& problem, int64_t batch_idx, int64_
 
 // Scales of a whole cache or of its heads. Those of single tokens come from the op that writes
 // them.
-template <class Problem>
-void check_scales(const Problem& problem) {
-  const std::pair<const char*, const float*> scales[] = {{"k_scale", problem.k_scale},
-                                                         {"v_scale", problem.v_scale}};
+template <class Params>
+void check_scales(const Params& params) {
+  const std::pair<const char*, const float*> scales[] = {{"k_scale", params.k_scale},
+                                                         {"v_scale", params.v_scale}};
   for (const auto& [name, scale] : scales) {
     if (scale == nullptr) continue;
-    const int64_t count = problem.kv_scale_stride == 0 ? 1 : problem.num_heads_kv;
+    const int64_t count = params.kv_scale_stride == 0 ? 1 : params.num_heads_kv;
     for (int64_t i = 0; i < count; ++i) {
       check(can_scale(scale[i]), name, "[", i,
             "] must be finite, of a magnitude from 2**-126 to 2**126, got ", scale[i]);
@@ -67,9 +67,9 @@ void check_scales(const Problem& problem) {
 }
 
 // A draft token is its own and perhaps others' descendant, never of one that comes after it.
-void check_tree_mask(const FlashFwdProblem& problem, int64_t batch_idx) {
-  const attention::SeqlenInfo info = attention::seqlen_info(problem, batch_idx);
-  const int64_t* tree = attention::tree_of(problem, info);
+void check_tree_mask(const FlashFwdParams& params, int64_t batch_idx) {
+  const attention::SeqlenInfo info = attention::seqlen_info(params, batch_idx);
+  const int64_t* tree = attention::tree_of(params, info);
   for (int64_t i = 0; i < info.seqlen_q; ++i) {
     check(static_cast<uint64_t>(tree[i]) >> i == 1, "tree_mask must have bit ", i,
           " set and none above it in the word of draft token ", i, " of sequence ", batch_idx,
@@ -84,33 +84,33 @@ bool can_scale(float scale) {
   return magnitude >= 0x1p-126f && magnitude <= 0x1p126f;  // not where it is NaN
 }
 
-void check_values(const FlashFwdProblem& problem, const Extent& extent) {
-  check_scales(problem);
-  if (problem.cu_seqlens_q != nullptr) {
-    check_cu_seqlens(problem.cu_seqlens_q, "cu_seqlens_q", problem.batch, extent.q_rows, "total_q");
+void check_values(const FlashFwdParams& params, const Extent& extent) {
+  check_scales(params);
+  if (params.cu_seqlens_q != nullptr) {
+    check_cu_seqlens(params.cu_seqlens_q, "cu_seqlens_q", params.batch, extent.q_rows, "total_q");
   }
-  if (problem.cu_seqlens_k != nullptr) {
-    check_cu_seqlens(problem.cu_seqlens_k, "cu_seqlens_k", problem.batch, extent.k_rows, "total_k");
+  if (params.cu_seqlens_k != nullptr) {
+    check_cu_seqlens(params.cu_seqlens_k, "cu_seqlens_k", params.batch, extent.k_rows, "total_k");
   }
-  if (problem.seqused_k != nullptr) check_seqused_k(problem);
-  for (int64_t b = 0; b < problem.batch; ++b) {
-    const attention::SeqlenInfo info = attention::seqlen_info(problem, b);
-    check(info.seqlen_q <= problem.seqlen_q,
-          "max_seqlen_q must be at least every sequence's length, got ", problem.seqlen_q,
+  if (params.seqused_k != nullptr) check_seqused_k(params);
+  for (int64_t b = 0; b < params.batch; ++b) {
+    const attention::SeqlenInfo info = attention::seqlen_info(params, b);
+    check(info.seqlen_q <= params.seqlen_q,
+          "max_seqlen_q must be at least every sequence's length, got ", params.seqlen_q,
           " but sequence ", b, " has ", info.seqlen_q, " queries");
-    check(info.seqlen_k <= problem.seqlen_k,
-          "max_seqlen_k must be at least every sequence's length, got ", problem.seqlen_k,
+    check(info.seqlen_k <= params.seqlen_k,
+          "max_seqlen_k must be at least every sequence's length, got ", params.seqlen_k,
           " but sequence ", b, " has ", info.seqlen_k, " keys");
-    if (problem.block_table != nullptr) check_block_table(problem, b, extent.num_pages);
-    if (problem.tree_mask != nullptr) check_tree_mask(problem, b);
+    if (params.block_table != nullptr) check_block_table(params, b, extent.num_pages);
+    if (params.tree_mask != nullptr) check_tree_mask(params, b);
   }
 }
 
-void check_values(const attention::ReshapeAndCacheProblem& problem, int64_t num_pages) {
-  check_scales(problem);
-  const int64_t num_slots = num_pages * problem.page_size;
-  for (int64_t token = 0; token < problem.num_tokens; ++token) {
-    const int64_t slot = problem.slot_mapping[token];
+void check_values(const attention::ReshapeAndCacheParams& params, int64_t num_pages) {
+  check_scales(params);
+  const int64_t num_slots = num_pages * params.page_size;
+  for (int64_t token = 0; token < params.num_tokens; ++token) {
+    const int64_t slot = params.slot_mapping[token];
     check(slot >= -1 && slot < num_slots, "slot_mapping[", token, "] must be -1 (skip) or in [0, ",
           num_slots, ") (num_pages * page_size), got ", slot);
   }

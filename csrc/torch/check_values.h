@@ -2,7 +2,7 @@
 // tables, slots. On a device they cannot be read without waiting for it (debug_checks.h).
 #pragma once
 
-#include "attention/problem.h"
+#include "attention/params.h"
 
 namespace sink_attention::binding {
 
@@ -16,10 +16,10 @@ struct Extent {
   int64_t k_rows;
   int64_t num_pages;
 };
-void check_values(const attention::FlashFwdProblem& problem, const Extent& extent);
+void check_values(const attention::FlashFwdParams& params, const Extent& extent);
 
 // Every slot is -1 or within num_pages * page_size, and scales that are read are as below.
-void check_values(const attention::ReshapeAndCacheProblem& problem, int64_t num_pages);
+void check_values(const attention::ReshapeAndCacheParams& params, int64_t num_pages);
 
 // Whether numbers can be divided by a scale in float32 and multiplied with it again: 0, NaN,
 // infinities and magnitudes without a normal reciprocal turn all of them into 0, infinity or NaN.

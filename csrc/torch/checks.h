@@ -14,7 +14,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "attention/problem.h"
+#include "attention/params.h"
 
 namespace sink_attention::binding {
 

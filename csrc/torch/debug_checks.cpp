@@ -11,8 +11,8 @@
 namespace sink_attention::binding {
 namespace {
 
-using attention::FlashFwdProblem;
-using attention::ReshapeAndCacheProblem;
+using attention::FlashFwdParams;
+using attention::ReshapeAndCacheParams;
 
 std::atomic<bool> is_on{false};
 
@@ -28,48 +28,47 @@ const T* copy(const Tensor& tensor, std::vector<Tensor>& copies) {
 }
 
 // But for those of single tokens, which the checks don't read.
-template <class Problem>
-void copy_scales(OnHost<Problem>& host, const std::optional<Tensor>& k_scale,
+template <class Params>
+void copy_scales(OnHost<Params>& host, const std::optional<Tensor>& k_scale,
                  const std::optional<Tensor>& v_scale) {
-  if (host.problem.k_scale != nullptr) host.problem.k_scale = copy<float>(*k_scale, host.copies);
-  if (host.problem.v_scale != nullptr) host.problem.v_scale = copy<float>(*v_scale, host.copies);
+  if (host.params.k_scale != nullptr) host.params.k_scale = copy<float>(*k_scale, host.copies);
+  if (host.params.v_scale != nullptr) host.params.v_scale = copy<float>(*v_scale, host.copies);
 }
 
 }  // namespace
 
 bool debug_checks() { return is_on; }
 
-OnHost<FlashFwdProblem> on_host(const FlashFwdProblem& problem, const VarlenArgs& varlen) {
-  OnHost<FlashFwdProblem> host{problem, {}};
-  host.problem.cu_seqlens_q = copy<int32_t>(varlen.cu_seqlens_q, host.copies);
-  host.problem.cu_seqlens_k = copy<int32_t>(varlen.cu_seqlens_k, host.copies);
+OnHost<FlashFwdParams> on_host(const FlashFwdParams& params, const VarlenArgs& varlen) {
+  OnHost<FlashFwdParams> host{params, {}};
+  host.params.cu_seqlens_q = copy<int32_t>(varlen.cu_seqlens_q, host.copies);
+  host.params.cu_seqlens_k = copy<int32_t>(varlen.cu_seqlens_k, host.copies);
   if (varlen.seqused_k) {
-    host.problem.seqused_k = copy<int32_t>(*varlen.seqused_k, host.copies);
+    host.params.seqused_k = copy<int32_t>(*varlen.seqused_k, host.copies);
   }
   return host;
 }
 
-OnHost<FlashFwdProblem> on_host(const FlashFwdProblem& problem, const PagedArgs& paged) {
-  OnHost<FlashFwdProblem> host{problem, {}};
-  host.problem.block_table = copy<int32_t>(paged.block_table, host.copies);
-  host.problem.block_table_stride = paged.block_table.size(1);
-  host.problem.seqused_k = copy<int32_t>(paged.seqused_k, host.copies);
+OnHost<FlashFwdParams> on_host(const FlashFwdParams& params, const PagedArgs& paged) {
+  OnHost<FlashFwdParams> host{params, {}};
+  host.params.block_table = copy<int32_t>(paged.block_table, host.copies);
+  host.params.block_table_stride = paged.block_table.size(1);
+  host.params.seqused_k = copy<int32_t>(paged.seqused_k, host.copies);
   if (paged.cu_seqlens_q) {
-    host.problem.cu_seqlens_q = copy<int32_t>(*paged.cu_seqlens_q, host.copies);
+    host.params.cu_seqlens_q = copy<int32_t>(*paged.cu_seqlens_q, host.copies);
   }
   copy_scales(host, paged.k_scale, paged.v_scale);
   if (paged.tree_mask && paged.tree_mask->numel() > 0) {
     const Tensor& tree_mask = *paged.tree_mask;
-    host.problem.tree_mask = copy<int64_t>(tree_mask, host.copies);
-    host.problem.tree_mask_stride = tree_mask.dim() == 2 ? tree_mask.size(1) : 0;
+    host.params.tree_mask = copy<int64_t>(tree_mask, host.copies);
+    host.params.tree_mask_stride = tree_mask.dim() == 2 ? tree_mask.size(1) : 0;
   }
   return host;
 }
 
-OnHost<ReshapeAndCacheProblem> on_host(const ReshapeAndCacheProblem& problem,
-                                       const CacheArgs& args) {
-  OnHost<ReshapeAndCacheProblem> host{problem, {}};
-  host.problem.slot_mapping = copy<int64_t>(args.slot_mapping, host.copies);
+OnHost<ReshapeAndCacheParams> on_host(const ReshapeAndCacheParams& params, const CacheArgs& args) {
+  OnHost<ReshapeAndCacheParams> host{params, {}};
+  host.params.slot_mapping = copy<int64_t>(args.slot_mapping, host.copies);
   copy_scales(host, args.k_scale, args.v_scale);
   return host;
 }

@@ -5,8 +5,8 @@
 
 #include <vector>
 
-#include "attention/problem.h"
-#include "torch/make_problem.h"
+#include "attention/params.h"
+#include "torch/make_params.h"
 
 namespace sink_attention::binding {
 
@@ -14,16 +14,16 @@ bool debug_checks();  // whether the switch is on, for all threads
 
 // A problem whose lengths, block table, tree mask, slots and scales lie in host memory, for
 // check_values; its other pointers are the device's still.
-template <class Problem>
+template <class Params>
 struct OnHost {
-  Problem problem;
+  Params params;
   std::vector<Tensor> copies;  // what it points to
 };
-OnHost<attention::FlashFwdProblem> on_host(const attention::FlashFwdProblem& problem,
-                                           const VarlenArgs& varlen);
-OnHost<attention::FlashFwdProblem> on_host(const attention::FlashFwdProblem& problem,
-                                           const PagedArgs& paged);
-OnHost<attention::ReshapeAndCacheProblem> on_host(const attention::ReshapeAndCacheProblem& problem,
-                                                  const CacheArgs& args);
+OnHost<attention::FlashFwdParams> on_host(const attention::FlashFwdParams& params,
+                                          const VarlenArgs& varlen);
+OnHost<attention::FlashFwdParams> on_host(const attention::FlashFwdParams& params,
+                                          const PagedArgs& paged);
+OnHost<attention::ReshapeAndCacheParams> on_host(const attention::ReshapeAndCacheParams& params,
+                                                 const CacheArgs& args);
 
 }  // namespace sink_attention::binding

@@ -1,42 +1,42 @@
 // Where a problem's results go: out and lse of the forward, the gradients of the backward.
-#include "torch/make_problem.h"
+#include "torch/make_params.h"
 
 namespace sink_attention::binding {
 
-using attention::FlashBwdProblem;
-using attention::FlashFwdProblem;
+using attention::FlashBwdParams;
+using attention::FlashFwdParams;
 
-void set_results(FlashFwdProblem& problem, const Tensor& q, const Tensor& out, const Tensor& lse) {
+void set_results(FlashFwdParams& params, const Tensor& q, const Tensor& out, const Tensor& lse) {
   check_dtype(out, "out", out_scalar_type(q));
   check_dtype(lse, "lse", lse_scalar_type(q));
   check_same_device(out, "out", q);
   check_same_device(lse, "lse", q);
   const bool dense = q.dim() == 4;
   if (dense) {
-    check_shape(out, "out", {q.size(0), q.size(1), problem.num_heads_q, problem.head_dim_v});
-    check_shape(lse, "lse", {q.size(0), problem.num_heads_q, q.size(1)});
+    check_shape(out, "out", {q.size(0), q.size(1), params.num_heads_q, params.head_dim_v});
+    check_shape(lse, "lse", {q.size(0), params.num_heads_q, q.size(1)});
   } else {
-    check_shape(out, "out", {q.size(0), problem.num_heads_q, problem.head_dim_v});
-    check_shape(lse, "lse", {problem.num_heads_q, q.size(0)});
+    check_shape(out, "out", {q.size(0), params.num_heads_q, params.head_dim_v});
+    check_shape(lse, "lse", {params.num_heads_q, q.size(0)});
   }
   check_unit_last_stride(out, "out");
   check_unit_last_stride(lse, "lse");
-  problem.out = out.mutable_data_ptr();
-  problem.lse = lse.mutable_data_ptr();
-  problem.out_stride_batch = dense ? out.stride(0) : 0;
-  problem.out_stride_row = out.stride(dense ? 1 : 0);
-  problem.out_stride_head = out.stride(dense ? 2 : 1);
-  problem.lse_stride_batch = dense ? lse.stride(0) : 0;
-  problem.lse_stride_head = lse.stride(dense ? 1 : 0);
+  params.out = out.mutable_data_ptr();
+  params.lse = lse.mutable_data_ptr();
+  params.out_stride_batch = dense ? out.stride(0) : 0;
+  params.out_stride_row = out.stride(dense ? 1 : 0);
+  params.out_stride_head = out.stride(dense ? 2 : 1);
+  params.lse_stride_batch = dense ? lse.stride(0) : 0;
+  params.lse_stride_head = lse.stride(dense ? 1 : 0);
 }
 
-FlashBwdProblem make_bwd_problem(const FlashFwdProblem& fwd, const Tensor& q, const Tensor& out,
-                                 const Tensor& lse, const Tensor& dout,
-                                 const std::optional<Tensor>& dlse, const Gradients& gradients,
-                                 bool deterministic) {
-  FlashBwdProblem problem{};
-  problem.fwd = fwd;
-  problem.deterministic = deterministic;
+FlashBwdParams make_bwd_params(const FlashFwdParams& fwd, const Tensor& q, const Tensor& out,
+                               const Tensor& lse, const Tensor& dout,
+                               const std::optional<Tensor>& dlse, const Gradients& gradients,
+                               bool deterministic) {
+  FlashBwdParams params{};
+  params.fwd = fwd;
+  params.deterministic = deterministic;
   const bool dense = q.dim() == 4;
   const int64_t row = dense ? 1 : 0, head = dense ? 2 : 1;
   check_dtype(dout, "dout", q.scalar_type());
@@ -44,34 +44,34 @@ FlashBwdProblem make_bwd_problem(const FlashFwdProblem& fwd, const Tensor& q, co
   check(dout.sizes().equals(out.sizes()), "dout must have out's shape ", shape_of(out), ", got ",
         shape_of(dout));
   check_unit_last_stride(dout, "dout");
-  problem.dout = dout.const_data_ptr();
-  problem.dout_stride_batch = dense ? dout.stride(0) : 0;
-  problem.dout_stride_row = dout.stride(row);
-  problem.dout_stride_head = dout.stride(head);
+  params.dout = dout.const_data_ptr();
+  params.dout_stride_batch = dense ? dout.stride(0) : 0;
+  params.dout_stride_row = dout.stride(row);
+  params.dout_stride_head = dout.stride(head);
   if (dlse) {
     check_dtype(*dlse, "dlse", lse_scalar_type(q));
     check_same_device(*dlse, "dlse", q);
     check(dlse->sizes().equals(lse.sizes()), "dlse must have lse's shape ", shape_of(lse), ", got ",
           shape_of(*dlse));
-    problem.dlse = dlse->const_data_ptr();
-    problem.dlse_stride_batch = dense ? dlse->stride(0) : 0;
-    problem.dlse_stride_head = dlse->stride(dense ? 1 : 0);
-    problem.dlse_stride_row = dlse->stride(dense ? 2 : 1);
+    params.dlse = dlse->const_data_ptr();
+    params.dlse_stride_batch = dense ? dlse->stride(0) : 0;
+    params.dlse_stride_head = dlse->stride(dense ? 1 : 0);
+    params.dlse_stride_row = dlse->stride(dense ? 2 : 1);
   }
-  problem.dq = gradients.dq.mutable_data_ptr();
-  problem.dk = gradients.dk.mutable_data_ptr();
-  problem.dv = gradients.dv.mutable_data_ptr();
-  if (fwd.s_aux != nullptr) problem.ds_aux = gradients.ds_aux.mutable_data_ptr();
-  problem.dq_stride_batch = dense ? gradients.dq.stride(0) : 0;
-  problem.dq_stride_row = gradients.dq.stride(row);
-  problem.dq_stride_head = gradients.dq.stride(head);
-  problem.dk_stride_batch = dense ? gradients.dk.stride(0) : 0;
-  problem.dk_stride_row = gradients.dk.stride(row);
-  problem.dk_stride_head = gradients.dk.stride(head);
-  problem.dv_stride_batch = dense ? gradients.dv.stride(0) : 0;
-  problem.dv_stride_row = gradients.dv.stride(row);
-  problem.dv_stride_head = gradients.dv.stride(head);
-  return problem;
+  params.dq = gradients.dq.mutable_data_ptr();
+  params.dk = gradients.dk.mutable_data_ptr();
+  params.dv = gradients.dv.mutable_data_ptr();
+  if (fwd.s_aux != nullptr) params.ds_aux = gradients.ds_aux.mutable_data_ptr();
+  params.dq_stride_batch = dense ? gradients.dq.stride(0) : 0;
+  params.dq_stride_row = gradients.dq.stride(row);
+  params.dq_stride_head = gradients.dq.stride(head);
+  params.dk_stride_batch = dense ? gradients.dk.stride(0) : 0;
+  params.dk_stride_row = gradients.dk.stride(row);
+  params.dk_stride_head = gradients.dk.stride(head);
+  params.dv_stride_batch = dense ? gradients.dv.stride(0) : 0;
+  params.dv_stride_row = gradients.dv.stride(row);
+  params.dv_stride_head = gradients.dv.stride(head);
+  return params;
 }
 
 }  // namespace sink_attention::binding

@@ -7,9 +7,9 @@
 //     is_capturing(tensor)              where it cannot: whether calls are being captured in a
 //                                       graph, so that nothing may wait for the device
 //     may_leave_rows(problem, extent)   whether there may be rows that no sequence has
-//     takes_float8(problem, tensor)     whether it has kernels for float8 q, k and v
+//     takes_fp8(problem, tensor)     whether it has kernels for float8 q, k and v
 //     check_flash_fwd(problem, tensor)  throws what flash_fwd would, of a problem without results
-//     flash_fwd, flash_fwd_float8, flash_bwd, reshape_and_cache, merge_attn_states(problem,
+//     flash_fwd, flash_fwd_fp8, flash_bwd, reshape_and_cache, merge_attn_states(problem,
 //     operands)
 #pragma once
 
@@ -23,7 +23,7 @@
 #include "torch/check_memory.h"
 #include "torch/check_values.h"
 #include "torch/debug_checks.h"
-#include "torch/make_problem.h"
+#include "torch/make_params.h"
 
 namespace sink_attention::binding {
 
@@ -46,46 +46,46 @@ struct Operands {
 
 template <class Backend>
 struct Ops {
-  using FlashFwdProblem = attention::FlashFwdProblem;
+  using FlashFwdParams = attention::FlashFwdParams;
 
   struct Forward {
     Tensor out;
     Tensor lse;
   };
 
-  static Forward new_results(const Tensor& q, const FlashFwdProblem& problem) {
+  static Forward new_results(const Tensor& q, const FlashFwdParams& params) {
     const ScalarType out_type = out_scalar_type(q), lse_type = lse_scalar_type(q);
     if (q.dim() == 4) {
       return {torch::stable::new_empty(
-                  q, {q.size(0), q.size(1), problem.num_heads_q, problem.head_dim_v}, out_type),
-              torch::stable::new_empty(q, {q.size(0), problem.num_heads_q, q.size(1)}, lse_type)};
+                  q, {q.size(0), q.size(1), params.num_heads_q, params.head_dim_v}, out_type),
+              torch::stable::new_empty(q, {q.size(0), params.num_heads_q, q.size(1)}, lse_type)};
     }
     return {
-        torch::stable::new_empty(q, {q.size(0), problem.num_heads_q, problem.head_dim_v}, out_type),
-        torch::stable::new_empty(q, {problem.num_heads_q, q.size(0)}, lse_type)};
+        torch::stable::new_empty(q, {q.size(0), params.num_heads_q, params.head_dim_v}, out_type),
+        torch::stable::new_empty(q, {params.num_heads_q, q.size(0)}, lse_type)};
   }
 
   // Rows of q beyond the last sequence: out = 0, lse = -inf. The backend writes those of sequences
   // only.
-  static void fill_unused_rows(const FlashFwdProblem& problem, const Extent& extent,
+  static void fill_unused_rows(const FlashFwdParams& params, const Extent& extent,
                                Forward& results) {
-    if (problem.cu_seqlens_q == nullptr || !Backend::may_leave_rows(problem, extent)) return;
+    if (params.cu_seqlens_q == nullptr || !Backend::may_leave_rows(params, extent)) return;
     torch::stable::zero_(results.out);
     torch::stable::fill_(results.lse, -std::numeric_limits<double>::infinity());
   }
 
-  static void forward_into(const Tensor& q, FlashFwdProblem problem, Operands operands,
+  static void forward_into(const Tensor& q, FlashFwdParams params, Operands operands,
                            Forward& results) {
-    set_results(problem, q, results.out, results.lse);
-    fill_unused_rows(problem, {q.size(0), 0, 0}, results);
+    set_results(params, q, results.out, results.lse);
+    fill_unused_rows(params, {q.size(0), 0, 0}, results);
     operands.written = {results.out, results.lse};
-    Backend::flash_fwd(problem, operands);
+    Backend::flash_fwd(params, operands);
   }
 
-  static std::tuple<Tensor, Tensor> forward(const Tensor& q, const FlashFwdProblem& problem,
+  static std::tuple<Tensor, Tensor> forward(const Tensor& q, const FlashFwdParams& params,
                                             Operands operands) {
-    Forward results = new_results(q, problem);
-    forward_into(q, problem, std::move(operands), results);
+    Forward results = new_results(q, params);
+    forward_into(q, params, std::move(operands), results);
     return {results.out, results.lse};
   }
 
@@ -96,7 +96,7 @@ struct Ops {
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-      FlashFwdProblem fwd, Operands operands, const Tensor& dout, const OptionalTensor& dlse,
+      FlashFwdParams fwd, Operands operands, const Tensor& dout, const OptionalTensor& dlse,
       const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
       const OptionalTensor& s_aux, bool deterministic) {
     const Tensor dense_dout = with_unit_last_stride(dout), dense_out = with_unit_last_stride(out),
@@ -112,12 +112,12 @@ struct Ops {
     const Gradients gradients{like(q), like(k), like(v),
                               s_aux ? torch::stable::new_zeros(*s_aux, s_aux->sizes())
                                     : torch::stable::new_empty(q, {0}, ScalarType::Float)};
-    const attention::FlashBwdProblem problem =
-        make_bwd_problem(fwd, q, dense_out, dense_lse, dense_dout, dlse, gradients, deterministic);
+    const attention::FlashBwdParams params =
+        make_bwd_params(fwd, q, dense_out, dense_lse, dense_dout, dlse, gradients, deterministic);
     operands.read.insert(operands.read.end(), {dense_dout, dense_out, dense_lse});
     if (dlse) operands.read.push_back(*dlse);
     operands.written = {gradients.dq, gradients.dk, gradients.dv, gradients.ds_aux};
-    Backend::flash_bwd(problem, operands);
+    Backend::flash_bwd(params, operands);
     return {gradients.dq, gradients.dk, gradients.dv, gradients.ds_aux};
   }
 
@@ -126,9 +126,9 @@ struct Ops {
       double softmax_scale, bool causal, int64_t window_left, int64_t window_right, double softcap,
       bool /*deterministic: of the backward*/, int64_t num_sink_tokens) {
     return forward(q,
-                   make_dense_problem(q, k, v, s_aux,
-                                      {softmax_scale, causal, window_left, window_right, softcap,
-                                       num_sink_tokens}),
+                   make_dense_params(q, k, v, s_aux,
+                                     {softmax_scale, causal, window_left, window_right, softcap,
+                                      num_sink_tokens}),
                    {{q, k, v}, {&s_aux}, {}});
   }
 
@@ -137,7 +137,7 @@ struct Ops {
       const Tensor& v, const Tensor& out, const Tensor& lse, const OptionalTensor& s_aux,
       double softmax_scale, bool causal, int64_t window_left, int64_t window_right, double softcap,
       bool deterministic, int64_t num_sink_tokens) {
-    const FlashFwdProblem fwd = make_dense_problem(
+    const FlashFwdParams fwd = make_dense_params(
         q, k, v, s_aux,
         {softmax_scale, causal, window_left, window_right, softcap, num_sink_tokens});
     return backward(fwd, {{q, k, v}, {&s_aux}, {}}, dout, dlse, q, k, v, out, lse, s_aux,
@@ -146,26 +146,26 @@ struct Ops {
 
   // What lengths, block table or slots hold, before a kernel uses them. args: the tensors; first:
   // one of the call's, whose device and stream count.
-  template <class Problem, class Limit, class Args>
-  static void check_values_in(const Problem& problem, const Limit& limit, const Args& args,
+  template <class Params, class Limit, class Args>
+  static void check_values_in(const Params& params, const Limit& limit, const Args& args,
                               const Tensor& first) {
     if constexpr (Backend::kReadsValues) {
-      check_values(problem, limit);
+      check_values(params, limit);
     } else if (debug_checks()) {
       check(!Backend::is_capturing(first),
             "set_debug_checks(True) waits for the device, which a captured graph cannot: call "
             "set_debug_checks(False) before the capture");
-      check_values(on_host(problem, args).problem, limit);
+      check_values(on_host(params, args).params, limit);
     }
   }
 
-  static FlashFwdProblem checked_varlen_problem(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                const OptionalTensor& s_aux,
-                                                const VarlenArgs& varlen, const MaskArgs& mask,
-                                                Numbers numbers = Numbers::kFloat) {
-    const FlashFwdProblem problem = make_varlen_problem(q, k, v, s_aux, varlen, mask, numbers);
-    check_values_in(problem, Extent{q.size(0), k.size(0), 0}, varlen, q);
-    return problem;
+  static FlashFwdParams checked_varlen_params(const Tensor& q, const Tensor& k, const Tensor& v,
+                                              const OptionalTensor& s_aux, const VarlenArgs& varlen,
+                                              const MaskArgs& mask,
+                                              Numbers numbers = Numbers::kFloat) {
+    const FlashFwdParams params = make_varlen_params(q, k, v, s_aux, varlen, mask, numbers);
+    check_values_in(params, Extent{q.size(0), k.size(0), 0}, varlen, q);
+    return params;
   }
 
   static std::tuple<Tensor, Tensor> flash_attn_varlen_fwd(
@@ -176,7 +176,7 @@ struct Ops {
       bool /*deterministic: of the backward*/, int64_t num_sink_tokens) {
     return forward(
         q,
-        checked_varlen_problem(
+        checked_varlen_params(
             q, k, v, s_aux, {cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k},
             {softmax_scale, causal, window_left, window_right, softcap, num_sink_tokens}),
         {{q, k, v, cu_seqlens_q, cu_seqlens_k}, {&seqused_k, &s_aux}, {}});
@@ -189,7 +189,7 @@ struct Ops {
       int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale, bool causal,
       int64_t window_left, int64_t window_right, double softcap, bool deterministic,
       int64_t num_sink_tokens) {
-    const FlashFwdProblem fwd = checked_varlen_problem(
+    const FlashFwdParams fwd = checked_varlen_params(
         q, k, v, s_aux, {cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k},
         {softmax_scale, causal, window_left, window_right, softcap, num_sink_tokens});
     return backward(fwd, {{q, k, v, cu_seqlens_q, cu_seqlens_k}, {&seqused_k, &s_aux}, {}}, dout,
@@ -197,7 +197,7 @@ struct Ops {
   }
 
   // Dense, or varlen with cu_seqlens_q. No results where the backend has no kernels for it.
-  static std::vector<Tensor> flash_attn_float8_kernel(
+  static std::vector<Tensor> flash_attn_fp8_kernel(
       const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& q_descale,
       const OptionalTensor& k_descale, const OptionalTensor& v_descale,
       const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
@@ -207,30 +207,30 @@ struct Ops {
     const MaskArgs mask{softmax_scale, causal, window_left, window_right, softcap, num_sink_tokens};
     check(cu_seqlens_q.has_value() == cu_seqlens_k.has_value() && (cu_seqlens_q || !seqused_k),
           "cu_seqlens_q and cu_seqlens_k come together, and seqused_k with them");
-    attention::FlashFwdFloat8Problem problem = make_float8_problem(
-        cu_seqlens_q ? checked_varlen_problem(
+    attention::FlashFwdFp8Params params = make_fp8_params(
+        cu_seqlens_q ? checked_varlen_params(
                            q, k, v, s_aux,
                            {*cu_seqlens_q, *cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k},
                            mask, Numbers::kFloat8)
-                     : make_dense_problem(q, k, v, s_aux, mask, Numbers::kFloat8),
+                     : make_dense_params(q, k, v, s_aux, mask, Numbers::kFloat8),
         q, {q_descale, k_descale, v_descale});
-    if (!Backend::takes_float8(problem, q)) return {};
-    Forward results = new_results(q, problem.fwd);
-    set_results(problem.fwd, q, results.out, results.lse);
-    fill_unused_rows(problem.fwd, {q.size(0), 0, 0}, results);
-    Backend::flash_fwd_float8(problem, {{q, k, v},
-                                        {&q_descale, &k_descale, &v_descale, &cu_seqlens_q,
-                                         &cu_seqlens_k, &seqused_k, &s_aux},
-                                        {results.out, results.lse}});
+    if (!Backend::takes_fp8(params, q)) return {};
+    Forward results = new_results(q, params.fwd);
+    set_results(params.fwd, q, results.out, results.lse);
+    fill_unused_rows(params.fwd, {q.size(0), 0, 0}, results);
+    Backend::flash_fwd_fp8(params, {{q, k, v},
+                                    {&q_descale, &k_descale, &v_descale, &cu_seqlens_q,
+                                     &cu_seqlens_k, &seqused_k, &s_aux},
+                                    {results.out, results.lse}});
     return {results.out, results.lse};
   }
 
-  static FlashFwdProblem checked_paged_problem(const Tensor& q, const Tensor& k_cache,
-                                               const Tensor& v_cache, const OptionalTensor& s_aux,
-                                               const PagedArgs& paged, const MaskArgs& mask) {
-    const FlashFwdProblem problem = make_paged_problem(q, k_cache, v_cache, s_aux, paged, mask);
-    check_values_in(problem, Extent{q.size(0), 0, k_cache.size(0)}, paged, q);
-    return problem;
+  static FlashFwdParams checked_paged_params(const Tensor& q, const Tensor& k_cache,
+                                             const Tensor& v_cache, const OptionalTensor& s_aux,
+                                             const PagedArgs& paged, const MaskArgs& mask) {
+    const FlashFwdParams params = make_paged_params(q, k_cache, v_cache, s_aux, paged, mask);
+    check_values_in(params, Extent{q.size(0), 0, k_cache.size(0)}, paged, q);
+    return params;
   }
 
   // What paged_attn would refuse, and nothing that it reads lies in the caches: for a caller that
@@ -245,12 +245,12 @@ struct Ops {
                                int64_t num_splits, int64_t num_sink_tokens,
                                const OptionalTensor& tree_mask,
                                const OptionalTensor& cache_seqlens) {
-    const FlashFwdProblem problem = checked_paged_problem(
+    const FlashFwdParams params = checked_paged_params(
         q, k_cache, v_cache, s_aux,
         {block_table, seqused_k, cu_seqlens_q, k_scale, v_scale, max_seqlen_q, num_splits,
          tree_mask},
         {softmax_scale, causal, window_left, window_right, softcap, num_sink_tokens});
-    Backend::check_flash_fwd(problem, q);
+    Backend::check_flash_fwd(params, q);
     const std::initializer_list<NamedTensor> operands{{"q", q},
                                                       {"block_table", block_table},
                                                       {"seqused_k", seqused_k},
@@ -274,11 +274,11 @@ struct Ops {
       double softmax_scale, bool causal, int64_t window_left, int64_t window_right, double softcap,
       int64_t num_splits, int64_t num_sink_tokens, const OptionalTensor& tree_mask) {
     return forward(q,
-                   checked_paged_problem(q, k_cache, v_cache, s_aux,
-                                         {block_table, seqused_k, cu_seqlens_q, k_scale, v_scale,
-                                          max_seqlen_q, num_splits, tree_mask},
-                                         {softmax_scale, causal, window_left, window_right, softcap,
-                                          num_sink_tokens}),
+                   checked_paged_params(q, k_cache, v_cache, s_aux,
+                                        {block_table, seqused_k, cu_seqlens_q, k_scale, v_scale,
+                                         max_seqlen_q, num_splits, tree_mask},
+                                        {softmax_scale, causal, window_left, window_right, softcap,
+                                         num_sink_tokens}),
                    {{q, k_cache, v_cache, block_table, seqused_k},
                     {&cu_seqlens_q, &s_aux, &k_scale, &v_scale, &tree_mask},
                     {}});
@@ -305,7 +305,7 @@ struct Ops {
                                                 {"tree_mask", tree_mask}});
     Forward results{out, lse};
     forward_into(q,
-                 checked_paged_problem(
+                 checked_paged_params(
                      q, k_cache, v_cache, s_aux,
                      {block_table, seqused_k, cu_seqlens_q, k_scale, v_scale, max_seqlen_q,
                       num_splits, tree_mask},
@@ -319,8 +319,8 @@ struct Ops {
   static void reshape_and_cache(const Tensor& k, const Tensor& v, const Tensor& k_cache,
                                 const Tensor& v_cache, const Tensor& slot_mapping,
                                 const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
-    const attention::ReshapeAndCacheProblem problem =
-        make_reshape_and_cache_problem(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale);
+    const attention::ReshapeAndCacheParams params =
+        make_reshape_and_cache_params(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale);
     check(!k_scale || k_scale->dim() < 3,
           "k_scale and v_scale of each token and head are results: reshape_and_cache.token_scales "
           "writes them, reshape_and_cache takes shapes (), (1,) and (num_heads_kv,), got ",
@@ -335,8 +335,8 @@ struct Ops {
     } else {
       check_memory({{"k_cache", k_cache}, {"v_cache", v_cache}}, operands);
     }
-    check_values_in(problem, k_cache.size(0), CacheArgs{slot_mapping, k_scale, v_scale}, k);
-    Backend::reshape_and_cache(problem,
+    check_values_in(params, k_cache.size(0), CacheArgs{slot_mapping, k_scale, v_scale}, k);
+    Backend::reshape_and_cache(params,
                                {{k, v, slot_mapping}, {&k_scale, &v_scale}, {k_cache, v_cache}});
   }
 
@@ -344,8 +344,8 @@ struct Ops {
                                              const Tensor& k_cache, const Tensor& v_cache,
                                              const Tensor& slot_mapping, const Tensor& k_scale,
                                              const Tensor& v_scale) {
-    const attention::ReshapeAndCacheProblem problem =
-        make_reshape_and_cache_problem(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale);
+    const attention::ReshapeAndCacheParams params =
+        make_reshape_and_cache_params(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale);
     check(k_scale.dim() == 3,
           "k_scale must have shape (num_pages, page_size, num_heads_kv) for "
           "reshape_and_cache.token_scales, got ",
@@ -353,9 +353,9 @@ struct Ops {
     check_memory(
         {{"k_cache", k_cache}, {"v_cache", v_cache}, {"k_scale", k_scale}, {"v_scale", v_scale}},
         {{"k", k}, {"v", v}, {"slot_mapping", slot_mapping}});
-    check_values_in(problem, k_cache.size(0), CacheArgs{slot_mapping, std::nullopt, std::nullopt},
+    check_values_in(params, k_cache.size(0), CacheArgs{slot_mapping, std::nullopt, std::nullopt},
                     k);
-    Backend::reshape_and_cache(problem,
+    Backend::reshape_and_cache(params,
                                {{k, v, slot_mapping}, {}, {k_cache, v_cache, k_scale, v_scale}});
   }
 
@@ -365,15 +365,15 @@ struct Ops {
     for (Tensor& out : outs) out = torch::stable::contiguous(out);
     for (Tensor& lse : lses) lse = torch::stable::contiguous(lse);
     MergeInputs inputs;
-    attention::MergeProblem problem = make_merge_problem(outs, lses, s_aux, inputs);
+    attention::MergeParams params = make_merge_params(outs, lses, s_aux, inputs);
     const Tensor out = torch::stable::new_empty(outs[0], outs[0].sizes());
     const Tensor lse = torch::stable::new_empty(lses[0], lses[0].sizes());
-    problem.out = out.mutable_data_ptr();
-    problem.lse = lse.mutable_data_ptr();
+    params.out = out.mutable_data_ptr();
+    params.lse = lse.mutable_data_ptr();
     Operands operands{{}, {&s_aux}, {out, lse}};
     operands.read.insert(operands.read.end(), outs.begin(), outs.end());
     operands.read.insert(operands.read.end(), lses.begin(), lses.end());
-    Backend::merge_attn_states(problem, operands);
+    Backend::merge_attn_states(params, operands);
     return {out, lse};
   }
 
@@ -384,7 +384,7 @@ struct Ops {
     m.impl("flash_attn_bwd", TORCH_BOX(&flash_attn_bwd));
     m.impl("flash_attn_varlen_fwd", TORCH_BOX(&flash_attn_varlen_fwd));
     m.impl("flash_attn_varlen_bwd", TORCH_BOX(&flash_attn_varlen_bwd));
-    m.impl("flash_attn_float8_kernel", TORCH_BOX(&flash_attn_float8_kernel));
+    m.impl("flash_attn_fp8_kernel", TORCH_BOX(&flash_attn_fp8_kernel));
     m.impl("paged_attn", TORCH_BOX(&paged_attn));
     m.impl("paged_attn.out", TORCH_BOX(&paged_attn_out));
     m.impl("check_paged_attn", TORCH_BOX(&check_paged_attn));

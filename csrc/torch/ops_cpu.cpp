@@ -9,24 +9,24 @@ namespace {
 
 struct CpuBackend {
   static constexpr bool kReadsValues = true;
-  static bool may_leave_rows(const attention::FlashFwdProblem& problem, const Extent& extent) {
-    return problem.cu_seqlens_q[problem.batch] < extent.q_rows ||
-           (problem.cu_seqlens_k != nullptr && problem.cu_seqlens_k[problem.batch] < extent.k_rows);
+  static bool may_leave_rows(const attention::FlashFwdParams& params, const Extent& extent) {
+    return params.cu_seqlens_q[params.batch] < extent.q_rows ||
+           (params.cu_seqlens_k != nullptr && params.cu_seqlens_k[params.batch] < extent.k_rows);
   }
-  static void check_flash_fwd(const attention::FlashFwdProblem&, const Tensor&) {}
-  static void flash_fwd(const attention::FlashFwdProblem& problem, const Operands&) {
-    cpu::flash_fwd(problem, TorchExecutor());
+  static void check_flash_fwd(const attention::FlashFwdParams&, const Tensor&) {}
+  static void flash_fwd(const attention::FlashFwdParams& params, const Operands&) {
+    cpu::flash_fwd(params, TorchExecutor());
   }
-  static bool takes_float8(const attention::FlashFwdFloat8Problem&, const Tensor&) { return false; }
-  static void flash_fwd_float8(const attention::FlashFwdFloat8Problem&, const Operands&) {}
-  static void flash_bwd(const attention::FlashBwdProblem& problem, const Operands&) {
-    cpu::flash_bwd(problem, TorchExecutor());
+  static bool takes_fp8(const attention::FlashFwdFp8Params&, const Tensor&) { return false; }
+  static void flash_fwd_fp8(const attention::FlashFwdFp8Params&, const Operands&) {}
+  static void flash_bwd(const attention::FlashBwdParams& params, const Operands&) {
+    cpu::flash_bwd(params, TorchExecutor());
   }
-  static void reshape_and_cache(const attention::ReshapeAndCacheProblem& problem, const Operands&) {
-    cpu::reshape_and_cache(problem, TorchExecutor());
+  static void reshape_and_cache(const attention::ReshapeAndCacheParams& params, const Operands&) {
+    cpu::reshape_and_cache(params, TorchExecutor());
   }
-  static void merge_attn_states(const attention::MergeProblem& problem, const Operands&) {
-    cpu::merge_attn_states(problem, TorchExecutor());
+  static void merge_attn_states(const attention::MergeParams& params, const Operands&) {
+    cpu::merge_attn_states(params, TorchExecutor());
   }
 };
 

@@ -3,7 +3,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "cuda/backend.h"
-#include "torch/cuda_kernels.h"
+#include "torch/kernel_family.h"
 #include "torch/op_namespace.h"
 #include "torch/ops.h"
 
@@ -54,41 +54,40 @@ struct CudaBackend {
     const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
     return cuda::is_capturing(current_stream(tensor));
   }
-  static bool may_leave_rows(const attention::FlashFwdProblem&, const Extent&) { return true; }
+  static bool may_leave_rows(const attention::FlashFwdParams&, const Extent&) { return true; }
 
-  static void check_flash_fwd(const attention::FlashFwdProblem& problem, const Tensor& tensor) {
+  static void check_flash_fwd(const attention::FlashFwdParams& params, const Tensor& tensor) {
     const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
-    cuda::flash_fwd_workspace_bytes(problem, current_device());
+    cuda::flash_fwd_workspace_bytes(params, current_device());
   }
-  static void flash_fwd(const attention::FlashFwdProblem& problem, const Operands& operands) {
+  static void flash_fwd(const attention::FlashFwdParams& params, const Operands& operands) {
     const Call call(operands);
     const cuda::Device device = current_device();
-    const Tensor workspace = call.workspace(cuda::flash_fwd_workspace_bytes(problem, device));
-    cuda::flash_fwd(problem, device, workspace.mutable_data_ptr(), call.stream());
+    const Tensor workspace = call.workspace(cuda::flash_fwd_workspace_bytes(params, device));
+    cuda::flash_fwd(params, device, workspace.mutable_data_ptr(), call.stream());
   }
-  static bool takes_float8(const attention::FlashFwdFloat8Problem& problem, const Tensor& tensor) {
+  static bool takes_fp8(const attention::FlashFwdFp8Params& params, const Tensor& tensor) {
     const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
-    return cuda::takes_flash_fwd_float8(problem, current_device());
+    return cuda::takes_flash_fwd_fp8(params, current_device());
   }
-  static void flash_fwd_float8(const attention::FlashFwdFloat8Problem& problem,
-                               const Operands& operands) {
+  static void flash_fwd_fp8(const attention::FlashFwdFp8Params& params, const Operands& operands) {
     const Call call(operands);
-    cuda::flash_fwd_float8(problem, current_device(), call.stream());
+    cuda::flash_fwd_fp8(params, current_device(), call.stream());
   }
-  static void flash_bwd(const attention::FlashBwdProblem& problem, const Operands& operands) {
+  static void flash_bwd(const attention::FlashBwdParams& params, const Operands& operands) {
     const Call call(operands);
     const cuda::Device device = current_device();
-    const Tensor workspace = call.workspace(cuda::flash_bwd_workspace_bytes(problem, device));
-    cuda::flash_bwd(problem, device, workspace.mutable_data_ptr(), call.stream());
+    const Tensor workspace = call.workspace(cuda::flash_bwd_workspace_bytes(params, device));
+    cuda::flash_bwd(params, device, workspace.mutable_data_ptr(), call.stream());
   }
-  static void reshape_and_cache(const attention::ReshapeAndCacheProblem& problem,
+  static void reshape_and_cache(const attention::ReshapeAndCacheParams& params,
                                 const Operands& operands) {
     const Call call(operands);
-    cuda::reshape_and_cache(problem, call.stream());
+    cuda::reshape_and_cache(params, call.stream());
   }
-  static void merge_attn_states(const attention::MergeProblem& problem, const Operands& operands) {
+  static void merge_attn_states(const attention::MergeParams& params, const Operands& operands) {
     const Call call(operands);
-    cuda::merge_attn_states(problem, call.stream());
+    cuda::merge_attn_states(params, call.stream());
   }
 };
 

@@ -1,5 +1,5 @@
-// Every op's schema. flash_attn_float8_fwd and its varlen twin are computed in Python
-// (sink_attention_ext/float8.py), by flash_attn_float8_kernel where that has results. Fake kernels,
+// Every op's schema. flash_attn_fp8_fwd and its varlen twin are computed in Python
+// (sink_attention_ext/fp8.py), by flash_attn_fp8_kernel where that has results. Fake kernels,
 // autograd and autocast rules are registered in Python (sink_attention_ext/ops.py).
 #include <torch/csrc/stable/library.h>
 
@@ -27,17 +27,17 @@ STABLE_TORCH_LIBRARY(SA_OP_NAMESPACE, m) {
       "window_left, SymInt window_right, float softcap, bool deterministic, SymInt "
       "num_sink_tokens) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "flash_attn_float8_fwd(Tensor q, Tensor k, Tensor v, Tensor? q_descale, Tensor? k_descale, "
+      "flash_attn_fp8_fwd(Tensor q, Tensor k, Tensor v, Tensor? q_descale, Tensor? k_descale, "
       "Tensor? v_descale, Tensor? s_aux, float softmax_scale, bool causal, SymInt window_left, "
       "SymInt window_right, float softcap, SymInt num_sink_tokens) -> (Tensor, Tensor)");
   m.def(
-      "flash_attn_float8_varlen_fwd(Tensor q, Tensor k, Tensor v, Tensor? q_descale, Tensor? "
+      "flash_attn_fp8_varlen_fwd(Tensor q, Tensor k, Tensor v, Tensor? q_descale, Tensor? "
       "k_descale, Tensor? v_descale, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_k, "
       "Tensor? s_aux, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool causal, "
       "SymInt window_left, SymInt window_right, float softcap, SymInt num_sink_tokens) -> (Tensor, "
       "Tensor)");
   m.def(
-      "flash_attn_float8_kernel(Tensor q, Tensor k, Tensor v, Tensor? q_descale, Tensor? "
+      "flash_attn_fp8_kernel(Tensor q, Tensor k, Tensor v, Tensor? q_descale, Tensor? "
       "k_descale, Tensor? v_descale, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? "
       "seqused_k, Tensor? s_aux, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, "
       "bool causal, SymInt window_left, SymInt window_right, float softcap, SymInt "

@@ -28,7 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sink_attention_ext import cache_checks, checks, interface, kvcache
+from sink_attention_ext import checks, interface
+from sink_attention_ext.cache import checks as cache_checks
+from sink_attention_ext.cache import functions as kvcache
 from sink_attention_ext.reference import WindowSize
 
 KERNEL_REPO = "kernels-community/vllm-flash-attn3"

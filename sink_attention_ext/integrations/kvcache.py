@@ -21,7 +21,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sink_attention_ext.cache_step import CacheStep
+from sink_attention_ext.cache.paged_cache import PagedKVCache
+from sink_attention_ext.cache.step import CacheStep
 from sink_attention_ext.integrations.keywords import (
     PAGED_HARMLESS,
     check_keywords,
@@ -29,7 +30,6 @@ from sink_attention_ext.integrations.keywords import (
     refuse_bidirectional,
 )
 from sink_attention_ext.integrations.transformers import kernel_options, to_compute_dtype
-from sink_attention_ext.paged_cache import PagedKVCache
 
 NAME = "sink_attention_kvcache"
 

@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sink_attention_ext.cache.functions import flash_attn_with_kvcache
 from sink_attention_ext.integrations.mask_object import AttentionMask
 from sink_attention_ext.interface import flash_attn_func, flash_attn_varlen_func
-from sink_attention_ext.kvcache import flash_attn_with_kvcache
 
 # Up to so many new rows, and without gradients, the cache is read where it lies (split over its
 # keys and never copied); with more rows the kernels for long queries are faster.

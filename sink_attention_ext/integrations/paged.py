@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from sink_attention_ext import checks
-from sink_attention_ext.cache_attention import attend
+from sink_attention_ext.cache.attention import attend
+from sink_attention_ext.cache.functions import reshape_and_cache
 from sink_attention_ext.integrations.keywords import (
     PAGED_HARMLESS,
     check_keywords,
@@ -31,7 +32,6 @@ from sink_attention_ext.integrations.keywords import (
 )
 from sink_attention_ext.integrations.transformers import kernel_options, to_compute_dtype
 from sink_attention_ext.interface import flash_attn_varlen_func
-from sink_attention_ext.kvcache import reshape_and_cache
 
 
 def paged_sink_attention(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sink_attention_ext import checks, ops
 from sink_attention_ext.autocast import autocast_dtype
-from sink_attention_ext.autograd import is_deterministic
+from sink_attention_ext.dispatch_rules import is_deterministic
 from sink_attention_ext.parallel.exchange import Exchange, add_rows, check_agreement
 from sink_attention_ext.parallel.layout import Sharding, Tile, chunks_of
 from sink_attention_ext.reference import WindowSize

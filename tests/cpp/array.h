@@ -10,7 +10,7 @@
 
 #include "attention/numeric.h"
 #include "attention/paged_kv.h"
-#include "attention/problem.h"
+#include "attention/params.h"
 
 namespace sink_attention::tests {
 

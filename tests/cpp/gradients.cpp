@@ -9,9 +9,9 @@ namespace sink_attention::tests {
 Gradients make_gradients(const Scenario& s, bool with_dlse, unsigned seed) {
   Random random(seed);
   Gradients g;
-  attention::FlashBwdProblem& b = g.problem;
-  b.fwd = s.problem;
-  const attention::FlashFwdProblem& p = b.fwd;
+  attention::FlashBwdParams& b = g.params;
+  b.fwd = s.params;
+  const attention::FlashFwdParams& p = b.fwd;
   const bool varlen = p.cu_seqlens_q != nullptr;
   g.dout = Array::normal(p.dtype, s.q_rows * p.num_heads_q * p.head_dim_v, random);
   g.dq = Array(p.dtype, s.q_rows * p.num_heads_q * p.head_dim);
@@ -55,7 +55,7 @@ std::vector<double> values_of(const Array& array) {
 }
 
 void set_reference_results(Scenario& s) {
-  const attention::FlashFwdProblem& p = s.problem;
+  const attention::FlashFwdParams& p = s.params;
   const ReferenceForward forward = reference_forward(p, s.q_rows);
   for (int64_t row = 0; row < s.q_rows * p.num_heads_q; ++row) {
     for (int64_t d = 0; d < p.head_dim_v; ++d) {

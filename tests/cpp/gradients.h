@@ -10,7 +10,7 @@ namespace sink_attention::tests {
 // Contiguous gradients [rows][heads][dim], NaN until written.
 struct Gradients {
   Array dout, dlse, dq, dk, dv, ds_aux;
-  attention::FlashBwdProblem problem{};
+  attention::FlashBwdParams params{};
 };
 
 // with_dlse: a gradient through lse too.

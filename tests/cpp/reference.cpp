@@ -9,7 +9,7 @@ struct Sequence {
   int64_t first_q, first_k;  // counted over the batch
 };
 
-Sequence sequence_of(const FlashFwdProblem& p, int64_t b) {
+Sequence sequence_of(const FlashFwdParams& p, int64_t b) {
   Sequence s{};
   const bool varlen_q = p.cu_seqlens_q != nullptr, varlen_k = p.cu_seqlens_k != nullptr;
   s.q_batch = varlen_q ? 0 : b;
@@ -24,17 +24,17 @@ Sequence sequence_of(const FlashFwdProblem& p, int64_t b) {
   return s;
 }
 
-bool is_visible(const FlashFwdProblem& p, const Sequence& s, int64_t i, int64_t j) {
+bool is_visible(const FlashFwdParams& p, const Sequence& s, int64_t i, int64_t j) {
   const int64_t position = i + s.seqlen_k - s.seqlen_q;
   return (p.window_left < 0 || j >= position - p.window_left || j < p.num_sink_tokens) &&
          (p.window_right < 0 || j <= position + p.window_right);
 }
 
-int64_t kv_head_of(const FlashFwdProblem& p, int64_t head) {
+int64_t kv_head_of(const FlashFwdParams& p, int64_t head) {
   return head / (p.num_heads_q / p.num_heads_kv);
 }
 
-double key_element(const FlashFwdProblem& p, const Sequence& s, int64_t b, int64_t j,
+double key_element(const FlashFwdParams& p, const Sequence& s, int64_t b, int64_t j,
                    int64_t kv_head, int64_t d) {
   const double scale = p.k_scale == nullptr ? 1 : p.k_scale[kv_head * p.kv_scale_stride];
   int64_t offset = kv_head * p.k_stride_head + d;
@@ -47,7 +47,7 @@ double key_element(const FlashFwdProblem& p, const Sequence& s, int64_t b, int64
   return load(p.k, p.kv_dtype, offset) * scale;
 }
 
-double value_element(const FlashFwdProblem& p, const Sequence& s, int64_t b, int64_t j,
+double value_element(const FlashFwdParams& p, const Sequence& s, int64_t b, int64_t j,
                      int64_t kv_head, int64_t d) {
   const double scale = p.v_scale == nullptr ? 1 : p.v_scale[kv_head * p.kv_scale_stride];
   int64_t offset = kv_head * p.v_stride_head + d;
@@ -60,7 +60,7 @@ double value_element(const FlashFwdProblem& p, const Sequence& s, int64_t b, int
   return load(p.v, p.kv_dtype, offset) * scale;
 }
 
-double query_element(const FlashFwdProblem& p, const Sequence& s, int64_t i, int64_t head,
+double query_element(const FlashFwdParams& p, const Sequence& s, int64_t i, int64_t head,
                      int64_t d) {
   return load(
       p.q, p.dtype,
@@ -72,7 +72,7 @@ struct Score {
   double slope;  // of the softcap at it
 };
 
-Score score(const FlashFwdProblem& p, const Sequence& s, int64_t b, int64_t i, int64_t j,
+Score score(const FlashFwdParams& p, const Sequence& s, int64_t b, int64_t i, int64_t j,
             int64_t head) {
   double dot = 0;
   for (int64_t d = 0; d < p.head_dim; ++d) {
@@ -84,13 +84,13 @@ Score score(const FlashFwdProblem& p, const Sequence& s, int64_t b, int64_t i, i
   return {p.softcap * tanh, 1 - tanh * tanh};
 }
 
-double sink_of(const FlashFwdProblem& p, int64_t head) {
+double sink_of(const FlashFwdParams& p, int64_t head) {
   return p.s_aux == nullptr ? -INFINITY : load(p.s_aux, p.s_aux_dtype, head);
 }
 
 }  // namespace
 
-ReferenceForward reference_forward(const FlashFwdProblem& p, int64_t q_rows) {
+ReferenceForward reference_forward(const FlashFwdParams& p, int64_t q_rows) {
   ReferenceForward result;
   result.out.assign(q_rows * p.num_heads_q * p.head_dim_v, NAN);
   result.lse.assign(p.num_heads_q * q_rows, NAN);
@@ -126,9 +126,8 @@ ReferenceForward reference_forward(const FlashFwdProblem& p, int64_t q_rows) {
   return result;
 }
 
-ReferenceBackward reference_backward(const FlashBwdProblem& problem, int64_t q_rows,
-                                     int64_t k_rows) {
-  const FlashFwdProblem& p = problem.fwd;
+ReferenceBackward reference_backward(const FlashBwdParams& params, int64_t q_rows, int64_t k_rows) {
+  const FlashFwdParams& p = params.fwd;
   ReferenceBackward result;
   result.dq.assign(q_rows * p.num_heads_q * p.head_dim, NAN);
   result.dk.assign(k_rows * p.num_heads_kv * p.head_dim, NAN);
@@ -154,19 +153,19 @@ ReferenceBackward reference_backward(const FlashBwdProblem& problem, int64_t q_r
         const int64_t row = s.q_row + i;
         const int64_t out_offset =
             s.q_batch * p.out_stride_batch + row * p.out_stride_row + head * p.out_stride_head;
-        const int64_t dout_offset = s.q_batch * problem.dout_stride_batch +
-                                    row * problem.dout_stride_row + head * problem.dout_stride_head;
+        const int64_t dout_offset = s.q_batch * params.dout_stride_batch +
+                                    row * params.dout_stride_row + head * params.dout_stride_head;
         const double lse = load(p.lse, lse_type(p.dtype),
                                 s.q_batch * p.lse_stride_batch + head * p.lse_stride_head + row);
-        const auto dout = [&](int64_t d) { return load(problem.dout, p.dtype, dout_offset + d); };
+        const auto dout = [&](int64_t d) { return load(params.dout, p.dtype, dout_offset + d); };
         double delta = 0;
         for (int64_t d = 0; d < p.head_dim_v; ++d) {
           delta += dout(d) * load(p.out, p.dtype, out_offset + d);
         }
-        if (problem.dlse != nullptr) {
-          delta -= load(problem.dlse, lse_type(p.dtype),
-                        s.q_batch * problem.dlse_stride_batch + head * problem.dlse_stride_head +
-                            row * problem.dlse_stride_row);
+        if (params.dlse != nullptr) {
+          delta -= load(params.dlse, lse_type(p.dtype),
+                        s.q_batch * params.dlse_stride_batch + head * params.dlse_stride_head +
+                            row * params.dlse_stride_row);
         }
         // Read as the kernels read it: a float64 sink beside float32 queries is a float32 number.
         const double exact_sink = sink_of(p, head);

@@ -9,8 +9,8 @@
 
 namespace sink_attention::tests {
 
-using attention::FlashBwdProblem;
-using attention::FlashFwdProblem;
+using attention::FlashBwdParams;
+using attention::FlashFwdParams;
 
 struct ReferenceForward {
   std::vector<double> out;  // [rows of q][num_heads_q][head_dim_v]; NaN in rows of no sequence
@@ -24,10 +24,9 @@ struct ReferenceBackward {
 };
 
 // Rows are counted over the batch: dense row i of sequence b is b * seqlen + i.
-ReferenceForward reference_forward(const FlashFwdProblem& problem, int64_t q_rows);
+ReferenceForward reference_forward(const FlashFwdParams& params, int64_t q_rows);
 
-// From the forward's own out and lse in problem.fwd, as the kernels have it.
-ReferenceBackward reference_backward(const FlashBwdProblem& problem, int64_t q_rows,
-                                     int64_t k_rows);
+// From the forward's own out and lse in params.fwd, as the kernels have it.
+ReferenceBackward reference_backward(const FlashBwdParams& params, int64_t q_rows, int64_t k_rows);
 
 }  // namespace sink_attention::tests

@@ -7,7 +7,7 @@
 namespace sink_attention::tests {
 namespace {
 
-using attention::FlashFwdProblem;
+using attention::FlashFwdParams;
 
 std::string describe(const Spec& spec) {
   constexpr const char* kLayouts[] = {"dense", "varlen", "paged"};
@@ -35,7 +35,7 @@ std::vector<int32_t> cumulative(const std::vector<int64_t>& lengths) {
 // q and out as [rows][heads][dim + 1], so that heads are neither adjacent nor aligned.
 void set_queries(Scenario& s, const Spec& spec, int64_t batch, int64_t rows, bool varlen,
                  Random& random) {
-  FlashFwdProblem& p = s.problem;
+  FlashFwdParams& p = s.params;
   s.q_rows = varlen ? rows : batch * rows;
   s.q = Array::normal(spec.dtype, s.q_rows * p.num_heads_q * (p.head_dim + 1), random);
   s.out = Array(spec.dtype, s.q_rows * p.num_heads_q * (p.head_dim_v + 1));
@@ -57,7 +57,7 @@ void set_queries(Scenario& s, const Spec& spec, int64_t batch, int64_t rows, boo
 }
 
 // Strides of [outer][rows][heads][dim], or [outer][heads][rows][dim].
-void set_kv_strides(FlashFwdProblem& p, int64_t rows, bool head_major) {
+void set_kv_strides(FlashFwdParams& p, int64_t rows, bool head_major) {
   p.k_stride_row = head_major ? p.head_dim : p.num_heads_kv * p.head_dim;
   p.k_stride_head = head_major ? rows * p.head_dim : p.head_dim;
   p.k_stride_batch = rows * p.num_heads_kv * p.head_dim;
@@ -67,7 +67,7 @@ void set_kv_strides(FlashFwdProblem& p, int64_t rows, bool head_major) {
 }
 
 void set_dense(Scenario& s, const Spec& spec, Random& random) {
-  FlashFwdProblem& p = s.problem;
+  FlashFwdParams& p = s.params;
   p.batch = 2;
   p.seqlen_q = spec.seqlen_q;
   p.seqlen_k = spec.seqlen_k;
@@ -79,7 +79,7 @@ void set_dense(Scenario& s, const Spec& spec, Random& random) {
 }
 
 void set_varlen(Scenario& s, const Spec& spec, Random& random) {
-  FlashFwdProblem& p = s.problem;
+  FlashFwdParams& p = s.params;
   const std::vector<int64_t> lengths_q{spec.seqlen_q, 0, spec.seqlen_q / 2 + 1, 3};
   const std::vector<int64_t> lengths_k{spec.seqlen_k, spec.seqlen_k / 3, spec.seqlen_k / 2, 0};
   p.batch = static_cast<int64_t>(lengths_q.size());
@@ -107,7 +107,7 @@ void set_varlen(Scenario& s, const Spec& spec, Random& random) {
 // Pages in random order, a NaN in every slot that no sequence uses, invalid page ids in unused
 // table entries.
 void set_paged(Scenario& s, const Spec& spec, Random& random) {
-  FlashFwdProblem& p = s.problem;
+  FlashFwdParams& p = s.params;
   const std::vector<int64_t> lengths_q{spec.seqlen_q, 0, spec.seqlen_q / 2 + 1};
   const std::vector<int64_t> lengths_k{spec.seqlen_k / 2, spec.seqlen_k, 1};
   p.batch = static_cast<int64_t>(lengths_k.size());
@@ -171,7 +171,7 @@ Scenario make_scenario(const Spec& spec, unsigned seed) {
   Random random(seed);
   Scenario s;
   s.name = describe(spec);
-  FlashFwdProblem& p = s.problem;
+  FlashFwdParams& p = s.params;
   p.dtype = p.kv_dtype = spec.dtype;
   p.num_heads_q = spec.num_heads_q;
   p.num_heads_kv = spec.num_heads_kv;
@@ -284,7 +284,7 @@ double tolerance_of(DataType dtype) {
 }
 
 std::vector<double> out_of(const Scenario& s) {
-  const FlashFwdProblem& p = s.problem;
+  const FlashFwdParams& p = s.params;
   std::vector<double> values;
   for (int64_t row = 0; row < s.q_rows * p.num_heads_q; ++row) {
     for (int64_t d = 0; d < p.head_dim_v; ++d) values.push_back(s.out[row * p.out_stride_head + d]);
@@ -293,7 +293,7 @@ std::vector<double> out_of(const Scenario& s) {
 }
 
 std::vector<double> lse_of(const Scenario& s) {
-  const FlashFwdProblem& p = s.problem;
+  const FlashFwdParams& p = s.params;
   std::vector<double> values;
   const int64_t batch = p.cu_seqlens_q != nullptr ? 1 : p.batch;
   const int64_t rows = batch == 0 ? 0 : s.q_rows / batch;

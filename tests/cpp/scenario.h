@@ -35,7 +35,7 @@ struct Scenario {
   Array q, k, v, s_aux, out, lse;
   std::vector<int32_t> cu_seqlens_q, cu_seqlens_k, seqused_k, block_table;
   std::vector<float> k_scale, v_scale;
-  attention::FlashFwdProblem problem{};
+  attention::FlashFwdParams params{};
   int64_t q_rows = 0, k_rows = 0;  // over the batch; k_rows is 0 where keys are paged
 };
 

@@ -26,7 +26,7 @@ void check_cache(DataType dtype, DataType cache_dtype, bool head_major, const st
   Array k_cache(cache_dtype, kPages * kPageSize * kHeads * kDim);
   Array v_cache(cache_dtype, kPages * kPageSize * kHeads * kDimV);
   const std::vector<float> k_scale{0.5f, 0.01f, 3.0f}, v_scale{1.0f, 0.003f, 0.25f};
-  attention::ReshapeAndCacheProblem p{};
+  attention::ReshapeAndCacheParams p{};
   p.dtype = dtype;
   p.cache_dtype = cache_dtype;
   p.k = k.data();
@@ -109,7 +109,7 @@ void check_merge(DataType dtype, double sink, const std::string& isa) {
   Array s_aux(DataType::kFloat32, kHeads), out(dtype, outs[0].count()),
       lse(lse_type(dtype), lses[0].count());
   s_aux.fill(sink);
-  attention::MergeProblem p{};
+  attention::MergeParams p{};
   p.dtype = dtype;
   p.s_aux_dtype = DataType::kFloat32;
   p.outs = out_data.data();

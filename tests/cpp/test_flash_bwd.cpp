@@ -17,16 +17,16 @@ void check_backward(const Spec& spec, unsigned seed) {
   const bool with_dlse = seed % 2 == 0;
   const Gradients inputs = make_gradients(scenario, with_dlse, seed);
   const ReferenceBackward expected =
-      reference_backward(inputs.problem, scenario.q_rows, scenario.k_rows);
+      reference_backward(inputs.params, scenario.q_rows, scenario.k_rows);
   with_each_instruction_set([&](const std::string& isa) {
     const Gradients got = make_gradients(scenario, with_dlse, seed);
-    cpu::flash_bwd(got.problem, thread_executor(3));
+    cpu::flash_bwd(got.params, thread_executor(3));
     const std::string name = isa + ": " + scenario.name;
     const double tolerance = 4 * tolerance_of(spec.dtype);
     compare(values_of(got.dq), expected.dq, tolerance, name + ": dq");
     compare(values_of(got.dk), expected.dk, tolerance, name + ": dk");
     compare(values_of(got.dv), expected.dv, tolerance, name + ": dv");
-    if (scenario.problem.s_aux == nullptr) return;
+    if (scenario.params.s_aux == nullptr) return;
     compare(values_of(got.ds_aux), expected.ds_aux,
             std::max(tolerance, tolerance_of(spec.s_aux_dtype)), name + ": ds_aux");
   });
@@ -41,11 +41,11 @@ void check_repeats_bitwise() {
   spec.num_heads_kv = 2;
   Scenario scenario = make_scenario(spec, 7);
   with_each_instruction_set([&](const std::string& isa) {
-    cpu::flash_fwd(scenario.problem, thread_executor(2));
+    cpu::flash_fwd(scenario.params, thread_executor(2));
     std::vector<std::vector<double>> first;
     for (const int num_threads : {1, 2, 5, 5}) {
       const Gradients g = make_gradients(scenario, true, 7);
-      cpu::flash_bwd(g.problem, thread_executor(num_threads));
+      cpu::flash_bwd(g.params, thread_executor(num_threads));
       std::vector<std::vector<double>> all{values_of(g.dq), values_of(g.dk), values_of(g.dv),
                                            values_of(g.ds_aux)};
       if (first.empty()) first = all;

@@ -15,11 +15,11 @@ void run_grid(Layout layout) {
     unsigned seed = 0;
     for (const Spec& spec : make_specs(layout, dtype)) {
       Scenario scenario = make_scenario(spec, ++seed);
-      const ReferenceForward expected = reference_forward(scenario.problem, scenario.q_rows);
+      const ReferenceForward expected = reference_forward(scenario.params, scenario.q_rows);
       with_each_instruction_set([&](const std::string& isa) {
         scenario.out.fill(NAN);
         scenario.lse.fill(NAN);
-        cpu::flash_fwd(scenario.problem, thread_executor(3));
+        cpu::flash_fwd(scenario.params, thread_executor(3));
         const std::string name = isa + ": " + scenario.name;
         compare(out_of(scenario), expected.out, tolerance_of(dtype), name + ": out");
         compare(lse_of(scenario), expected.lse, tolerance_of(lse_type(dtype)), name + ": lse");

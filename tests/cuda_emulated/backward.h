@@ -29,7 +29,7 @@ struct Options {
 
 struct Gradients {
   Array dout, dlse, dq, dk, dv, ds_aux;
-  attention::FlashBwdProblem problem{};
+  attention::FlashBwdParams params{};
 };
 
 // [rows][heads][dim + pad], dense: [batch][rows] ...
@@ -41,7 +41,7 @@ inline void set_strides(int64_t heads, int64_t width, int64_t rows, bool varlen,
 }
 
 inline void align_queries(Scenario& s) {
-  FlashFwdProblem& p = s.problem;
+  FlashFwdParams& p = s.params;
   const bool varlen = p.cu_seqlens_q != nullptr;
   set_strides(p.num_heads_q, p.head_dim, p.seqlen_q, varlen, p.q_stride_batch, p.q_stride_row,
               p.q_stride_head);
@@ -52,10 +52,10 @@ inline void align_queries(Scenario& s) {
 inline Gradients make_gradients(const Scenario& s, const Options& options, unsigned seed) {
   Random random(seed);
   Gradients g;
-  attention::FlashBwdProblem& b = g.problem;
-  b.fwd = s.problem;
+  attention::FlashBwdParams& b = g.params;
+  b.fwd = s.params;
   b.deterministic = options.deterministic;
-  const FlashFwdProblem& p = b.fwd;
+  const FlashFwdParams& p = b.fwd;
   const bool varlen = p.cu_seqlens_q != nullptr;
   const int64_t width = p.head_dim + (options.aligned ? 0 : 1);
   const int64_t width_v = p.head_dim_v + (options.aligned ? 0 : 1);
@@ -92,7 +92,7 @@ inline Gradients make_gradients(const Scenario& s, const Options& options, unsig
 
 // The forward's results as the definition has them, rounded to their dtypes.
 inline void set_reference_results(Scenario& s) {
-  const FlashFwdProblem& p = s.problem;
+  const FlashFwdParams& p = s.params;
   const ReferenceForward forward = reference_forward(p, s.q_rows);
   for (int64_t row = 0; row < s.q_rows * p.num_heads_q; ++row) {
     for (int64_t d = 0; d < p.head_dim_v; ++d) {
@@ -126,7 +126,7 @@ struct Visible {
 inline std::vector<char> run_emulated(const Scenario& s, Gradients& g, int arch) {
   const cuda::Device device{2, arch};
   constexpr size_t kAlignment = 256;
-  const int64_t bytes = cuda::flash_bwd_workspace_bytes(g.problem, device);
+  const int64_t bytes = cuda::flash_bwd_workspace_bytes(g.params, device);
   const std::unique_ptr<void, decltype(&std::free)> workspace(
       std::aligned_alloc(kAlignment, (bytes + kAlignment) / kAlignment * kAlignment), std::free);
   std::memset(workspace.get(), 0xff, bytes);  // NaN
@@ -145,7 +145,7 @@ inline std::vector<char> run_emulated(const Scenario& s, Gradients& g, int arch)
   visible.add(g.ds_aux, true, "ds_aux");
   visible.add(workspace.get(), bytes, true, "workspace");
   const emulator::VisibleBuffers seen(visible.buffers);
-  cuda::flash_bwd(g.problem, device, workspace.get(), nullptr);
+  cuda::flash_bwd(g.params, device, workspace.get(), nullptr);
   const char* left = static_cast<const char*>(workspace.get());
   return {left, left + bytes};
 }
@@ -174,7 +174,7 @@ inline double gradient_tolerance(DataType dtype) {
 
 inline void check_backward(const Spec& spec, const Options& options, unsigned seed) {
   Scenario scenario = make_scenario(spec, seed);
-  FlashFwdProblem& p = scenario.problem;
+  FlashFwdParams& p = scenario.params;
   p.total_q = scenario.q_rows;
   p.total_k = scenario.k_rows;
   if (!std::isnan(options.softmax_scale)) p.softmax_scale = options.softmax_scale;
@@ -182,13 +182,13 @@ inline void check_backward(const Spec& spec, const Options& options, unsigned se
   set_reference_results(scenario);
   Gradients got = make_gradients(scenario, options, seed);
   const ReferenceBackward expected =
-      reference_backward(got.problem, scenario.q_rows, scenario.k_rows);
+      reference_backward(got.params, scenario.q_rows, scenario.k_rows);
   std::string name = scenario.name +
                      (options.arch == 80 ? "" : " arch " + std::to_string(options.arch)) +
                      (options.aligned ? "" : " unaligned") + (options.with_dlse ? " dlse" : "") +
                      (options.deterministic ? " deterministic" : "");
   if (options.arch == 90) {
-    check(cuda::flash_bwd_family(got.problem, {2, 90}) == cuda::Family::kSm90, name,
+    check(cuda::flash_bwd_family(got.params, {2, 90}) == cuda::Family::kSm90, name,
           ": not Hopper's kernels");
   }
   emulator::settings().seed = seed + 1;
@@ -198,7 +198,7 @@ inline void check_backward(const Spec& spec, const Options& options, unsigned se
     check(false, name, ": ", error.what());
     return;
   }
-  const attention::FlashBwdProblem& b = got.problem;
+  const attention::FlashBwdParams& b = got.params;
   const double tolerance = gradient_tolerance(spec.dtype);
   compare(values_of(got.dq, b.dq_stride_head, p.head_dim, name + ": dq"), expected.dq, tolerance,
           name + ": dq");
@@ -242,8 +242,8 @@ inline void check_sections(Options options) {
 // workspace holds dQ before it is rounded.
 inline void check_repeats_bitwise(const Spec& spec, Options options) {
   Scenario scenario = make_scenario(spec, 7);
-  scenario.problem.total_q = scenario.q_rows;
-  scenario.problem.total_k = scenario.k_rows;
+  scenario.params.total_q = scenario.q_rows;
+  scenario.params.total_k = scenario.k_rows;
   if (options.aligned) align_queries(scenario);
   set_reference_results(scenario);
   options.deterministic = true;

@@ -45,7 +45,7 @@ inline std::vector<emulator::Buffer> buffers_of(const Scenario& s, bool writes_r
 
 // q and out without gaps between heads: rows that can be aligned to 16 bytes.
 inline void close_gaps(Scenario& s) {
-  attention::FlashFwdProblem& p = s.problem;
+  attention::FlashFwdParams& p = s.params;
   const auto close = [&](int64_t dim, int64_t& batch, int64_t& row, int64_t& head) {
     head = dim;
     row = p.num_heads_q * dim;

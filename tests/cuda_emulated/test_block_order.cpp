@@ -7,23 +7,23 @@
 #include <vector>
 
 #include "check.h"
-#include "cuda/common/block_order.h"
+#include "cuda/device/block_order.h"
 
 namespace sink_attention::tests {
 namespace {
 
-using attention::FlashFwdProblem;
+using attention::FlashFwdParams;
 using cuda::BlockOrder;
 using cuda::BlockPlace;
 
-FlashFwdProblem make_problem(int64_t batch, int64_t num_heads_kv, int64_t rows, int64_t keys) {
-  FlashFwdProblem problem{};
-  problem.batch = batch;
-  problem.num_heads_q = 2 * num_heads_kv;  // two rows a position
-  problem.num_heads_kv = num_heads_kv;
-  problem.seqlen_q = rows / 2;
-  problem.seqlen_k = keys;
-  return problem;
+FlashFwdParams make_params(int64_t batch, int64_t num_heads_kv, int64_t rows, int64_t keys) {
+  FlashFwdParams params{};
+  params.batch = batch;
+  params.num_heads_q = 2 * num_heads_kv;  // two rows a position
+  params.num_heads_kv = num_heads_kv;
+  params.seqlen_q = rows / 2;
+  params.seqlen_k = keys;
+  return params;
 }
 
 // Every block of every pair once; a pair's in the order of their ranks; never more pairs begun and
@@ -64,12 +64,12 @@ void check_order(const BlockOrder& order, int64_t batch, int64_t heads, int64_t 
 }
 
 void check_bwd(int64_t batch, int64_t heads, int64_t keys, int64_t section_pairs) {
-  const BlockOrder order = cuda::bwd_block_order(make_problem(batch, heads, 128, keys), 64);
+  const BlockOrder order = cuda::bwd_block_order(make_params(batch, heads, 128, keys), 64);
   check_order(order, batch, heads, (keys + 63) / 64, 2 * section_pairs - 1, section_pairs);
 }
 
 void check_fwd(int64_t batch, int64_t heads, int64_t rows, int64_t section_pairs) {
-  const BlockOrder order = cuda::fwd_block_order(make_problem(batch, heads, rows, 64), 128);
+  const BlockOrder order = cuda::fwd_block_order(make_params(batch, heads, rows, 64), 128);
   check_order(order, batch, heads, (rows + 127) / 128, 3 * section_pairs - 1, 2 * section_pairs);
 }
 
@@ -102,18 +102,18 @@ SA_SUITE(cuda_block_order) {
     }
   }
   // Nothing to do: an empty grid.
-  check(cuda::bwd_block_order(make_problem(2, 3, 0, 0), 64).num_blocks() == 0, "no keys");
-  check(cuda::fwd_block_order(make_problem(2, 3, 0, 0), 128).num_blocks() == 0, "no rows");
+  check(cuda::bwd_block_order(make_params(2, 3, 0, 0), 64).num_blocks() == 0, "no keys");
+  check(cuda::fwd_block_order(make_params(2, 3, 0, 0), 128).num_blocks() == 0, "no rows");
   // Few pairs of very many blocks: nothing in between is larger than the number of all.
-  const BlockOrder order = cuda::bwd_block_order(make_problem(1, 1, 128, INT32_MAX), 1);
+  const BlockOrder order = cuda::bwd_block_order(make_params(1, 1, 128, INT32_MAX), 1);
   check(order.num_blocks() == INT32_MAX, "one pair of ", order.num_blocks(), " blocks");
   check(cuda::place_of_block(order, INT32_MAX - 1).rank == INT32_MAX - 1, "its last block");
   constexpr int64_t kHalf = INT32_MAX / 2;
   check_too_many("backward", [](int64_t batch) {
-    return cuda::bwd_block_order(make_problem(batch, kHalf / 9, 128, 64 * 9), 64);
+    return cuda::bwd_block_order(make_params(batch, kHalf / 9, 128, 64 * 9), 64);
   });
   check_too_many("forward", [](int64_t batch) {
-    return cuda::fwd_block_order(make_problem(batch, kHalf / 9, 128 * 9, 64), 128);
+    return cuda::fwd_block_order(make_params(batch, kHalf / 9, 128 * 9, 64), 128);
   });
 }
 

@@ -7,7 +7,7 @@
 namespace sink_attention::tests {
 namespace {
 
-// Each head_dim class, full and partial, and lengths on both sides of a block's edge.
+// Each head-dim bucket, full and partial, and lengths on both sides of a block's edge.
 void check_head_dims() {
   constexpr int64_t kDims[][2] = {{32, 32},   {64, 64},   {96, 96},   {128, 128}, {192, 128},
                                   {192, 192}, {256, 256}, {16, 24},   {40, 64},   {72, 40},
@@ -71,14 +71,14 @@ void check_groups_and_scales() {
 // Before a workspace for them is allocated.
 void check_too_many_rows() {
   const auto message_for = [](int64_t rows, int arch, DataType dtype) {
-    attention::FlashBwdProblem problem{};
-    problem.fwd.dtype = problem.fwd.kv_dtype = dtype;
-    problem.fwd.batch = problem.fwd.num_heads_q = problem.fwd.num_heads_kv = 1;
-    problem.fwd.seqlen_q = problem.fwd.total_q = rows;
-    problem.fwd.seqlen_k = problem.fwd.total_k = 10;
-    problem.fwd.head_dim = problem.fwd.head_dim_v = 64;
+    attention::FlashBwdParams params{};
+    params.fwd.dtype = params.fwd.kv_dtype = dtype;
+    params.fwd.batch = params.fwd.num_heads_q = params.fwd.num_heads_kv = 1;
+    params.fwd.seqlen_q = params.fwd.total_q = rows;
+    params.fwd.seqlen_k = params.fwd.total_k = 10;
+    params.fwd.head_dim = params.fwd.head_dim_v = 64;
     try {
-      return std::to_string(cuda::flash_bwd_workspace_bytes(problem, {4, arch, {}}) > 0);
+      return std::to_string(cuda::flash_bwd_workspace_bytes(params, {4, arch, {}}) > 0);
     } catch (const std::runtime_error& error) {
       return std::string(error.what());
     }

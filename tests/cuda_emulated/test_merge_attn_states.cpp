@@ -47,7 +47,7 @@ void check_merge(const MergeCase& c) {
   s_aux.fill(c.sink);
   const Array out(c.dtype, rows * c.dim), lse(lse_type(c.dtype), rows);
   const Array expected_out(c.dtype, rows * c.dim), expected_lse(lse_type(c.dtype), rows);
-  attention::MergeProblem p{};
+  attention::MergeParams p{};
   p.dtype = c.dtype;
   p.s_aux_dtype = s_aux.dtype();
   p.outs = out_data.data();

@@ -75,7 +75,7 @@ void check_cache(const CacheCase& c) {
     valid_slots.push_back(valid ? slots.back() : -1);
   }
 
-  attention::ReshapeAndCacheProblem p{};
+  attention::ReshapeAndCacheParams p{};
   p.dtype = c.dtype;
   p.cache_dtype = cache_dtype;
   p.k = k.data();
@@ -110,7 +110,7 @@ void check_cache(const CacheCase& c) {
   p.num_pages = pages;
   p.page_size = kPageSize;
 
-  attention::ReshapeAndCacheProblem on_cpu = p;
+  attention::ReshapeAndCacheParams on_cpu = p;
   on_cpu.k_cache = k_expected.data();
   on_cpu.v_cache = v_expected.data();
   on_cpu.slot_mapping = valid_slots.data();

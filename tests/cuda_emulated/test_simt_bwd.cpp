@@ -15,7 +15,7 @@ namespace sink_attention::tests {
 namespace {
 
 void run_backward(const Scenario& s, const Gradients& g) {
-  const attention::FlashFwdProblem& p = s.problem;
+  const attention::FlashFwdParams& p = s.params;
   const Array delta(p.dtype, p.num_heads_q * s.q_rows);
   std::vector<emulator::Buffer> buffers = buffers_of(s, false);
   buffers.push_back(readable(g.dout, "dout"));
@@ -27,29 +27,29 @@ void run_backward(const Scenario& s, const Gradients& g) {
   buffers.push_back(writable(g.ds_aux, "ds_aux"));
   const emulator::VisibleBuffers visible(buffers);
   if (p.dtype == DataType::kFloat32) {
-    cuda::flash_bwd_rows_float32(g.problem, static_cast<float*>(delta.data()), nullptr);
-    cuda::flash_bwd_float32(g.problem, static_cast<const float*>(delta.data()), nullptr);
+    cuda::flash_bwd_rows_float32(g.params, static_cast<float*>(delta.data()), nullptr);
+    cuda::flash_bwd_float32(g.params, static_cast<const float*>(delta.data()), nullptr);
   } else {
-    cuda::flash_bwd_rows_float64(g.problem, static_cast<double*>(delta.data()), nullptr);
-    cuda::flash_bwd_float64(g.problem, static_cast<const double*>(delta.data()), nullptr);
+    cuda::flash_bwd_rows_float64(g.params, static_cast<double*>(delta.data()), nullptr);
+    cuda::flash_bwd_float64(g.params, static_cast<const double*>(delta.data()), nullptr);
   }
 }
 
 void check_backward(Scenario& s, unsigned seed, const std::string& name) {
-  s.problem.total_q = s.q_rows;
+  s.params.total_q = s.q_rows;
   set_reference_results(s);
   const bool with_dlse = seed % 2 == 0;
   const Gradients g = make_gradients(s, with_dlse, seed);
-  const ReferenceBackward expected = reference_backward(g.problem, s.q_rows, s.k_rows);
+  const ReferenceBackward expected = reference_backward(g.params, s.q_rows, s.k_rows);
   emulator::settings().seed = seed;
   run_backward(s, g);
-  const double tolerance = 4 * tolerance_of(s.problem.dtype);
+  const double tolerance = 4 * tolerance_of(s.params.dtype);
   compare(values_of(g.dq), expected.dq, tolerance, name + ": dq");
   compare(values_of(g.dk), expected.dk, tolerance, name + ": dk");
   compare(values_of(g.dv), expected.dv, tolerance, name + ": dv");
-  if (s.problem.s_aux == nullptr) return;
+  if (s.params.s_aux == nullptr) return;
   compare(values_of(g.ds_aux), expected.ds_aux,
-          std::max(tolerance, tolerance_of(s.problem.s_aux_dtype)), name + ": ds_aux");
+          std::max(tolerance, tolerance_of(s.params.s_aux_dtype)), name + ": ds_aux");
 }
 
 // Every stride-th of the grid's problems; half of them with rows that can be aligned.
@@ -75,7 +75,7 @@ void check_scales() {
       spec.head_dim = 24;
       spec.head_dim_v = 8;
       Scenario s = make_scenario(spec, 3);
-      s.problem.softmax_scale = softmax_scale;
+      s.params.softmax_scale = softmax_scale;
       check_backward(s, 3, s.name + " scale " + std::to_string(softmax_scale));
     }
   }
@@ -89,7 +89,7 @@ void check_repeats_bitwise() {
   spec.num_heads_q = 4;
   spec.num_heads_kv = 2;
   Scenario s = make_scenario(spec, 7);
-  s.problem.total_q = s.q_rows;
+  s.params.total_q = s.q_rows;
   set_reference_results(s);
   std::vector<std::vector<double>> first;
   for (const uint64_t seed : {1, 2}) {  // other orders of blocks and warps

@@ -15,16 +15,16 @@ void run_forward(Scenario& s) {
   s.out.fill(NAN);
   s.lse.fill(NAN);
   const emulator::VisibleBuffers visible(buffers_of(s, true));
-  if (s.problem.dtype == DataType::kFloat32) {
-    cuda::flash_fwd_float32(s.problem, nullptr);
+  if (s.params.dtype == DataType::kFloat32) {
+    cuda::flash_fwd_float32(s.params, nullptr);
   } else {
-    cuda::flash_fwd_float64(s.problem, nullptr);
+    cuda::flash_fwd_float64(s.params, nullptr);
   }
 }
 
 void check_forward(Scenario& s, const std::string& name) {
-  const DataType dtype = s.problem.dtype;
-  const ReferenceForward expected = reference_forward(s.problem, s.q_rows);
+  const DataType dtype = s.params.dtype;
+  const ReferenceForward expected = reference_forward(s.params, s.q_rows);
   run_forward(s);
   compare(out_of(s), expected.out, tolerance_of(dtype), name + ": out");
   compare(lse_of(s), expected.lse, tolerance_of(dtype), name + ": lse");
@@ -55,7 +55,7 @@ void check_scales() {
       spec.head_dim = 24;
       spec.head_dim_v = 8;
       Scenario s = make_scenario(spec, 3);
-      s.problem.softmax_scale = softmax_scale;
+      s.params.softmax_scale = softmax_scale;
       check_forward(s, s.name + " scale " + std::to_string(softmax_scale));
     }
   }
@@ -70,7 +70,7 @@ void check_large_logits() {
   Scenario s = make_scenario(spec, 4);
   s.q.fill(8192);
   for (int64_t i = 0; i < s.k.count(); ++i) s.k.set(i, static_cast<double>(12000 + i % 3));
-  s.problem.softmax_scale = 1;
+  s.params.softmax_scale = 1;
   check_forward(s, "large logits");
 }
 
@@ -83,10 +83,10 @@ void check_unused_rows() {
   spec.sink = 0.5;
   spec.seqused_k = true;
   Scenario s = make_scenario(spec, 5);
-  const int64_t row_numbers = s.problem.num_heads_kv * s.problem.head_dim;
+  const int64_t row_numbers = s.params.num_heads_kv * s.params.head_dim;
   for (int64_t row = 0; row < s.k_rows; ++row) {
     bool used = false;
-    for (int64_t b = 0; b < s.problem.batch; ++b) {
+    for (int64_t b = 0; b < s.params.batch; ++b) {
       used |= s.cu_seqlens_k[b] <= row && row < s.cu_seqlens_k[b] + s.seqused_k[b];
     }
     for (int64_t i = 0; i < row_numbers && !used; ++i) {
@@ -109,7 +109,7 @@ void check_decode_is_prefill() {
   Scenario s = make_scenario(spec, 6);
   run_forward(s);
   std::vector<double> prefill, decode;
-  attention::FlashFwdProblem& p = s.problem;
+  attention::FlashFwdParams& p = s.params;
   const auto last_row = [&] {
     std::vector<double> values;
     for (int64_t i = 0; i < p.out_stride_row; ++i) {

@@ -10,7 +10,7 @@ Options hopper() {
   return options;
 }
 
-// Each head_dim class, full and partial, with lengths on both sides of a block's edge, groups of
+// Each head-dim bucket, full and partial, with lengths on both sides of a block's edge, groups of
 // which a tile is a multiple or not, and all else varied along.
 void check_head_dims() {
   constexpr int64_t kDims[][2] = {{64, 64},   {96, 96},   {128, 128}, {192, 128},
@@ -138,7 +138,7 @@ void check_neighbours(int64_t group) {
     spec.layout = Layout::kVarlen;
     spec.seqused_k = dim == 128;
     Scenario scenario = make_scenario(spec, 3);
-    FlashFwdProblem& p = scenario.problem;
+    FlashFwdParams& p = scenario.params;
     p.total_q = scenario.q_rows;
     p.total_k = scenario.k_rows;
     align_queries(scenario);
@@ -151,7 +151,7 @@ void check_neighbours(int64_t group) {
     const std::vector<int32_t>& cu_q = scenario.cu_seqlens_q;
     const std::vector<int32_t>& cu_k = scenario.cu_seqlens_k;
     poison_rows(scenario.q, cu_q[3], cu_q[4], p.q_stride_row);
-    poison_rows(got.dout, cu_q[3], cu_q[4], got.problem.dout_stride_row);
+    poison_rows(got.dout, cu_q[3], cu_q[4], got.params.dout_stride_row);
     poison_rows(scenario.k, cu_k[1], cu_k[2], p.k_stride_row);
     poison_rows(scenario.v, cu_k[1], cu_k[2], p.v_stride_row);
     if (spec.seqused_k) {

@@ -204,7 +204,7 @@ void check_fragments(const char* name) {
         }
         memcpy(registers, elements, sizeof(registers));
       }
-      wgmma_fence();
+      warpgroup_arrive();
       if constexpr (kRegisters) {
         wgmma_rs<Element, Major::kK>(acc, registers, b, false);
       } else {

@@ -89,7 +89,7 @@ void start_bulk_add(float* global, const float* shared, int bytes, const Step& s
                        static_cast<int64_t>(reinterpret_cast<uintptr_t>(global)), step);
   if (bytes <= 0) fault(step, "a copy of " + std::to_string(bytes) + " bytes");
   check_range(global, bytes, Access::kWrite, step);
-  if (current().bulk.turn_is_unfenced) fault(step, "no fence_turn_for_copies since wait_for_turn");
+  if (current().bulk.turn_is_unfenced) fault(step, "no fence_turn_for_copies since semaphore_wait");
   begin_async_read(shared, bytes, AsyncReader::kThread, step);
   auto copy = std::make_shared<AsyncCopy>(AsyncCopy{
       AsyncCopy::Kind::kAdd, step, const_cast<char*>(reinterpret_cast<const char*>(shared)),
@@ -125,7 +125,7 @@ void wait_for_bulk(int pending) {
   }
 }
 
-void note_turn() { current().bulk.turn_is_unfenced = true; }
+void mark_release() { current().bulk.turn_is_unfenced = true; }
 void fence_turn() { current().bulk.turn_is_unfenced = false; }
 
 void check_sums_are_made(const Step& step) {

@@ -55,7 +55,7 @@ void start_bulk_add(float* global, const float* shared, int bytes, const Step& s
 void commit_bulk();
 void wait_for_bulk_reads(int pending);
 void wait_for_bulk(int pending);
-void note_turn();
+void mark_release();
 void fence_turn();
 // Faults if the thread tells other blocks that it is done (`step`) before bulk_wait has waited for
 // all its sums.

@@ -5,7 +5,7 @@
 // elements.
 #include "cuda/backend.h"
 #include "emulator/machine.h"
-#include "torch/cuda_kernels.h"
+#include "torch/kernel_family.h"
 #include "torch/op_namespace.h"
 #include "torch/ops.h"
 
@@ -57,48 +57,47 @@ Operands with_workspace(Operands operands, const Tensor& like, int64_t bytes, vo
 struct EmulatedBackend {
   static constexpr bool kReadsValues = false;  // as on CUDA: under the debug switch only
   static bool is_capturing(const Tensor&) { return pretends_to_capture; }
-  static bool may_leave_rows(const attention::FlashFwdProblem&, const Extent&) { return true; }
+  static bool may_leave_rows(const attention::FlashFwdParams&, const Extent&) { return true; }
 
   static cuda::Device device() { return {num_sms, arch, forced_cuda_family()}; }
 
-  static void check_flash_fwd(const attention::FlashFwdProblem& problem, const Tensor&) {
-    asked_for = cuda::flash_fwd_workspace_bytes(problem, device());
+  static void check_flash_fwd(const attention::FlashFwdParams& params, const Tensor&) {
+    asked_for = cuda::flash_fwd_workspace_bytes(params, device());
   }
-  static void flash_fwd(const attention::FlashFwdProblem& problem, const Operands& operands) {
-    if (problem.cu_seqlens_q == nullptr) poison(operands);
+  static void flash_fwd(const attention::FlashFwdParams& params, const Operands& operands) {
+    if (params.cu_seqlens_q == nullptr) poison(operands);
     void* workspace = nullptr;
-    asked_for = cuda::flash_fwd_workspace_bytes(problem, device());
+    asked_for = cuda::flash_fwd_workspace_bytes(params, device());
     const Operands all = with_workspace(operands, operands.read.front(), asked_for, workspace);
     const Visible visible(all);
-    cuda::flash_fwd(problem, device(), workspace, nullptr);
+    cuda::flash_fwd(params, device(), workspace, nullptr);
   }
-  static bool takes_float8(const attention::FlashFwdFloat8Problem& problem, const Tensor&) {
-    return cuda::takes_flash_fwd_float8(problem, device());
+  static bool takes_fp8(const attention::FlashFwdFp8Params& params, const Tensor&) {
+    return cuda::takes_flash_fwd_fp8(params, device());
   }
-  static void flash_fwd_float8(const attention::FlashFwdFloat8Problem& problem,
-                               const Operands& operands) {
-    if (problem.fwd.cu_seqlens_q == nullptr) poison(operands);
+  static void flash_fwd_fp8(const attention::FlashFwdFp8Params& params, const Operands& operands) {
+    if (params.fwd.cu_seqlens_q == nullptr) poison(operands);
     const Visible visible(operands);
-    cuda::flash_fwd_float8(problem, device(), nullptr);
+    cuda::flash_fwd_fp8(params, device(), nullptr);
   }
-  static void flash_bwd(const attention::FlashBwdProblem& problem, const Operands& operands) {
-    if (problem.fwd.cu_seqlens_q == nullptr) poison(operands);
+  static void flash_bwd(const attention::FlashBwdParams& params, const Operands& operands) {
+    if (params.fwd.cu_seqlens_q == nullptr) poison(operands);
     void* workspace = nullptr;
     const Operands all =
         with_workspace(operands, operands.read.front(),
-                       cuda::flash_bwd_workspace_bytes(problem, device()), workspace);
+                       cuda::flash_bwd_workspace_bytes(params, device()), workspace);
     const Visible visible(all);
-    cuda::flash_bwd(problem, device(), workspace, nullptr);
+    cuda::flash_bwd(params, device(), workspace, nullptr);
   }
-  static void reshape_and_cache(const attention::ReshapeAndCacheProblem& problem,
+  static void reshape_and_cache(const attention::ReshapeAndCacheParams& params,
                                 const Operands& operands) {
     const Visible visible(operands);
-    cuda::reshape_and_cache(problem, nullptr);
+    cuda::reshape_and_cache(params, nullptr);
   }
-  static void merge_attn_states(const attention::MergeProblem& problem, const Operands& operands) {
+  static void merge_attn_states(const attention::MergeParams& params, const Operands& operands) {
     poison(operands);
     const Visible visible(operands);
-    cuda::merge_attn_states(problem, nullptr);
+    cuda::merge_attn_states(params, nullptr);
   }
 
  private:

@@ -93,7 +93,7 @@ static void change_registers(int count, const Step& step,
   grant(*current().block);
 }
 
-void give_registers(int count, const Step& step) {
+void warpgroup_reg_dealloc(int count, const Step& step) {
   change_registers(count, step, [](Registers::Warp& mine, int kept, const Step& step) {
     if (kept > mine.count) {
       fault(step, "keeps " + std::to_string(kept) + " registers of " + std::to_string(mine.count));
@@ -102,7 +102,7 @@ void give_registers(int count, const Step& step) {
   });
 }
 
-void take_registers(int count, const Step& step) {
+void warpgroup_reg_alloc(int count, const Step& step) {
   change_registers(count, step, [](Registers::Warp& mine, int wanted, const Step& step) {
     if (wanted < mine.count) {
       fault(step,

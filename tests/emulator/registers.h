@@ -28,8 +28,8 @@ struct Registers {
 };
 
 // From all lanes of a warp. A warp that takes waits until there are so many.
-void give_registers(int count, const Step& step);
-void take_registers(int count, const Step& step);
+void warpgroup_reg_dealloc(int count, const Step& step);
+void warpgroup_reg_alloc(int count, const Step& step);
 // Faults if some warps of a warpgroup changed their registers and others did not.
 void check_end_of_registers(const Block& block);
 

@@ -90,11 +90,12 @@ void WarpgroupProducts::check_lanes_agree(void* const* lanes) const {
 
 void WarpgroupProducts::check_accumulators_fenced(const ProductOperands& first) const {
   const Step& step = *current().step;
-  if (!was_fenced_) fault(step, "no wgmma_fence comes before the warpgroup's first product");
+  if (!was_fenced_) fault(step, "no warpgroup_arrive comes before the warpgroup's first product");
   for (const Range& range : unfenced_) {
     if (first.acc >= range.end || first.acc + first.n / 2 <= range.begin) continue;
-    fault(step, "no wgmma_fence has come since a wait gave these accumulators back, those of " +
-                    describe(range.step));
+    fault(step,
+          "no warpgroup_arrive has come since a wait gave these accumulators back, those of " +
+              describe(range.step));
   }
 }
 
@@ -106,7 +107,8 @@ void WarpgroupProducts::check_operand_fenced(void* const* lanes) const {
       if (!logs_[lane].has(of(lanes, lane).a[i])) return;
     }
   }
-  fault(*current().step, "no wgmma_fence has come since operand A was packed into its registers");
+  fault(*current().step,
+        "no warpgroup_arrive has come since operand A was packed into its registers");
 }
 
 WarpgroupProducts::Accumulation& WarpgroupProducts::accumulation_for(void* const* lanes) {

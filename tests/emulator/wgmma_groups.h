@@ -31,7 +31,7 @@ struct ProductOperands {
   float* acc;         // [n / 8][4]
 };
 
-// The registers that a thread packed since its last wgmma_fence, the latest of them.
+// The registers that a thread packed since its last warpgroup_arrive, the latest of them.
 struct PackLog {
   static constexpr int kSize = 64;
   uint32_t values[kSize];

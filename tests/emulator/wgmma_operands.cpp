@@ -26,24 +26,24 @@ void add_to(float* four, FourFloats sum) {
 }
 
 // Without branches, so that the loop over a chunk becomes vectors.
-float widened(attention::Float16 value) {
+float upcast(attention::Float16 value) {
   const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16;
   const uint32_t magnitude = uint32_t{value.bits & 0x7fffu} << 13;
   const uint32_t number = attention::bits_of(attention::float_of(magnitude) * 0x1p112f);
   const uint32_t infinite = 0u - static_cast<uint32_t>(magnitude >= 0x0f800000u);  // or NaN
   return attention::float_of(sign | number | (infinite & 0x7f800000u));
 }
-float widened(attention::BFloat16 value) { return attention::to_float(value); }
-float widened(attention::Float8E4M3 value) { return attention::to_float(value); }
+float upcast(attention::BFloat16 value) { return attention::to_float(value); }
+float upcast(attention::Float8E4M3 value) { return attention::to_float(value); }
 
 template <class Element>
 constexpr int kPerChunk = kChunkBytes / static_cast<int>(sizeof(Element));
 
 template <class Element>
-void widen_chunk(const void* chunk, float* numbers) {
+void upcast_vector(const void* chunk, float* numbers) {
   Element elements[kPerChunk<Element>];
   memcpy(elements, chunk, kChunkBytes);
-  for (int i = 0; i < kPerChunk<Element>; ++i) numbers[i] = widened(elements[i]);
+  for (int i = 0; i < kPerChunk<Element>; ++i) numbers[i] = upcast(elements[i]);
 }
 
 template <class Element>
@@ -54,7 +54,7 @@ void unpack_shared_of(const OperandLayout& layout, int count, const char* memory
   if (layout.mn_major) {
     for (int k = 0; k < kDepth; ++k) {
       for (int mn = 0; mn < count; mn += kPer) {
-        widen_chunk<Element>(memory + layout.address(mn, k), &numbers.rows[k][mn]);
+        upcast_vector<Element>(memory + layout.address(mn, k), &numbers.rows[k][mn]);
       }
     }
     return;
@@ -62,7 +62,7 @@ void unpack_shared_of(const OperandLayout& layout, int count, const char* memory
   for (int mn = 0; mn < count; ++mn) {
     for (int k = 0; k < kDepth; k += kPer) {
       float chunk[kPer];
-      widen_chunk<Element>(memory + layout.address(mn, k), chunk);
+      upcast_vector<Element>(memory + layout.address(mn, k), chunk);
       for (int i = 0; i < kPer; ++i) numbers.rows[k + i][mn] = chunk[i];
     }
   }
@@ -85,7 +85,7 @@ void unpack_registers_of(const uint32_t* const* lanes, Numbers& numbers) {
     for (int i = 0; i < 4 * kPair; ++i) {
       const int row = thread / 32 * 16 + group + (i / kPair % 2 == 0 ? 0 : 8);
       const int col = in_group * kPair + i % kPair + (i < 2 * kPair ? 0 : 4 * kPair);
-      numbers.rows[col][row] = widened(elements[i]);
+      numbers.rows[col][row] = upcast(elements[i]);
     }
   }
 }

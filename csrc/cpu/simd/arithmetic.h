@@ -8,7 +8,7 @@
 
 #include <type_traits>
 
-#include "attention/problem.h"
+#include "attention/params.h"
 #include "cpu/simd/math.h"
 #include "cpu/simd/vec.h"
 

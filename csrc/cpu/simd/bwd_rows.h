@@ -6,14 +6,14 @@
 
 namespace sink_attention::cpu::SA_ISA {
 
-using attention::FlashBwdProblem;
+using attention::FlashBwdParams;
 
 // In the precision that the forward reads it in, so that a row without keys has exp(s_aux - lse)
 // = 1.
 template <class Real>
-SA_INLINE Real read_sink(const FlashFwdProblem& problem, int64_t head_idx) {
+SA_INLINE Real read_sink(const FlashFwdParams& params, int64_t head_idx) {
   Real value;
-  load_row(element(problem.s_aux, problem.s_aux_dtype, head_idx), problem.s_aux_dtype, 1, Real(1),
+  load_row(element(params.s_aux, params.s_aux_dtype, head_idx), params.s_aux_dtype, 1, Real(1),
            &value);
   return value;
 }
@@ -41,25 +41,25 @@ double sink_gradient(Real sink, const Real* lse, const Real* delta, int64_t rows
 // For every row of one head of one sequence: delta = <dout, out> - dlse, and the head's part of
 //   ds_aux = sum over rows of exp(s_aux - lse) * (dlse - <dout, out>).
 template <class Arithmetic>
-double bwd_preprocess(const FlashBwdProblem& bwd, int64_t batch_idx, int64_t head_idx,
+double bwd_preprocess(const FlashBwdParams& bwd, int64_t batch_idx, int64_t head_idx,
                       void* delta_of_head) {
   using Real = typename Arithmetic::Real;
   constexpr int kStep = kLanes<Real>;
-  const FlashFwdProblem& problem = bwd.fwd;
-  const SeqlenInfo info = attention::seqlen_info(problem, batch_idx);
-  const int64_t dim = problem.head_dim_v;
+  const FlashFwdParams& params = bwd.fwd;
+  const SeqlenInfo info = attention::seqlen_info(params, batch_idx);
+  const int64_t dim = params.head_dim_v;
   const int64_t padded = round_up(dim, kStep);
   Real* delta = static_cast<Real*>(delta_of_head);
   alignas(64) Real out[kMaxHeadDim] = {};
   alignas(64) Real dout[kMaxHeadDim] = {};
   for (int64_t position = 0; position < info.seqlen_q; ++position) {
     const int64_t row = info.q_row + position;
-    const int64_t out_offset = info.q_batch * problem.out_stride_batch +
-                               row * problem.out_stride_row + head_idx * problem.out_stride_head;
+    const int64_t out_offset = info.q_batch * params.out_stride_batch +
+                               row * params.out_stride_row + head_idx * params.out_stride_head;
     const int64_t dout_offset = info.q_batch * bwd.dout_stride_batch + row * bwd.dout_stride_row +
                                 head_idx * bwd.dout_stride_head;
-    load_row(element(problem.out, problem.dtype, out_offset), problem.dtype, dim, Real(1), out);
-    load_row(element(bwd.dout, problem.dtype, dout_offset), problem.dtype, dim, Real(1), dout);
+    load_row(element(params.out, params.dtype, out_offset), params.dtype, dim, Real(1), out);
+    load_row(element(bwd.dout, params.dtype, dout_offset), params.dtype, dim, Real(1), dout);
     Vec<Real> sum{};
     for (int64_t i = 0; i < padded; i += kStep) sum += load(out + i) * load(dout + i);
     Real value = reduce_add<Real>(sum);
@@ -70,39 +70,38 @@ double bwd_preprocess(const FlashBwdProblem& bwd, int64_t batch_idx, int64_t hea
     }
     delta[position] = value;
   }
-  if (problem.s_aux == nullptr) return 0;
-  const Real sink = read_sink<Real>(problem, head_idx);
+  if (params.s_aux == nullptr) return 0;
+  const Real sink = read_sink<Real>(params, head_idx);
   if (sink == attention::negative_infinity<Real>()) return 0;
-  const Real* lse = static_cast<const Real*>(problem.lse) +
-                    info.q_batch * problem.lse_stride_batch + head_idx * problem.lse_stride_head +
-                    info.q_row;
+  const Real* lse = static_cast<const Real*>(params.lse) + info.q_batch * params.lse_stride_batch +
+                    head_idx * params.lse_stride_head + info.q_row;
   return sink_gradient(sink, lse, delta, info.seqlen_q);
 }
 
 // Calls body(row of dq, row of the accumulator) for the rows [q_begin, q_end) of one kv head.
 template <class Arithmetic, class Body>
-SA_INLINE void for_dq_rows(const FlashBwdProblem& bwd, int64_t batch_idx, int64_t kv_head_idx,
+SA_INLINE void for_dq_rows(const FlashBwdParams& bwd, int64_t batch_idx, int64_t kv_head_idx,
                            Range positions, char* dq_accumulator, const Body& body) {
   using Real = typename Arithmetic::Real;
-  const FlashFwdProblem& problem = bwd.fwd;
-  const SeqlenInfo info = attention::seqlen_info(problem, batch_idx);
-  const int64_t group = problem.num_heads_q / problem.num_heads_kv;
-  const int64_t columns = Geometry<Arithmetic>::columns(problem.head_dim);
-  Real* row = reinterpret_cast<Real*>(dq_accumulator) + positions.begin * group * columns;
+  const FlashFwdParams& params = bwd.fwd;
+  const SeqlenInfo info = attention::seqlen_info(params, batch_idx);
+  const int64_t qhead_per_khead = params.num_heads_q / params.num_heads_kv;
+  const int64_t columns = Geometry<Arithmetic>::columns(params.head_dim);
+  Real* row = reinterpret_cast<Real*>(dq_accumulator) + positions.begin * qhead_per_khead * columns;
   for (int64_t position = positions.begin; position < positions.end; ++position) {
-    for (int64_t g = 0; g < group; ++g, row += columns) {
+    for (int64_t g = 0; g < qhead_per_khead; ++g, row += columns) {
       const int64_t offset = info.q_batch * bwd.dq_stride_batch +
                              (info.q_row + position) * bwd.dq_stride_row +
-                             (kv_head_idx * group + g) * bwd.dq_stride_head;
-      body(element(bwd.dq, problem.dtype, offset), row);
+                             (kv_head_idx * qhead_per_khead + g) * bwd.dq_stride_head;
+      body(element(bwd.dq, params.dtype, offset), row);
     }
   }
 }
 
 // Banks the accumulator, the sums over a piece of the keys, in dq itself, whose numbers are Real.
 template <class Arithmetic>
-void bwd_bank_dq(const FlashBwdProblem& bwd, int64_t batch_idx, int64_t kv_head_idx,
-                 Range positions, char* dq_accumulator, bool is_first) {
+void bwd_bank_dq(const FlashBwdParams& bwd, int64_t batch_idx, int64_t kv_head_idx, Range positions,
+                 char* dq_accumulator, bool is_first) {
   using Real = typename Arithmetic::Real;
   const int64_t dim = bwd.fwd.head_dim;
   alignas(64) Real total[kMaxHeadDim] = {};
@@ -120,17 +119,17 @@ void bwd_bank_dq(const FlashBwdProblem& bwd, int64_t batch_idx, int64_t kv_head_
 
 // Writes dq out of the accumulator, and of itself where something was banked.
 template <class Arithmetic>
-void bwd_store_dq(const FlashBwdProblem& bwd, int64_t batch_idx, int64_t kv_head_idx,
+void bwd_store_dq(const FlashBwdParams& bwd, int64_t batch_idx, int64_t kv_head_idx,
                   Range positions, char* dq_accumulator, bool was_banked) {
   using Real = typename Arithmetic::Real;
-  const FlashFwdProblem& problem = bwd.fwd;
+  const FlashFwdParams& params = bwd.fwd;
   if (was_banked) {
     bwd_bank_dq<Arithmetic>(bwd, batch_idx, kv_head_idx, positions, dq_accumulator, false);
   }
   for_dq_rows<Arithmetic>(
       bwd, batch_idx, kv_head_idx, positions, dq_accumulator, [&](void* dq, const Real* sums) {
-        store_row(was_banked ? static_cast<const Real*>(dq) : sums, problem.head_dim,
-                  static_cast<Real>(problem.softmax_scale), dq, problem.dtype);
+        store_row(was_banked ? static_cast<const Real*>(dq) : sums, params.head_dim,
+                  static_cast<Real>(params.softmax_scale), dq, params.dtype);
       });
 }
 

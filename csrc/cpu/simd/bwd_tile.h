@@ -17,7 +17,7 @@
 
 namespace sink_attention::cpu::SA_ISA {
 
-using attention::FlashBwdProblem;
+using attention::FlashBwdParams;
 
 constexpr int64_t kTargetBwdRows = 64;
 
@@ -72,11 +72,11 @@ struct BackwardBlock {
     Real* delta;
   };
 
-  const FlashBwdProblem& bwd;
-  const FlashFwdProblem& problem;
+  const FlashBwdParams& bwd;
+  const FlashFwdParams& params;
   const BwdPlan& plan;
   const BwdTask& task;
-  int64_t group;
+  int64_t qhead_per_khead;
   SeqlenInfo info;
   Mask mask;
   ScoreScale<Real> scale;
@@ -86,75 +86,76 @@ struct BackwardBlock {
   static int64_t row_stride(int64_t dim) { return round_up(Geo::units(dim), Geo::kLanesReal); }
   static int64_t score_stride(const BwdPlan& plan) { return plan.block_keys + Geo::kLanesReal; }
 
-  static Scratch carve(const FlashFwdProblem& problem, const BwdPlan& plan, ScratchCarver& carver) {
+  static Scratch allocate(const FlashFwdParams& params, const BwdPlan& plan,
+                          BumpAllocator& allocator) {
     const int64_t rows =
-        round_up(plan.tile_positions * (problem.num_heads_q / problem.num_heads_kv), 2);
-    const int64_t dim = problem.head_dim;
-    const int64_t dim_v = problem.head_dim_v;
+        round_up(plan.tile_positions * (params.num_heads_q / params.num_heads_kv), 2);
+    const int64_t dim = params.head_dim;
+    const int64_t dim_v = params.head_dim_v;
     Scratch scratch{};
-    scratch.k_transposed = carver.take<Unit>(plan.block_keys * Geo::units(dim));
-    scratch.v_transposed = carver.take<Unit>(plan.block_keys * Geo::units(dim_v));
+    scratch.k_transposed = allocator.take<Unit>(plan.block_keys * Geo::units(dim));
+    scratch.v_transposed = allocator.take<Unit>(plan.block_keys * Geo::units(dim_v));
     scratch.k_rowwise =
-        carver.take<Unit>(plan.block_keys / Geo::kPair * round_up(dim, Geo::kPanel));
-    scratch.dk = carver.take<Real>(plan.block_keys * Geo::columns(dim));
-    scratch.dv = carver.take<Real>(plan.block_keys * Geo::columns(dim_v));
-    scratch.dk_total = carver.take<Real>(plan.block_keys * Geo::columns(dim));
-    scratch.dv_total = carver.take<Real>(plan.block_keys * Geo::columns(dim_v));
-    scratch.pieces_banked = carver.take<int64_t>(1);
-    scratch.q = carver.take<Unit>(rows * row_stride(dim));
-    scratch.dout = carver.take<Unit>(rows * row_stride(dim_v));
-    scratch.p = carver.take<Real>(rows * score_stride(plan));
-    scratch.ds = carver.take<Real>(rows * score_stride(plan));
+        allocator.take<Unit>(plan.block_keys / Geo::kPair * round_up(dim, Geo::kPanel));
+    scratch.dk = allocator.take<Real>(plan.block_keys * Geo::columns(dim));
+    scratch.dv = allocator.take<Real>(plan.block_keys * Geo::columns(dim_v));
+    scratch.dk_total = allocator.take<Real>(plan.block_keys * Geo::columns(dim));
+    scratch.dv_total = allocator.take<Real>(plan.block_keys * Geo::columns(dim_v));
+    scratch.pieces_banked = allocator.take<int64_t>(1);
+    scratch.q = allocator.take<Unit>(rows * row_stride(dim));
+    scratch.dout = allocator.take<Unit>(rows * row_stride(dim_v));
+    scratch.p = allocator.take<Real>(rows * score_stride(plan));
+    scratch.ds = allocator.take<Real>(rows * score_stride(plan));
     if constexpr (kPairs) {
-      scratch.q_zipped = carver.take<Unit>(rows / 2 * Geo::columns(dim));
-      scratch.dout_zipped = carver.take<Unit>(rows / 2 * Geo::columns(dim_v));
-      scratch.p_zipped = carver.take<Unit>(rows / 2 * score_stride(plan));
-      scratch.ds_zipped = carver.take<Unit>(rows / 2 * score_stride(plan));
+      scratch.q_zipped = allocator.take<Unit>(rows / 2 * Geo::columns(dim));
+      scratch.dout_zipped = allocator.take<Unit>(rows / 2 * Geo::columns(dim_v));
+      scratch.p_zipped = allocator.take<Unit>(rows / 2 * score_stride(plan));
+      scratch.ds_zipped = allocator.take<Unit>(rows / 2 * score_stride(plan));
     } else {
       scratch.q_zipped = scratch.q;
       scratch.dout_zipped = scratch.dout;
       scratch.p_zipped = scratch.p;
       scratch.ds_zipped = scratch.ds;
     }
-    scratch.lse = carver.take<SplitLse<Real>>(rows);
-    scratch.delta = carver.take<Real>(rows);
+    scratch.lse = allocator.take<SplitLse<Real>>(rows);
+    scratch.delta = allocator.take<Real>(rows);
     return scratch;
   }
 
-  static BwdPlan make_plan(const FlashFwdProblem& problem) {
-    const int64_t larger_dim = max_of(problem.head_dim, problem.head_dim_v);
+  static BwdPlan make_plan(const FlashFwdParams& params) {
+    const int64_t larger_dim = max_of(params.head_dim, params.head_dim_v);
     BwdPlan plan{};
-    plan.tile_positions = max_of(
-        1, kTargetBwdRows / max_of(problem.num_heads_q / max_of(problem.num_heads_kv, 1), 1));
+    plan.tile_positions =
+        max_of(1, kTargetBwdRows / max_of(params.num_heads_q / max_of(params.num_heads_kv, 1), 1));
     plan.block_keys = larger_dim <= 64 ? 256 : 128;
     plan.blocks_per_piece = kPieceKeys / plan.block_keys;
-    plan.dq_row_bytes = Geo::columns(problem.head_dim) * static_cast<int64_t>(sizeof(Real));
-    ScratchCarver carver(nullptr);
-    carve(problem, plan, carver);
-    plan.scratch_bytes = carver.used();
+    plan.dq_row_bytes = Geo::columns(params.head_dim) * static_cast<int64_t>(sizeof(Real));
+    BumpAllocator allocator(nullptr);
+    allocate(params, plan, allocator);
+    plan.scratch_bytes = allocator.used();
     return plan;
   }
 
-  BackwardBlock(const FlashBwdProblem& bwd, const BwdPlan& plan, const BwdTask& task)
+  BackwardBlock(const FlashBwdParams& bwd, const BwdPlan& plan, const BwdTask& task)
       : bwd(bwd),
-        problem(bwd.fwd),
+        params(bwd.fwd),
         plan(plan),
         task(task),
-        group(problem.num_heads_q / problem.num_heads_kv),
-        info(attention::seqlen_info(problem, task.batch_idx)),
-        mask(attention::make_mask(problem, info)),
-        scale(score_scale<Real>(problem)) {
+        qhead_per_khead(params.num_heads_q / params.num_heads_kv),
+        info(attention::seqlen_info(params, task.batch_idx)),
+        mask(attention::make_mask(params, info)),
+        scale(score_scale<Real>(params)) {
     block = intersect({task.block_idx * plan.block_keys, (task.block_idx + 1) * plan.block_keys},
                       {0, info.seqlen_k});
-    ScratchCarver carver(task.scratch);
-    scratch = carve(problem, plan, carver);
+    BumpAllocator allocator(task.scratch);
+    scratch = allocate(params, plan, allocator);
   }
 
   void begin() {
     const KeyRows keys =
-        attention::key_rows(problem, task.batch_idx, info, task.kv_head_idx, {0, block});
+        attention::key_rows(params, task.batch_idx, info, task.kv_head_idx, {0, block});
     const KeyRows values =
-        attention::value_rows(problem, task.batch_idx, info, task.kv_head_idx, {0, block});
+        attention::value_rows(params, task.batch_idx, info, task.kv_head_idx, {0, block});
     pack_transposed<Arithmetic>(keys, block.begin, block.end, scratch.k_transposed);
     pack_transposed<Arithmetic>(values, block.begin, block.end, scratch.v_transposed);
     pack_rowwise<Arithmetic>(keys, block.begin, block.end, plan.block_keys, scratch.k_rowwise);
@@ -169,27 +170,27 @@ struct BackwardBlock {
     const int64_t begin =
         (seen.begin - block.begin) / Geo::kPanel * Geo::kPanel;  // whole panels of the block
     const int64_t end = round_up(seen.end - block.begin, Geo::kPanel);
-    const int64_t rows = (q_end - q_begin) * group;
+    const int64_t rows = (q_end - q_begin) * qhead_per_khead;
     load_rows(q_begin, rows);
     for (int64_t row = 0; row < rows; row += kTileRows) {
       const int count = static_cast<int>(min_of(kTileRows, rows - row));
-      score(scratch.q, row_stride(problem.head_dim), Geo::units(problem.head_dim),
+      score(scratch.q, row_stride(params.head_dim), Geo::units(params.head_dim),
             scratch.k_transposed, row, count, begin, end, scratch.p);
-      score(scratch.dout, row_stride(problem.head_dim_v), Geo::units(problem.head_dim_v),
+      score(scratch.dout, row_stride(params.head_dim_v), Geo::units(params.head_dim_v),
             scratch.v_transposed, row, count, begin, end, scratch.ds);
       differentiate_strip(q_begin, row, count, begin, end);
     }
     const int64_t depth = divide_up(rows, Geo::kPair);
-    add_transposed(scratch.p_zipped, scratch.dout_zipped, depth, Geo::columns(problem.head_dim_v),
+    add_transposed(scratch.p_zipped, scratch.dout_zipped, depth, Geo::columns(params.head_dim_v),
                    begin, end, scratch.dv);
-    add_transposed(scratch.ds_zipped, scratch.q_zipped, depth, Geo::columns(problem.head_dim),
-                   begin, end, scratch.dk);
+    add_transposed(scratch.ds_zipped, scratch.q_zipped, depth, Geo::columns(params.head_dim), begin,
+                   end, scratch.dk);
     add_dq(q_begin, rows, begin, end);
   }
 
   // Tiles come from the last to the first; a piece of the sums over rows ends with every so many.
   void bank_piece_from(int64_t q_begin) {
-    const int64_t tiles = max_of(1, kPieceRows / (plan.tile_positions * group));
+    const int64_t tiles = max_of(1, kPieceRows / (plan.tile_positions * qhead_per_khead));
     if (q_begin > 0 && q_begin / plan.tile_positions % tiles == 0) bank_dk_dv();
   }
 
@@ -203,17 +204,17 @@ struct BackwardBlock {
                                 task.kv_head_idx * bwd.dk_stride_head;
       const int64_t dv_offset = info.k_batch * bwd.dv_stride_batch + row * bwd.dv_stride_row +
                                 task.kv_head_idx * bwd.dv_stride_head;
-      store_row(dk + (key - block.begin) * Geo::columns(problem.head_dim), problem.head_dim,
-                static_cast<Real>(problem.softmax_scale), element(bwd.dk, problem.dtype, dk_offset),
-                problem.dtype);
-      store_row(dv + (key - block.begin) * Geo::columns(problem.head_dim_v), problem.head_dim_v,
-                Real(1), element(bwd.dv, problem.dtype, dv_offset), problem.dtype);
+      store_row(dk + (key - block.begin) * Geo::columns(params.head_dim), params.head_dim,
+                static_cast<Real>(params.softmax_scale), element(bwd.dk, params.dtype, dk_offset),
+                params.dtype);
+      store_row(dv + (key - block.begin) * Geo::columns(params.head_dim_v), params.head_dim_v,
+                Real(1), element(bwd.dv, params.dtype, dv_offset), params.dtype);
     }
   }
 
  private:
-  int64_t dk_numbers() const { return plan.block_keys * Geo::columns(problem.head_dim); }
-  int64_t dv_numbers() const { return plan.block_keys * Geo::columns(problem.head_dim_v); }
+  int64_t dk_numbers() const { return plan.block_keys * Geo::columns(params.head_dim); }
+  int64_t dv_numbers() const { return plan.block_keys * Geo::columns(params.head_dim_v); }
 
   void bank_dk_dv() {
     if ((*scratch.pieces_banked)++ == 0) {
@@ -228,24 +229,23 @@ struct BackwardBlock {
   }
 
   void load_rows(int64_t q_begin, int64_t rows) {
-    const int64_t q_stride = row_stride(problem.head_dim);
-    const int64_t dout_stride = row_stride(problem.head_dim_v);
+    const int64_t q_stride = row_stride(params.head_dim);
+    const int64_t dout_stride = row_stride(params.head_dim_v);
     for (int64_t row = 0; row < rows; ++row) {
-      const int64_t position = q_begin + row / group;
+      const int64_t position = q_begin + row / qhead_per_khead;
       const int64_t q_row = info.q_row + position;
-      const int64_t head = task.kv_head_idx * group + row % group;
-      const int64_t q_offset = info.q_batch * problem.q_stride_batch +
-                               q_row * problem.q_stride_row + head * problem.q_stride_head;
+      const int64_t head = task.kv_head_idx * qhead_per_khead + row % qhead_per_khead;
+      const int64_t q_offset = info.q_batch * params.q_stride_batch + q_row * params.q_stride_row +
+                               head * params.q_stride_head;
       const int64_t dout_offset = info.q_batch * bwd.dout_stride_batch +
                                   q_row * bwd.dout_stride_row + head * bwd.dout_stride_head;
-      pack_row_units<Arithmetic>(element(problem.q, problem.dtype, q_offset), problem.dtype,
-                                 problem.head_dim, Real(1), q_stride, scratch.q + row * q_stride);
-      pack_row_units<Arithmetic>(element(bwd.dout, problem.dtype, dout_offset), problem.dtype,
-                                 problem.head_dim_v, Real(1), dout_stride,
+      pack_row_units<Arithmetic>(element(params.q, params.dtype, q_offset), params.dtype,
+                                 params.head_dim, Real(1), q_stride, scratch.q + row * q_stride);
+      pack_row_units<Arithmetic>(element(bwd.dout, params.dtype, dout_offset), params.dtype,
+                                 params.head_dim_v, Real(1), dout_stride,
                                  scratch.dout + row * dout_stride);
-      const Real lse =
-          static_cast<const Real*>(problem.lse)[info.q_batch * problem.lse_stride_batch +
-                                                head * problem.lse_stride_head + q_row];
+      const Real lse = static_cast<const Real*>(params.lse)[info.q_batch * params.lse_stride_batch +
+                                                            head * params.lse_stride_head + q_row];
       scratch.lse[row] = split_lse(lse);
       scratch.delta[row] =
           static_cast<const Real*>(task.delta)[info.q_batch * task.delta_stride_batch +
@@ -257,8 +257,8 @@ struct BackwardBlock {
         memset(scratch.q + rows * q_stride, 0, q_stride * sizeof(Unit));
         memset(scratch.dout + rows * dout_stride, 0, dout_stride * sizeof(Unit));
       }
-      const int64_t columns = Geo::columns(problem.head_dim);
-      const int64_t columns_v = Geo::columns(problem.head_dim_v);
+      const int64_t columns = Geo::columns(params.head_dim);
+      const int64_t columns_v = Geo::columns(params.head_dim_v);
       for (int64_t row = 0; row < rows; row += 2) {
         const Unit* q = scratch.q + row * q_stride;
         const Unit* dout = scratch.dout + row * dout_stride;
@@ -321,7 +321,8 @@ struct BackwardBlock {
     WeightAndGradient result;
     // No weight exceeds 1. Where logits are so large that lse's rounding is a power of two or more,
     // this keeps the gradients finite; a NaN passes.
-    const Vec<Real> exponent = minimum(broadcast(lse.whole), score * scale.to_log2 - lse.rest);
+    const Vec<Real> exponent =
+        minimum(broadcast(lse.whole), score * scale.softmax_scale_log2 - lse.rest);
     result.p = Arithmetic::weight_exp2(exponent) * lse.power;
     result.ds = result.p * (dp - delta) * slope;
     if (is_edge) {
@@ -345,7 +346,7 @@ struct BackwardBlock {
       for (int half = 0; half < Geo::kPair; ++half) {
         const int64_t r = row + i + half;
         const bool exists = i + half < count;  // the odd row out has a partner of zeros
-        sights[half] = exists ? sight(q_begin + r / group) : Sight{{0, 0}, {0, 0}};
+        sights[half] = exists ? sight(q_begin + r / qhead_per_khead) : Sight{{0, 0}, {0, 0}};
         lse[half] = exists ? scratch.lse[r] : SplitLse<Real>{0, 0, 1};
         delta[half] = exists ? scratch.delta[r] : Real(0);
         if (!exists) {
@@ -402,8 +403,8 @@ struct BackwardBlock {
   }
 
   void add_dq(int64_t q_begin, int64_t rows, int64_t begin, int64_t end) {
-    const int64_t columns = Geo::columns(problem.head_dim);
-    Real* dq = reinterpret_cast<Real*>(task.dq_accumulator) + q_begin * group * columns;
+    const int64_t columns = Geo::columns(params.head_dim);
+    Real* dq = reinterpret_cast<Real*>(task.dq_accumulator) + q_begin * qhead_per_khead * columns;
     GemmOperands<Arithmetic> op{};
     op.a_stride = score_stride(plan);
     op.b_stride = Geo::kPanel;
@@ -427,26 +428,26 @@ struct BackwardBlock {
 };
 
 template <class Arithmetic>
-BwdPlan plan_bwd(const FlashBwdProblem& problem) {
-  return BackwardBlock<Arithmetic>::make_plan(problem.fwd);
+BwdPlan plan_bwd(const FlashBwdParams& params) {
+  return BackwardBlock<Arithmetic>::make_plan(params.fwd);
 }
 
 template <class Arithmetic>
-void bwd_begin_block(const FlashBwdProblem& problem, const BwdPlan& plan, const BwdTask& task) {
-  BackwardBlock<Arithmetic>(problem, plan, task).begin();
+void bwd_begin_block(const FlashBwdParams& params, const BwdPlan& plan, const BwdTask& task) {
+  BackwardBlock<Arithmetic>(params, plan, task).begin();
 }
 
 template <class Arithmetic>
-void bwd_tile(const FlashBwdProblem& problem, const BwdPlan& plan, const BwdTask& task,
+void bwd_tile(const FlashBwdParams& params, const BwdPlan& plan, const BwdTask& task,
               int64_t q_begin, int64_t q_end) {
-  BackwardBlock<Arithmetic> block(problem, plan, task);
+  BackwardBlock<Arithmetic> block(params, plan, task);
   block.add_tile(q_begin, q_end);
   block.bank_piece_from(q_begin);
 }
 
 template <class Arithmetic>
-void bwd_end_block(const FlashBwdProblem& problem, const BwdPlan& plan, const BwdTask& task) {
-  BackwardBlock<Arithmetic>(problem, plan, task).end();
+void bwd_end_block(const FlashBwdParams& params, const BwdPlan& plan, const BwdTask& task) {
+  BackwardBlock<Arithmetic>(params, plan, task).end();
 }
 
 }  // namespace sink_attention::cpu::SA_ISA

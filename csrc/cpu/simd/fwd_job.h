@@ -14,41 +14,41 @@
 namespace sink_attention::cpu::SA_ISA {
 
 template <class Arithmetic>
-FwdPlan plan_fwd(const FlashFwdProblem& problem) {
-  return ForwardTile<Arithmetic>::make_plan(problem);
+FwdPlan plan_fwd(const FlashFwdParams& params) {
+  return ForwardTile<Arithmetic>::make_plan(params);
 }
 
 // Packs one block of keys for the kv heads [head_begin, head_end), one after the other into
 // `packed`.
 template <class Arithmetic>
-void pack_blocks(const FlashFwdProblem& problem, const FwdPlan& plan, int64_t batch_idx,
+void pack_blocks(const FlashFwdParams& params, const FwdPlan& plan, int64_t batch_idx,
                  int64_t head_begin, int64_t head_end, int64_t block_idx,
                  attention::KeySet readable, char* packed) {
   using Unit = typename Arithmetic::Unit;
   using Geo = Geometry<Arithmetic>;
-  const SeqlenInfo info = attention::seqlen_info(problem, batch_idx);
+  const SeqlenInfo info = attention::seqlen_info(params, batch_idx);
   const int64_t first = block_idx * plan.block_keys;
   const int64_t last = min_of(first + plan.block_keys, info.seqlen_k);
   const Range some_readable = readable.within({first, last});
   const int64_t heads = head_end - head_begin;
   const int64_t head_stride = plan.packed_k_bytes + plan.packed_v_bytes;
-  const KeyRows keys = attention::key_rows(problem, batch_idx, info, head_begin, readable);
-  const KeyRows values = attention::value_rows(problem, batch_idx, info, head_begin, readable);
+  const KeyRows keys = attention::key_rows(params, batch_idx, info, head_begin, readable);
+  const KeyRows values = attention::value_rows(params, batch_idx, info, head_begin, readable);
   for (int64_t key = first; key < last; key += Geo::kPanel) {
     if (key + Geo::kPanel <= some_readable.begin || key >= some_readable.end) continue;
     const int64_t end = min_of(key + Geo::kPanel, last);
     for (int64_t head = 0; head < heads; ++head) {
-      prefetch_panel<Arithmetic>(keys, problem.k_stride_head, key + Geo::kPanel, head, heads);
+      prefetch_panel<Arithmetic>(keys, params.k_stride_head, key + Geo::kPanel, head, heads);
       Unit* k = reinterpret_cast<Unit*>(packed + head * head_stride);
       pack_transposed<Arithmetic>(
-          attention::key_rows(problem, batch_idx, info, head_begin + head, readable), key, end,
-          k + (key - first) * Geo::units(problem.head_dim));
+          attention::key_rows(params, batch_idx, info, head_begin + head, readable), key, end,
+          k + (key - first) * Geo::units(params.head_dim));
     }
     for (int64_t head = 0; head < heads; ++head) {
-      prefetch_panel<Arithmetic>(values, problem.v_stride_head, key + Geo::kPanel, head, heads);
+      prefetch_panel<Arithmetic>(values, params.v_stride_head, key + Geo::kPanel, head, heads);
       Unit* v = reinterpret_cast<Unit*>(packed + head * head_stride + plan.packed_k_bytes);
       pack_rowwise<Arithmetic>(
-          attention::value_rows(problem, batch_idx, info, head_begin + head, readable), key, end,
+          attention::value_rows(params, batch_idx, info, head_begin + head, readable), key, end,
           plan.block_keys, v + (key - first) / Geo::kPair * Geo::kPanel);
     }
   }
@@ -67,23 +67,23 @@ class StripsInPlace {
   static constexpr int64_t kChunkKeys = 64;
 
  public:
-  StripsInPlace(const FlashFwdProblem& problem, const FwdPlan& plan, const FwdTask& task)
-      : problem_(problem),
+  StripsInPlace(const FlashFwdParams& params, const FwdPlan& plan, const FwdTask& task)
+      : params_(params),
         plan_(plan),
         task_(task),
-        first_(problem, plan, task, task.kv_head_begin),
+        first_(params, plan, task, task.kv_head_begin),
         heads_(task.kv_head_end - task.kv_head_begin),
         rows_(static_cast<int>(first_.rows)),
         stride_(Tile::score_stride(plan)),
-        kv_bytes_(attention::bytes_of(problem.kv_dtype)),
+        kv_bytes_(attention::bytes_of(params.kv_dtype)),
         readable_(first_.mask.visible_keys(task.q_begin, task.q_end)),
-        keys_(attention::key_rows(problem, task.batch_idx, first_.info, task.kv_head_begin,
+        keys_(attention::key_rows(params, task.batch_idx, first_.info, task.kv_head_begin,
                                   readable_)),
-        values_(attention::value_rows(problem, task.batch_idx, first_.info, task.kv_head_begin,
+        values_(attention::value_rows(params, task.batch_idx, first_.info, task.kv_head_begin,
                                       readable_)) {
     for (int64_t head = 0; head < heads_; ++head) {
-      strip_to_lanes(of_head(first_.scratch.q, head), Tile::q_stride(problem), rows_,
-                     Geo::units(problem.head_dim), of_head(first_.scratch.q_lanes, head));
+      strip_to_lanes(of_head(first_.scratch.q, head), Tile::q_stride(params), rows_,
+                     Geo::units(params.head_dim), of_head(first_.scratch.q_lanes, head));
     }
   }
 
@@ -101,8 +101,8 @@ class StripsInPlace {
     }
     Real rescale[kMaxHeadsPerJob][kTileRows];
     for (int64_t head = 0; head < heads_; ++head) {
-      Tile(problem_, plan_, task_, task_.kv_head_begin + head)
-          .soften(first, 0, rows_, seen_begin, seen_end, rescale[head]);
+      Tile(params_, plan_, task_, task_.kv_head_begin + head)
+          .softmax(first, 0, rows_, seen_begin, seen_end, rescale[head]);
     }
     for (int64_t key = begin; key < end; key += kChunkKeys) {
       RowPrefetcher ahead =
@@ -144,10 +144,8 @@ class StripsInPlace {
   }
 
   RowPrefetcher fetch_keys(int64_t begin, int64_t end) const {
-    return {keys_,
-            problem_.k_stride_head * kv_bytes_,
-            heads_,
-            {begin, min_of(begin + kChunkKeys, end)}};
+    return {
+        keys_, params_.k_stride_head * kv_bytes_, heads_, {begin, min_of(begin + kChunkKeys, end)}};
   }
   // The first keys of the block after number idx of the task's, whose keys end at `end`.
   RowPrefetcher fetch_next_block(int64_t idx, int64_t end) const {
@@ -158,7 +156,7 @@ class StripsInPlace {
   }
   RowPrefetcher fetch_values(int64_t begin, int64_t end) const {
     return {values_,
-            problem_.v_stride_head * kv_bytes_,
+            params_.v_stride_head * kv_bytes_,
             heads_,
             {begin, min_of(begin + kChunkKeys, end)}};
   }
@@ -176,11 +174,11 @@ class StripsInPlace {
     Chunk chunk;
     find_chunk(keys_, key, count, chunk);
     for (int64_t head = 0; head < heads_; ++head) {
-      int64_t offset = head * problem_.k_stride_head * kv_bytes_;
+      int64_t offset = head * params_.k_stride_head * kv_bytes_;
       const char* const* rows = chunk.turn_to_head(offset, count);
       Real* scores = of_head(first_.scratch.scores, head) + column;
       for (int64_t i = 0; i < count; i += kKeys) {
-        score_keys<Arithmetic, kKeys>(rows + i, offset, Geo::units(problem_.head_dim),
+        score_keys<Arithmetic, kKeys>(rows + i, offset, Geo::units(params_.head_dim),
                                       of_head(first_.scratch.q_lanes, head), scores + i, stride_,
                                       ahead);
       }
@@ -193,21 +191,21 @@ class StripsInPlace {
     Chunk chunk;
     find_chunk(values_, key, count, chunk);
     for (int64_t head = 0; head < heads_; ++head) {
-      int64_t offset = head * problem_.v_stride_head * kv_bytes_;
+      int64_t offset = head * params_.v_stride_head * kv_bytes_;
       const char* const* rows = chunk.turn_to_head(offset, count);
       const Unit* weights =
           reinterpret_cast<const Unit*>(of_head(first_.scratch.scores, head)) + column / Geo::kPair;
       Real* out = of_head(first_.scratch.out, head);
-      for (int64_t dim = 0; dim < problem_.head_dim_v; dim += Geo::kPanel) {
+      for (int64_t dim = 0; dim < params_.head_dim_v; dim += Geo::kPanel) {
         accumulate_columns_rows<Arithmetic>(rows_, rows, offset + dim * kv_bytes_,
                                             count / Geo::kPair, rest_of_chain(key / Geo::kPair),
                                             weights, stride_, rescale[head], out + dim,
-                                            problem_.head_dim_v, &ahead);
+                                            params_.head_dim_v, &ahead);
       }
     }
   }
 
-  const FlashFwdProblem& problem_;
+  const FlashFwdParams& params_;
   const FwdPlan& plan_;
   const FwdTask& task_;
   const Tile first_;  // of the first head
@@ -220,32 +218,32 @@ class StripsInPlace {
 };
 
 template <class Arithmetic>
-void fwd_tile(const FlashFwdProblem& problem, const FwdPlan& plan, const FwdTask& task) {
+void fwd_tile(const FlashFwdParams& params, const FwdPlan& plan, const FwdTask& task) {
   using Tile = ForwardTile<Arithmetic>;
   const int64_t heads = task.kv_head_end - task.kv_head_begin;
   const int64_t block_bytes = plan.packed_k_bytes + plan.packed_v_bytes;
   char* packed_here = task.scratch + heads * plan.tile_scratch_bytes;
   for (int64_t head = task.kv_head_begin; head < task.kv_head_end; ++head) {
-    Tile(problem, plan, task, head).load_q();
+    Tile(params, plan, task, head).load_q();
   }
-  const int64_t rows = (task.q_end - task.q_begin) * (problem.num_heads_q / problem.num_heads_kv);
+  const int64_t rows = (task.q_end - task.q_begin) * (params.num_heads_q / params.num_heads_kv);
   const attention::KeySet readable =
-      Tile(problem, plan, task, task.kv_head_begin).mask.visible_keys(task.q_begin, task.q_end);
+      Tile(params, plan, task, task.kv_head_begin).mask.visible_keys(task.q_begin, task.q_end);
   const bool in_place =
-      task.packed == nullptr && rows <= kTileRows && can_read_in_place<Arithmetic>(problem);
+      task.packed == nullptr && rows <= kTileRows && can_read_in_place<Arithmetic>(params);
   int64_t pieces_banked = 0;
   const auto bank_before = [&](int64_t idx) {
     if (idx == task.idx_begin ||
         Tile::piece(plan, task.blocks.block(idx)) == Tile::piece(plan, task.blocks.block(idx - 1)))
       return;
     for (int64_t head = task.kv_head_begin; head < task.kv_head_end; ++head) {
-      Tile(problem, plan, task, head).bank_piece(pieces_banked == 0);
+      Tile(params, plan, task, head).bank_piece(pieces_banked == 0);
     }
     ++pieces_banked;
   };
   if constexpr (kHasStripVec<typename Arithmetic::Real>) {
     if (in_place) {
-      StripsInPlace<Arithmetic> strips(problem, plan, task);
+      StripsInPlace<Arithmetic> strips(params, plan, task);
       for (int64_t idx = task.idx_begin; idx < task.idx_end; ++idx) {
         bank_before(idx);
         strips.attend_block(idx);
@@ -257,20 +255,20 @@ void fwd_tile(const FlashFwdProblem& problem, const FwdPlan& plan, const FwdTask
     const int64_t block_idx = task.blocks.block(idx);
     const char* packed = task.packed + task.packed_blocks.index(block_idx) * block_bytes;
     if (task.packed == nullptr) {
-      pack_blocks<Arithmetic>(problem, plan, task.batch_idx, task.kv_head_begin, task.kv_head_end,
+      pack_blocks<Arithmetic>(params, plan, task.batch_idx, task.kv_head_begin, task.kv_head_end,
                               block_idx, readable, packed_here);
       packed = packed_here;
     }
     for (int64_t head = task.kv_head_begin; head < task.kv_head_end;
          ++head, packed += block_bytes) {
-      Tile(problem, plan, task, head).attend_block(block_idx, packed);
+      Tile(params, plan, task, head).attend_block(block_idx, packed);
     }
   }
   for (int64_t head = task.kv_head_begin; head < task.kv_head_end; ++head) {
-    Tile tile(problem, plan, task, head);
+    Tile tile(params, plan, task, head);
     if (pieces_banked > 0) tile.take_totals();
     if (task.partial != nullptr) {
-      tile.leave_partial(task.partial + (head - task.kv_head_begin) * task.partial_stride);
+      tile.store_partial(task.partial + (head - task.kv_head_begin) * task.partial_stride);
     } else {
       tile.finish();
     }
@@ -278,9 +276,9 @@ void fwd_tile(const FlashFwdProblem& problem, const FwdPlan& plan, const FwdTask
 }
 
 template <class Arithmetic>
-void combine_splits(const FlashFwdProblem& problem, const FwdPlan& plan, const FwdTask& task,
+void combine_splits(const FlashFwdParams& params, const FwdPlan& plan, const FwdTask& task,
                     int64_t num_splits, int64_t split_stride) {
-  ForwardTile<Arithmetic> tile(problem, plan, task, task.kv_head_begin);
+  ForwardTile<Arithmetic> tile(params, plan, task, task.kv_head_begin);
   tile.clear_sums();
   for (int64_t split = 0; split < num_splits; ++split) {
     tile.merge_partial(task.partial + split * split_stride);

@@ -12,11 +12,11 @@
 #include "cpu/simd/gemm.h"
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/pack.h"
-#include "cpu/simd/soften.h"
+#include "cpu/simd/softmax.h"
 
 namespace sink_attention::cpu::SA_ISA {
 
-using attention::FlashFwdProblem;
+using attention::FlashFwdParams;
 using attention::Mask;
 using attention::SeqlenInfo;
 
@@ -24,9 +24,9 @@ constexpr int64_t kTargetRows = 128;  // rows a tile: K and V are read from L2 o
 
 // Hands out pieces of a thread's scratch, each aligned to 64 bytes. With a null base it only
 // counts.
-class ScratchCarver {
+class BumpAllocator {
  public:
-  explicit ScratchCarver(char* base) : base_(base) {}
+  explicit BumpAllocator(char* base) : base_(base) {}
   template <class T>
   T* take(int64_t count) {
     T* piece = reinterpret_cast<T*>(base_ + used_);
@@ -56,82 +56,83 @@ struct ForwardTile {
     Real* scores;  // [kTileRows][score_stride], weights in place
   };
 
-  const FlashFwdProblem& problem;
+  const FlashFwdParams& params;
   const FwdPlan& plan;
   const FwdTask& task;
   int64_t kv_head_idx;
-  int64_t group;
+  int64_t qhead_per_khead;
   int64_t rows;
   SeqlenInfo info;
   Mask mask;
   ScoreScale<Real> scale;
   Scratch scratch;
 
-  static void carve_tile(const FlashFwdProblem& problem, const FwdPlan& plan, ScratchCarver& carver,
-                         Scratch& scratch) {
-    const int64_t rows = plan.tile_positions * (problem.num_heads_q / problem.num_heads_kv);
-    scratch.q = carver.take<Unit>(rows * q_stride(problem));
-    scratch.q_lanes = carver.take<Unit>(q_stride(problem) * kTileRows);
-    scratch.out = carver.take<Real>(rows * Geo::columns(problem.head_dim_v));
-    scratch.state = carver.take<RowState<Real>>(rows);
-    scratch.total_out = carver.take<Real>(rows * Geo::columns(problem.head_dim_v));
-    scratch.total_state = carver.take<RowState<Real>>(rows);
-    scratch.scores = carver.take<Real>(kTileRows * score_stride(plan));
+  static void allocate_tile(const FlashFwdParams& params, const FwdPlan& plan,
+                            BumpAllocator& allocator, Scratch& scratch) {
+    const int64_t rows = plan.tile_positions * (params.num_heads_q / params.num_heads_kv);
+    scratch.q = allocator.take<Unit>(rows * q_stride(params));
+    scratch.q_lanes = allocator.take<Unit>(q_stride(params) * kTileRows);
+    scratch.out = allocator.take<Real>(rows * Geo::columns(params.head_dim_v));
+    scratch.state = allocator.take<RowState<Real>>(rows);
+    scratch.total_out = allocator.take<Real>(rows * Geo::columns(params.head_dim_v));
+    scratch.total_state = allocator.take<RowState<Real>>(rows);
+    scratch.scores = allocator.take<Real>(kTileRows * score_stride(plan));
   }
-  static int64_t q_stride(const FlashFwdProblem& problem) {
-    return round_up(Geo::units(problem.head_dim), max_of(Geo::kLanesReal, kTileRows));
+  static int64_t q_stride(const FlashFwdParams& params) {
+    return round_up(Geo::units(params.head_dim), max_of(Geo::kLanesReal, kTileRows));
   }
   // One vector more than a block, so that the strip's rows do not fall on the same cache sets.
   static int64_t score_stride(const FwdPlan& plan) { return plan.block_keys + Geo::kLanesReal; }
 
-  static FwdPlan make_plan(const FlashFwdProblem& problem) {
-    const int64_t group = max_of(problem.num_heads_q / max_of(problem.num_heads_kv, 1), 1);
-    const int64_t larger_dim = max_of(problem.head_dim, problem.head_dim_v);
+  static FwdPlan make_plan(const FlashFwdParams& params) {
+    const int64_t qhead_per_khead = max_of(params.num_heads_q / max_of(params.num_heads_kv, 1), 1);
+    const int64_t larger_dim = max_of(params.head_dim, params.head_dim_v);
     FwdPlan plan{};
-    plan.tile_positions = min_of(max_of(1, kTargetRows / group), max_of(1, problem.seqlen_q));
+    plan.tile_positions =
+        min_of(max_of(1, kTargetRows / qhead_per_khead), max_of(1, params.seqlen_q));
     plan.block_keys = larger_dim <= 128 ? 256 : 128;
     plan.packed_k_bytes =
-        plan.block_keys * Geo::units(problem.head_dim) * static_cast<int64_t>(sizeof(Unit));
-    plan.packed_v_bytes = plan.block_keys / Geo::kPair * round_up(problem.head_dim_v, Geo::kPanel) *
+        plan.block_keys * Geo::units(params.head_dim) * static_cast<int64_t>(sizeof(Unit));
+    plan.packed_v_bytes = plan.block_keys / Geo::kPair * round_up(params.head_dim_v, Geo::kPanel) *
                           static_cast<int64_t>(sizeof(Unit));
-    const int64_t rows = plan.tile_positions * group;
+    const int64_t rows = plan.tile_positions * qhead_per_khead;
     plan.partial_bytes =
-        round_up(rows * (Geo::columns(problem.head_dim_v) * static_cast<int64_t>(sizeof(Real)) +
+        round_up(rows * (Geo::columns(params.head_dim_v) * static_cast<int64_t>(sizeof(Real)) +
                          static_cast<int64_t>(sizeof(RowState<Real>))),
                  64);
     Scratch scratch{};
-    ScratchCarver tile(nullptr);
-    carve_tile(problem, plan, tile, scratch);
+    BumpAllocator tile(nullptr);
+    allocate_tile(params, plan, tile, scratch);
     plan.tile_scratch_bytes = tile.used();
     return plan;
   }
 
-  ForwardTile(const FlashFwdProblem& problem, const FwdPlan& plan, const FwdTask& task,
+  ForwardTile(const FlashFwdParams& params, const FwdPlan& plan, const FwdTask& task,
               int64_t kv_head_idx)
-      : problem(problem),
+      : params(params),
         plan(plan),
         task(task),
         kv_head_idx(kv_head_idx),
-        group(problem.num_heads_q / problem.num_heads_kv),
-        rows((task.q_end - task.q_begin) * group),
-        info(attention::seqlen_info(problem, task.batch_idx)),
-        mask(attention::make_mask(problem, info)),
-        scale(score_scale<Real>(problem)) {
-    ScratchCarver tile(task.scratch + (kv_head_idx - task.kv_head_begin) * plan.tile_scratch_bytes);
-    carve_tile(problem, plan, tile, scratch);
+        qhead_per_khead(params.num_heads_q / params.num_heads_kv),
+        rows((task.q_end - task.q_begin) * qhead_per_khead),
+        info(attention::seqlen_info(params, task.batch_idx)),
+        mask(attention::make_mask(params, info)),
+        scale(score_scale<Real>(params)) {
+    BumpAllocator tile(task.scratch + (kv_head_idx - task.kv_head_begin) * plan.tile_scratch_bytes);
+    allocate_tile(params, plan, tile, scratch);
   }
 
-  int64_t position(int64_t row) const { return task.q_begin + row / group; }
-  int64_t head(int64_t row) const { return kv_head_idx * group + row % group; }
+  int64_t position(int64_t row) const { return task.q_begin + row / qhead_per_khead; }
+  int64_t head(int64_t row) const { return kv_head_idx * qhead_per_khead + row % qhead_per_khead; }
 
   void load_q() {
     for (int64_t row = 0; row < rows; ++row) {
-      const int64_t offset = info.q_batch * problem.q_stride_batch +
-                             (info.q_row + position(row)) * problem.q_stride_row +
-                             head(row) * problem.q_stride_head;
-      pack_row_units<Arithmetic>(element(problem.q, problem.dtype, offset), problem.dtype,
-                                 problem.head_dim, Real(1), q_stride(problem),
-                                 scratch.q + row * q_stride(problem));
+      const int64_t offset = info.q_batch * params.q_stride_batch +
+                             (info.q_row + position(row)) * params.q_stride_row +
+                             head(row) * params.q_stride_head;
+      pack_row_units<Arithmetic>(element(params.q, params.dtype, offset), params.dtype,
+                                 params.head_dim, Real(1), q_stride(params),
+                                 scratch.q + row * q_stride(params));
     }
     clear_sums();
   }
@@ -140,7 +141,7 @@ struct ForwardTile {
     for (int64_t row = 0; row < rows; ++row) {
       scratch.state[row] = {attention::negative_infinity<Real>(), Real(0)};
     }
-    memset(scratch.out, 0, rows * Geo::columns(problem.head_dim_v) * sizeof(Real));
+    memset(scratch.out, 0, rows * Geo::columns(params.head_dim_v) * sizeof(Real));
   }
 
   // The piece of the sums over keys that a block belongs to.
@@ -151,7 +152,7 @@ struct ForwardTile {
   // Adds out and state, the sums over a piece of the keys, to the totals; what that rounds off
   // stays.
   void bank_piece(bool is_first) {
-    const int64_t columns = Geo::columns(problem.head_dim_v);
+    const int64_t columns = Geo::columns(params.head_dim_v);
     for (int64_t row = 0; row < rows; ++row) {
       RowState<Real>& total = scratch.total_state[row];
       RowState<Real>& state = scratch.state[row];
@@ -178,7 +179,7 @@ struct ForwardTile {
   void take_totals() {
     bank_piece(false);
     memcpy(scratch.state, scratch.total_state, rows * sizeof(RowState<Real>));
-    memcpy(scratch.out, scratch.total_out, rows * Geo::columns(problem.head_dim_v) * sizeof(Real));
+    memcpy(scratch.out, scratch.total_out, rows * Geo::columns(params.head_dim_v) * sizeof(Real));
   }
 
   // All rows against a block of keys, packed K and V side by side.
@@ -207,23 +208,23 @@ struct ForwardTile {
     if (begin >= end) return;
     score(k, row, count, begin, end);
     Real rescale[kTileRows];
-    soften(first, row, count, begin, end, rescale);
+    softmax(first, row, count, begin, end, rescale);
     accumulate(v, row, count, begin, end, rescale);
   }
 
   // Scores to weights; rescale[i] is what the earlier output of row + i is to be multiplied with.
   // Not inlined: one copy serves every path, so that none rounds differently.
-  __attribute__((noinline)) void soften(int64_t first, int64_t row, int count, int64_t begin,
-                                        int64_t end, Real* rescale) {
+  __attribute__((noinline)) void softmax(int64_t first, int64_t row, int count, int64_t begin,
+                                         int64_t end, Real* rescale) {
     const int64_t origin = first + begin;
     for (int i = 0; i < count; ++i) {
       const attention::KeySet seen = mask.visible_keys(position(row + i));
       const Range keys = seen.within({origin, first + end});
       rescale[i] =
-          soften_row<Arithmetic>(scratch.scores + i * score_stride(plan), end - begin,
-                                 {keys.begin - origin, keys.end - origin},
-                                 hidden_keys(seen, position(row + i), {origin, first + end}), scale,
-                                 scratch.state[row + i]);
+          softmax_row<Arithmetic>(scratch.scores + i * score_stride(plan), end - begin,
+                                  {keys.begin - origin, keys.end - origin},
+                                  hidden_keys(seen, position(row + i), {origin, first + end}),
+                                  scale, scratch.state[row + i]);
     }
   }
 
@@ -243,10 +244,10 @@ struct ForwardTile {
   }
 
   void score(const Unit* k, int64_t row, int count, int64_t begin, int64_t end) {
-    const int64_t units = Geo::units(problem.head_dim);
+    const int64_t units = Geo::units(params.head_dim);
     GemmOperands<Arithmetic> op{};
-    op.a = scratch.q + row * q_stride(problem);
-    op.a_stride = q_stride(problem);
+    op.a = scratch.q + row * q_stride(params);
+    op.a_stride = q_stride(params);
     op.b = k + begin * units;
     op.b_stride = Geo::kPanel;
     op.depth = units;
@@ -261,7 +262,7 @@ struct ForwardTile {
 
   void accumulate(const Unit* v, int64_t row, int count, int64_t begin, int64_t end,
                   const Real* rescale) {
-    const int64_t columns = Geo::columns(problem.head_dim_v);
+    const int64_t columns = Geo::columns(params.head_dim_v);
     GemmOperands<Arithmetic> op{};
     op.a = reinterpret_cast<const Unit*>(scratch.scores);
     op.a_stride = score_stride(plan);
@@ -281,9 +282,9 @@ struct ForwardTile {
   }
 
   Real sink(int64_t head_idx) const {
-    if (problem.s_aux == nullptr) return attention::negative_infinity<Real>();
+    if (params.s_aux == nullptr) return attention::negative_infinity<Real>();
     Real value;
-    load_row(element(problem.s_aux, problem.s_aux_dtype, head_idx), problem.s_aux_dtype, 1, Real(1),
+    load_row(element(params.s_aux, params.s_aux_dtype, head_idx), params.s_aux_dtype, 1, Real(1),
              &value);
     return value;
   }
@@ -294,24 +295,24 @@ struct ForwardTile {
       const attention::RowResult<Real> result =
           attention::fold_sink(scratch.state[row], sink(head(row)));
       const int64_t q_row = info.q_row + position(row);
-      const int64_t offset = info.q_batch * problem.out_stride_batch +
-                             q_row * problem.out_stride_row + head(row) * problem.out_stride_head;
-      store_row(scratch.out + row * Geo::columns(problem.head_dim_v), problem.head_dim_v,
-                result.scale, element(problem.out, problem.dtype, offset), problem.dtype);
-      static_cast<Real*>(problem.lse)[info.q_batch * problem.lse_stride_batch +
-                                      head(row) * problem.lse_stride_head + q_row] = result.lse;
+      const int64_t offset = info.q_batch * params.out_stride_batch +
+                             q_row * params.out_stride_row + head(row) * params.out_stride_head;
+      store_row(scratch.out + row * Geo::columns(params.head_dim_v), params.head_dim_v,
+                result.scale, element(params.out, params.dtype, offset), params.dtype);
+      static_cast<Real*>(params.lse)[info.q_batch * params.lse_stride_batch +
+                                     head(row) * params.lse_stride_head + q_row] = result.lse;
     }
   }
 
   // A partial result: the rows' states, then their outputs.
-  void leave_partial(char* partial) {
+  void store_partial(char* partial) {
     memcpy(partial, scratch.state, rows * sizeof(RowState<Real>));
     memcpy(partial + rows * sizeof(RowState<Real>), scratch.out,
-           rows * Geo::columns(problem.head_dim_v) * sizeof(Real));
+           rows * Geo::columns(params.head_dim_v) * sizeof(Real));
   }
 
   void merge_partial(const char* partial) {
-    const int64_t columns = Geo::columns(problem.head_dim_v);
+    const int64_t columns = Geo::columns(params.head_dim_v);
     const RowState<Real>* states = reinterpret_cast<const RowState<Real>*>(partial);
     const Real* outs = reinterpret_cast<const Real*>(partial + rows * sizeof(RowState<Real>));
     for (int64_t row = 0; row < rows; ++row) {

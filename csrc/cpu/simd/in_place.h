@@ -152,12 +152,12 @@ SA_INLINE void accumulate_columns_rows(int rows, Args... args) {
 // Whether rows of this type can be read in place: a strip has a vector, the rows are units, and
 // both head dims are whole panels.
 template <class Arithmetic>
-SA_INLINE bool can_read_in_place(const attention::FlashFwdProblem& problem) {
+SA_INLINE bool can_read_in_place(const attention::FlashFwdParams& params) {
   constexpr int kWhole = kTileVecs * kLanes<typename Arithmetic::Real>;
   return kHasStripVec<typename Arithmetic::Real> &&
-         rows_are_units<Arithmetic>(problem.kv_dtype, problem.head_dim) &&
-         rows_are_units<Arithmetic>(problem.kv_dtype, problem.head_dim_v) &&
-         problem.head_dim_v % kWhole == 0;
+         rows_are_units<Arithmetic>(params.kv_dtype, params.head_dim) &&
+         rows_are_units<Arithmetic>(params.kv_dtype, params.head_dim_v) &&
+         params.head_dim_v % kWhole == 0;
 }
 
 }  // namespace sink_attention::cpu::SA_ISA

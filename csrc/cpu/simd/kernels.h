@@ -10,7 +10,7 @@
 
 #include "attention/block_list.h"
 #include "attention/mask.h"
-#include "attention/problem.h"
+#include "attention/params.h"
 
 namespace sink_attention::cpu {
 
@@ -67,35 +67,35 @@ struct BwdTask {
 };
 
 struct Kernels {
-  FwdPlan (*plan_fwd)(const attention::FlashFwdProblem&);
-  void (*pack_blocks)(const attention::FlashFwdProblem&, const FwdPlan&, int64_t batch_idx,
+  FwdPlan (*plan_fwd)(const attention::FlashFwdParams&);
+  void (*pack_blocks)(const attention::FlashFwdParams&, const FwdPlan&, int64_t batch_idx,
                       int64_t kv_head_begin, int64_t kv_head_end, int64_t block_idx,
                       attention::KeySet readable, char* packed);
-  void (*fwd_tile)(const attention::FlashFwdProblem&, const FwdPlan&, const FwdTask&);
+  void (*fwd_tile)(const attention::FlashFwdParams&, const FwdPlan&, const FwdTask&);
   // Merges the partial results of one kv head's tile, which lie split_stride bytes apart from
   // task.partial on.
-  void (*combine_splits)(const attention::FlashFwdProblem&, const FwdPlan&, const FwdTask&,
+  void (*combine_splits)(const attention::FlashFwdParams&, const FwdPlan&, const FwdTask&,
                          int64_t num_splits, int64_t split_stride);
 
-  BwdPlan (*plan_bwd)(const attention::FlashBwdProblem&);
+  BwdPlan (*plan_bwd)(const attention::FlashBwdParams&);
   // delta = <dout, out> - dlse of one head of one sequence; returns its part of ds_aux.
-  double (*bwd_preprocess)(const attention::FlashBwdProblem&, int64_t batch_idx, int64_t head_idx,
+  double (*bwd_preprocess)(const attention::FlashBwdParams&, int64_t batch_idx, int64_t head_idx,
                            void* delta);
-  void (*bwd_begin_block)(const attention::FlashBwdProblem&, const BwdPlan&, const BwdTask&);
-  void (*bwd_tile)(const attention::FlashBwdProblem&, const BwdPlan&, const BwdTask&,
+  void (*bwd_begin_block)(const attention::FlashBwdParams&, const BwdPlan&, const BwdTask&);
+  void (*bwd_tile)(const attention::FlashBwdParams&, const BwdPlan&, const BwdTask&,
                    int64_t q_begin, int64_t q_end);
-  void (*bwd_end_block)(const attention::FlashBwdProblem&, const BwdPlan&, const BwdTask&);
+  void (*bwd_end_block)(const attention::FlashBwdParams&, const BwdPlan&, const BwdTask&);
   // Of the rows of some query positions, where dq is float32 or float64: moves what dQ's
   // accumulator holds to dq.
-  void (*bwd_bank_dq)(const attention::FlashBwdProblem&, int64_t batch_idx, int64_t kv_head_idx,
+  void (*bwd_bank_dq)(const attention::FlashBwdParams&, int64_t batch_idx, int64_t kv_head_idx,
                       attention::Range positions, char* dq_accumulator, bool is_first);
   // Writes dq, from dQ's accumulator and, where something was banked, from dq.
-  void (*bwd_store_dq)(const attention::FlashBwdProblem&, int64_t batch_idx, int64_t kv_head_idx,
+  void (*bwd_store_dq)(const attention::FlashBwdParams&, int64_t batch_idx, int64_t kv_head_idx,
                        attention::Range positions, char* dq_accumulator, bool was_banked);
 
   // Rows [begin, end) of the merged result.
-  void (*merge_rows)(const attention::MergeProblem&, int64_t begin, int64_t end);
-  void (*cache_head)(const attention::ReshapeAndCacheProblem&, int64_t head_idx);
+  void (*merge_rows)(const attention::MergeParams&, int64_t begin, int64_t end);
+  void (*cache_head)(const attention::ReshapeAndCacheParams&, int64_t head_idx);
 };
 
 struct InstructionSet {

@@ -11,25 +11,22 @@
 // and dv. No number has two writers: gradients are bitwise repeatable.
 #pragma once
 
-#include "attention/problem.h"
+#include "attention/params.h"
 
 namespace sink_attention::cuda {
 
 using Stream = void*;  // a cudaStream_t
 
 // Throw std::runtime_error where one launch cannot take the forward.
-void check_flash_fwd_float32(const attention::FlashFwdProblem& problem);
-void check_flash_fwd_float64(const attention::FlashFwdProblem& problem);
+void check_flash_fwd_float32(const attention::FlashFwdParams& params);
+void check_flash_fwd_float64(const attention::FlashFwdParams& params);
 
-void flash_fwd_float32(const attention::FlashFwdProblem& problem, Stream stream);
-void flash_fwd_float64(const attention::FlashFwdProblem& problem, Stream stream);
+void flash_fwd_float32(const attention::FlashFwdParams& params, Stream stream);
+void flash_fwd_float64(const attention::FlashFwdParams& params, Stream stream);
 
-void flash_bwd_rows_float32(const attention::FlashBwdProblem& problem, float* delta, Stream stream);
-void flash_bwd_rows_float64(const attention::FlashBwdProblem& problem, double* delta,
-                            Stream stream);
-void flash_bwd_float32(const attention::FlashBwdProblem& problem, const float* delta,
-                       Stream stream);
-void flash_bwd_float64(const attention::FlashBwdProblem& problem, const double* delta,
-                       Stream stream);
+void flash_bwd_rows_float32(const attention::FlashBwdParams& params, float* delta, Stream stream);
+void flash_bwd_rows_float64(const attention::FlashBwdParams& params, double* delta, Stream stream);
+void flash_bwd_float32(const attention::FlashBwdParams& params, const float* delta, Stream stream);
+void flash_bwd_float64(const attention::FlashBwdParams& params, const double* delta, Stream stream);
 
 }  // namespace sink_attention::cuda

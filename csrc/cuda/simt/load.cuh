@@ -12,9 +12,9 @@
 
 #include "attention/block_list.h"
 #include "attention/paged_kv.h"
+#include "cuda/device/element.cuh"
+#include "cuda/device/pack_gqa.cuh"
 #include "cuda/simt/tile.cuh"
-#include "cuda/tile/number.cuh"
-#include "cuda/tile/packed_rows.cuh"
 #include "primitives/cp_async.h"
 #include "primitives/cta.h"
 
@@ -66,20 +66,19 @@ SA_DEVICE KeySource<Real> key_source(const attention::KeyRows& rows, const void*
 
 // K and V of one kv head; keys outside `readable` count as zeros.
 template <class Real>
-SA_DEVICE KeySource<Real> k_source(const attention::FlashFwdProblem& problem, int batch_idx,
+SA_DEVICE KeySource<Real> k_source(const attention::FlashFwdParams& params, int batch_idx,
                                    const attention::SeqlenInfo& info, int kv_head,
                                    attention::KeySet readable) {
-  return key_source<Real>(attention::key_rows(problem, batch_idx, info, kv_head, readable),
-                          problem.k, problem.k_stride_batch, problem.k_stride_row,
-                          problem.k_stride_head);
+  return key_source<Real>(attention::key_rows(params, batch_idx, info, kv_head, readable), params.k,
+                          params.k_stride_batch, params.k_stride_row, params.k_stride_head);
 }
 template <class Real>
-SA_DEVICE KeySource<Real> v_source(const attention::FlashFwdProblem& problem, int batch_idx,
+SA_DEVICE KeySource<Real> v_source(const attention::FlashFwdParams& params, int batch_idx,
                                    const attention::SeqlenInfo& info, int kv_head,
                                    attention::KeySet readable) {
-  return key_source<Real>(attention::value_rows(problem, batch_idx, info, kv_head, readable),
-                          problem.v, problem.v_stride_batch, problem.v_stride_row,
-                          problem.v_stride_head);
+  return key_source<Real>(attention::value_rows(params, batch_idx, info, kv_head, readable),
+                          params.v, params.v_stride_batch, params.v_stride_row,
+                          params.v_stride_head);
 }
 
 // The packed rows of one kv head in a tensor like q or out.
@@ -87,7 +86,7 @@ template <class Real>
 struct QuerySource {
   const Real* base;
   int64_t stride_batch, stride_row, stride_head;
-  PackedRows rows;
+  PackGqa rows;
   int dim;
   bool in_vectors;
 
@@ -100,7 +99,7 @@ struct QuerySource {
 };
 
 template <class Real>
-SA_DEVICE QuerySource<Real> query_source(const PackedRows& rows, const void* tensor,
+SA_DEVICE QuerySource<Real> query_source(const PackGqa& rows, const void* tensor,
                                          int64_t stride_batch, int64_t stride_row,
                                          int64_t stride_head, int64_t dim) {
   return {static_cast<const Real*>(tensor),

@@ -5,39 +5,39 @@
 
 #include "attention/mask.h"
 #include "attention/online_softmax.h"
+#include "cuda/device/pack_gqa.cuh"
 #include "cuda/simt/tile.cuh"
-#include "cuda/tile/packed_rows.cuh"
 
 namespace sink_attention::cuda::simt {
 
-// How a score <q, k> becomes a logit in base 2: it is transformed, then multiplied with to_log2 >
+// How a score <q, k> becomes a logit in base 2: it is transformed, then multiplied with softmax_scale_log2 >
 // 0.
 template <class Real>
 struct ScoreScale {
-  Real to_log2;  // |softmax_scale| * log2 e, or, under softcap, cap * log2 e
-  Real to_tanh;  // softmax_scale / cap
-  bool capped;
+  Real softmax_scale_log2;  // |softmax_scale| * log2 e, or, under softcap, cap * log2 e
+  Real to_tanh;             // softmax_scale / cap
+  bool has_softcap;
   bool negated;
 
   SA_DEVICE Real transform(Real score) const {
-    return capped ? std::tanh(score * to_tanh) : (negated ? -score : score);
+    return has_softcap ? std::tanh(score * to_tanh) : (negated ? -score : score);
   }
   // The transformed score's slope, but for the scale.
   SA_DEVICE Real slope(Real transformed) const {
-    return capped ? Real(1) - transformed * transformed : Real(1);
+    return has_softcap ? Real(1) - transformed * transformed : Real(1);
   }
 };
 
 template <class Real>
-SA_DEVICE ScoreScale<Real> score_scale(const attention::FlashFwdProblem& problem) {
+SA_DEVICE ScoreScale<Real> score_scale(const attention::FlashFwdParams& params) {
   // A scale of 0 would turn a hidden score into 0 * inf; one this small has the same exponentials.
-  const double given = problem.softmax_scale == 0 ? 1e-30 : problem.softmax_scale;
+  const double given = params.softmax_scale == 0 ? 1e-30 : params.softmax_scale;
   ScoreScale<Real> scale{};
-  scale.capped = problem.softcap > 0;
-  scale.negated = given < 0 && !scale.capped;
-  scale.to_tanh = scale.capped ? static_cast<Real>(given / problem.softcap) : Real(0);
-  scale.to_log2 = static_cast<Real>(
-      (scale.capped ? problem.softcap : (given < 0 ? -given : given)) * attention::kLog2E);
+  scale.has_softcap = params.softcap > 0;
+  scale.negated = given < 0 && !scale.has_softcap;
+  scale.to_tanh = scale.has_softcap ? static_cast<Real>(given / params.softcap) : Real(0);
+  scale.softmax_scale_log2 = static_cast<Real>(
+      (scale.has_softcap ? params.softcap : (given < 0 ? -given : given)) * attention::kLog2E);
   return scale;
 }
 
@@ -52,7 +52,7 @@ struct alignas(8) KeyRange {
   }
 };
 
-SA_DEVICE KeyRange window_keys(const attention::Mask& mask, const PackedRows& rows, int row) {
+SA_DEVICE KeyRange window_keys(const attention::Mask& mask, const PackGqa& rows, int row) {
   if (row >= rows.num_rows) return {0, 0};
   const attention::Range keys = mask.window_keys(rows.position(row));
   return {static_cast<int>(keys.begin), static_cast<int>(keys.end)};
@@ -66,10 +66,10 @@ struct BlockPlace {
   int batch_idx;
 };
 
-SA_DEVICE BlockPlace place_of_block(const attention::FlashFwdProblem& problem, int num_tiles) {
+SA_DEVICE BlockPlace place_of_block(const attention::FlashFwdParams& params, int num_tiles) {
   const int block = primitives::block_idx().x;
   const int head = block / num_tiles;
-  const int num_heads_kv = static_cast<int>(problem.num_heads_kv);
+  const int num_heads_kv = static_cast<int>(params.num_heads_kv);
   return {num_tiles - 1 - block % num_tiles, head % num_heads_kv, head / num_heads_kv};
 }
 

@@ -41,11 +41,11 @@ struct KeyBoxes {
 template <bool kValues>
 SA_DEVICE KeyBoxes key_boxes(const KeySource<kValues>& source, const primitives::TensorMap* map,
                              int rows, int k_row, int k_batch, int kv_head) {
-  const attention::FlashFwdProblem& problem = source.problem;
-  const bool paged = problem.block_table != nullptr;
+  const attention::FlashFwdParams& params = source.params;
+  const bool paged = params.block_table != nullptr;
   return {
       map,     rows,    paged ? 0 : k_row,
-      kv_head, k_batch, !paged && problem.cu_seqlens_k == nullptr && problem.seqused_k == nullptr};
+      kv_head, k_batch, !paged && params.cu_seqlens_k == nullptr && params.seqused_k == nullptr};
 }
 
 template <class Tile>
@@ -70,7 +70,7 @@ SA_DEVICE void start_boxes(Tile& tile, const KeySource<kValues>& source, const K
     return;
   }
   // Of a page that the cache does not have, the copy engine makes zeros.
-  const int page_size = static_cast<int>(source.problem.page_size);
+  const int page_size = static_cast<int>(source.params.page_size);
   SA_ROLLED
   for (int row = lane * boxes.rows; row < Tile::kRows; row += primitives::kWarpSize * boxes.rows) {
     const int key = first_key + row;
@@ -104,7 +104,7 @@ SA_DEVICE void copy_rows(Tile& tile, int cols, int lane, RowOf row_of) {
 }
 
 // Starts the copies of keys [first_key, first_key + kRows), whose rows are chunks
-// (rows_are_chunks). The stage is empty; all lanes of the warp call. Those that may not be read
+// (rows_are_vectorised). The stage is empty; all lanes of the warp call. Those that may not be read
 // become zeros. Returns whether it has arrived, which is so with boxes; else finish_chunks does.
 template <class Tile, bool kValues>
 SA_DEVICE bool start_keys(Tile& tile, const KeySource<kValues>& source, const KeyBoxes& boxes,

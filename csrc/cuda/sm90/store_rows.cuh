@@ -34,7 +34,7 @@ SA_DEVICE primitives::Bytes16 transpose_in_quad(uint32_t (&pairs)[4], int lane) 
 // accumulators is column first_col of the row.
 template <class Element, int kTilesN, class RowOf>
 SA_DEVICE void store_rows(const Accumulators<1, kTilesN>& acc, const float (&scale)[2],
-                          int first_col, int cols, bool in_chunks, int lane, RowOf row_of) {
+                          int first_col, int cols, bool is_vectorised, int lane, RowOf row_of) {
   static_assert(kTilesN % 4 == 0, "four tiles are transposed together");
   SA_UNROLL
   for (int half = 0; half < 2; ++half) {
@@ -49,7 +49,7 @@ SA_DEVICE void store_rows(const Accumulators<1, kTilesN>& acc, const float (&sca
       }
       const primitives::Bytes16 chunk = transpose_in_quad(pairs, lane);
       const int col = first_col + 8 * n + 8 * (lane % 4);
-      if (row != nullptr && col < cols) store_chunk(row, col, cols, in_chunks, chunk);
+      if (row != nullptr && col < cols) store_chunk(row, col, cols, is_vectorised, chunk);
     }
   }
 }

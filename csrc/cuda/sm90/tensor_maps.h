@@ -5,13 +5,13 @@
 //     (column, key, kv head, sequence)      packed sequences: key counts all keys, sequence is 0
 //     (column, slot, kv head, page)         with a block table
 //
-// Packed rows of queries (tile/packed_rows.cuh): 5 dimensions, of which a box takes whole groups,
+// Packed rows of queries (tile/pack_gqa.cuh): 5 dimensions, of which a box takes whole groups,
 //
 //     (column, head of the group, position, kv head, sequence)
 #pragma once
 
 #include "attention/paged_kv.h"
-#include "attention/problem.h"
+#include "attention/params.h"
 #include "cuda/tile/copy.cuh"
 #include "primitives/tma.h"
 
@@ -68,25 +68,25 @@ struct MapPlan {
 };
 
 // Boxes of `box_rows` keys; a box never leaves a page.
-inline MapPlan plan_keys(const attention::FlashFwdProblem& problem, bool values, int slab_cols,
+inline MapPlan plan_keys(const attention::FlashFwdParams& params, bool values, int slab_cols,
                          int box_rows) {
   MapPlan plan{};
-  plan.base = values ? problem.v : problem.k;
-  plan.element_bytes = static_cast<int>(attention::bytes_of(problem.kv_dtype));
+  plan.base = values ? params.v : params.k;
+  plan.element_bytes = static_cast<int>(attention::bytes_of(params.kv_dtype));
   plan.rank = 4;
   plan.slab_cols = slab_cols;
-  const int64_t stride_row = values ? problem.v_stride_row : problem.k_stride_row;
-  const int64_t stride_head = values ? problem.v_stride_head : problem.k_stride_head;
-  const int64_t stride_batch = values ? problem.v_stride_batch : problem.k_stride_batch;
-  const bool paged = problem.block_table != nullptr;
-  const bool packed = problem.cu_seqlens_k != nullptr;
-  plan.dim[0] = {values ? problem.head_dim_v : problem.head_dim, 1, slab_cols};
-  plan.dim[1] = {paged    ? problem.page_size
-                 : packed ? problem.total_k
-                          : problem.seqlen_k,
+  const int64_t stride_row = values ? params.v_stride_row : params.k_stride_row;
+  const int64_t stride_head = values ? params.v_stride_head : params.k_stride_head;
+  const int64_t stride_batch = values ? params.v_stride_batch : params.k_stride_batch;
+  const bool paged = params.block_table != nullptr;
+  const bool packed = params.cu_seqlens_k != nullptr;
+  plan.dim[0] = {values ? params.head_dim_v : params.head_dim, 1, slab_cols};
+  plan.dim[1] = {paged    ? params.page_size
+                 : packed ? params.total_k
+                          : params.seqlen_k,
                  stride_row, box_rows};
-  plan.dim[2] = {problem.num_heads_kv, stride_head, 1};
-  plan.dim[3] = {paged ? problem.num_pages : packed ? 1 : problem.batch, stride_batch, 1};
+  plan.dim[2] = {params.num_heads_kv, stride_head, 1};
+  plan.dim[3] = {paged ? params.num_pages : packed ? 1 : params.batch, stride_batch, 1};
   return plan;
 }
 
@@ -100,33 +100,33 @@ inline int rows_of_box(int64_t page_size, int max_rows) {
 constexpr int kMinBoxRows = 16;
 
 // Boxes of a tensor like q: of a tile of tile_rows packed rows, those of whole positions.
-inline MapPlan plan_packed_rows(const attention::FlashFwdProblem& problem, const void* base,
-                                int64_t stride_batch, int64_t stride_row, int64_t stride_head,
-                                int64_t cols, int slab_cols, int tile_rows) {
-  const int64_t group = problem.num_heads_q / problem.num_heads_kv;
-  const bool packed = problem.cu_seqlens_q != nullptr;
+inline MapPlan plan_pack_gqa(const attention::FlashFwdParams& params, const void* base,
+                             int64_t stride_batch, int64_t stride_row, int64_t stride_head,
+                             int64_t cols, int slab_cols, int tile_rows) {
+  const int64_t qhead_per_khead = params.num_heads_q / params.num_heads_kv;
+  const bool packed = params.cu_seqlens_q != nullptr;
   MapPlan plan{};
   plan.base = base;
   plan.element_bytes = 2;
   plan.rank = 5;
   plan.slab_cols = slab_cols;
   plan.dim[0] = {cols, 1, slab_cols};
-  plan.dim[1] = {group, stride_head, static_cast<int>(group)};
-  plan.dim[2] = {packed ? problem.total_q : problem.seqlen_q, stride_row,
-                 static_cast<int>(tile_rows / group)};
-  plan.dim[3] = {problem.num_heads_kv, group * stride_head, 1};
-  plan.dim[4] = {packed ? 1 : problem.batch, stride_batch, 1};
+  plan.dim[1] = {qhead_per_khead, stride_head, static_cast<int>(qhead_per_khead)};
+  plan.dim[2] = {packed ? params.total_q : params.seqlen_q, stride_row,
+                 static_cast<int>(tile_rows / qhead_per_khead)};
+  plan.dim[3] = {params.num_heads_kv, qhead_per_khead * stride_head, 1};
+  plan.dim[4] = {packed ? 1 : params.batch, stride_batch, 1};
   return plan;
 }
 // Whether a tile of packed rows is one box of each slab.
-inline bool rows_are_boxes(const attention::FlashFwdProblem& problem, int tile_rows) {
-  return tile_rows % (problem.num_heads_q / problem.num_heads_kv) == 0;
+inline bool rows_are_boxes(const attention::FlashFwdParams& params, int tile_rows) {
+  return tile_rows % (params.num_heads_q / params.num_heads_kv) == 0;
 }
 // Of a tile's rows, those to use so that they are one box of each slab even where a group does not
 // divide the tile: whole positions. All of them where a quarter would have nothing to do.
-inline int rows_of_whole_positions(const attention::FlashFwdProblem& problem, int tile_rows) {
-  const int64_t group = problem.num_heads_q / problem.num_heads_kv;
-  const int whole = static_cast<int>(tile_rows / group * group);
+inline int rows_of_whole_positions(const attention::FlashFwdParams& params, int tile_rows) {
+  const int64_t qhead_per_khead = params.num_heads_q / params.num_heads_kv;
+  const int whole = static_cast<int>(tile_rows / qhead_per_khead * qhead_per_khead);
   return 4 * whole >= 3 * tile_rows ? whole : tile_rows;
 }
 

@@ -14,8 +14,8 @@ namespace sink_attention::cuda {
 
 // Whether every row may be read and written 16 bytes at a time: addresses and strides are multiples
 // of 16 bytes, and cols of 8 numbers.
-SA_HOST_DEVICE bool rows_are_chunks(const void* base, int64_t cols, int64_t stride_a,
-                                    int64_t stride_b, int64_t stride_c) {
+SA_HOST_DEVICE bool rows_are_vectorised(const void* base, int64_t cols, int64_t stride_a,
+                                        int64_t stride_b, int64_t stride_c) {
   return reinterpret_cast<uintptr_t>(base) % 16 == 0 &&
          (cols | stride_a | stride_b | stride_c) % kChunkElems == 0;
 }
@@ -66,12 +66,12 @@ SA_DEVICE void store_chunks(Tile& tile, Make make, int thread) {
 }
 
 // Starts the copy of all rows of a tile; the caller commits and waits. row_of(r): where row r lies,
-// or null. Where in_chunks is false the rows are copied at once, number by number.
+// or null. Where is_vectorised is false the rows are copied at once, number by number.
 template <int kThreads, class Tile, class RowOf>
-SA_DEVICE void load_tile(Tile& tile, int cols, bool in_chunks, RowOf row_of,
+SA_DEVICE void load_tile(Tile& tile, int cols, bool is_vectorised, RowOf row_of,
                          int thread = primitives::thread_idx()) {
   using Element = typename Tile::Element;
-  if (in_chunks) {
+  if (is_vectorised) {
     for_each_chunk<kThreads, Tile>(
         [&](int row, int chunk) {
           const Element* source = row_of(row);
@@ -94,9 +94,9 @@ SA_DEVICE void load_tile(Tile& tile, int cols, bool in_chunks, RowOf row_of,
 
 // Writes the numbers first ... first + 7 of a row, those below cols.
 template <class Element>
-SA_DEVICE void store_chunk(Element* row, int first, int cols, bool in_chunks,
+SA_DEVICE void store_chunk(Element* row, int first, int cols, bool is_vectorised,
                            const primitives::Bytes16& chunk) {
-  if (in_chunks) {
+  if (is_vectorised) {
     primitives::store_global(reinterpret_cast<primitives::Bytes16*>(row + first), chunk);
     return;
   }
@@ -111,7 +111,7 @@ SA_DEVICE void store_chunk(Element* row, int first, int cols, bool in_chunks,
 
 // Writes rows of a tile out. row_of(r): where row r goes, or null.
 template <int kThreads, class Tile, class RowOf>
-SA_DEVICE void store_tile(const Tile& tile, int cols, bool in_chunks, RowOf row_of,
+SA_DEVICE void store_tile(const Tile& tile, int cols, bool is_vectorised, RowOf row_of,
                           int thread = primitives::thread_idx()) {
   using Element = typename Tile::Element;
   for_each_chunk<kThreads, Tile>(
@@ -120,7 +120,7 @@ SA_DEVICE void store_tile(const Tile& tile, int cols, bool in_chunks, RowOf row_
         if (target == nullptr || chunk_idx * kChunkElems >= cols) return;
         const primitives::Bytes16 chunk = primitives::load_shared(
             reinterpret_cast<const primitives::Bytes16*>(tile.chunk(row, chunk_idx)));
-        store_chunk(target, chunk_idx * kChunkElems, cols, in_chunks, chunk);
+        store_chunk(target, chunk_idx * kChunkElems, cols, is_vectorised, chunk);
       },
       thread);
 }

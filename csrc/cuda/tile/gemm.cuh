@@ -1,6 +1,6 @@
 // A warp's matrix products on tiles in shared memory.
 //
-// `lane` is lane_idx() or lane_idx_anew(): addresses depend on nothing else that a thread has, and
+// `lane` is lane_idx() or rematerialise_lane_idx(): addresses depend on nothing else that a thread has, and
 // a kernel short of registers has them computed at each product.
 //
 // Both operands of a 16-deep step come by ldmatrix. For operand B one ldmatrix.x4 brings two tiles

@@ -12,9 +12,9 @@
 namespace sink_attention::cuda {
 
 // Eight 8-bit numbers of a row; zeros beyond cols.
-SA_DEVICE uint64_t load_8_bit_chunk(const uint8_t* row, int first, int cols, bool in_chunks) {
+SA_DEVICE uint64_t load_8_bit_chunk(const uint8_t* row, int first, int cols, bool is_vectorised) {
   uint64_t chunk = 0;
-  if (in_chunks) {
+  if (is_vectorised) {
     if (first < cols) {
       chunk = primitives::load_global(reinterpret_cast<const uint64_t*>(row + first));
     }
@@ -27,11 +27,11 @@ SA_DEVICE uint64_t load_8_bit_chunk(const uint8_t* row, int first, int cols, boo
   return chunk;
 }
 
-SA_DEVICE float widen(attention::Int8 number) { return attention::to_float(number); }
+SA_DEVICE float upcast(attention::Int8 number) { return attention::to_float(number); }
 
 // float8 bits at a float's place stand for 2^-120 of the number; so do subnormals, with which a GPU
 // computes as it does with others.
-SA_DEVICE float widen(attention::Float8E4M3 number) {
+SA_DEVICE float upcast(attention::Float8E4M3 number) {
   const uint32_t extended = static_cast<uint32_t>(static_cast<int8_t>(number.bits));
   const float value = attention::float_of((extended << 20) & 0x87f00000u) * 0x1p120f;
   return (number.bits & 0x7fu) == 0x7fu ? attention::float_of(0x7fc00000u) : value;
@@ -39,14 +39,14 @@ SA_DEVICE float widen(attention::Float8E4M3 number) {
 
 // Eight stored numbers times their scale, rounded to Element; where the scale is 1 nothing is lost.
 template <class Element, class Stored>
-SA_DEVICE primitives::Bytes16 widen_chunk(uint64_t stored, float scale) {
+SA_DEVICE primitives::Bytes16 upcast_vector(uint64_t stored, float scale) {
   primitives::Bytes16 chunk;
   Stored numbers[kChunkElems];
   memcpy(numbers, &stored, sizeof(numbers));
   SA_UNROLL
   for (int i = 0; i < kChunkElems; i += 2) {
     chunk.word[i / 2] =
-        primitives::pack<Element>(widen(numbers[i]) * scale, widen(numbers[i + 1]) * scale);
+        primitives::pack<Element>(upcast(numbers[i]) * scale, upcast(numbers[i + 1]) * scale);
   }
   return chunk;
 }
@@ -56,7 +56,7 @@ SA_DEVICE primitives::Bytes16 widen_chunk(uint64_t stored, float scale) {
 // anew.
 template <bool kValues>
 struct KeySource {
-  const attention::FlashFwdProblem& problem;
+  const attention::FlashFwdParams& params;
   const char* base;      // of key 0, or of page 0 slot 0 with a block table
   const int32_t* pages;  // the sequence's row of the block table, or null
   const float* scales;   // of page 0 slot 0 where each token has its own, or null
@@ -65,19 +65,19 @@ struct KeySource {
   int end;
 
   SA_DEVICE int dim() const {
-    return static_cast<int>(kValues ? problem.head_dim_v : problem.head_dim);
+    return static_cast<int>(kValues ? params.head_dim_v : params.head_dim);
   }
   SA_DEVICE int64_t row_stride() const {
-    return kValues ? problem.v_stride_row : problem.k_stride_row;
+    return kValues ? params.v_stride_row : params.k_stride_row;
   }
   SA_DEVICE int64_t page_stride() const {
-    return kValues ? problem.v_stride_batch : problem.k_stride_batch;
+    return kValues ? params.v_stride_batch : params.k_stride_batch;
   }
   SA_DEVICE int64_t scale_stride_page() const {
-    return kValues ? problem.v_scale_stride_page : problem.k_scale_stride_page;
+    return kValues ? params.v_scale_stride_page : params.k_scale_stride_page;
   }
   SA_DEVICE int64_t scale_stride_slot() const {
-    return kValues ? problem.v_scale_stride_slot : problem.k_scale_stride_slot;
+    return kValues ? params.v_scale_stride_slot : params.k_scale_stride_slot;
   }
   SA_DEVICE bool is_readable(int key) const {
     return key < sink_end || (begin <= key && key < end);
@@ -89,12 +89,12 @@ struct KeySource {
   }
   // Whether the cache has a page that a block table names: nobody has looked at it on the host.
   SA_DEVICE bool has_page(int page) const {
-    return static_cast<uint32_t>(page) < static_cast<uint32_t>(problem.num_pages);
+    return static_cast<uint32_t>(page) < static_cast<uint32_t>(params.num_pages);
   }
   // Null where the cache does not have the page: the key counts as zeros.
   template <class Stored>
   SA_DEVICE const Stored* row_in_page(int key) const {
-    const int page_size = static_cast<int>(problem.page_size);
+    const int page_size = static_cast<int>(params.page_size);
     const int entry = key / page_size;
     const int page = primitives::load_global(pages + entry);
     if (!has_page(page)) return nullptr;
@@ -109,20 +109,20 @@ struct KeySource {
 
 // What a kv head's stored numbers are to be multiplied with; 1 but for 8 bits with one scale for
 // all of its tokens, which scores and results are multiplied with instead.
-SA_DEVICE float cache_scale(const float* scales, const attention::FlashFwdProblem& problem,
+SA_DEVICE float cache_scale(const float* scales, const attention::FlashFwdParams& params,
                             int kv_head) {
   return scales == nullptr ? 1.0f
-                           : primitives::load_global(scales + kv_head * problem.kv_scale_stride);
+                           : primitives::load_global(scales + kv_head * params.kv_scale_stride);
 }
 
 template <bool kValues>
-SA_DEVICE KeySource<kValues> key_source(const attention::FlashFwdProblem& problem, int batch_idx,
+SA_DEVICE KeySource<kValues> key_source(const attention::FlashFwdParams& params, int batch_idx,
                                         int kv_head, const attention::SeqlenInfo& info,
                                         attention::KeySet visible) {
   const attention::KeyRows rows =
-      kValues ? attention::value_rows(problem, batch_idx, info, kv_head, visible)
-              : attention::key_rows(problem, batch_idx, info, kv_head, visible);
-  return {problem,
+      kValues ? attention::value_rows(params, batch_idx, info, kv_head, visible)
+              : attention::key_rows(params, batch_idx, info, kv_head, visible);
+  return {params,
           rows.base,
           rows.pages,
           rows.token_scales,

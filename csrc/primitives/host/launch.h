@@ -15,11 +15,11 @@ std::string name_of() {
 }
 
 template <class Kernel>
-void launch(const typename Kernel::Problem& problem, Index3 grid, Stream) {
+void launch(const typename Kernel::Params& params, Index3 grid, Stream) {
   using Config = typename Kernel::Config;
   if (grid.x <= 0 || grid.y <= 0 || grid.z <= 0) return;
   emulator::run_grid({grid.x, grid.y, grid.z}, Config::kThreads, Config::kSharedBytes,
-                     [&problem](char* shared) { Kernel::run(problem, shared); });
+                     [&params](char* shared) { Kernel::run(params, shared); });
   static const std::string name = name_of<Kernel>();
   emulator::settings().blocks_of[name] += static_cast<int64_t>(grid.x) * grid.y * grid.z;
 }

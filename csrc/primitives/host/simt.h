@@ -10,8 +10,8 @@ namespace sink_attention::primitives {
 
 SA_DEVICE int thread_idx() { return emulator::current().thread_idx; }
 SA_DEVICE int lane_idx() { return emulator::current().thread_idx % kWarpSize; }
-SA_DEVICE int thread_idx_anew() { return thread_idx(); }
-SA_DEVICE int lane_idx_anew() { return lane_idx(); }
+SA_DEVICE int rematerialise_thread_idx() { return thread_idx(); }
+SA_DEVICE int rematerialise_lane_idx() { return lane_idx(); }
 // A shuffle on the device: all lanes meet.
 SA_DEVICE int warp_idx(emulator::Site site = emulator::here()) {
   emulator::collective({"warp_idx", site}, nullptr, nullptr);
@@ -26,6 +26,6 @@ SA_DEVICE Index3 grid_dim() {
   return {grid.x, grid.y, grid.z};
 }
 
-SA_DEVICE int opaque(int x) { return x; }
+SA_DEVICE int optimisation_barrier(int x) { return x; }
 
 }  // namespace sink_attention::primitives

@@ -11,12 +11,12 @@ SA_DEVICE int warpgroup_idx(emulator::Site site = emulator::here()) {
 }
 
 template <int kCount>
-SA_DEVICE void give_registers(emulator::Site site = emulator::here()) {
-  emulator::give_registers(kCount, {"give_registers", site});
+SA_DEVICE void warpgroup_reg_dealloc(emulator::Site site = emulator::here()) {
+  emulator::warpgroup_reg_dealloc(kCount, {"warpgroup_reg_dealloc", site});
 }
 template <int kCount>
-SA_DEVICE void take_registers(emulator::Site site = emulator::here()) {
-  emulator::take_registers(kCount, {"take_registers", site});
+SA_DEVICE void warpgroup_reg_alloc(emulator::Site site = emulator::here()) {
+  emulator::warpgroup_reg_alloc(kCount, {"warpgroup_reg_alloc", site});
 }
 
 }  // namespace sink_attention::primitives

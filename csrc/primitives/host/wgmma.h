@@ -32,8 +32,8 @@ SA_DEVICE uint64_t matrix_descriptor(const void* start, int leading_bytes, int s
          mode << 62;
 }
 
-SA_DEVICE void wgmma_fence(emulator::Site site = emulator::here()) {
-  emulator::warpgroup_collective({"wgmma_fence", site}, nullptr,
+SA_DEVICE void warpgroup_arrive(emulator::Site site = emulator::here()) {
+  emulator::warpgroup_collective({"warpgroup_arrive", site}, nullptr,
                                  [](void* const*) { emulator::warpgroup_products().fence(); });
 }
 SA_DEVICE void wgmma_commit(emulator::Site site = emulator::here()) {
@@ -49,9 +49,11 @@ SA_DEVICE void wgmma_wait(emulator::Site site = emulator::here()) {
 }
 // In time the registers are the product's until the wait, so this may not come before that.
 template <int kTilesN>
-SA_DEVICE void wgmma_hold(float (&acc)[kTilesN][4], emulator::Site site = emulator::here()) {
+SA_DEVICE void warpgroup_fence_operand(float (&acc)[kTilesN][4],
+                                       emulator::Site site = emulator::here()) {
   for (const auto& tile : acc) {
-    for (const float number : tile) emulator::refuse_poison(number, "wgmma_hold", site);
+    for (const float number : tile)
+      emulator::refuse_poison(number, "warpgroup_fence_operand", site);
   }
 }
 

@@ -18,13 +18,13 @@ inline void check_cuda(cudaError_t status, const char* what) {
 // reports a kernel's registers, but not its block and not what is asked for at the launch.
 template <class Kernel, int kThreads, int kSharedBytes>
 __global__ void __launch_bounds__(kThreads, Kernel::Config::kMinBlocks)
-    kernel_entry(const __grid_constant__ typename Kernel::Problem problem) {
+    kernel_entry(const __grid_constant__ typename Kernel::Params params) {
   extern __shared__ __align__(1024) char shared[];
-  Kernel::run(problem, shared);
+  Kernel::run(params, shared);
 }
 
 template <class Kernel>
-void launch(const typename Kernel::Problem& problem, Index3 grid, Stream stream) {
+void launch(const typename Kernel::Params& params, Index3 grid, Stream stream) {
   using Config = typename Kernel::Config;
   if (grid.x <= 0 || grid.y <= 0 || grid.z <= 0) return;
   const auto entry = kernel_entry<Kernel, Config::kThreads, Config::kSharedBytes>;
@@ -35,7 +35,7 @@ void launch(const typename Kernel::Problem& problem, Index3 grid, Stream stream)
   }
   const dim3 blocks(grid.x, grid.y, grid.z);
   entry<<<blocks, Config::kThreads, Config::kSharedBytes, static_cast<cudaStream_t>(stream)>>>(
-      problem);
+      params);
   check_cuda(cudaGetLastError(), "launch of a kernel");
 }
 

@@ -8,12 +8,12 @@ namespace sink_attention::primitives {
 
 SA_DEVICE int thread_idx() { return static_cast<int>(threadIdx.x); }
 SA_DEVICE int lane_idx() { return static_cast<int>(threadIdx.x) % kWarpSize; }
-SA_DEVICE int thread_idx_anew() {
+SA_DEVICE int rematerialise_thread_idx() {
   int thread = static_cast<int>(threadIdx.x);
   asm volatile("" : "+r"(thread));  // the compiler no longer knows what this is
   return thread & 1023;             // but that it is not negative
 }
-SA_DEVICE int lane_idx_anew() { return thread_idx_anew() % kWarpSize; }
+SA_DEVICE int rematerialise_lane_idx() { return rematerialise_thread_idx() % kWarpSize; }
 // Through a shuffle, so that the compiler knows it to be the same in all lanes.
 SA_DEVICE int warp_idx() {
   return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpSize, 0);
@@ -25,7 +25,7 @@ SA_DEVICE Index3 grid_dim() {
   return {static_cast<int>(gridDim.x), static_cast<int>(gridDim.y), static_cast<int>(gridDim.z)};
 }
 
-SA_DEVICE int opaque(int x) {
+SA_DEVICE int optimisation_barrier(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }

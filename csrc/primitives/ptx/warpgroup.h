@@ -9,11 +9,11 @@ SA_DEVICE int warpgroup_idx() {
 
 // PTX ISA 9.7.19.5, setmaxnreg.
 template <int kCount>
-SA_DEVICE void give_registers() {
+SA_DEVICE void warpgroup_reg_dealloc() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kCount));
 }
 template <int kCount>
-SA_DEVICE void take_registers() {
+SA_DEVICE void warpgroup_reg_alloc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kCount));
 }
 

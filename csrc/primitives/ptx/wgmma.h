@@ -15,14 +15,14 @@ SA_DEVICE uint64_t matrix_descriptor(const void* start, int leading_bytes, int s
 }
 
 // PTX ISA 9.7.15.7, wgmma.fence, wgmma.commit_group, wgmma.wait_group.
-SA_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
+SA_DEVICE void warpgroup_arrive() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
 SA_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
 template <int kPending>
 SA_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
 }
 template <int kTilesN>
-SA_DEVICE void wgmma_hold(float (&acc)[kTilesN][4]) {
+SA_DEVICE void warpgroup_fence_operand(float (&acc)[kTilesN][4]) {
   SA_UNROLL
   for (int n = 0; n < kTilesN; ++n) {
     SA_UNROLL

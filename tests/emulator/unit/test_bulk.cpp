@@ -180,40 +180,41 @@ void sum_faults() {
                  });
                });
   DeviceArray<int> turn("turn", 1);
-  expect_fault("a turn that is passed on before the sum is made",
-               {"pass_turn at pass:1: before bulk_wait waited for the sum of bulk_reduce_add at "
-                "add:1"},
-               [&] {
-                 const VisibleBuffers turns({sums.writable(), turn.writable()});
-                 by_one_thread([&](char* shared) {
-                   add(shared);
-                   bulk_commit();
-                   bulk_wait_read<0>();
-                   pass_turn(&turn[0], 1, at("pass"));
-                 });
-               });
+  expect_fault(
+      "a turn that is passed on before the sum is made",
+      {"semaphore_release at pass:1: before bulk_wait waited for the sum of bulk_reduce_add at "
+       "add:1"},
+      [&] {
+        const VisibleBuffers turns({sums.writable(), turn.writable()});
+        by_one_thread([&](char* shared) {
+          add(shared);
+          bulk_commit();
+          bulk_wait_read<0>();
+          semaphore_release(&turn[0], 1, at("pass"));
+        });
+      });
   expect_no_fault("a turn that is passed on after the sum", [&] {
     const VisibleBuffers turns({sums.writable(), turn.writable()});
     by_one_thread([&](char* shared) {
       add(shared);
       bulk_commit();
       bulk_wait<0>();
-      pass_turn(&turn[0], 1);
+      semaphore_release(&turn[0], 1);
     });
   });
   expect_fault("a sum in turn that may come before those of the turns before",
-               {"bulk_reduce_add at add:1: no fence_turn_for_copies since wait_for_turn"}, [&] {
+               {"bulk_reduce_add at add:1: no fence_turn_for_copies since semaphore_wait"}, [&] {
                  const VisibleBuffers turns({sums.writable(), turn.writable()});
                  by_one_thread([&](char* shared) {
                    fence_turn_for_copies();
-                   wait_for_turn(&turn[0], turn[0]);
+                   semaphore_wait(&turn[0], turn[0]);
                    add(shared);
                  });
                });
   expect_no_fault("a sum in turn", [&] {
     const VisibleBuffers turns({sums.writable(), turn.writable()});
     by_one_thread([&](char* shared) {
-      wait_for_turn(&turn[0], turn[0]);
+      semaphore_wait(&turn[0], turn[0]);
       fence_turn_for_copies();
       add(shared);
       bulk_commit();

@@ -180,22 +180,22 @@ void turns() {
   const VisibleBuffers buffers({turn.writable()});
   expect_fault(
       "a turn that nobody passes on",
-      {"deadlock: block (1, 0, 0)", "1 lanes wait_for_turn at wait:1", "sync_threads at after:1"},
+      {"deadlock: block (1, 0, 0)", "1 lanes semaphore_wait at wait:1", "sync_threads at after:1"},
       [&] {
         turn[0] = 0;
         emulator::run_grid({4, 1, 1}, 32, 0, [&](char*) {
-          if (thread_idx() == 0) wait_for_turn(turn.data(), block_idx().x, at("wait"));
+          if (thread_idx() == 0) semaphore_wait(turn.data(), block_idx().x, at("wait"));
           sync_threads(at("after"));
-          if (thread_idx() == 0 && block_idx().x != 0) pass_turn(turn.data(), 1);
+          if (thread_idx() == 0 && block_idx().x != 0) semaphore_release(turn.data(), 1);
         });
       });
   expect_fault("a turn that a later block has to pass on",
-               {"deadlock: block (", "wait_for_turn at wait:1"}, [&] {
+               {"deadlock: block (", "semaphore_wait at wait:1"}, [&] {
                  turn[0] = 3;
                  emulator::run_grid({4, 1, 1}, 32, 0, [&](char*) {
-                   if (thread_idx() == 0) wait_for_turn(turn.data(), block_idx().x, at("wait"));
+                   if (thread_idx() == 0) semaphore_wait(turn.data(), block_idx().x, at("wait"));
                    sync_threads(at("after"));
-                   if (thread_idx() == 0) pass_turn(turn.data(), block_idx().x - 1);
+                   if (thread_idx() == 0) semaphore_release(turn.data(), block_idx().x - 1);
                  });
                });
 }

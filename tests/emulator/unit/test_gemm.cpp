@@ -23,73 +23,73 @@ struct Gemm {
     static constexpr int kMinBlocks = 1;
     static constexpr int kSharedBytes = kStages * (kM + kN) * kSliceK * 2;
   };
-  struct Problem {
+  struct Params {
     const uint16_t* a;  // (kM, kK)
     const uint16_t* b;  // (kK, kN)
     float* c;           // (kM, kN)
     Mistake mistake;
   };
 
-  static SA_DEVICE void load_slice(const Problem& problem, char* stage, int slice) {
+  static SA_DEVICE void load_slice(const Params& params, char* stage, int slice) {
     // A slice has rows of two chunks: 32 rows of A, then 16 of B.
     for (int chunk = thread_idx(); chunk < (kM + kN) * 2; chunk += Config::kThreads) {
       const int row = chunk / 2;
       const int col = chunk % 2 * 8;
-      const uint16_t* source = row < kM ? problem.a + row * kK + slice * kSliceK + col
-                                        : problem.b + (slice * kSliceK + row - kM) * kN + col;
+      const uint16_t* source = row < kM ? params.a + row * kK + slice * kSliceK + col
+                                        : params.b + (slice * kSliceK + row - kM) * kN + col;
       cp_async_16(stage + chunk * 16, source, true);
     }
   }
 
-  static SA_DEVICE void multiply(const Problem& problem, const char* stage, float (&acc)[2][4]) {
+  static SA_DEVICE void multiply(const Params& params, const char* stage, float (&acc)[2][4]) {
     const int lane = lane_idx();
     const int row = warp_idx() * 16 + lane % 16;
     uint32_t a[4];
     ldmatrix_x4(a, stage + row * 32 + lane / 16 * 16);
     uint32_t b[4];  // matrices (k, n) in the order (0, 0), (8, 0), (0, 8), (8, 8)
     const char* b_row = stage + (kM + lane % 16) * 32 + lane / 16 * 16;
-    if (problem.mistake == Mistake::kNotTransposed) {
+    if (params.mistake == Mistake::kNotTransposed) {
       ldmatrix_x4(b, b_row);
     } else {
       ldmatrix_x4_trans(b, b_row);
     }
-    if (problem.mistake == Mistake::kRegistersOfA) std::swap(a[1], a[2]);
-    if (problem.mistake == Mistake::kRegistersOfB) std::swap(b[1], b[2]);
+    if (params.mistake == Mistake::kRegistersOfA) std::swap(a[1], a[2]);
+    if (params.mistake == Mistake::kRegistersOfB) std::swap(b[1], b[2]);
     for (int half = 0; half < 2; ++half) {
       const uint32_t pair[2] = {b[2 * half], b[2 * half + 1]};
       mma_m16n8k16<Element>(acc[half], a, pair);
     }
   }
 
-  static SA_DEVICE void store(const Problem& problem, const float (&acc)[2][4]) {
+  static SA_DEVICE void store(const Params& params, const float (&acc)[2][4]) {
     for (int half = 0; half < 2; ++half) {
       for (int i = 0; i < 4; ++i) {
-        const int from = problem.mistake == Mistake::kAccumulator ? (i ^ 3) : i;
+        const int from = params.mistake == Mistake::kAccumulator ? (i ^ 3) : i;
         const int row = warp_idx() * 16 + lane_idx() / 4 + i / 2 * 8;
         const int col = half * 8 + lane_idx() % 4 * 2 + i % 2;
-        store_global(problem.c + row * kN + col, acc[half][from]);
+        store_global(params.c + row * kN + col, acc[half][from]);
       }
     }
   }
 
-  static SA_DEVICE void run(const Problem& problem, char* shared) {
+  static SA_DEVICE void run(const Params& params, char* shared) {
     const auto stage = [&](int slice) {
       return shared + slice % kStages * (Config::kSharedBytes / kStages);
     };
-    load_slice(problem, stage(0), 0);
+    load_slice(params, stage(0), 0);
     cp_async_commit();
     float acc[2][4] = {};
     for (int slice = 0; slice < kK / kSliceK; ++slice) {
-      if (slice + 1 < kK / kSliceK) load_slice(problem, stage(slice + 1), slice + 1);
+      if (slice + 1 < kK / kSliceK) load_slice(params, stage(slice + 1), slice + 1);
       cp_async_commit();
-      if (problem.mistake != Mistake::kStage) cp_async_wait<1>();
-      if (problem.mistake == Mistake::kStage) cp_async_wait<2>();
+      if (params.mistake != Mistake::kStage) cp_async_wait<1>();
+      if (params.mistake == Mistake::kStage) cp_async_wait<2>();
       sync_threads();
-      multiply(problem, stage(slice), acc);
+      multiply(params, stage(slice), acc);
       sync_threads();
     }
     cp_async_wait<0>();
-    store(problem, acc);
+    store(params, acc);
   }
 };
 

@@ -40,8 +40,9 @@ SA_SUITE(emulated_global_faults) {
                [&] { run_warp([&](char*) { store_global(&in[2], 1.0f, at("write")); }); });
   expect_fault("an atomic_add to an input", {"atomic_add at add:1: a write to read-only in"},
                [&] { run_warp([&](char*) { atomic_add(&in[2], 1.0f, at("add")); }); });
-  expect_fault("a turn passed in a read-only buffer", {"pass_turn at pass:1: a write to read-only"},
-               [&] { run_warp([&](char*) { pass_turn(turn.data(), 1, at("pass")); }); });
+  expect_fault("a turn passed in a read-only buffer",
+               {"semaphore_release at pass:1: a write to read-only"},
+               [&] { run_warp([&](char*) { semaphore_release(turn.data(), 1, at("pass")); }); });
   expect_fault(
       "a misaligned read",
       {"load_global at read:1: a read that is not aligned to 16 bytes, nearest to in (400 "

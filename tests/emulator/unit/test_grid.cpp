@@ -19,16 +19,16 @@ struct IndexKernel {
     static constexpr int kMinBlocks = 1;
     static constexpr int kSharedBytes = 0;
   };
-  struct Problem {
+  struct Params {
     std::multiset<std::tuple<int, int, int, int>>* seen;
   };
-  static SA_DEVICE void run(const Problem& problem, char*) {
+  static SA_DEVICE void run(const Params& params, char*) {
     const Index3 at = block_idx();
     const Index3 grid = grid_dim();
     check(grid.x == 3 && grid.y == 2 && grid.z == 4, "grid_dim");
     const int warp = warp_idx();
     check(lane_idx() == thread_idx() % 32 && warp == thread_idx() / 32, "lane and warp");
-    problem.seen->insert({at.x, at.y, at.z, thread_idx()});
+    params.seen->insert({at.x, at.y, at.z, thread_idx()});
   }
 };
 
@@ -119,14 +119,14 @@ void check_turns() {
     VisibleBuffers buffers({turn.writable(), value.writable()});
     emulator::run_grid({4, 2, 1}, 64, 0, [&](char*) {
       const int block = block_idx().x + 4 * block_idx().y;
-      if (thread_idx() == 0) wait_for_turn(turn.data(), block);
+      if (thread_idx() == 0) semaphore_wait(turn.data(), block);
       sync_threads();
       if (thread_idx() == 33) {
         const auto mine = static_cast<float>(block);
         store_global(value.data(), load_global(value.data()) * 2 + mine);
       }
       sync_threads();
-      if (thread_idx() == 0) pass_turn(turn.data(), block + 1);
+      if (thread_idx() == 0) semaphore_release(turn.data(), block + 1);
     });
     float expected = 1;
     for (int block = 0; block < 8; ++block) expected = expected * 2 + static_cast<float>(block);

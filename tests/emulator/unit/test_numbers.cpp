@@ -4,7 +4,7 @@
 #include <random>
 
 #include "emulated.h"
-#include "primitives/widen.h"
+#include "primitives/upcast.h"
 
 namespace sink_attention::tests {
 namespace {
@@ -84,7 +84,7 @@ void check_widening(const char* name) {
     uint32_t four = 0;
     memcpy(&four, bytes, sizeof(four));
     uint32_t pairs[2];
-    widen<Stored>(four, pairs[0], pairs[1]);
+    upcast<Stored>(four, pairs[0], pairs[1]);
     for (int i = 0; i < 4; ++i) {
       Stored stored;
       memcpy(&stored, &bytes[i], 1);

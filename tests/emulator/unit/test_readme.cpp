@@ -9,16 +9,16 @@ struct Reverse {
   struct Config {
     static constexpr int kThreads = 64, kMinBlocks = 1, kSharedBytes = 64 * sizeof(float);
   };
-  struct Problem {
+  struct Params {
     const float* in;
     float* out;
   };
-  static SA_DEVICE void run(const Problem& problem, char* shared) {
+  static SA_DEVICE void run(const Params& params, char* shared) {
     auto* row = reinterpret_cast<float*>(shared);
-    store_shared(row + thread_idx(), load_global(problem.in + thread_idx()));
+    store_shared(row + thread_idx(), load_global(params.in + thread_idx()));
     if (kBarrier) sync_threads();
     if (!kBarrier) sync_warp();
-    store_global(problem.out + thread_idx(), load_shared(row + 63 - thread_idx()));
+    store_global(params.out + thread_idx(), load_shared(row + 63 - thread_idx()));
   }
 };
 

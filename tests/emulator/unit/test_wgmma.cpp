@@ -189,8 +189,8 @@ void check_product(Swizzle a_swizzle, Swizzle b_swizzle) {
     uint32_t registers[kDepth / kStep][4];
     for (int k = 0; k < kDepth; k += kStep) registers_of<Element>(a, k, registers[k / kStep]);
     for (int round = 0; round < 2; ++round) {
-      wgmma_hold(acc);
-      wgmma_fence();
+      warpgroup_fence_operand(acc);
+      warpgroup_arrive();
       for (int k = 0; k < kDepth; k += kStep) {
         const bool accumulate = k > 0 || round > 0;
         const uint64_t b_operand = b_slabs.operand(kMajorB, shared, 0, k);
@@ -203,7 +203,7 @@ void check_product(Swizzle a_swizzle, Swizzle b_swizzle) {
       }
       wgmma_commit();
       wgmma_wait<0>();
-      wgmma_hold(acc);
+      warpgroup_fence_operand(acc);
     }
     check_accumulators(name.c_str(), acc, expected);
   });
@@ -266,7 +266,7 @@ void check_groups() {
                                                b_slabs.mn_major(shared, 0, 0), accumulate);
       wgmma_commit();
     };
-    wgmma_fence();
+    warpgroup_arrive();
     start(first, false);
     start(second, false);
     start(first, true);
@@ -274,7 +274,7 @@ void check_groups() {
     check_accumulators("the second group's", second, product);
     wgmma_wait<0>();
     check_accumulators("the first and third group's", first, doubled);
-    wgmma_fence();
+    warpgroup_arrive();
     start(second, true);
     wgmma_commit();  // an empty group
     wgmma_wait<1>();
@@ -310,7 +310,7 @@ void check_order_of_sums() {
     fence_proxy_async();
     sync_threads();
     float wide[16][4], narrow[3][4];
-    wgmma_fence();
+    warpgroup_arrive();
     for (int k = 0; k < 64; k += 16) {
       const uint64_t left = a_slabs.k_major(shared, 0, k);
       const uint64_t right = b_slabs.mn_major(shared, k, 0);
@@ -339,7 +339,7 @@ void check_special_numbers(const char* name, std::initializer_list<uint16_t> bit
       const uint32_t column = lane_idx() % 4 == 0 ? number : 0;
       const uint32_t a[4] = {column, column, 0, 0};
       float acc[1][4];
-      wgmma_fence();
+      warpgroup_arrive();
       wgmma_rs<Element, Major::kK>(acc, a, ones.k_major(shared, 0, 0), false);
       wgmma_commit();
       wgmma_wait<0>();

@@ -12,7 +12,7 @@ void expect_refused(const char* name, const char* what, const std::function<void
   expect_fault(name, {message.c_str(), "a product that was not waited for"}, [&] {
     run_filled([&](char* shared) {
       Acc acc;
-      wgmma_fence();
+      warpgroup_arrive();
       start(acc, shared);
       wgmma_commit();
       use(acc[1][2]);
@@ -39,15 +39,15 @@ void uses_before_the_wait() {
     const uint32_t a[4] = {}, b[2] = {};
     mma_m16n8k16<Element>(acc, a, b, at("use"));
   });
-  expect_refused("held", "wgmma_hold", [](float x) {
+  expect_refused("held", "warpgroup_fence_operand", [](float x) {
     float acc[1][4] = {{x, 0, 0, 0}};
-    wgmma_hold(acc, at("use"));
+    warpgroup_fence_operand(acc, at("use"));
   });
   expect_fault("stored to shared memory beside others",
                {"store_shared at use:1: uses accumulators of wgmma_ss at product:1"}, [] {
                  run_filled([](char* shared) {
                    Acc acc;
-                   wgmma_fence();
+                   warpgroup_arrive();
                    start(acc, shared);
                    wgmma_commit();
                    const Float4 four{0, 0, 0, acc[0][0]};
@@ -58,7 +58,7 @@ void uses_before_the_wait() {
                {"pack at use:1: uses accumulators of wgmma_ss at product:1"}, [] {
                  run_filled([](char* shared) {
                    Acc first, second;
-                   wgmma_fence();
+                   warpgroup_arrive();
                    start(first, shared);
                    wgmma_commit();
                    start(second, shared);
@@ -77,7 +77,7 @@ void registers_changed() {
                [] {
                  run_filled([](char* shared) {
                    Acc acc;
-                   wgmma_fence();
+                   warpgroup_arrive();
                    start(acc, shared);
                    wgmma_commit();
                    if (thread_idx() == 77) acc[3][3] = 0.0f;
@@ -90,7 +90,7 @@ void registers_changed() {
         run_filled([](char* shared) {
           Acc acc;
           Registers a = {};
-          wgmma_fence();
+          warpgroup_arrive();
           start(acc, a, shared);
           wgmma_commit();
           if (thread_idx() == 77) a[2] = 1;
@@ -102,7 +102,7 @@ void registers_changed() {
                [] {
                  run_filled([](char* shared) {
                    float acc[2 * kTilesN][4];
-                   wgmma_fence();
+                   warpgroup_arrive();
                    start(reinterpret_cast<Acc&>(acc), shared);
                    wgmma_ss<Element, Major::kK, Major::kK>(
                        acc, operand(shared, 0), operand(shared, 4096), false, at("wide"));
@@ -111,19 +111,20 @@ void registers_changed() {
 }
 
 void fences_and_commits() {
-  expect_fault("no fence at all",
-               {"wgmma_ss at product:1: no wgmma_fence comes before the warpgroup's first product"},
-               [] {
-                 run_filled([](char* shared) {
-                   Acc acc;
-                   start(acc, shared);
-                 });
-               });
+  expect_fault(
+      "no fence at all",
+      {"wgmma_ss at product:1: no warpgroup_arrive comes before the warpgroup's first product"},
+      [] {
+        run_filled([](char* shared) {
+          Acc acc;
+          start(acc, shared);
+        });
+      });
   expect_fault("no fence after a wait",
-               {"wgmma_ss at product:1: no wgmma_fence has come since a wait gave these"}, [] {
+               {"wgmma_ss at product:1: no warpgroup_arrive has come since a wait gave these"}, [] {
                  run_filled([](char* shared) {
                    Acc acc;
-                   wgmma_fence();
+                   warpgroup_arrive();
                    start(acc, shared);
                    wgmma_commit();
                    wgmma_wait<0>();
@@ -131,11 +132,12 @@ void fences_and_commits() {
                  });
                });
   expect_fault("no fence after operand A is packed",
-               {"wgmma_rs at product:1: no wgmma_fence has come since operand A was packed"}, [] {
+               {"wgmma_rs at product:1: no warpgroup_arrive has come since operand A was packed"},
+               [] {
                  run_filled([](char* shared) {
                    Acc acc;
                    Registers a;
-                   wgmma_fence();
+                   warpgroup_arrive();
                    for (int i = 0; i < 4; ++i) a[i] = pack<Element>(thread_idx(), i);
                    start(acc, a, shared);
                  });
@@ -146,7 +148,7 @@ void fences_and_commits() {
                [] {
                  run_filled([](char* shared) {
                    Acc acc;
-                   wgmma_fence();
+                   warpgroup_arrive();
                    start(acc, shared);
                    wgmma_wait<0>();
                    pack<Element>(acc[0][0], acc[0][1], at("use"));
@@ -155,7 +157,7 @@ void fences_and_commits() {
   expect_fault("no wait", {"wgmma_ss at product:1: the thread ended before it waited"}, [] {
     run_filled([](char* shared) {
       Acc acc;
-      wgmma_fence();
+      warpgroup_arrive();
       start(acc, shared);
       wgmma_commit();
     });
@@ -163,7 +165,7 @@ void fences_and_commits() {
   expect_fault("neither commit nor use", {"wgmma_ss at product:1: the thread ended"}, [] {
     run_filled([](char* shared) {
       Acc acc;
-      wgmma_fence();
+      warpgroup_arrive();
       start(acc, shared);
       wgmma_wait<0>();
     });
@@ -175,7 +177,7 @@ void warpgroups() {
                [] {
                  run_filled([](char* shared) {
                    Acc acc;
-                   wgmma_fence();
+                   warpgroup_arrive();
                    start(acc, shared, thread_idx() >= 64);
                  });
                });
@@ -183,32 +185,33 @@ void warpgroups() {
       "another descriptor", {"wgmma_ss at product:1: thread 9 comes with another desc"}, [] {
         run_filled([](char* shared) {
           Acc acc;
-          wgmma_fence();
+          warpgroup_arrive();
           wgmma_ss<Element, Major::kK, Major::kK>(acc, operand(shared, 0),
                                                   operand(shared, thread_idx() == 9 ? 4096 : 8192),
                                                   false, at("product"));
         });
       });
   expect_fault(
-      "two places", {"lanes of a warpgroup part", "wgmma_fence at one:1", "at other:1"},
-      [] { run_filled([](char*) { wgmma_fence(warp_idx() == 2 ? at("one") : at("other")); }); });
-  expect_fault("a warp that does not come",
-               {"deadlock", "warp 0: 32 lanes wgmma_fence at fence:1", "warp 3: 32 lanes done"},
-               [] {
-                 run_filled([](char*) {
-                   if (warp_idx() != 3) wgmma_fence(at("fence"));
-                 });
-               });
+      "two places", {"lanes of a warpgroup part", "warpgroup_arrive at one:1", "at other:1"}, [] {
+        run_filled([](char*) { warpgroup_arrive(warp_idx() == 2 ? at("one") : at("other")); });
+      });
+  expect_fault(
+      "a warp that does not come",
+      {"deadlock", "warp 0: 32 lanes warpgroup_arrive at fence:1", "warp 3: 32 lanes done"}, [] {
+        run_filled([](char*) {
+          if (warp_idx() != 3) warpgroup_arrive(at("fence"));
+        });
+      });
   expect_fault("part of a warpgroup",
-               {"wgmma_fence at fence:1: a warpgroup is 4 warps, and only 64 threads"}, [] {
+               {"warpgroup_arrive at fence:1: a warpgroup is 4 warps, and only 64 threads"}, [] {
                  run_block(192, 0, [](char*) {
-                   if (warp_idx() >= 4) wgmma_fence(at("fence"));
+                   if (warp_idx() >= 4) warpgroup_arrive(at("fence"));
                  });
                });
   expect_no_fault("a launch after faults", [] {
     run_filled([](char* shared) {
       Acc acc;
-      wgmma_fence();
+      warpgroup_arrive();
       start(acc, shared);
       wgmma_commit();
       wgmma_wait<0>();

@@ -42,8 +42,8 @@ struct Product {
       }
       float acc[1][4];
       for (int i = 0; i < 4; ++i) acc[0][i] = c[row + i / 2 * 8][col + i % 2];
-      wgmma_hold(acc);
-      wgmma_fence();
+      warpgroup_fence_operand(acc);
+      warpgroup_arrive();
       const uint64_t operand = matrix_descriptor(shared, 128, 128, Swizzle::kNone);
       for (int step = 0; step < steps; ++step) {
         wgmma_rs<Float8E4M3, Major::kK>(acc, registers, operand, true);

@@ -8,7 +8,7 @@ namespace {
 void shared_operands() {
   const auto product = [](char* shared) {
     Acc acc;
-    wgmma_fence();
+    warpgroup_arrive();
     start(acc, shared);
     wgmma_commit();
     wgmma_wait<0>();
@@ -59,7 +59,7 @@ void shared_operands() {
                [] {
                  run_filled([](char* shared) {
                    Acc acc;
-                   wgmma_fence();
+                   warpgroup_arrive();
                    start(acc, shared);
                    wgmma_commit();
                    if (thread_idx() == 50) {
@@ -80,7 +80,7 @@ void shared_operands() {
                    }
                    if (warp_idx() < 4) {
                      Acc acc;
-                     wgmma_fence();
+                     warpgroup_arrive();
                      start(acc, shared);
                      wgmma_commit();
                      wgmma_wait<0>();
@@ -101,7 +101,7 @@ void shared_operands() {
       for (int round = 0; round < 2; ++round) {
         if (warp_idx() < 4) {
           Acc acc;
-          wgmma_fence();
+          warpgroup_arrive();
           start(acc, shared);
           wgmma_commit();
           if (early && round == 1 && thread_idx() == 37) mbarrier_arrive(empty);
@@ -121,7 +121,7 @@ void shared_operands() {
   expect_no_fault("an operand written after the wait", [] {
     run_filled([](char* shared) {
       Acc acc;
-      wgmma_fence();
+      warpgroup_arrive();
       start(acc, shared);
       wgmma_commit();
       wgmma_wait<0>();
@@ -155,7 +155,7 @@ void descriptors() {
     return [a] {
       run_filled([a](char* shared) {
         Acc acc;
-        wgmma_fence();
+        warpgroup_arrive();
         wgmma_ss<Element, Major::kK, Major::kK>(acc, operand(shared, 0) + a, operand(shared, 8192),
                                                 false, at("product"));
       });

@@ -22,7 +22,7 @@ namespace sink_attention::cuda::simt {
 template <class Tiles>
 struct FlashBwdDkDvKernel {
   using Real = typename Tiles::Real;
-  using Problem = FlashBwdKernelProblem<Real>;
+  using Params = FlashBwdKernelParams<Real>;
   static constexpr int kBlockM = Tiles::kBlockM;       // keys
   static constexpr int kBlockN = Tiles::kBlockN;       // query rows
   static constexpr int kKeys = kBlockM / kThreadRows;  // of a thread
@@ -46,45 +46,45 @@ struct FlashBwdDkDvKernel {
   };
   static_assert(Config::kSharedBytes <= 99 * 1024, "what compute capability 8.6 has for a block");
 
-  static SA_DEVICE void run(const Problem& kernel_problem, char* shared) {
-    const attention::FlashBwdProblem& bwd = kernel_problem.problem;
-    const attention::FlashFwdProblem& problem = bwd.fwd;
+  static SA_DEVICE void run(const Params& kernel_params, char* shared) {
+    const attention::FlashBwdParams& bwd = kernel_params.bwd;
+    const attention::FlashFwdParams& params = bwd.fwd;
     SharedStorage& storage = *reinterpret_cast<SharedStorage*>(shared);
-    const BlockPlace place = place_of_block(problem, kernel_problem.num_tiles);
-    const PackedRows rows = packed_rows(problem, place.batch_idx, place.kv_head);
+    const BlockPlace place = place_of_block(params, kernel_params.num_tiles);
+    const PackGqa rows = pack_gqa(params, place.batch_idx, place.kv_head);
     const int key_begin = place.tile * kBlockM;
     const int key_end =
         static_cast<int>(attention::min_of(key_begin + kBlockM, rows.info.seqlen_k));
     if (key_begin >= key_end) return;
 
-    const attention::Mask mask = attention::make_mask(problem, rows.info);
+    const attention::Mask mask = attention::make_mask(params, rows.info);
     const int num_sink_tokens = static_cast<int>(mask.num_sink_tokens);
     const attention::Range queries = mask.visible_queries(key_begin, key_end);
-    const int first_row = static_cast<int>(queries.begin) * rows.group;
-    const int last_row = static_cast<int>(queries.end) * rows.group;
+    const int first_row = static_cast<int>(queries.begin) * rows.qhead_per_khead;
+    const int last_row = static_cast<int>(queries.end) * rows.qhead_per_khead;
     // Through shuffles, so that the compiler knows that all lanes go round together: they come to
     // sync_warp.
     const int block_begin = primitives::shfl(first_row / kBlockN, 0);
     const int block_end = primitives::shfl(
         first_row < last_row ? (last_row + kBlockN - 1) / kBlockN : block_begin, 0);
     const QuerySource<Real> q =
-        query_source<Real>(rows, problem.q, problem.q_stride_batch, problem.q_stride_row,
-                           problem.q_stride_head, problem.head_dim);
+        query_source<Real>(rows, params.q, params.q_stride_batch, params.q_stride_row,
+                           params.q_stride_head, params.head_dim);
     const QuerySource<Real> dout =
         query_source<Real>(rows, bwd.dout, bwd.dout_stride_batch, bwd.dout_stride_row,
-                           bwd.dout_stride_head, problem.head_dim_v);
+                           bwd.dout_stride_head, params.head_dim_v);
 
     const attention::KeySet readable{0, {key_begin, key_end}};
     load_tile(storage.k,
-              k_source<Real>(problem, place.batch_idx, rows.info, place.kv_head, readable),
+              k_source<Real>(params, place.batch_idx, rows.info, place.kv_head, readable),
               key_begin, 0);
     load_tile(storage.v,
-              v_source<Real>(problem, place.batch_idx, rows.info, place.kv_head, readable),
+              v_source<Real>(params, place.batch_idx, rows.info, place.kv_head, readable),
               key_begin, 0);
     Stream stream(storage.queries, q, dout);
     stream.start({0, block_begin, block_end});
 
-    const ScoreScale<Real> scale = score_scale<Real>(problem);
+    const ScoreScale<Real> scale = score_scale<Real>(params);
     Output dk = {};
     Output dv = {};
     bool adds = false;
@@ -94,7 +94,7 @@ struct FlashBwdDkDvKernel {
         adds = true;
       }
       // The facts of the block before were last read before the barriers of its last pass over q.
-      storage.facts.fill(kernel_problem, mask, rows, block * kBlockN);
+      storage.facts.fill(kernel_params, mask, rows, block * kBlockN);
       Scores s = {};
       Scores dp = {};
       // The first call's barrier also lets all threads read k, v and the rows' facts, and write
@@ -143,7 +143,7 @@ struct FlashBwdDkDvKernel {
   }
 
   // Adds the sums to those of other rows, if there are any, and clears them.
-  static SA_DEVICE void store_sums(const attention::FlashBwdProblem& bwd, const PackedRows& rows,
+  static SA_DEVICE void store_sums(const attention::FlashBwdParams& bwd, const PackGqa& rows,
                                    int key_begin, int key_end, Output& dk, Output& dv, bool adds) {
     store_gradient(static_cast<Real*>(bwd.dk), rows, key_begin, key_end, bwd.dk_stride_batch,
                    bwd.dk_stride_row, bwd.dk_stride_head, bwd.fwd.head_dim, dk,
@@ -173,7 +173,7 @@ struct FlashBwdDkDvKernel {
     store_scores(weights, storage.weights);
   }
 
-  static SA_DEVICE void store_gradient(Real* gradient, const PackedRows& rows, int key_begin,
+  static SA_DEVICE void store_gradient(Real* gradient, const PackGqa& rows, int key_begin,
                                        int key_end, int64_t stride_batch, int64_t stride_row,
                                        int64_t stride_head, int64_t dim, const Output& sums,
                                        Real factor, bool adds) {

@@ -17,7 +17,7 @@ namespace sink_attention::cuda::simt {
 template <class Tiles>
 struct FlashBwdDqKernel {
   using Real = typename Tiles::Real;
-  using Problem = FlashBwdKernelProblem<Real>;
+  using Params = FlashBwdKernelParams<Real>;
   static constexpr int kBlockM = Tiles::kBlockM;
   static constexpr int kBlockN = Tiles::kBlockN;
   static constexpr int kRows = kBlockM / kThreadRows;  // of a thread
@@ -41,39 +41,39 @@ struct FlashBwdDqKernel {
   };
   static_assert(Config::kSharedBytes <= 99 * 1024, "what compute capability 8.6 has for a block");
 
-  static SA_DEVICE void run(const Problem& kernel_problem, char* shared) {
-    const attention::FlashBwdProblem& bwd = kernel_problem.problem;
-    const attention::FlashFwdProblem& problem = bwd.fwd;
+  static SA_DEVICE void run(const Params& kernel_params, char* shared) {
+    const attention::FlashBwdParams& bwd = kernel_params.bwd;
+    const attention::FlashFwdParams& params = bwd.fwd;
     SharedStorage& storage = *reinterpret_cast<SharedStorage*>(shared);
-    const BlockPlace place = place_of_block(problem, kernel_problem.num_tiles);
-    const PackedRows rows = packed_rows(problem, place.batch_idx, place.kv_head);
+    const BlockPlace place = place_of_block(params, kernel_params.num_tiles);
+    const PackGqa rows = pack_gqa(params, place.batch_idx, place.kv_head);
     const int row_begin = place.tile * kBlockM;
     if (row_begin >= rows.num_rows) return;
 
-    const attention::Mask mask = attention::make_mask(problem, rows.info);
+    const attention::Mask mask = attention::make_mask(params, rows.info);
     const int num_sink_tokens = static_cast<int>(mask.num_sink_tokens);
     const int row_end = static_cast<int>(attention::min_of(row_begin + kBlockM, rows.num_rows));
     const attention::KeySet visible =
         mask.visible_keys(rows.position(row_begin), rows.position(row_end - 1) + 1);
     const KeySource<Real> k =
-        k_source<Real>(problem, place.batch_idx, rows.info, place.kv_head, visible);
+        k_source<Real>(params, place.batch_idx, rows.info, place.kv_head, visible);
     const KeySource<Real> v =
-        v_source<Real>(problem, place.batch_idx, rows.info, place.kv_head, visible);
+        v_source<Real>(params, place.batch_idx, rows.info, place.kv_head, visible);
     const auto blocks = attention::blocks_of(visible, kBlockN);
 
     load_tile(storage.q,
-              query_source<Real>(rows, problem.q, problem.q_stride_batch, problem.q_stride_row,
-                                 problem.q_stride_head, problem.head_dim),
+              query_source<Real>(rows, params.q, params.q_stride_batch, params.q_stride_row,
+                                 params.q_stride_head, params.head_dim),
               row_begin, 0);
     load_tile(storage.dout,
               query_source<Real>(rows, bwd.dout, bwd.dout_stride_batch, bwd.dout_stride_row,
-                                 bwd.dout_stride_head, problem.head_dim_v),
+                                 bwd.dout_stride_head, params.head_dim_v),
               row_begin, 0);
-    storage.facts.fill(kernel_problem, mask, rows, row_begin);
+    storage.facts.fill(kernel_params, mask, rows, row_begin);
     Stream stream(storage.keys, k, v);
     stream.start(blocks);
 
-    const ScoreScale<Real> scale = score_scale<Real>(problem);
+    const ScoreScale<Real> scale = score_scale<Real>(params);
     Output dq = {};
     int sum = sum_of_block<Real>(blocks.block(0));
     bool adds = false;
@@ -121,7 +121,7 @@ struct FlashBwdDqKernel {
   }
 
   // Adds the sums to those of other keys, if there are any, and clears them.
-  static SA_DEVICE void store_sums(const attention::FlashBwdProblem& bwd, const PackedRows& rows,
+  static SA_DEVICE void store_sums(const attention::FlashBwdParams& bwd, const PackGqa& rows,
                                    int row_begin, Output& dq, bool adds) {
     const bool in_vectors = is_aligned(bwd.dq, sizeof(Real), bwd.dq_stride_batch, bwd.dq_stride_row,
                                        bwd.dq_stride_head);

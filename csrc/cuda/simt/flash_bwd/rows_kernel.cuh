@@ -6,17 +6,17 @@
 
 #include <cmath>
 
+#include "cuda/device/element.cuh"
+#include "cuda/device/pack_gqa.cuh"
 #include "cuda/simt/scores.cuh"
-#include "cuda/tile/number.cuh"
-#include "cuda/tile/packed_rows.cuh"
 #include "primitives/cta.h"
 #include "primitives/memory.h"
 
 namespace sink_attention::cuda::simt {
 
 template <class Real>
-struct FlashBwdRowsProblem {
-  attention::FlashBwdProblem problem;
+struct FlashBwdRowsParams {
+  attention::FlashBwdParams bwd;
   Real* delta;    // [num_heads_q][total_q]
   int num_tiles;  // of rows, of the longest sequence
 };
@@ -24,7 +24,7 @@ struct FlashBwdRowsProblem {
 // One block a tile of 64 packed rows; the 16 lanes of a row take its numbers in turns.
 template <class Real>
 struct FlashBwdDeltaKernel {
-  using Problem = FlashBwdRowsProblem<Real>;
+  using Params = FlashBwdRowsParams<Real>;
   static constexpr int kBlockM = 64;
   struct Config {
     static constexpr int kThreads = simt::kThreads;
@@ -32,11 +32,11 @@ struct FlashBwdDeltaKernel {
     static constexpr int kSharedBytes = 0;
   };
 
-  static SA_DEVICE void run(const Problem& kernel_problem, char*) {
-    const attention::FlashBwdProblem& bwd = kernel_problem.problem;
-    const attention::FlashFwdProblem& problem = bwd.fwd;
-    const BlockPlace place = place_of_block(problem, kernel_problem.num_tiles);
-    const PackedRows rows = packed_rows(problem, place.batch_idx, place.kv_head);
+  static SA_DEVICE void run(const Params& kernel_params, char*) {
+    const attention::FlashBwdParams& bwd = kernel_params.bwd;
+    const attention::FlashFwdParams& params = bwd.fwd;
+    const BlockPlace place = place_of_block(params, kernel_params.num_tiles);
+    const PackGqa rows = pack_gqa(params, place.batch_idx, place.kv_head);
     const int row_begin = place.tile * kBlockM;
     if (row_begin >= rows.num_rows) return;
     // All lanes go round together, as the compiler sees: they come to shuffles.
@@ -45,13 +45,13 @@ struct FlashBwdDeltaKernel {
       const bool exists = row < rows.num_rows;
       Real sum = Real(0);
       if (exists) {
-        const Real* out = static_cast<const Real*>(problem.out) +
-                          rows.offset(row, problem.out_stride_batch, problem.out_stride_row,
-                                      problem.out_stride_head);
+        const Real* out = static_cast<const Real*>(params.out) +
+                          rows.offset(row, params.out_stride_batch, params.out_stride_row,
+                                      params.out_stride_head);
         const Real* dout =
             static_cast<const Real*>(bwd.dout) +
             rows.offset(row, bwd.dout_stride_batch, bwd.dout_stride_row, bwd.dout_stride_head);
-        for (int d = thread_x(); d < static_cast<int>(problem.head_dim_v); d += kThreadCols) {
+        for (int d = thread_x(); d < static_cast<int>(params.head_dim_v); d += kThreadCols) {
           sum += primitives::load_global(out + d) * primitives::load_global(dout + d);
         }
       }
@@ -63,7 +63,7 @@ struct FlashBwdDeltaKernel {
             rows.offset(row, bwd.dlse_stride_batch, bwd.dlse_stride_row, bwd.dlse_stride_head));
       }
       primitives::store_global(
-          kernel_problem.delta + rows.lse_offset(row, problem.seqlen_q, problem.total_q), sum);
+          kernel_params.delta + rows.lse_offset(row, params.seqlen_q, params.total_q), sum);
     }
   }
 };
@@ -72,25 +72,25 @@ struct FlashBwdDeltaKernel {
 // threads are folded onto each other: the order is fixed.
 template <class Real>
 struct FlashBwdSinkKernel {
-  using Problem = FlashBwdRowsProblem<Real>;
+  using Params = FlashBwdRowsParams<Real>;
   struct Config {
     static constexpr int kThreads = simt::kThreads;
     static constexpr int kMinBlocks = 1;
     static constexpr int kSharedBytes = kThreads * sizeof(double);
   };
 
-  static SA_DEVICE void run(const Problem& kernel_problem, char* shared) {
-    const attention::FlashFwdProblem& problem = kernel_problem.problem.fwd;
+  static SA_DEVICE void run(const Params& kernel_params, char* shared) {
+    const attention::FlashFwdParams& params = kernel_params.bwd.fwd;
     double* sums = reinterpret_cast<double*>(shared);
     const int head = primitives::block_idx().x;
     const int thread = primitives::thread_idx();
     // In the precision that the forward reads it in, so that a row without keys has a weight of 1.
     const double sink =
-        static_cast<double>(load_number<Real>(problem.s_aux, problem.s_aux_dtype, head));
+        static_cast<double>(load_element<Real>(params.s_aux, params.s_aux_dtype, head));
     double sum = 0;
     if (sink != attention::negative_infinity<double>()) {
-      for (int batch_idx = 0; batch_idx < static_cast<int>(problem.batch); ++batch_idx) {
-        sum += sum_of_sequence(kernel_problem, batch_idx, head, sink);
+      for (int batch_idx = 0; batch_idx < static_cast<int>(params.batch); ++batch_idx) {
+        sum += sum_of_sequence(kernel_params, batch_idx, head, sink);
       }
     }
     for (int half = kThreads / 2; half > 0; half /= 2) {
@@ -99,18 +99,18 @@ struct FlashBwdSinkKernel {
       if (thread < half) sum += primitives::load_shared(sums + thread + half);
       primitives::sync_threads();  // and read: the next round overwrites them
     }
-    if (thread == 0) store_sum(kernel_problem.problem, head, sum);
+    if (thread == 0) store_sum(kernel_params.bwd, head, sum);
   }
 
-  static SA_DEVICE double sum_of_sequence(const Problem& kernel_problem, int batch_idx, int head,
+  static SA_DEVICE double sum_of_sequence(const Params& kernel_params, int batch_idx, int head,
                                           double sink) {
-    const attention::FlashFwdProblem& problem = kernel_problem.problem.fwd;
-    const attention::SeqlenInfo info = attention::seqlen_info(problem, batch_idx);
-    const Real* lse = static_cast<const Real*>(problem.lse) +
-                      info.q_batch * problem.lse_stride_batch + head * problem.lse_stride_head +
+    const attention::FlashFwdParams& params = kernel_params.bwd.fwd;
+    const attention::SeqlenInfo info = attention::seqlen_info(params, batch_idx);
+    const Real* lse = static_cast<const Real*>(params.lse) +
+                      info.q_batch * params.lse_stride_batch + head * params.lse_stride_head +
                       info.q_row;
-    const Real* delta = kernel_problem.delta + head * problem.total_q +
-                        info.q_batch * problem.seqlen_q + info.q_row;
+    const Real* delta =
+        kernel_params.delta + head * params.total_q + info.q_batch * params.seqlen_q + info.q_row;
     double sum = 0;
     for (int64_t i = primitives::thread_idx(); i < info.seqlen_q; i += kThreads) {
       const double row_lse = static_cast<double>(primitives::load_global(lse + i));
@@ -121,16 +121,16 @@ struct FlashBwdSinkKernel {
     return sum;
   }
 
-  static SA_DEVICE void store_sum(const attention::FlashBwdProblem& problem, int head, double sum) {
-    switch (problem.fwd.s_aux_dtype) {
+  static SA_DEVICE void store_sum(const attention::FlashBwdParams& params, int head, double sum) {
+    switch (params.fwd.s_aux_dtype) {
       case attention::DataType::kFloat64:
-        return store_as<double>(problem.ds_aux, head, sum);
+        return store_as<double>(params.ds_aux, head, sum);
       case attention::DataType::kFloat32:
-        return store_as<float>(problem.ds_aux, head, sum);
+        return store_as<float>(params.ds_aux, head, sum);
       case attention::DataType::kFloat16:
-        return store_as<attention::Float16>(problem.ds_aux, head, sum);
+        return store_as<attention::Float16>(params.ds_aux, head, sum);
       default:
-        return store_as<attention::BFloat16>(problem.ds_aux, head, sum);
+        return store_as<attention::BFloat16>(params.ds_aux, head, sum);
     }
   }
   template <class Element>

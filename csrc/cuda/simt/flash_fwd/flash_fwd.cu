@@ -6,43 +6,43 @@ namespace sink_attention::cuda {
 namespace {
 
 template <class Kernel>
-int64_t tiles_of(const attention::FlashFwdProblem& problem) {
-  const int64_t rows = problem.seqlen_q * (problem.num_heads_q / problem.num_heads_kv);
+int64_t tiles_of(const attention::FlashFwdParams& params) {
+  const int64_t rows = params.seqlen_q * (params.num_heads_q / params.num_heads_kv);
   return simt::divide_up(rows, Kernel::kBlockM);
 }
 
 template <class Real>
-void check(const attention::FlashFwdProblem& problem) {
-  if (problem.num_heads_q == 0) return;
-  simt::with_head_dim(problem, [&](auto head_dim) {
+void check(const attention::FlashFwdParams& params) {
+  if (params.num_heads_q == 0) return;
+  simt::with_head_dim(params, [&](auto head_dim) {
     using Kernel = simt::FlashFwdKernel<simt::FlashFwdTiles<Real, head_dim()>>;
-    simt::grid_of(problem, tiles_of<Kernel>(problem));
+    simt::grid_of(params, tiles_of<Kernel>(params));
   });
 }
 
 template <class Real>
-void start(const attention::FlashFwdProblem& problem, Stream stream) {
-  if (problem.num_heads_q == 0) return;
-  simt::with_head_dim(problem, [&](auto head_dim) {
+void start(const attention::FlashFwdParams& params, Stream stream) {
+  if (params.num_heads_q == 0) return;
+  simt::with_head_dim(params, [&](auto head_dim) {
     using Kernel = simt::FlashFwdKernel<simt::FlashFwdTiles<Real, head_dim()>>;
-    const int64_t tiles = tiles_of<Kernel>(problem);
-    primitives::launch<Kernel>({problem, static_cast<int>(tiles)}, simt::grid_of(problem, tiles),
+    const int64_t tiles = tiles_of<Kernel>(params);
+    primitives::launch<Kernel>({params, static_cast<int>(tiles)}, simt::grid_of(params, tiles),
                                stream);
   });
 }
 
 }  // namespace
 
-void check_flash_fwd_float32(const attention::FlashFwdProblem& problem) { check<float>(problem); }
+void check_flash_fwd_float32(const attention::FlashFwdParams& params) { check<float>(params); }
 
-void check_flash_fwd_float64(const attention::FlashFwdProblem& problem) { check<double>(problem); }
+void check_flash_fwd_float64(const attention::FlashFwdParams& params) { check<double>(params); }
 
-void flash_fwd_float32(const attention::FlashFwdProblem& problem, Stream stream) {
-  start<float>(problem, stream);
+void flash_fwd_float32(const attention::FlashFwdParams& params, Stream stream) {
+  start<float>(params, stream);
 }
 
-void flash_fwd_float64(const attention::FlashFwdProblem& problem, Stream stream) {
-  start<double>(problem, stream);
+void flash_fwd_float64(const attention::FlashFwdParams& params, Stream stream) {
+  start<double>(params, stream);
 }
 
 }  // namespace sink_attention::cuda

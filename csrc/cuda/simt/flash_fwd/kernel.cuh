@@ -1,7 +1,7 @@
 // The forward in float32 or float64: one tile of rows of one kv head against the keys that they
 // see.
 //
-// Rows are (position, head of the group) pairs (packed_rows.cuh), so that the group shares each
+// Rows are (position, head of the group) pairs (pack_gqa.cuh), so that the group shares each
 // chunk of K and V. Blocks of keys are counted from key 0, and a block in which a row sees nothing
 // leaves the row as it was: a row's result doesn't depend on the tile that it is in.
 //
@@ -12,24 +12,24 @@
 
 #include "attention/mask.h"
 #include "attention/online_softmax.h"
+#include "cuda/device/element.cuh"
+#include "cuda/device/pack_gqa.cuh"
 #include "cuda/simt/flash_fwd/config.h"
 #include "cuda/simt/load.cuh"
 #include "cuda/simt/scores.cuh"
 #include "cuda/simt/tile.cuh"
-#include "cuda/tile/number.cuh"
-#include "cuda/tile/packed_rows.cuh"
 #include "primitives/warp.h"
 
 namespace sink_attention::cuda::simt {
 
-struct FlashFwdKernelProblem {
-  attention::FlashFwdProblem problem;
+struct FlashFwdKernelParams {
+  attention::FlashFwdParams attn;
   int num_tiles;  // of rows, of the longest sequence
 };
 
 template <class Tiles>
 struct FlashFwdKernel {
-  using Problem = FlashFwdKernelProblem;
+  using Params = FlashFwdKernelParams;
   using Real = typename Tiles::Real;
   static constexpr int kBlockM = Tiles::kBlockM;
   static constexpr int kBlockN = Tiles::kBlockN;
@@ -62,27 +62,27 @@ struct FlashFwdKernel {
     Real sum[kRows];
   };
 
-  static SA_DEVICE void run(const Problem& kernel_problem, char* shared) {
-    const attention::FlashFwdProblem& problem = kernel_problem.problem;
+  static SA_DEVICE void run(const Params& kernel_params, char* shared) {
+    const attention::FlashFwdParams& params = kernel_params.attn;
     SharedStorage& storage = *reinterpret_cast<SharedStorage*>(shared);
-    const BlockPlace place = place_of_block(problem, kernel_problem.num_tiles);
-    const PackedRows rows = packed_rows(problem, place.batch_idx, place.kv_head);
+    const BlockPlace place = place_of_block(params, kernel_params.num_tiles);
+    const PackGqa rows = pack_gqa(params, place.batch_idx, place.kv_head);
     const int row_begin = place.tile * kBlockM;
     if (row_begin >= rows.num_rows) return;
 
-    const attention::Mask mask = attention::make_mask(problem, rows.info);
+    const attention::Mask mask = attention::make_mask(params, rows.info);
     const int row_end = static_cast<int>(attention::min_of(row_begin + kBlockM, rows.num_rows));
     const attention::KeySet visible =
         mask.visible_keys(rows.position(row_begin), rows.position(row_end - 1) + 1);
     const KeySource<Real> k =
-        k_source<Real>(problem, place.batch_idx, rows.info, place.kv_head, visible);
+        k_source<Real>(params, place.batch_idx, rows.info, place.kv_head, visible);
     const KeySource<Real> v =
-        v_source<Real>(problem, place.batch_idx, rows.info, place.kv_head, visible);
+        v_source<Real>(params, place.batch_idx, rows.info, place.kv_head, visible);
     const auto blocks = attention::blocks_of(visible, kBlockN);
 
     load_tile(storage.q,
-              query_source<Real>(rows, problem.q, problem.q_stride_batch, problem.q_stride_row,
-                                 problem.q_stride_head, problem.head_dim),
+              query_source<Real>(rows, params.q, params.q_stride_batch, params.q_stride_row,
+                                 params.q_stride_head, params.head_dim),
               row_begin, 0);
     if (primitives::thread_idx() < kBlockM) {
       const int row = primitives::thread_idx();
@@ -91,7 +91,7 @@ struct FlashFwdKernel {
     Stream stream(storage.keys, k, v);
     stream.start(blocks);
 
-    const ScoreScale<Real> scale = score_scale<Real>(problem);
+    const ScoreScale<Real> scale = score_scale<Real>(params);
     RowStates states;
     Output out = {};
     SA_UNROLL
@@ -106,7 +106,7 @@ struct FlashFwdKernel {
     bool adds = false;
     for (int idx = 0; idx < num_blocks; ++idx) {
       if (sum_of_block<Real>(blocks.block(idx)) != sum) {
-        store_sums(problem, storage, rows, row_begin, scale, states, out, adds);
+        store_sums(params, storage, rows, row_begin, scale, states, out, adds);
         sum = sum_of_block<Real>(blocks.block(idx));
         adds = true;
       }
@@ -118,7 +118,7 @@ struct FlashFwdKernel {
         const auto& chunk = stream.next();
         add_dots(s, storage.q, c * kChunkCols<Real>, chunk, chunk_depth<Real>(k.dim, c));
       }
-      soften(s, storage, mask, rows, row_begin, first_key, scale, states, out);
+      softmax(s, storage, mask, rows, row_begin, first_key, scale, states, out);
       store_scores(s, storage.weights);
       const int depth =
           static_cast<int>(attention::min_of(visible.window.end - first_key, kBlockN));
@@ -131,13 +131,14 @@ struct FlashFwdKernel {
       }
     }
     primitives::cp_async_wait<0>();  // of q, where there was no key to wait for
-    store_results(problem, storage, rows, row_begin, scale, states, out, adds);
+    store_results(params, storage, rows, row_begin, scale, states, out, adds);
   }
 
   // Scores of the keys first_key ... to weights; out is re-based on the new maxima.
-  static SA_DEVICE void soften(Scores& s, const SharedStorage& storage, const attention::Mask& mask,
-                               const PackedRows& rows, int row_begin, int first_key,
-                               const ScoreScale<Real>& scale, RowStates& states, Output& out) {
+  static SA_DEVICE void softmax(Scores& s, const SharedStorage& storage,
+                                const attention::Mask& mask, const PackGqa& rows, int row_begin,
+                                int first_key, const ScoreScale<Real>& scale, RowStates& states,
+                                Output& out) {
     constexpr Real kHidden = attention::negative_infinity<Real>();
     const int num_sink_tokens = static_cast<int>(mask.num_sink_tokens);
     SA_UNROLL
@@ -166,7 +167,7 @@ struct FlashFwdKernel {
       Real sum = Real(0);  // of the block, which is added once
       SA_UNROLL
       for (int j = 0; j < kKeys; ++j) {
-        s[i][j] = std::exp2((s[i][j] - base) * scale.to_log2);
+        s[i][j] = std::exp2((s[i][j] - base) * scale.softmax_scale_log2);
         sum += s[i][j];
       }
       states.max[i] = max;
@@ -182,12 +183,12 @@ struct FlashFwdKernel {
   // What sums that are based on one maximum are to be multiplied with, to be based on a larger one.
   static SA_DEVICE Real rebase(Real old_max, Real max, const ScoreScale<Real>& scale) {
     const Real base = max == attention::negative_infinity<Real>() ? Real(0) : max;
-    return old_max == max ? Real(1) : std::exp2((old_max - base) * scale.to_log2);
+    return old_max == max ? Real(1) : std::exp2((old_max - base) * scale.softmax_scale_log2);
   }
 
   // Adds the output so far to that of other keys, if there is any, and clears it.
-  static SA_DEVICE void store_sums(const attention::FlashFwdProblem& problem,
-                                   SharedStorage& storage, const PackedRows& rows, int row_begin,
+  static SA_DEVICE void store_sums(const attention::FlashFwdParams& params, SharedStorage& storage,
+                                   const PackGqa& rows, int row_begin,
                                    const ScoreScale<Real>& scale, const RowStates& states,
                                    Output& out, bool adds) {
     SA_UNROLL
@@ -196,32 +197,31 @@ struct FlashFwdKernel {
       const Real kept =
           adds ? rebase(primitives::load_shared(stored_max), states.max[i], scale) : Real(0);
       primitives::store_shared(stored_max, states.max[i]);
-      store_row(problem, rows, row_begin, i, out, Real(1), adds, kept);
+      store_row(params, rows, row_begin, i, out, Real(1), adds, kept);
     }
     clear(out);
   }
 
-  static SA_DEVICE void store_row(const attention::FlashFwdProblem& problem, const PackedRows& rows,
+  static SA_DEVICE void store_row(const attention::FlashFwdParams& params, const PackGqa& rows,
                                   int row_begin, int i, const Output& out, Real factor, bool adds,
                                   Real kept) {
-    const bool in_vectors = is_aligned(problem.out, sizeof(Real), problem.out_stride_batch,
-                                       problem.out_stride_row, problem.out_stride_head);
+    const bool in_vectors = is_aligned(params.out, sizeof(Real), params.out_stride_batch,
+                                       params.out_stride_row, params.out_stride_head);
     const int row = row_begin + thread_y() + kThreadRows * i;
     if (row >= rows.num_rows) return;
     Real* out_row =
-        static_cast<Real*>(problem.out) +
-        rows.offset(row, problem.out_stride_batch, problem.out_stride_row, problem.out_stride_head);
+        static_cast<Real*>(params.out) +
+        rows.offset(row, params.out_stride_batch, params.out_stride_row, params.out_stride_head);
     SA_UNROLL
     for (int c = 0; c < kChunks; ++c) {
       store_numbers(out_row, c * kChunkCols<Real> + kVector<Real> * thread_x(),
-                    static_cast<int>(problem.head_dim_v), in_vectors, out[c][i], factor, adds,
-                    kept);
+                    static_cast<int>(params.head_dim_v), in_vectors, out[c][i], factor, adds, kept);
     }
   }
 
   // Hides the draft tokens that are not on a row's path, or too far back on it.
   static SA_DEVICE void hide_drafts(Real (&scores)[kKeys], const attention::Mask& mask,
-                                    const PackedRows& rows, int row, int first_key) {
+                                    const PackGqa& rows, int row, int first_key) {
     if (row >= rows.num_rows) return;  // it sees no key
     const uint64_t drafts = mask.visible_drafts(rows.position(row));
     SA_UNROLL
@@ -236,8 +236,8 @@ struct FlashFwdKernel {
     }
   }
 
-  static SA_DEVICE void store_results(const attention::FlashFwdProblem& problem,
-                                      const SharedStorage& storage, const PackedRows& rows,
+  static SA_DEVICE void store_results(const attention::FlashFwdParams& params,
+                                      const SharedStorage& storage, const PackGqa& rows,
                                       int row_begin, const ScoreScale<Real>& scale,
                                       const RowStates& states, const Output& out, bool adds) {
     SA_UNROLL
@@ -245,22 +245,22 @@ struct FlashFwdKernel {
       const Real sum = sum_over_row(states.sum[i]);  // all lanes take part, whatever their row
       const int row = row_begin + thread_y() + kThreadRows * i;
       if (row >= rows.num_rows) continue;
-      const Real sink = problem.s_aux == nullptr
+      const Real sink = params.s_aux == nullptr
                             ? attention::negative_infinity<Real>()
-                            : load_number<Real>(problem.s_aux, problem.s_aux_dtype, rows.head(row));
+                            : load_element<Real>(params.s_aux, params.s_aux_dtype, rows.head(row));
       const attention::RowResult<Real> result =
-          attention::fold_sink<Real>({states.max[i] * scale.to_log2, sum}, sink);
+          attention::fold_sink<Real>({states.max[i] * scale.softmax_scale_log2, sum}, sink);
       Real kept = Real(0);
       if (adds) {
         const Real stored_max =
             primitives::load_shared(&storage.stored_max[i][primitives::thread_idx()]);
         kept = rebase(stored_max, states.max[i], scale) * result.scale;
       }
-      store_row(problem, rows, row_begin, i, out, result.scale, adds, kept);
+      store_row(params, rows, row_begin, i, out, result.scale, adds, kept);
       if (thread_x() == 0) {
         primitives::store_global(
-            static_cast<Real*>(problem.lse) +
-                rows.lse_offset(row, problem.lse_stride_batch, problem.lse_stride_head),
+            static_cast<Real*>(params.lse) +
+                rows.lse_offset(row, params.lse_stride_batch, params.lse_stride_head),
             result.lse);
       }
     }

@@ -1,23 +1,23 @@
 // Scores and their gradients into P and dS.
 //
-//   P  = exp2(S to_log2 - lse_log2)
+//   P  = exp2(S softmax_scale_log2 - lse_log2)
 //   dS = P (dP - delta)                 times 1 - tanh^2 under a softcap
 #pragma once
 
-#include "cuda/sm80/flash_bwd/problem.h"
+#include "cuda/sm80/flash_bwd/params.h"
 #include "cuda/sm80/flash_bwd/storage.cuh"
 #include "cuda/tile/fragment.cuh"
 #include "cuda/tile/gemm_operands.cuh"
-#include "cuda/tile/soften.cuh"
+#include "cuda/tile/online_softmax.cuh"
 #include "primitives/memory.h"
 
 namespace sink_attention::cuda::sm80 {
 
 // P^T and dS^T as operands, from a warp's S^T and dP^T: keys of the block from warp_key on, rows of
 // the tile from warp_row on. A thread has two neighbouring rows in each accumulator, and two keys.
-template <bool kMasked, bool kCapped, class Storage, int kTilesM, int kTilesN>
-SA_DEVICE void differentiate(const FlashBwdKernelProblem& problem, const Storage& storage,
-                             int stage, int warp_key, int warp_row, int lane,
+template <bool kMasked, bool kSoftcap, class Storage, int kTilesM, int kTilesN>
+SA_DEVICE void differentiate(const FlashBwdKernelParams& params, const Storage& storage, int stage,
+                             int warp_key, int warp_row, int lane,
                              const Accumulators<kTilesM, kTilesN>& s,
                              const Accumulators<kTilesM, kTilesN>& dp,
                              OperandsA<kTilesM, kTilesN / 2>& p,
@@ -45,13 +45,13 @@ SA_DEVICE void differentiate(const FlashBwdKernelProblem& problem, const Storage
         SA_UNROLL
         for (int i = 0; i < 2; ++i) {
           float score = s.c[m][n][2 * half + i];
-          if constexpr (kCapped) score = tanh_by_exp2(score * problem.to_tanh);
+          if constexpr (kSoftcap) score = tanh_by_exp2(score * params.to_tanh);
           // No weight exceeds 1. Where logits are so large that lse's rounding is a power of two
           // or more, this keeps the gradients finite; a NaN passes.
-          const float exponent = score * problem.to_log2 - (i == 0 ? lse.x : lse.y);
+          const float exponent = score * params.softmax_scale_log2 - (i == 0 ? lse.x : lse.y);
           weight[i] = primitives::exp2_approx(exponent > 0.0f ? 0.0f : exponent);
           gradient[i] = weight[i] * (dp.c[m][n][2 * half + i] - (i == 0 ? delta.x : delta.y));
-          if constexpr (kCapped) gradient[i] *= 1.0f - score * score;
+          if constexpr (kSoftcap) gradient[i] *= 1.0f - score * score;
           if constexpr (kMasked) {
             const bool visible = (window[i].begin <= key || key < sink_end) && key < window[i].end;
             weight[i] = visible ? weight[i] : 0.0f;

@@ -2,11 +2,11 @@
 // of query rows that see some of it; each tile's dQ is added to a float32 accumulator that all
 // blocks share.
 //
-//   S^T  = K Q^T        P  = exp2(S to_log2 - lse_log2)          keys are the products' rows, so
+//   S^T  = K Q^T        P  = exp2(S softmax_scale_log2 - lse_log2)          keys are the products' rows, so
 //   dP^T = V dO^T       dS = P (dP - delta) (softcap's slope)    that P^T and dS^T are operands A
 //   dV  += P^T dO       dK += dS^T Q         dQ += dS K          (softmax_scale comes at the end)
 //
-// Rows are (position, head of the group) pairs (packed_rows.cuh), so the sum over a kv head's query
+// Rows are (position, head of the group) pairs (pack_gqa.cuh), so the sum over a kv head's query
 // heads is part of the products. Thread blocks start in the order of common/block_order.h, and take
 // tiles from the last to the first.
 //
@@ -22,15 +22,15 @@
 
 #include "attention/block_list.h"
 #include "attention/mask.h"
+#include "cuda/device/pack_gqa.cuh"
 #include "cuda/sm80/flash_bwd/config.h"
 #include "cuda/sm80/flash_bwd/differentiate.cuh"
 #include "cuda/sm80/flash_bwd/key_block.cuh"
-#include "cuda/sm80/flash_bwd/problem.h"
+#include "cuda/sm80/flash_bwd/params.h"
 #include "cuda/sm80/flash_bwd/storage.cuh"
 #include "cuda/tile/copy.cuh"
 #include "cuda/tile/gemm.cuh"
 #include "cuda/tile/gemm_operands.cuh"
-#include "cuda/tile/packed_rows.cuh"
 #include "primitives/atomic.h"
 #include "primitives/cta.h"
 
@@ -47,16 +47,16 @@ struct FlashBwdBlock {
   static constexpr int kBlockM = Tiles::kBlockM;
   static constexpr int kBlockN = Tiles::kBlockN;
 
-  const FlashBwdKernelProblem& problem;
+  const FlashBwdKernelParams& params;
   Storage& storage;
-  const attention::FlashBwdProblem& bwd;
-  const attention::FlashFwdProblem& fwd;
+  const attention::FlashBwdParams& bwd;
+  const attention::FlashFwdParams& fwd;
   ValueOperands values;
   Accumulators<Tiles::kKeyTiles, Tiles::kWarpCols / 8> dk;
   Accumulators<Tiles::kKeyTiles, Tiles::kWarpColsV / 8> dv;
 
-  SA_DEVICE FlashBwdBlock(const FlashBwdKernelProblem& problem, Storage& storage)
-      : problem(problem), storage(storage), bwd(problem.bwd), fwd(problem.bwd.fwd) {
+  SA_DEVICE FlashBwdBlock(const FlashBwdKernelParams& params, Storage& storage)
+      : params(params), storage(storage), bwd(params.bwd), fwd(params.bwd.fwd) {
     if (thread() == 0) describe_block();
     primitives::sync_threads();  // all threads know it
   }
@@ -64,7 +64,7 @@ struct FlashBwdBlock {
   SA_DEVICE int batch_idx() const { return primitives::load_shared(&storage.batch_idx); }
   SA_DEVICE int kv_head() const { return primitives::load_shared(&storage.kv_head); }
   SA_DEVICE int first_key() const { return primitives::load_shared(&storage.first_key); }
-  SA_DEVICE int group() const { return problem.group; }
+  SA_DEVICE int qhead_per_khead() const { return params.qhead_per_khead; }
   // The tiles to visit.
   SA_DEVICE int tiles_begin() const { return primitives::load_shared(&storage.tiles_begin); }
   SA_DEVICE int tiles_end() const { return primitives::load_shared(&storage.tiles_end); }
@@ -74,10 +74,10 @@ struct FlashBwdBlock {
     return primitives::load_shared(&storage.first_workspace_tile) + tile;
   }
   // Anew in each step, so that no step's addresses wait in registers for the next tile.
-  SA_DEVICE static int thread() { return primitives::thread_idx_anew(); }
-  SA_DEVICE static int lane() { return primitives::lane_idx_anew(); }
+  SA_DEVICE static int thread() { return primitives::rematerialise_thread_idx(); }
+  SA_DEVICE static int lane() { return primitives::rematerialise_lane_idx(); }
   SA_DEVICE static int warp() { return thread() / primitives::kWarpSize; }
-  SA_DEVICE int num_rows() const { return seqlen_q() * group(); }
+  SA_DEVICE int num_rows() const { return seqlen_q() * qhead_per_khead(); }
   // Of the block, those that exist; a block that has none does nothing.
   SA_DEVICE int num_keys() const {
     return static_cast<int>(attention::min_of(kBlockN, seqlen_k() - first_key()));
@@ -92,8 +92,8 @@ struct FlashBwdBlock {
 
   // Leaves in shared memory what all threads shall know of the block.
   SA_DEVICE void describe_block() const {
-    const BlockPlace place = place_of_block(problem.order, primitives::block_idx().x);
-    const PackedRows rows = packed_rows(fwd, place.batch_idx, place.kv_head);
+    const BlockPlace place = place_of_block(params.order, primitives::block_idx().x);
+    const PackGqa rows = pack_gqa(fwd, place.batch_idx, place.kv_head);
     const int seqlen_q = static_cast<int>(rows.info.seqlen_q);
     const int seqlen_k = static_cast<int>(rows.info.seqlen_k);
     const int first_key = place.rank * kBlockN;
@@ -101,8 +101,8 @@ struct FlashBwdBlock {
         attention::make_mask(fwd, seqlen_q, seqlen_k)
             .visible_queries(first_key, attention::min_of(first_key + kBlockN, seqlen_k));
     const bool some = queries.begin < queries.end;
-    const int first_tile = cuda::first_tile(problem.workspace, fwd, place.batch_idx);
-    const int tiles_left = problem.workspace.num_tiles - first_tile;
+    const int first_tile = cuda::first_tile(params.workspace, fwd, place.batch_idx);
+    const int tiles_left = params.workspace.num_tiles - first_tile;
     using primitives::store_shared;
     store_shared(&storage.first_q,
                  static_cast<const Element*>(fwd.q) +
@@ -110,8 +110,8 @@ struct FlashBwdBlock {
     store_shared(&storage.first_dout, static_cast<const Element*>(bwd.dout) +
                                           rows.offset(0, bwd.dout_stride_batch, bwd.dout_stride_row,
                                                       bwd.dout_stride_head));
-    store_shared(&storage.q_in_chunks, problem.q_in_chunks);
-    store_shared(&storage.dout_in_chunks, problem.dout_in_chunks);
+    store_shared(&storage.q_is_vectorised, params.q_is_vectorised);
+    store_shared(&storage.dout_is_vectorised, params.dout_is_vectorised);
     store_shared(&storage.batch_idx, place.batch_idx);
     store_shared(&storage.kv_head, place.kv_head);
     store_shared(&storage.first_key, first_key);
@@ -120,14 +120,15 @@ struct FlashBwdBlock {
     store_shared(&storage.seqlen_q, seqlen_q);
     store_shared(&storage.seqlen_k, seqlen_k);
     store_shared(&storage.tiles_begin,
-                 some ? static_cast<int>(queries.begin) * group() / kBlockM : 0);
+                 some ? static_cast<int>(queries.begin) * qhead_per_khead() / kBlockM : 0);
     store_shared(
         &storage.tiles_end,
         some ? static_cast<int>(attention::min_of(
-                   (static_cast<int>(queries.end) * group() + kBlockM - 1) / kBlockM, tiles_left))
+                   (static_cast<int>(queries.end) * qhead_per_khead() + kBlockM - 1) / kBlockM,
+                   tiles_left))
              : 0);
     store_shared(&storage.first_workspace_tile,
-                 place.kv_head * problem.workspace.num_tiles + first_tile);
+                 place.kv_head * params.workspace.num_tiles + first_tile);
   }
 
   SA_DEVICE void run() {
@@ -190,14 +191,14 @@ struct FlashBwdBlock {
     } else {
       gemm_abt(dp, storage.v, warp_key(), storage.dout[stage], warp_row(), lane());
     }
-    if (problem.capped) {
-      differentiate<true, true>(problem, storage, stage, warp_key(), warp_row(), lane(), s, dp, p,
+    if (params.has_softcap) {
+      differentiate<true, true>(params, storage, stage, warp_key(), warp_row(), lane(), s, dp, p,
                                 ds);
     } else if (needs_mask(tile)) {
-      differentiate<true, false>(problem, storage, stage, warp_key(), warp_row(), lane(), s, dp, p,
+      differentiate<true, false>(params, storage, stage, warp_key(), warp_row(), lane(), s, dp, p,
                                  ds);
     } else {
-      differentiate<false, false>(problem, storage, stage, warp_key(), warp_row(), lane(), s, dp, p,
+      differentiate<false, false>(params, storage, stage, warp_key(), warp_row(), lane(), s, dp, p,
                                   ds);
     }
   }
@@ -211,16 +212,17 @@ struct FlashBwdBlock {
     const int cols_v = static_cast<int>(fwd.head_dim_v);
     if constexpr (Tiles::kValuesInRegisters) {
       static_assert(Tiles::kHeadDimV <= Tiles::kHeadDim, "V passes through K's place");
-      load_tile<kThreads>(storage.in_place_of_k, cols_v, problem.v_in_chunks, values_at, thread());
+      load_tile<kThreads>(storage.in_place_of_k, cols_v, params.v_is_vectorised, values_at,
+                          thread());
       primitives::cp_async_commit();
       primitives::cp_async_wait<0>();
       primitives::sync_threads();  // V is there
       load_operands_a(values, storage.in_place_of_k, warp_key(), lane());
       primitives::sync_threads();  // V is in registers: K may take its place
     } else {
-      load_tile<kThreads>(storage.v, cols_v, problem.v_in_chunks, values_at, thread());
+      load_tile<kThreads>(storage.v, cols_v, params.v_is_vectorised, values_at, thread());
     }
-    load_tile<kThreads>(storage.k, static_cast<int>(fwd.head_dim), problem.k_in_chunks, keys_at,
+    load_tile<kThreads>(storage.k, static_cast<int>(fwd.head_dim), params.k_is_vectorised, keys_at,
                         thread());
   }
 
@@ -233,14 +235,14 @@ struct FlashBwdBlock {
       const Element* first_dout = primitives::load_shared(&storage.first_dout);
       load_tile<kThreads>(
           storage.q[stage], static_cast<int>(fwd.head_dim),
-          primitives::load_shared(&storage.q_in_chunks),
+          primitives::load_shared(&storage.q_is_vectorised),
           [&](int row) {
             return query_row(first_q, row_begin + row, fwd.q_stride_row, fwd.q_stride_head);
           },
           thread());
       load_tile<kThreads>(
           storage.dout[stage], static_cast<int>(fwd.head_dim_v),
-          primitives::load_shared(&storage.dout_in_chunks),
+          primitives::load_shared(&storage.dout_is_vectorised),
           [&](int row) {
             return query_row(first_dout, row_begin + row, bwd.dout_stride_row,
                              bwd.dout_stride_head);
@@ -251,15 +253,15 @@ struct FlashBwdBlock {
       static_assert(kBlockM <= kThreads, "a thread for each row");
       if (4 * thread < kBlockM) {
         primitives::cp_async_16(storage.lse_log2[stage] + 4 * thread,
-                                problem.workspace.lse_log2 + at + 4 * thread, true);
+                                params.workspace.lse_log2 + at + 4 * thread, true);
         primitives::cp_async_16(storage.delta[stage] + 4 * thread,
-                                problem.workspace.delta + at + 4 * thread, true);
+                                params.workspace.delta + at + 4 * thread, true);
       }
       if (thread < kBlockM) {
         KeyRange window{0, 0};
         if (row_begin + thread < num_rows()) {
           const attention::Range keys =
-              attention::intersect(mask().window_keys((row_begin + thread) / group()),
+              attention::intersect(mask().window_keys((row_begin + thread) / qhead_per_khead()),
                                    {first_key(), first_key() + num_keys()});
           window = {static_cast<int>(keys.begin - first_key()),
                     static_cast<int>(keys.end - first_key())};
@@ -272,18 +274,20 @@ struct FlashBwdBlock {
 
   SA_DEVICE const Element* query_row(const Element* base, int row, int64_t stride_row,
                                      int64_t stride_head) const {
-    return row < num_rows() ? base + row / group() * stride_row + row % group() * stride_head
-                            : nullptr;
+    return row < num_rows()
+               ? base + row / qhead_per_khead() * stride_row + row % qhead_per_khead() * stride_head
+               : nullptr;
   }
 
   SA_DEVICE int last_position(int tile) const {
-    return (static_cast<int>(attention::min_of((tile + 1) * kBlockM, num_rows())) - 1) / group();
+    return (static_cast<int>(attention::min_of((tile + 1) * kBlockM, num_rows())) - 1) /
+           qhead_per_khead();
   }
 
   // Whether some row of the tile may not see some key of the block. Rows beyond the sequence need
   // no mask: their lse is +inf.
   SA_DEVICE bool needs_mask(int tile) const {
-    const int first = tile * kBlockM / group();
+    const int first = tile * kBlockM / qhead_per_khead();
     const int last = last_position(tile);
     const attention::Range full = mask().keys_seen_by_all(first, last + 1);
     return full.begin > first_key() || full.end < first_key() + kBlockN;
@@ -300,14 +304,14 @@ struct FlashBwdBlock {
     gemm_atb(dq, storage.ds[stage], row, storage.k, col, lane());
 
     const int64_t at = workspace_tile(tile);
-    int* turn = problem.workspace.turns == nullptr ? nullptr : problem.workspace.turns + at;
+    int* turn = params.workspace.turns == nullptr ? nullptr : params.workspace.turns + at;
     const int mine = turn == nullptr ? 0 : turn_at(tile);
     if (turn != nullptr) {
-      if (thread() == 0) primitives::wait_for_turn(turn, mine);
+      if (thread() == 0) primitives::semaphore_wait(turn, mine);
       primitives::sync_threads();  // it is every thread's turn
     }
     // Numbers of neighbouring lanes are neighbours (bwd_workspace.h).
-    float* sums = problem.workspace.dq + at * (kBlockM * Tiles::kHeadDim) + lane();
+    float* sums = params.workspace.dq + at * (kBlockM * Tiles::kHeadDim) + lane();
     const int rows_left = num_rows() - tile * kBlockM;
     SA_UNROLL
     for (int m = 0; m < Tiles::kDqRows / 16; ++m) {
@@ -323,13 +327,13 @@ struct FlashBwdBlock {
     }
     if (turn != nullptr) {
       primitives::sync_threads();  // every thread has added
-      if (thread() == 0) primitives::pass_turn(turn, mine + 1);
+      if (thread() == 0) primitives::semaphore_release(turn, mine + 1);
     }
   }
 
   // How many blocks of keys add to the tile's dQ before this one: those that a row of it sees.
   SA_DEVICE int turn_at(int tile) const {
-    const int first = tile * kBlockM / group();
+    const int first = tile * kBlockM / qhead_per_khead();
     const int last = last_position(tile);
     return attention::blocks_of(mask().visible_keys(first, last + 1), kBlockN)
         .index(first_key() / kBlockN);
@@ -341,13 +345,13 @@ struct FlashBwdBlock {
                              column_warp() * Tiles::kWarpColsV, thread(),
                              key_rows(static_cast<Element*>(bwd.dv), bwd.dv_stride_batch,
                                       bwd.dv_stride_row, bwd.dv_stride_head),
-                             static_cast<int>(fwd.head_dim_v), problem.dv_in_chunks);
+                             static_cast<int>(fwd.head_dim_v), params.dv_is_vectorised);
     primitives::sync_threads();  // dV is read
     store_gradient<kThreads>(dk, static_cast<float>(fwd.softmax_scale), storage.k, warp_key(),
                              column_warp() * Tiles::kWarpCols, thread(),
                              key_rows(static_cast<Element*>(bwd.dk), bwd.dk_stride_batch,
                                       bwd.dk_stride_row, bwd.dk_stride_head),
-                             static_cast<int>(fwd.head_dim), problem.dk_in_chunks);
+                             static_cast<int>(fwd.head_dim), params.dk_is_vectorised);
   }
 
   // Where the block's rows of a tensor lie.
@@ -363,7 +367,7 @@ struct FlashBwdBlock {
 
 template <class Element, class Tiles>
 struct FlashBwdKernel {
-  using Problem = FlashBwdKernelProblem;
+  using Params = FlashBwdKernelParams;
   using Storage = FlashBwdStorage<Element, Tiles>;
   struct Config {
     static constexpr int kThreads = Tiles::kThreads;
@@ -372,8 +376,8 @@ struct FlashBwdKernel {
   };
   static_assert(Config::kSharedBytes <= 99 * 1024, "what compute capability 8.6 has for a block");
 
-  static SA_DEVICE void run(const Problem& problem, char* shared) {
-    FlashBwdBlock<Element, Tiles>(problem, *reinterpret_cast<Storage*>(shared)).run();
+  static SA_DEVICE void run(const Params& params, char* shared) {
+    FlashBwdBlock<Element, Tiles>(params, *reinterpret_cast<Storage*>(shared)).run();
   }
 };
 

@@ -26,7 +26,7 @@ template <int kThreads, int kTilesM, int kTilesN, class Tile>
 SA_DEVICE void store_gradient(const Accumulators<kTilesM, kTilesN>& gradient, float scale,
                               Tile& tile, int warp_key, int warp_col, int thread,
                               const BlockRows<typename Tile::Element>& rows, int cols,
-                              bool in_chunks) {
+                              bool is_vectorised) {
   const int lane = thread % primitives::kWarpSize;
   SA_UNROLL
   for (int m = 0; m < kTilesM; ++m) {
@@ -44,7 +44,7 @@ SA_DEVICE void store_gradient(const Accumulators<kTilesM, kTilesN>& gradient, fl
     }
   }
   primitives::sync_threads();  // all keys' rows are there
-  store_tile<kThreads>(tile, cols, in_chunks, rows, thread);
+  store_tile<kThreads>(tile, cols, is_vectorised, rows, thread);
 }
 
 }  // namespace sink_attention::cuda::sm80

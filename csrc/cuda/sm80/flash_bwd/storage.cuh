@@ -36,8 +36,8 @@ struct FlashBwdStorage {
   // What all threads know of the block, kept here to leave them their registers.
   const Element* first_q;  // of position 0, first head of the group
   const Element* first_dout;
-  bool q_in_chunks;  // may be copied 16 bytes at a time
-  bool dout_in_chunks;
+  bool q_is_vectorised;  // may be copied 16 bytes at a time
+  bool dout_is_vectorised;
   int batch_idx;
   int kv_head;
   int first_key;

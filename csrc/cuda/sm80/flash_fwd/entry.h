@@ -1,19 +1,19 @@
-// The forward kernels, one entry for each head_dim class; hdim*.cu hold one each.
+// The forward kernels, one entry for each head-dim bucket; hdim*.cu hold one each.
 #pragma once
 
-#include "cuda/sm80/flash_fwd/problem.h"
+#include "cuda/sm80/flash_fwd/params.h"
 
 namespace sink_attention::cuda::sm80 {
 
 using Stream = void*;
 
-void flash_fwd_hdim32(const FlashFwdKernelProblem& problem, bool decode, Stream stream);
-void flash_fwd_hdim64(const FlashFwdKernelProblem& problem, bool decode, Stream stream);
-void flash_fwd_hdim96(const FlashFwdKernelProblem& problem, bool decode, Stream stream);
-void flash_fwd_hdim128(const FlashFwdKernelProblem& problem, bool decode, Stream stream);
-void flash_fwd_hdim192(const FlashFwdKernelProblem& problem, bool decode, Stream stream);
-void flash_fwd_hdim192_128(const FlashFwdKernelProblem& problem, bool decode, Stream stream);
-void flash_fwd_hdim256(const FlashFwdKernelProblem& problem, bool decode, Stream stream);
+void flash_fwd_hdim32(const FlashFwdKernelParams& params, bool decode, Stream stream);
+void flash_fwd_hdim64(const FlashFwdKernelParams& params, bool decode, Stream stream);
+void flash_fwd_hdim96(const FlashFwdKernelParams& params, bool decode, Stream stream);
+void flash_fwd_hdim128(const FlashFwdKernelParams& params, bool decode, Stream stream);
+void flash_fwd_hdim192(const FlashFwdKernelParams& params, bool decode, Stream stream);
+void flash_fwd_hdim192_128(const FlashFwdKernelParams& params, bool decode, Stream stream);
+void flash_fwd_hdim256(const FlashFwdKernelParams& params, bool decode, Stream stream);
 
 // How many rows (query positions times query heads of a kv head) a decode tile has.
 constexpr int kDecodeRows = 16;

@@ -2,7 +2,7 @@
 //
 // Thread block (x, y): x counts tiles in the order of common/block_order.h, the last ones, which
 // under a causal mask have the most keys, first; y is the split of their keys. Rows are (position,
-// head of the group) pairs (packed_rows.cuh).
+// head of the group) pairs (pack_gqa.cuh).
 //
 // The pipeline, with S = kStages buffers each of K and V, for each block of keys j:
 //
@@ -17,13 +17,13 @@
 #include "attention/block_list.h"
 #include "attention/mask.h"
 #include "attention/paged_kv.h"
+#include "cuda/device/pack_gqa.cuh"
 #include "cuda/sm80/flash_fwd/config.h"
 #include "cuda/sm80/flash_fwd/load_keys.cuh"
-#include "cuda/sm80/flash_fwd/problem.h"
+#include "cuda/sm80/flash_fwd/params.h"
 #include "cuda/sm80/flash_fwd/results.cuh"
 #include "cuda/tile/gemm.cuh"
-#include "cuda/tile/packed_rows.cuh"
-#include "cuda/tile/soften.cuh"
+#include "cuda/tile/online_softmax.cuh"
 #include "primitives/cta.h"
 
 namespace sink_attention::cuda::sm80 {
@@ -31,7 +31,7 @@ namespace sink_attention::cuda::sm80 {
 template <class Element_, class Tiles>
 struct FlashFwdKernel {
   using Element = Element_;
-  using Problem = FlashFwdKernelProblem;
+  using Params = FlashFwdKernelParams;
   using QTile = SmemTile<Element, Tiles::kBlockM, Tiles::kHeadDim>;
   using KTile = SmemTile<Element, Tiles::kBlockN, Tiles::kHeadDim>;
   using VTile = SmemTile<Element, Tiles::kBlockN, Tiles::kHeadDimV>;
@@ -63,7 +63,7 @@ struct FlashFwdKernel {
     int seqlen_q;
     int seqlen_k;
     int row_begin;
-    int group;
+    int qhead_per_khead;
     int full_begin;  // blocks of keys in [full_begin, full_end) need no mask
     int full_end;
     ScoreScale scale;
@@ -89,9 +89,9 @@ struct FlashFwdKernel {
     int split;
     int row_begin;
   };
-  static SA_DEVICE Place find_place(const Problem& kernel_problem, int x, int y) {
-    const BlockPlace place = place_of_block(kernel_problem.order, x);
-    const int tile = kernel_problem.order.blocks_per_pair - 1 - place.rank;
+  static SA_DEVICE Place find_place(const Params& kernel_params, int x, int y) {
+    const BlockPlace place = place_of_block(kernel_params.order, x);
+    const int tile = kernel_params.order.blocks_per_pair - 1 - place.rank;
     return {place.batch_idx, place.kv_head, y, tile * Tiles::kBlockM};
   }
 
@@ -123,18 +123,18 @@ struct FlashFwdKernel {
     store_shared(&stored.seqlen_q, work.seqlen_q);
     store_shared(&stored.seqlen_k, work.seqlen_k);
     store_shared(&stored.row_begin, work.row_begin);
-    store_shared(&stored.group, work.group);
+    store_shared(&stored.qhead_per_khead, work.qhead_per_khead);
     store_shared(&stored.full_begin, work.full_begin);
     store_shared(&stored.full_end, work.full_end);
-    store_shared(&stored.scale.to_log2, work.scale.to_log2);
+    store_shared(&stored.scale.softmax_scale_log2, work.scale.softmax_scale_log2);
     store_shared(&stored.scale.to_tanh, work.scale.to_tanh);
     store_shared(&stored.scale.form, work.scale.form);
   }
   template <bool kValues>
-  static SA_DEVICE KeySource<kValues> stored_source(const attention::FlashFwdProblem& problem,
+  static SA_DEVICE KeySource<kValues> stored_source(const attention::FlashFwdParams& params,
                                                     const Work& work) {
     using primitives::load_shared;
-    return {problem,
+    return {params,
             load_shared(kValues ? &work.v_base : &work.k_base),
             load_shared(&work.pages),
             load_shared(kValues ? &work.v_scales : &work.k_scales),
@@ -152,24 +152,24 @@ struct FlashFwdKernel {
   template <bool kValues, class Tile>
   static SA_DEVICE void load_block(Tile* stages, const KeySource<kValues>& source,
                                    const attention::BlockList<int>& blocks, int idx,
-                                   const Walk& walk, bool in_chunks) {
+                                   const Walk& walk, bool is_vectorised) {
     if (idx < walk.end) {
       load_keys<kThreads>(stages[(idx - walk.begin) % Tiles::kStages], source,
-                          blocks.block(idx) * Tiles::kBlockN, in_chunks);
+                          blocks.block(idx) * Tiles::kBlockN, is_vectorised);
     }
     primitives::cp_async_commit();
   }
 
-  static SA_DEVICE void run(const Problem& kernel_problem, char* shared) {
-    const attention::FlashFwdProblem& problem = kernel_problem.problem;
+  static SA_DEVICE void run(const Params& kernel_params, char* shared) {
+    const attention::FlashFwdParams& params = kernel_params.attn;
     SharedStorage& storage = *reinterpret_cast<SharedStorage*>(shared);
     Pipeline& pipeline = storage.pipeline;
     const Place place =
-        find_place(kernel_problem, primitives::block_idx().x, primitives::block_idx().y);
+        find_place(kernel_params, primitives::block_idx().x, primitives::block_idx().y);
     const int batch_idx = place.batch_idx;
     const int kv_head = place.kv_head;
     const int row_begin = place.row_begin;
-    const PackedRows rows = packed_rows(problem, batch_idx, kv_head);
+    const PackGqa rows = pack_gqa(params, batch_idx, kv_head);
     if (row_begin >= rows.num_rows) return;
 
     const int warp_m = primitives::warp_idx() % Tiles::kWarpsM;
@@ -178,12 +178,12 @@ struct FlashFwdKernel {
     const int q_begin = rows.position(row_begin);
     const int last_row = attention::min_of(row_begin + Tiles::kBlockM, rows.num_rows) - 1;
     const int q_end = rows.position(last_row) + 1;
-    const attention::Mask mask = attention::make_mask(problem, rows.info);
+    const attention::Mask mask = attention::make_mask(params, rows.info);
     const attention::KeySet visible = mask.visible_keys(q_begin, q_end);
     const auto blocks = attention::blocks_of(visible, Tiles::kBlockN);
-    const Walk walk = find_walk(blocks, place.split, kernel_problem.num_splits);
-    const auto keys = key_source<false>(problem, batch_idx, kv_head, rows.info, visible);
-    const auto values = key_source<true>(problem, batch_idx, kv_head, rows.info, visible);
+    const Walk walk = find_walk(blocks, place.split, kernel_params.num_splits);
+    const auto keys = key_source<false>(params, batch_idx, kv_head, rows.info, visible);
+    const auto values = key_source<true>(params, batch_idx, kv_head, rows.info, visible);
 
     if (primitives::thread_idx() == 0) {
       constexpr int kBlockN = Tiles::kBlockN;
@@ -201,29 +201,30 @@ struct FlashFwdKernel {
       work.seqlen_q = static_cast<int>(rows.info.seqlen_q);
       work.seqlen_k = static_cast<int>(rows.info.seqlen_k);
       work.row_begin = row_begin;
-      work.group = rows.group;
+      work.qhead_per_khead = rows.qhead_per_khead;
       const attention::Range full = mask.keys_seen_by_all(q_begin, q_end);
       work.full_begin = (static_cast<int>(full.begin) + kBlockN - 1) / kBlockN;
       work.full_end = static_cast<int>(attention::max_of(full.end, 0)) / kBlockN;
-      work.scale = kernel_problem.scale.times(cache_scale(problem.k_scale, problem, kv_head));
+      work.scale = kernel_params.scale.times(cache_scale(params.k_scale, params, kv_head));
       store_work(storage.work, work);
     }
 
     // Q belongs to the first group of copies.
-    load_tile<kThreads>(pipeline.q, static_cast<int>(problem.head_dim), kernel_problem.q_in_chunks,
-                        [&](int row) {
+    load_tile<kThreads>(pipeline.q, static_cast<int>(params.head_dim),
+                        kernel_params.q_is_vectorised, [&](int row) {
                           const int packed_row = row_begin + row;
                           return packed_row < rows.num_rows
-                                     ? static_cast<const Element*>(problem.q) +
-                                           rows.offset(packed_row, problem.q_stride_batch,
-                                                       problem.q_stride_row, problem.q_stride_head)
+                                     ? static_cast<const Element*>(params.q) +
+                                           rows.offset(packed_row, params.q_stride_batch,
+                                                       params.q_stride_row, params.q_stride_head)
                                      : nullptr;
                         });
     SA_UNROLL
     for (int stage = 0; stage < Tiles::kStages; ++stage) {
-      load_block(pipeline.k, keys, blocks, walk.begin + stage, walk, kernel_problem.k_in_chunks);
+      load_block(pipeline.k, keys, blocks, walk.begin + stage, walk, kernel_params.k_is_vectorised);
       if (stage == Tiles::kStages - 1) break;
-      load_block(pipeline.v, values, blocks, walk.begin + stage, walk, kernel_problem.v_in_chunks);
+      load_block(pipeline.v, values, blocks, walk.begin + stage, walk,
+                 kernel_params.v_is_vectorised);
     }
 
     RowStates<kTilesM> states;
@@ -235,20 +236,19 @@ struct FlashFwdKernel {
       const int stage = (idx - walk.begin) % Tiles::kStages;
       primitives::cp_async_wait<2 * (Tiles::kStages - 1)>();
       primitives::sync_threads();  // K of this block is there; V of the last one is no longer read
-      load_block(pipeline.v, stored_source<true>(problem, storage.work),
-                 stored_blocks(storage.work), idx + Tiles::kStages - 1, walk,
-                 kernel_problem.v_in_chunks);
+      load_block(pipeline.v, stored_source<true>(params, storage.work), stored_blocks(storage.work),
+                 idx + Tiles::kStages - 1, walk, kernel_params.v_is_vectorised);
 
       Scores s;
       s.clear();
       gemm_abt(s, pipeline.q, warp_row, pipeline.k[stage], warp_n * Tiles::kWarpKeys,
-               primitives::opaque(primitives::lane_idx()));
+               primitives::optimisation_barrier(primitives::lane_idx()));
 
       primitives::cp_async_wait<2 * (Tiles::kStages - 1)>();
       primitives::sync_threads();  // V of this block is there; its K is no longer read
-      load_block(pipeline.k, stored_source<false>(problem, storage.work),
+      load_block(pipeline.k, stored_source<false>(params, storage.work),
                  stored_blocks(storage.work), idx + Tiles::kStages, walk,
-                 kernel_problem.k_in_chunks);
+                 kernel_params.k_is_vectorised);
 
       const Work& work = storage.work;
       using primitives::load_shared;
@@ -259,30 +259,31 @@ struct FlashFwdKernel {
         const int first_key = block * Tiles::kBlockN + warp_n * Tiles::kWarpKeys;
         const int seqlen_q = load_shared(&work.seqlen_q);
         const int seqlen_k = load_shared(&work.seqlen_k);
-        if (problem.tree_mask == nullptr) {
-          mask_scores(s, attention::make_mask(problem, seqlen_q, seqlen_k), first_row,
-                      load_shared(&work.group), first_key);
+        if (params.tree_mask == nullptr) {
+          mask_scores(s, attention::make_mask(params, seqlen_q, seqlen_k), first_row,
+                      load_shared(&work.qhead_per_khead), first_key);
         } else {
           mask_tree_scores(
-              s, attention::make_mask(problem, seqlen_q, seqlen_k, load_shared(&work.tree)),
-              first_row, load_shared(&work.group), first_key);
+              s, attention::make_mask(params, seqlen_q, seqlen_k, load_shared(&work.tree)),
+              first_row, load_shared(&work.qhead_per_khead), first_key);
         }
       }
-      soften(s, states, out, load_shared(&work.scale.to_log2));
+      online_softmax_rescale(s, states, out, load_shared(&work.scale.softmax_scale_log2));
       gemm_weights(out, s, pipeline.v[stage], warp_n * Tiles::kWarpKeys,
-                   primitives::opaque(primitives::lane_idx()));
+                   primitives::optimisation_barrier(primitives::lane_idx()));
     }
     primitives::cp_async_wait<0>();
     primitives::sync_threads();  // nobody reads the pipeline any more: results take its place
 
     // The place anew: what only the ends of a kernel need shall take no registers in its loop.
-    const Place again = find_place(kernel_problem, primitives::opaque(primitives::block_idx().x),
-                                   primitives::opaque(primitives::block_idx().y));
-    const PackedRows result_rows = packed_rows(problem, again.batch_idx, again.kv_head);
-    Results{{kernel_problem, result_rows, again.split,
-             cache_scale(problem.v_scale, problem, again.kv_head)},
+    const Place again =
+        find_place(kernel_params, primitives::optimisation_barrier(primitives::block_idx().x),
+                   primitives::optimisation_barrier(primitives::block_idx().y));
+    const PackGqa result_rows = pack_gqa(params, again.batch_idx, again.kv_head);
+    Results{{kernel_params, result_rows, again.split,
+             cache_scale(params.v_scale, params, again.kv_head)},
             again.row_begin,
-            primitives::load_shared(&storage.work.scale.to_log2)}
+            primitives::load_shared(&storage.work.scale.softmax_scale_log2)}
         .write(storage.results, out, states, warp_row, warp_n);
   }
 };

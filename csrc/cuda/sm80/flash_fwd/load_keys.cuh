@@ -11,13 +11,13 @@ namespace sink_attention::cuda::sm80 {
 // first of them.
 template <int kThreads, class Tile, bool kValues>
 SA_DEVICE void load_8_bit_keys(Tile& tile, const KeySource<kValues>& source, int first_key,
-                               bool in_chunks, int thread) {
+                               bool is_vectorised, int thread) {
   using Element = typename Tile::Element;
   constexpr int kCount = Tile::kRows * Tile::kChunks / kThreads;  // of this thread
   constexpr int kTogether = kCount % 4 == 0 ? 4 : 2;
   static_assert(kCount * kThreads == Tile::kRows * Tile::kChunks && kCount % kTogether == 0);
   const int cols = source.dim();
-  const int page_size = static_cast<int>(source.problem.page_size);
+  const int page_size = static_cast<int>(source.params.page_size);
   for (int i = thread; i < kCount * kThreads; i += kTogether * kThreads) {
     uint64_t stored[kTogether];
     float scale[kTogether];
@@ -33,7 +33,7 @@ SA_DEVICE void load_8_bit_keys(Tile& tile, const KeySource<kValues>& source, int
       const int slot = key % page_size;
       stored[j] = load_8_bit_chunk(source.template origin<uint8_t>() + page * source.page_stride() +
                                        slot * source.row_stride(),
-                                   chunk * kChunkElems, cols, in_chunks);
+                                   chunk * kChunkElems, cols, is_vectorised);
       if (source.scales != nullptr) {
         scale[j] = primitives::load_global(source.scales + page * source.scale_stride_page() +
                                            slot * source.scale_stride_slot());
@@ -43,9 +43,9 @@ SA_DEVICE void load_8_bit_keys(Tile& tile, const KeySource<kValues>& source, int
     for (int j = 0; j < kTogether; ++j) {
       const int place = i + j * kThreads;
       const primitives::Bytes16 chunk =
-          source.problem.kv_dtype == attention::DataType::kInt8
-              ? widen_chunk<Element, attention::Int8>(stored[j], scale[j])
-              : widen_chunk<Element, attention::Float8E4M3>(stored[j], scale[j]);
+          source.params.kv_dtype == attention::DataType::kInt8
+              ? upcast_vector<Element, attention::Int8>(stored[j], scale[j])
+              : upcast_vector<Element, attention::Float8E4M3>(stored[j], scale[j]);
       primitives::store_shared(reinterpret_cast<primitives::Bytes16*>(
                                    tile.chunk(place / Tile::kChunks, place % Tile::kChunks)),
                                chunk);
@@ -57,13 +57,13 @@ SA_DEVICE void load_8_bit_keys(Tile& tile, const KeySource<kValues>& source, int
 // chunks travel by cp.async, and the caller commits and waits; others are copied at once.
 template <int kThreads, class Tile, bool kValues>
 SA_DEVICE void load_keys(Tile& tile, const KeySource<kValues>& source, int first_key,
-                         bool in_chunks) {
+                         bool is_vectorised) {
   using Element = typename Tile::Element;
   const int cols = source.dim();
-  const int thread = primitives::opaque(primitives::thread_idx());
-  if (attention::is_8_bit(source.problem.kv_dtype)) {
-    load_8_bit_keys<kThreads>(tile, source, first_key, in_chunks, thread);
-  } else if (!in_chunks) {
+  const int thread = primitives::optimisation_barrier(primitives::thread_idx());
+  if (attention::is_8_bit(source.params.kv_dtype)) {
+    load_8_bit_keys<kThreads>(tile, source, first_key, is_vectorised, thread);
+  } else if (!is_vectorised) {
     store_chunks<kThreads>(
         tile,
         [&](int row, int chunk) {

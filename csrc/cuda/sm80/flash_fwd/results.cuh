@@ -3,18 +3,18 @@
 #pragma once
 
 #include "attention/online_softmax.h"
-#include "cuda/common/row_results.cuh"
-#include "cuda/sm80/flash_fwd/problem.h"
+#include "cuda/device/pack_gqa.cuh"
+#include "cuda/sm80/flash_fwd/params.h"
 #include "cuda/tile/copy.cuh"
-#include "cuda/tile/packed_rows.cuh"
-#include "cuda/tile/soften.cuh"
+#include "cuda/tile/online_softmax.cuh"
+#include "cuda/tile/row_results.cuh"
 #include "primitives/cta.h"
 #include "primitives/warp.h"
 
 namespace sink_attention::cuda::sm80 {
 
 template <class Element, class Tiles>
-struct FlashFwdResults : RowResults<FlashFwdKernelProblem> {
+struct FlashFwdResults : RowResults<FlashFwdKernelParams> {
   static constexpr int kTilesM = Tiles::kTilesM;
   static constexpr int kTilesV = Tiles::kHeadDimV / 8;
   static constexpr int kThreads = Tiles::kThreads;
@@ -22,29 +22,29 @@ struct FlashFwdResults : RowResults<FlashFwdKernelProblem> {
   using States = RowStates<kTilesM>;
   using OutTile = SmemTile<Element, Tiles::kBlockM, Tiles::kHeadDimV>;
 
-  using Exchange = RowExchange<Tiles::kWarpsN, Tiles::kBlockM, Tiles::kHeadDimV>;
+  using ReductionBuffer = RowExchange<Tiles::kWarpsN, Tiles::kBlockM, Tiles::kHeadDimV>;
   template <bool kManyWarps, class Unused = void>
   struct StorageOf {
     OutTile tile;
   };
   template <class Unused>
   struct StorageOf<true, Unused> {
-    Exchange exchange;
+    ReductionBuffer reduction_buffer;
   };
   using Storage = StorageOf<(Tiles::kWarpsN > 1)>;
 
   int row_begin;
-  float to_log2;
+  float softmax_scale_log2;
 
   // Called by all threads, when no one reads shared memory's earlier contents any more.
   SA_DEVICE void write(Storage& storage, const Out& out, const States& states, int warp_row,
                        int warp_n) const {
     if constexpr (Tiles::kWarpsN > 1) {
-      leave_in_exchange(storage.exchange, out, states, warp_row, warp_n);
+      store_to_reduction(storage.reduction_buffer, out, states, warp_row, warp_n);
       primitives::sync_threads();  // the warps' parts of each row are there
-      write_merged_rows<Element>(storage.exchange, *this, row_begin, primitives::warp_idx(),
+      write_merged_rows<Element>(storage.reduction_buffer, *this, row_begin, primitives::warp_idx(),
                                  kThreads / primitives::kWarpSize);
-    } else if (kernel_problem.num_splits > 1) {
+    } else if (kernel_params.num_splits > 1) {
       write_partial(out, states, warp_row);
     } else {
       finish(storage.tile, out, states, warp_row);
@@ -61,7 +61,7 @@ struct FlashFwdResults : RowResults<FlashFwdKernelProblem> {
       SA_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int row = warp_row + 16 * m + accumulator_row(lane, 2 * half);
-        const attention::RowState<float> state = states.whole(m, half, to_log2);
+        const attention::RowState<float> state = states.whole(m, half, softmax_scale_log2);
         const int packed_row = row_begin + row;
         const float scale =
             is_row(packed_row) ? finish_row(packed_row, state, lane % 4 == 0) : 0.0f;
@@ -75,8 +75,8 @@ struct FlashFwdResults : RowResults<FlashFwdKernelProblem> {
       }
     }
     primitives::sync_threads();  // the tile is complete
-    store_tile<kThreads>(tile, static_cast<int>(kernel_problem.problem.head_dim_v),
-                         kernel_problem.out_in_chunks, [&](int row) {
+    store_tile<kThreads>(tile, static_cast<int>(kernel_params.attn.head_dim_v),
+                         kernel_params.out_is_vectorised, [&](int row) {
                            return is_row(row_begin + row) ? out_row<Element>(row_begin + row)
                                                           : nullptr;
                          });
@@ -84,13 +84,13 @@ struct FlashFwdResults : RowResults<FlashFwdKernelProblem> {
 
   SA_DEVICE void write_partial(const Out& out, const States& states, int warp_row) const {
     const int lane = primitives::lane_idx();
-    const int cols = static_cast<int>(kernel_problem.problem.head_dim_v);
+    const int cols = static_cast<int>(kernel_params.attn.head_dim_v);
     SA_UNROLL
     for (int m = 0; m < kTilesM; ++m) {
       SA_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int packed_row = row_begin + warp_row + 16 * m + accumulator_row(lane, 2 * half);
-        const attention::RowState<float> state = states.whole(m, half, to_log2);
+        const attention::RowState<float> state = states.whole(m, half, softmax_scale_log2);
         if (!is_row(packed_row)) continue;
         const int64_t index = partial_index(packed_row);
         if (lane % 4 == 0) write_state(index, state);
@@ -100,7 +100,7 @@ struct FlashFwdResults : RowResults<FlashFwdKernelProblem> {
           for (int reg = 0; reg < 2; ++reg) {
             const int col = 8 * n + accumulator_col(lane, reg);
             if (col < cols) {
-              primitives::store_global(kernel_problem.partial_out + index * cols + col,
+              primitives::store_global(kernel_params.partial_out + index * cols + col,
                                        out.c[m][n][2 * half + reg] * value_scale);
             }
           }
@@ -109,24 +109,24 @@ struct FlashFwdResults : RowResults<FlashFwdKernelProblem> {
     }
   }
 
-  SA_DEVICE void leave_in_exchange(Exchange& exchange, const Out& out, const States& states,
-                                   int warp_row, int warp_n) const {
+  SA_DEVICE void store_to_reduction(ReductionBuffer& reduction_buffer, const Out& out,
+                                    const States& states, int warp_row, int warp_n) const {
     const int lane = primitives::lane_idx();
     SA_UNROLL
     for (int m = 0; m < kTilesM; ++m) {
       SA_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int row = warp_row + 16 * m + accumulator_row(lane, 2 * half);
-        const attention::RowState<float> state = states.whole(m, half, to_log2);
+        const attention::RowState<float> state = states.whole(m, half, softmax_scale_log2);
         if (lane % 4 == 0) {
-          primitives::store_shared(&exchange.state[warp_n][row],
+          primitives::store_shared(&reduction_buffer.state[warp_n][row],
                                    primitives::Float2{state.max, state.sum});
         }
         SA_UNROLL
         for (int n = 0; n < kTilesV; ++n) {
           primitives::store_shared(
               reinterpret_cast<primitives::Float2*>(
-                  &exchange.out[warp_n][row][8 * n + accumulator_col(lane, 0)]),
+                  &reduction_buffer.out[warp_n][row][8 * n + accumulator_col(lane, 0)]),
               primitives::Float2{out.c[m][n][2 * half], out.c[m][n][2 * half + 1]});
         }
       }

@@ -4,9 +4,9 @@
 
 #include "attention/block_list.h"
 #include "attention/mask.h"
-#include "cuda/sm90/flash_bwd/problem.h"
+#include "cuda/device/pack_gqa.cuh"
+#include "cuda/sm90/flash_bwd/params.h"
 #include "cuda/sm90/flash_bwd/storage.cuh"
-#include "cuda/tile/packed_rows.cuh"
 #include "primitives/memory.h"
 
 namespace sink_attention::cuda::sm90 {
@@ -15,13 +15,13 @@ template <class Tiles>
 struct FlashBwdBlock {
   static constexpr int kBlockN = Tiles::kBlockN;
 
-  const FlashBwdKernelProblem& problem;
+  const FlashBwdKernelParams& params;
   const FlashBwdBlockInfo& info;  // in shared memory
 
-  SA_DEVICE const attention::FlashFwdProblem& fwd() const { return problem.bwd.fwd; }
+  SA_DEVICE const attention::FlashFwdParams& fwd() const { return params.bwd.fwd; }
   SA_DEVICE int batch_idx() const { return primitives::load_shared(&info.batch_idx); }
   SA_DEVICE int kv_head() const { return primitives::load_shared(&info.kv_head); }
-  SA_DEVICE int group() const { return problem.group; }
+  SA_DEVICE int qhead_per_khead() const { return params.qhead_per_khead; }
   SA_DEVICE int first_key() const { return primitives::load_shared(&info.first_key); }
   SA_DEVICE int sink_end() const { return primitives::load_shared(&info.sink_end); }
   SA_DEVICE int tiles_begin() const { return primitives::load_shared(&info.tiles_begin); }
@@ -29,13 +29,13 @@ struct FlashBwdBlock {
   SA_DEVICE int q_row() const { return primitives::load_shared(&info.q_row); }
   SA_DEVICE int seqlen_q() const { return primitives::load_shared(&info.seqlen_q); }
   SA_DEVICE int seqlen_k() const { return primitives::load_shared(&info.seqlen_k); }
-  SA_DEVICE int num_rows() const { return seqlen_q() * group(); }
+  SA_DEVICE int num_rows() const { return seqlen_q() * qhead_per_khead(); }
   // A tile's first row, and how many it has.
   SA_DEVICE int first_row(int tile) const { return tile * used_rows(); }
   SA_DEVICE int rows_of(int tile) const {
     return static_cast<int>(attention::min_of(used_rows(), num_rows() - first_row(tile)));
   }
-  SA_DEVICE int used_rows() const { return problem.workspace.used_rows; }
+  SA_DEVICE int used_rows() const { return params.workspace.used_rows; }
   // Of the block, those that exist; a block that has none does nothing.
   SA_DEVICE int num_keys() const {
     return static_cast<int>(attention::min_of(kBlockN, seqlen_k() - first_key()));
@@ -49,8 +49,8 @@ struct FlashBwdBlock {
 
   // By one thread.
   SA_DEVICE void describe(FlashBwdBlockInfo& to) const {
-    const BlockPlace place = place_of_block(problem.order, primitives::block_idx().x);
-    const PackedRows rows = packed_rows(fwd(), place.batch_idx, place.kv_head);
+    const BlockPlace place = place_of_block(params.order, primitives::block_idx().x);
+    const PackGqa rows = pack_gqa(fwd(), place.batch_idx, place.kv_head);
     const int seqlen_q = static_cast<int>(rows.info.seqlen_q);
     const int seqlen_k = static_cast<int>(rows.info.seqlen_k);
     const int first_key = place.rank * kBlockN;
@@ -58,8 +58,8 @@ struct FlashBwdBlock {
         attention::make_mask(fwd(), seqlen_q, seqlen_k)
             .visible_queries(first_key, attention::min_of(first_key + kBlockN, seqlen_k));
     const bool some = queries.begin < queries.end;
-    const int first_tile = cuda::first_tile(problem.workspace, fwd(), place.batch_idx);
-    const int tiles_left = problem.workspace.num_tiles - first_tile;
+    const int first_tile = cuda::first_tile(params.workspace, fwd(), place.batch_idx);
+    const int tiles_left = params.workspace.num_tiles - first_tile;
     primitives::store_shared(&to.batch_idx, place.batch_idx);
     primitives::store_shared(&to.kv_head, place.kv_head);
     primitives::store_shared(&to.first_key, first_key);
@@ -69,21 +69,23 @@ struct FlashBwdBlock {
     primitives::store_shared(&to.q_row, static_cast<int>(rows.info.q_row));
     primitives::store_shared(&to.seqlen_q, seqlen_q);
     primitives::store_shared(&to.seqlen_k, seqlen_k);
-    primitives::store_shared(&to.tiles_begin,
-                             some ? static_cast<int>(queries.begin) * group() / used_rows() : 0);
+    primitives::store_shared(
+        &to.tiles_begin,
+        some ? static_cast<int>(queries.begin) * qhead_per_khead() / used_rows() : 0);
     primitives::store_shared(
         &to.tiles_end,
         some ? static_cast<int>(attention::min_of(
-                   (static_cast<int>(queries.end) * group() + used_rows() - 1) / used_rows(),
+                   (static_cast<int>(queries.end) * qhead_per_khead() + used_rows() - 1) /
+                       used_rows(),
                    tiles_left))
              : 0);
     primitives::store_shared(&to.first_workspace_tile,
-                             place.kv_head * problem.workspace.num_tiles + first_tile);
+                             place.kv_head * params.workspace.num_tiles + first_tile);
   }
 
-  SA_DEVICE int first_position(int tile) const { return first_row(tile) / group(); }
+  SA_DEVICE int first_position(int tile) const { return first_row(tile) / qhead_per_khead(); }
   SA_DEVICE int last_position(int tile) const {
-    return (first_row(tile) + rows_of(tile) - 1) / group();
+    return (first_row(tile) + rows_of(tile) - 1) / qhead_per_khead();
   }
 
   // Whether some row of the tile may not see some key of the block. A tile's other rows need no
@@ -98,7 +100,7 @@ struct FlashBwdBlock {
   SA_DEVICE KeyRange window(int tile, int row) const {
     if (row >= rows_of(tile)) return {0, 0};
     const attention::Range keys =
-        attention::intersect(mask().window_keys((first_row(tile) + row) / group()),
+        attention::intersect(mask().window_keys((first_row(tile) + row) / qhead_per_khead()),
                              {first_key(), first_key() + num_keys()});
     return {static_cast<int>(keys.begin - first_key()), static_cast<int>(keys.end - first_key())};
   }

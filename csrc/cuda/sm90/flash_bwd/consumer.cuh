@@ -52,15 +52,16 @@ struct FlashBwdConsumer {
   using PartOperands = OperandsA<1, kPartTiles / 2>;
   static constexpr int kBarrier = 1;  // the consumers' named barrier
 
-  const FlashBwdKernelProblem& problem;
+  const FlashBwdKernelParams& params;
   const FlashBwdBlock<Tiles> block;
   Storage& storage;
   const int own_group;
   Accumulators<1, Tiles::kGroupCols / 8> dk;
   Accumulators<1, Tiles::kGroupColsV / 8> dv;
 
-  SA_DEVICE FlashBwdConsumer(const FlashBwdKernelProblem& problem, Storage& storage, int group)
-      : problem(problem), block{problem, storage.info}, storage(storage), own_group(group) {}
+  SA_DEVICE FlashBwdConsumer(const FlashBwdKernelParams& params, Storage& storage,
+                             int qhead_per_khead)
+      : params(params), block{params, storage.info}, storage(storage), own_group(qhead_per_khead) {}
 
   SA_DEVICE void run() {
     // Each stores by itself, so that no registers must agree where the branches meet.
@@ -68,7 +69,7 @@ struct FlashBwdConsumer {
       dk.clear();
       dv.clear();
       store_gradients();
-    } else if (problem.capped) {
+    } else if (params.has_softcap) {
       walk<true>();
       store_gradients();
     } else {
@@ -79,54 +80,58 @@ struct FlashBwdConsumer {
 
  private:
   // Anew in each step, so that no step's addresses wait in registers for the next tile.
-  SA_DEVICE static int lane() { return primitives::lane_idx_anew(); }
+  SA_DEVICE static int lane() { return primitives::rematerialise_lane_idx(); }
   SA_DEVICE static int warp() {  // of the warpgroup
-    return primitives::thread_idx_anew() / primitives::kWarpSize % 4;
+    return primitives::rematerialise_thread_idx() / primitives::kWarpSize % 4;
   }
   // Of the consumers: 0 or 1. Descriptors of operands are computed from it where they are needed.
-  SA_DEVICE int group() const { return primitives::opaque(own_group); }
+  SA_DEVICE int qhead_per_khead() const { return primitives::optimisation_barrier(own_group); }
   // Of the block's keys and columns, and of a tile's rows, this warpgroup's first.
   SA_DEVICE int first_key() const {
-    return Tiles::kSharesKeys ? primitives::opaque(0) : group() * 64;
+    return Tiles::kSharesKeys ? primitives::optimisation_barrier(0) : qhead_per_khead() * 64;
   }
   // Of the block's keys, the lane's first; the other is 8 further.
   SA_DEVICE int lane_key() const { return first_key() + 16 * warp() + accumulator_row(lane(), 0); }
-  SA_DEVICE int first_row() const { return Tiles::kSharesKeys ? group() * Tiles::kGroupRows : 0; }
-  SA_DEVICE int first_col() const { return Tiles::kSharesKeys ? group() * Tiles::kGroupCols : 0; }
+  SA_DEVICE int first_row() const {
+    return Tiles::kSharesKeys ? qhead_per_khead() * Tiles::kGroupRows : 0;
+  }
+  SA_DEVICE int first_col() const {
+    return Tiles::kSharesKeys ? qhead_per_khead() * Tiles::kGroupCols : 0;
+  }
   SA_DEVICE int first_col_v() const {
-    return Tiles::kSharesKeys ? group() * Tiles::kGroupColsV : 0;
+    return Tiles::kSharesKeys ? qhead_per_khead() * Tiles::kGroupColsV : 0;
   }
 
-  template <bool kCapped>
+  template <bool kSoftcap>
   SA_DEVICE void walk() {
     if constexpr (Tiles::kDividesDqRows) {
-      walk_tiles<kCapped, Tiles::kDqCols0>(64 * own_group, 0);
+      walk_tiles<kSoftcap, Tiles::kDqCols0>(64 * own_group, 0);
     } else if constexpr (Tiles::kDqCols0 == Tiles::kDqCols1) {
-      walk_tiles<kCapped, Tiles::kDqCols0>(0, Tiles::kDqCols0 * own_group);
+      walk_tiles<kSoftcap, Tiles::kDqCols0>(0, Tiles::kDqCols0 * own_group);
     } else if (own_group == 0) {
-      walk_tiles<kCapped, Tiles::kDqCols0>(0, 0);
+      walk_tiles<kSoftcap, Tiles::kDqCols0>(0, 0);
     } else {
-      walk_tiles<kCapped, Tiles::kDqCols1>(0, Tiles::kDqCols0);
+      walk_tiles<kSoftcap, Tiles::kDqCols1>(0, Tiles::kDqCols0);
     }
   }
 
   // This warpgroup's part of dQ is 64 rows x kDqCols.
-  template <bool kCapped, int kDqCols>
+  template <bool kSoftcap, int kDqCols>
   SA_DEVICE void walk_tiles(int dq_row, int dq_col) {
     const int tiles = block.tiles_end() - block.tiles_begin();
     primitives::mbarrier_wait(&storage.k_full, 0);
     primitives::mbarrier_wait(&storage.v_full, 0);
-    for (int i = 0; i < tiles; ++i) add_tile<kCapped, kDqCols>(i, dq_row, dq_col);
+    for (int i = 0; i < tiles; ++i) add_tile<kSoftcap, kDqCols>(i, dq_row, dq_col);
   }
 
   // The i-th tile that is visited.
-  template <bool kCapped, int kDqCols>
+  template <bool kSoftcap, int kDqCols>
   SA_DEVICE void add_tile(int i, int dq_row, int dq_col) {
-    const int stage = primitives::opaque(i % Tiles::kStages);
+    const int stage = primitives::optimisation_barrier(i % Tiles::kStages);
     Scores s;
     PartScores dp[kParts];
     storage.q_ring.wait_until_full(place<Tiles::kStages>(i));
-    primitives::wgmma_fence();
+    primitives::warpgroup_arrive();
     start_abt(s, storage.k, first_key(), storage.q[stage].tile, first_row(), false);
     primitives::wgmma_commit();
     storage.dout_ring.wait_until_full(place<Tiles::kStages>(i));
@@ -136,16 +141,16 @@ struct FlashBwdConsumer {
     PartOperands ds[kParts];
     const bool masked = primitives::load_shared(&storage.is_masked[stage]) != 0;
     primitives::wgmma_wait<1>();
-    primitives::wgmma_hold(s.c[0]);
-    weigh<kCapped, 0>(s, p[0], stage, masked);
+    primitives::warpgroup_fence_operand(s.c[0]);
+    recompute_p<kSoftcap, 0>(s, p[0], stage, masked);
     start_values<0>(p, stage, i);
-    if constexpr (kParts == 2 && !kCapped) weigh<kCapped, 1>(s, p[1], stage, masked);
+    if constexpr (kParts == 2 && !kSoftcap) recompute_p<kSoftcap, 1>(s, p[1], stage, masked);
     primitives::wgmma_wait<1>();
     differentiate<0>(s, dp[0], stage, masked);
     to_operands<Element>(dp[0], ds[0].a[0]);
     if constexpr (kParts == 2) {
       start_dp<1>(dp[1], stage);
-      if constexpr (kCapped) weigh<kCapped, 1>(s, p[1], stage, masked);
+      if constexpr (kSoftcap) recompute_p<kSoftcap, 1>(s, p[1], stage, masked);
       start_values<1>(p, stage, i);
       primitives::wgmma_wait<1>();
       differentiate<1>(s, dp[1], stage, masked);
@@ -153,9 +158,9 @@ struct FlashBwdConsumer {
     }
 
     auto& ds_tile = storage.scores[Tiles::kSharesKeys ? 0 : i % 2].tile;
-    leave_scores(ds, ds_tile);
+    store_scores(ds, ds_tile);
     Accumulators<1, kDqCols / 8> dq;
-    primitives::wgmma_fence();
+    primitives::warpgroup_arrive();
     start_atb(dq, ds_tile, dq_row, storage.k, dq_col, false);
     primitives::wgmma_commit();
     if constexpr (Tiles::kSharesKeys) {
@@ -169,13 +174,13 @@ struct FlashBwdConsumer {
     primitives::wgmma_commit();
 
     primitives::wgmma_wait<2>();
-    primitives::wgmma_hold(dv.c[0]);
+    primitives::warpgroup_fence_operand(dv.c[0]);
     release(storage.dout_ring, stage);
     primitives::wgmma_wait<1>();
-    primitives::wgmma_hold(dq.c[0]);
-    leave_dq(dq, dq_row, dq_col, i);
+    primitives::warpgroup_fence_operand(dq.c[0]);
+    store_dq(dq, dq_row, dq_col, i);
     primitives::wgmma_wait<0>();
-    primitives::wgmma_hold(dk.c[0]);
+    primitives::warpgroup_fence_operand(dk.c[0]);
     release(storage.q_ring, stage);
   }
 
@@ -188,29 +193,29 @@ struct FlashBwdConsumer {
 
   template <int kPart>
   SA_DEVICE void start_dp(PartScores& dp, int stage) const {
-    primitives::wgmma_fence();
+    primitives::warpgroup_arrive();
     start_abt(dp, storage.v, first_key(), storage.dout[stage].tile, part_row<kPart>(), false);
     primitives::wgmma_commit();
   }
 
   // P as operands; in place the slopes that differentiate() takes.
-  template <bool kCapped, int kPart>
-  SA_DEVICE void weigh(Scores& s, PartOperands& p, int stage, bool masked) const {
+  template <bool kSoftcap, int kPart>
+  SA_DEVICE void recompute_p(Scores& s, PartOperands& p, int stage, bool masked) const {
     constexpr int kFirst = kPart * kPartTiles;
     const int row = part_row<kPart>();
     const float* lse_log2 = storage.lse_log2[stage] + row;
     const KeyRange* window = storage.window[stage] + row;
-    if constexpr (kCapped) {
+    if constexpr (kSoftcap) {
       SA_UNROLL
       for (int k = 0; k < kPartTiles / 2; ++k) {
         Accumulators<1, 2> weights;
-        to_capped_weights(s, kFirst + 2 * k, weights, lse_log2 + 16 * k, problem.to_log2,
-                          problem.to_tanh, lane());
+        to_softcap_probabilities(s, kFirst + 2 * k, weights, lse_log2 + 16 * k,
+                                 params.softmax_scale_log2, params.to_tanh, lane());
         if (masked) hide_unseen<0, 2>(weights, window + 16 * k);
         to_operand_a<Element>(weights, 0, 0, p.a[0][k]);
       }
     } else {
-      to_weights<kFirst, kPartTiles>(s, lse_log2, problem.to_log2, lane());
+      to_weights<kFirst, kPartTiles>(s, lse_log2, params.softmax_scale_log2, lane());
       if (masked) hide_unseen<kFirst, kPartTiles>(s, window);
       SA_UNROLL
       for (int k = 0; k < kPartTiles / 2; ++k) {
@@ -222,7 +227,7 @@ struct FlashBwdConsumer {
   template <int kPart>
   SA_DEVICE void differentiate(const Scores& slopes, PartScores& dp, int stage, bool masked) const {
     const int row = part_row<kPart>();
-    primitives::wgmma_hold(dp.c[0]);
+    primitives::warpgroup_fence_operand(dp.c[0]);
     to_gradients<kPart * kPartTiles>(slopes, dp, storage.delta[stage] + row, lane());
     if (masked) hide_unseen<0, kPartTiles>(dp, storage.window[stage] + row);
   }
@@ -238,18 +243,18 @@ struct FlashBwdConsumer {
     const auto& dout = storage.dout[stage].tile;
     if constexpr (Tiles::kSharesKeys) {
       auto& p_tile = storage.scores[Storage::kTilesDs + i % 2].tile;
-      leave_scores(p, p_tile);
-      primitives::wgmma_fence();
+      store_scores(p, p_tile);
+      primitives::warpgroup_arrive();
       start_ab(dv, p_tile, 0, dout, first_col_v(), i > 0);
     } else {
-      primitives::wgmma_fence();
+      primitives::warpgroup_arrive();
       start_ab(dv, p[kPart].a[0], dout, kPart * kPartRows, 0, kPart > 0 || i > 0);
     }
     primitives::wgmma_commit();
   }
 
   // Writes this warpgroup's part of a tile of scores; after it all of the tile is there.
-  SA_DEVICE void leave_scores(PartOperands (&parts)[kParts],
+  SA_DEVICE void store_scores(PartOperands (&parts)[kParts],
                               typename Storage::ScoreTile& tile) const {
     SA_UNROLL
     for (int part = 0; part < kParts; ++part) {
@@ -262,7 +267,7 @@ struct FlashBwdConsumer {
 
   // Numbers of neighbouring lanes are neighbours (bwd_workspace.h).
   template <int kTilesN>
-  SA_DEVICE void leave_dq(const Accumulators<1, kTilesN>& dq, int row, int col, int i) {
+  SA_DEVICE void store_dq(const Accumulators<1, kTilesN>& dq, int row, int col, int i) {
     storage.dq_ring.wait_until_empty(place<1>(i));
     const int fragment = (row / 16 + warp()) * (Tiles::kHeadDim / 8) + col / 8;
     float* to = storage.dq + fragment * 128 + lane();
@@ -284,7 +289,7 @@ struct FlashBwdConsumer {
     if (lane() == 0) primitives::mbarrier_arrive(&ring.empty[stage]);
   }
   SA_DEVICE void store_gradients() const {
-    const attention::FlashBwdProblem& bwd = problem.bwd;
+    const attention::FlashBwdParams& bwd = params.bwd;
     store_gradient(dv, 1.0f, first_col_v(), bwd.dv, bwd.dv_stride_batch, bwd.dv_stride_row,
                    bwd.dv_stride_head, bwd.fwd.head_dim_v);
     store_gradient(dk, static_cast<float>(bwd.fwd.softmax_scale), first_col(), bwd.dk,

@@ -1,6 +1,6 @@
 // Scores and their gradients into P and dS, in place.
 //
-//   P  = exp2(S to_log2 - lse_log2)
+//   P  = exp2(S softmax_scale_log2 - lse_log2)
 //   dS = P (dP - delta)                 times 1 - tanh^2 under a softcap: a slope of P for each
 //
 // All are transposed: the accumulators' rows are keys, their columns rows of the tile of queries.
@@ -9,7 +9,7 @@
 
 #include "cuda/sm90/flash_bwd/storage.cuh"
 #include "cuda/tile/fragment.cuh"
-#include "cuda/tile/soften.cuh"
+#include "cuda/tile/online_softmax.cuh"
 #include "primitives/fast_math.h"
 #include "primitives/memory.h"
 
@@ -25,16 +25,16 @@ SA_DEVICE void load_pair(const float* numbers, int col, float (&pair)[2]) {
 
 // No weight exceeds 1. Where logits are so large that lse's rounding is a power of two or more,
 // this keeps the gradients finite; a NaN passes.
-SA_DEVICE float weight_of(float score, float to_log2, float lse_log2) {
-  const float exponent = score * to_log2 - lse_log2;
+SA_DEVICE float weight_of(float score, float softmax_scale_log2, float lse_log2) {
+  const float exponent = score * softmax_scale_log2 - lse_log2;
   return primitives::exp2_approx(exponent > 0.0f ? 0.0f : exponent);
 }
 
 // A part of the rows at a time: kTilesN accumulators, of S and P from kFirst on.
 
 template <int kFirst, int kTilesN, int kTilesS>
-SA_DEVICE void to_weights(Accumulators<1, kTilesS>& s, const float* lse_log2, float to_log2,
-                          int lane) {
+SA_DEVICE void to_weights(Accumulators<1, kTilesS>& s, const float* lse_log2,
+                          float softmax_scale_log2, int lane) {
   SA_UNROLL
   for (int n = 0; n < kTilesN; ++n) {
     float lse[2];
@@ -42,7 +42,7 @@ SA_DEVICE void to_weights(Accumulators<1, kTilesS>& s, const float* lse_log2, fl
     SA_UNROLL
     for (int reg = 0; reg < 4; ++reg) {
       float& number = s.c[0][kFirst + n][reg];
-      number = weight_of(number, to_log2, lse[reg % 2]);
+      number = weight_of(number, softmax_scale_log2, lse[reg % 2]);
     }
   }
 }
@@ -64,9 +64,9 @@ SA_DEVICE void to_gradients(const Accumulators<1, kTilesS>& slopes, Accumulators
 
 // Under a softcap, two accumulators from `first` on: P, and in place of S the slope.
 template <int kTilesS>
-SA_DEVICE void to_capped_weights(Accumulators<1, kTilesS>& s, int first,
-                                 Accumulators<1, 2>& weights, const float* lse_log2, float to_log2,
-                                 float to_tanh, int lane) {
+SA_DEVICE void to_softcap_probabilities(Accumulators<1, kTilesS>& s, int first,
+                                        Accumulators<1, 2>& weights, const float* lse_log2,
+                                        float softmax_scale_log2, float to_tanh, int lane) {
   SA_UNROLL
   for (int n = 0; n < 2; ++n) {
     float lse[2];
@@ -75,7 +75,7 @@ SA_DEVICE void to_capped_weights(Accumulators<1, kTilesS>& s, int first,
     for (int reg = 0; reg < 4; ++reg) {
       float& number = s.c[0][first + n][reg];
       const float score = tanh_by_exp2(number * to_tanh);
-      const float weight = weight_of(score, to_log2, lse[reg % 2]);
+      const float weight = weight_of(score, softmax_scale_log2, lse[reg % 2]);
       weights.c[0][n][reg] = weight;
       number = weight * (1.0f - score * score);
     }

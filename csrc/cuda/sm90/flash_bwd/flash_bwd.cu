@@ -2,70 +2,70 @@
 #include <algorithm>
 
 #include "attention/online_softmax.h"
-#include "cuda/common/bwd_workspace.h"
+#include "cuda/kernels/bwd_workspace.h"
 #include "cuda/sm90/flash_bwd/config.h"
 #include "cuda/sm90/flash_bwd/entry.h"
-#include "cuda/sm90/flash_bwd/problem.h"
+#include "cuda/sm90/flash_bwd/params.h"
 #include "cuda/sm90/tensor_maps.h"
 
 namespace sink_attention::cuda::sm90 {
 namespace {
 
-using attention::FlashBwdProblem;
-using attention::FlashFwdProblem;
+using attention::FlashBwdParams;
+using attention::FlashFwdParams;
 
-// A head_dim class: how a query tile is cut, and the kernel.
-struct HeadDimClass {
+// A head-dim bucket: how a query tile is cut, and the kernel.
+struct HeadDimBucket {
   int tile_rows;
   int head_dim;
-  void (*run)(const FlashBwdKernelProblem& problem, Stream stream);
+  void (*run)(const FlashBwdKernelParams& params, Stream stream);
 };
 
 template <int kHeadDim, int kHeadDimV>
-HeadDimClass make_class(void (*run)(const FlashBwdKernelProblem&, Stream)) {
+HeadDimBucket make_bucket(void (*run)(const FlashBwdKernelParams&, Stream)) {
   return {FlashBwdTilesOf<kHeadDim, kHeadDimV>::kBlockM, kHeadDim, run};
 }
 
-HeadDimClass class_of(const FlashFwdProblem& problem) {
-  const int64_t dim = problem.head_dim;
-  const int64_t dim_v = problem.head_dim_v;
+HeadDimBucket bucket_of(const FlashFwdParams& params) {
+  const int64_t dim = params.head_dim;
+  const int64_t dim_v = params.head_dim_v;
   const int64_t larger = std::max(dim, dim_v);
-  if (larger <= 64) return make_class<64, 64>(flash_bwd_hdim64);
-  if (larger <= 96) return make_class<96, 96>(flash_bwd_hdim96);
-  if (larger <= 128) return make_class<128, 128>(flash_bwd_hdim128);
-  if (dim <= 192 && dim_v <= 128) return make_class<192, 128>(flash_bwd_hdim192_128);
-  if (larger <= 192) return make_class<192, 192>(flash_bwd_hdim192);
-  return make_class<256, 256>(flash_bwd_hdim256);
+  if (larger <= 64) return make_bucket<64, 64>(flash_bwd_hdim64);
+  if (larger <= 96) return make_bucket<96, 96>(flash_bwd_hdim96);
+  if (larger <= 128) return make_bucket<128, 128>(flash_bwd_hdim128);
+  if (dim <= 192 && dim_v <= 128) return make_bucket<192, 128>(flash_bwd_hdim192_128);
+  if (larger <= 192) return make_bucket<192, 192>(flash_bwd_hdim192);
+  return make_bucket<256, 256>(flash_bwd_hdim256);
 }
 
-int64_t lay_out_workspace(const FlashBwdProblem& problem, const HeadDimClass& chosen, void* memory,
+int64_t lay_out_workspace(const FlashBwdParams& params, const HeadDimBucket& chosen, void* memory,
                           BwdWorkspace& workspace) {
-  return lay_out(problem, chosen.tile_rows, rows_of_whole_positions(problem.fwd, chosen.tile_rows),
+  return lay_out(params, chosen.tile_rows, rows_of_whole_positions(params.fwd, chosen.tile_rows),
                  chosen.head_dim, memory, workspace);
 }
 
 }  // namespace
 
-int64_t flash_bwd_workspace_bytes(const FlashBwdProblem& problem) {
+int64_t flash_bwd_workspace_bytes(const FlashBwdParams& params) {
   BwdWorkspace workspace{};
-  return lay_out_workspace(problem, class_of(problem.fwd), nullptr, workspace);
+  return lay_out_workspace(params, bucket_of(params.fwd), nullptr, workspace);
 }
 
-void flash_bwd(const FlashBwdProblem& problem, const Device&, void* memory, Stream stream) {
-  const FlashFwdProblem& fwd = problem.fwd;
-  const HeadDimClass chosen = class_of(fwd);
-  FlashBwdKernelProblem kernel_problem{};
-  kernel_problem.bwd = problem;
-  lay_out_workspace(problem, chosen, memory, kernel_problem.workspace);
-  kernel_problem.group = static_cast<int>(fwd.num_heads_q / fwd.num_heads_kv);
-  kernel_problem.capped = fwd.softcap > 0;
-  const double to_logit = kernel_problem.capped ? fwd.softcap : fwd.softmax_scale;
-  kernel_problem.to_log2 = static_cast<float>(to_logit * attention::kLog2E);
-  kernel_problem.to_tanh =
-      kernel_problem.capped ? static_cast<float>(fwd.softmax_scale / fwd.softcap) : 0.0f;
-  bwd_preprocess(problem, kernel_problem.workspace, stream);
-  chosen.run(kernel_problem, stream);
-  bwd_postprocess(problem, kernel_problem.workspace, stream);
+void flash_bwd(const FlashBwdParams& params, const Device&, void* memory, Stream stream) {
+  const FlashFwdParams& fwd = params.fwd;
+  const HeadDimBucket chosen = bucket_of(fwd);
+  FlashBwdKernelParams kernel_params{};
+  kernel_params.bwd = params;
+  lay_out_workspace(params, chosen, memory, kernel_params.workspace);
+  kernel_params.qhead_per_khead = static_cast<int>(fwd.num_heads_q / fwd.num_heads_kv);
+  kernel_params.has_softcap = fwd.softcap > 0;
+  const double to_logit = kernel_params.has_softcap ? fwd.softcap : fwd.softmax_scale;
+  kernel_params.softmax_scale_log2 = static_cast<float>(to_logit * attention::kLog2E);
+  kernel_params.to_tanh =
+      kernel_params.has_softcap ? static_cast<float>(fwd.softmax_scale / fwd.softcap) : 0.0f;
+  bwd_preprocess(params, kernel_params.workspace, stream);
+  chosen.run(kernel_params, stream);
+  bwd_postprocess(params, kernel_params.workspace, stream);
 }
 
 }  // namespace sink_attention::cuda::sm90

@@ -2,12 +2,12 @@
 // the tiles of query rows that see some of it; each tile's dQ is added to a float32 accumulator
 // that all blocks share.
 //
-//   S^T  = K Q^T        P  = exp2(S to_log2 - lse_log2)          keys are the products' rows, so
+//   S^T  = K Q^T        P  = exp2(S softmax_scale_log2 - lse_log2)          keys are the products' rows, so
 //   dP^T = V dO^T       dS = P (dP - delta) (softcap's slope)    that P^T and dS^T are operands A
 //   dV  += P^T dO       dK += dS^T Q         dQ += dS K          (softmax_scale comes at the end)
 //
-// Rows are (position, head of the group) pairs (packed_rows.cuh), so the sum over a kv head's query
-// heads is part of the products. Which block of keys a thread block has: problem.h. Tiles are taken
+// Rows are (position, head of the group) pairs (pack_gqa.cuh), so the sum over a kv head's query
+// heads is part of the products. Which block of keys a thread block has: params.h. Tiles are taken
 // from the last to the first, by three kinds of warps that go on in their own pace:
 //
 //   loaders    2 warps       K, then Q and lse of each tile, as the ring has room; V, then dO and
@@ -26,7 +26,7 @@ namespace sink_attention::cuda::sm90 {
 
 template <class Element, class Tiles>
 struct FlashBwdKernel {
-  using Problem = FlashBwdKernelProblem;
+  using Params = FlashBwdKernelParams;
   using Storage = FlashBwdStorage<Element, Tiles>;
   struct Config {
     static constexpr int kThreads = Tiles::kThreads;
@@ -35,39 +35,39 @@ struct FlashBwdKernel {
   };
   static_assert(Config::kSharedBytes <= 227 * 1024, "what a block may have");
 
-  static SA_DEVICE void run(const Problem& problem, char* shared) {
+  static SA_DEVICE void run(const Params& params, char* shared) {
     Storage& storage = *reinterpret_cast<Storage*>(shared);
-    const FlashBwdBlock<Tiles> block{problem, storage.info};
+    const FlashBwdBlock<Tiles> block{params, storage.info};
     const int warp = primitives::warp_idx();
     if (primitives::thread_idx() == 0) {
       block.describe(storage.info);
       init_barriers(storage);
     }
-    if (primitives::thread_idx() == primitives::kWarpSize) prefetch_maps(problem);
+    if (primitives::thread_idx() == primitives::kWarpSize) prefetch_maps(params);
     primitives::sync_threads();  // all threads know the block, and may use its barriers
     if (block.num_keys() <= 0) return;
     const int warpgroup = primitives::warpgroup_idx();
     if (warpgroup > 0) {
-      primitives::take_registers<Tiles::kConsumerRegisters>();
-      FlashBwdConsumer<Element, Tiles>(problem, storage, warpgroup - 1).run();
+      primitives::warpgroup_reg_alloc<Tiles::kConsumerRegisters>();
+      FlashBwdConsumer<Element, Tiles>(params, storage, warpgroup - 1).run();
       return;
     }
-    primitives::give_registers<Tiles::kProducerRegisters>();
+    primitives::warpgroup_reg_dealloc<Tiles::kProducerRegisters>();
     if (block.tiles_begin() >= block.tiles_end()) return;
     if (warp == 0) {
-      FlashBwdLoader<Element, Tiles, false>{problem, block, storage}.run();
+      FlashBwdLoader<Element, Tiles, false>{params, block, storage}.run();
     } else if (warp == 1) {
-      FlashBwdLoader<Element, Tiles, true>{problem, block, storage}.run();
+      FlashBwdLoader<Element, Tiles, true>{params, block, storage}.run();
     } else if (warp == 2 && primitives::lane_idx() == 0) {
-      FlashBwdDqWriter<Element, Tiles>{problem, block, storage}.run();
+      FlashBwdDqWriter<Element, Tiles>{params, block, storage}.run();
     }
   }
 
-  static SA_DEVICE void prefetch_maps(const Problem& problem) {
-    if (problem.has_k_map) primitives::prefetch_tensor_map(&problem.k_map);
-    if (problem.has_q_map) primitives::prefetch_tensor_map(&problem.q_map);
-    if (problem.has_v_map) primitives::prefetch_tensor_map(&problem.v_map);
-    if (problem.has_dout_map) primitives::prefetch_tensor_map(&problem.dout_map);
+  static SA_DEVICE void prefetch_maps(const Params& params) {
+    if (params.has_k_map) primitives::prefetch_tensor_map(&params.k_map);
+    if (params.has_q_map) primitives::prefetch_tensor_map(&params.q_map);
+    if (params.has_v_map) primitives::prefetch_tensor_map(&params.v_map);
+    if (params.has_dout_map) primitives::prefetch_tensor_map(&params.dout_map);
   }
   static SA_DEVICE void init_barriers(Storage& storage) {
     storage.q_ring.init(kTileArrivals, Tiles::kConsumerWarps);

@@ -1,8 +1,8 @@
-// Starts the backward kernel of one head_dim class.
+// Starts the backward kernel of one head-dim bucket.
 #pragma once
 
 #include "cuda/sm90/flash_bwd/kernel.cuh"
-#include "cuda/sm90/flash_bwd/problem.h"
+#include "cuda/sm90/flash_bwd/params.h"
 #include "cuda/sm90/tensor_maps.h"
 #include "primitives/launch.h"
 
@@ -15,35 +15,35 @@ inline void set_map(const MapPlan& plan, bool wanted, bool& has_map, primitives:
 
 // The boxes of K and V are blocks, those of Q and dO the used rows of tiles.
 template <class Tiles>
-void set_maps(FlashBwdKernelProblem& problem) {
-  const attention::FlashBwdProblem& bwd = problem.bwd;
-  const attention::FlashFwdProblem& fwd = bwd.fwd;
+void set_maps(FlashBwdKernelParams& params) {
+  const attention::FlashBwdParams& bwd = params.bwd;
+  const attention::FlashFwdParams& fwd = bwd.fwd;
   constexpr int kSlabCols = Tiles::slab_cols(Tiles::kHeadDim);
   constexpr int kSlabColsV = Tiles::slab_cols(Tiles::kHeadDimV);
-  set_map(plan_keys(fwd, false, kSlabCols, Tiles::kBlockN), true, problem.has_k_map, problem.k_map);
-  set_map(plan_keys(fwd, true, kSlabColsV, Tiles::kBlockN), true, problem.has_v_map, problem.v_map);
-  const bool boxes = rows_are_boxes(fwd, problem.workspace.used_rows);
-  set_map(plan_packed_rows(fwd, fwd.q, fwd.q_stride_batch, fwd.q_stride_row, fwd.q_stride_head,
-                           fwd.head_dim, kSlabCols, Tiles::kBlockM),
-          boxes, problem.has_q_map, problem.q_map);
-  set_map(plan_packed_rows(fwd, bwd.dout, bwd.dout_stride_batch, bwd.dout_stride_row,
-                           bwd.dout_stride_head, fwd.head_dim_v, kSlabColsV, Tiles::kBlockM),
-          boxes, problem.has_dout_map, problem.dout_map);
+  set_map(plan_keys(fwd, false, kSlabCols, Tiles::kBlockN), true, params.has_k_map, params.k_map);
+  set_map(plan_keys(fwd, true, kSlabColsV, Tiles::kBlockN), true, params.has_v_map, params.v_map);
+  const bool boxes = rows_are_boxes(fwd, params.workspace.used_rows);
+  set_map(plan_pack_gqa(fwd, fwd.q, fwd.q_stride_batch, fwd.q_stride_row, fwd.q_stride_head,
+                        fwd.head_dim, kSlabCols, Tiles::kBlockM),
+          boxes, params.has_q_map, params.q_map);
+  set_map(plan_pack_gqa(fwd, bwd.dout, bwd.dout_stride_batch, bwd.dout_stride_row,
+                        bwd.dout_stride_head, fwd.head_dim_v, kSlabColsV, Tiles::kBlockM),
+          boxes, params.has_dout_map, params.dout_map);
 }
 
 // Bfloat16 or float16.
 template <int kHeadDim, int kHeadDimV>
-void launch_flash_bwd(FlashBwdKernelProblem problem, Stream stream) {
+void launch_flash_bwd(FlashBwdKernelParams params, Stream stream) {
   using Tiles = FlashBwdTilesOf<kHeadDim, kHeadDimV>;
-  const attention::FlashFwdProblem& fwd = problem.bwd.fwd;
-  problem.order = bwd_block_order(fwd, Tiles::kBlockN);
-  const primitives::Index3 grid{problem.order.num_blocks(), 1, 1};
+  const attention::FlashFwdParams& fwd = params.bwd.fwd;
+  params.order = bwd_block_order(fwd, Tiles::kBlockN);
+  const primitives::Index3 grid{params.order.num_blocks(), 1, 1};
   if (grid.x == 0) return;
-  set_maps<Tiles>(problem);
+  set_maps<Tiles>(params);
   if (fwd.dtype == attention::DataType::kBFloat16) {
-    primitives::launch<FlashBwdKernel<attention::BFloat16, Tiles>>(problem, grid, stream);
+    primitives::launch<FlashBwdKernel<attention::BFloat16, Tiles>>(params, grid, stream);
   } else {
-    primitives::launch<FlashBwdKernel<attention::Float16, Tiles>>(problem, grid, stream);
+    primitives::launch<FlashBwdKernel<attention::Float16, Tiles>>(params, grid, stream);
   }
 }
 

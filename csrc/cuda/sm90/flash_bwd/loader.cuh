@@ -34,7 +34,7 @@ struct FlashBwdLoader {
   static constexpr int kBlockM = Tiles::kBlockM;
   static constexpr int kFloatBytes = kBlockM * static_cast<int>(sizeof(float));
 
-  const FlashBwdKernelProblem& problem;
+  const FlashBwdKernelParams& params;
   const Block block;
   Storage& storage;
 
@@ -55,7 +55,7 @@ struct FlashBwdLoader {
   }
 
  private:
-  SA_DEVICE static int lane() { return primitives::lane_idx_anew(); }
+  SA_DEVICE static int lane() { return primitives::rematerialise_lane_idx(); }
 
   SA_DEVICE Ring<Tiles::kStages>& ring() const {
     if constexpr (kDout)
@@ -69,7 +69,7 @@ struct FlashBwdLoader {
     else
       return storage.q[stage].tile;
   }
-  SA_DEVICE bool has_boxes() const { return kDout ? problem.has_dout_map : problem.has_q_map; }
+  SA_DEVICE bool has_boxes() const { return kDout ? params.has_dout_map : params.has_q_map; }
   SA_DEVICE auto& keys() const {
     if constexpr (kDout)
       return storage.v;
@@ -78,8 +78,8 @@ struct FlashBwdLoader {
   }
 
   SA_DEVICE void load_keys_of_block() const {
-    const bool has_map = kDout ? problem.has_v_map : problem.has_k_map;
-    const primitives::TensorMap* map = kDout ? &problem.v_map : &problem.k_map;
+    const bool has_map = kDout ? params.has_v_map : params.has_k_map;
+    const primitives::TensorMap* map = kDout ? &params.v_map : &params.k_map;
     const attention::SeqlenInfo info = attention::seqlen_info(block.fwd(), block.batch_idx());
     const attention::KeySet all{0, {0, info.seqlen_k}};
     const auto source =
@@ -106,7 +106,7 @@ struct FlashBwdLoader {
       primitives::mbarrier_arrive_expect_tx(full,
                                             kFloatBytes + (boxes && !with_others ? tile_bytes : 0));
       primitives::bulk_load(kDout ? storage.delta[stage] : storage.lse_log2[stage],
-                            (kDout ? problem.workspace.delta : problem.workspace.lse_log2) +
+                            (kDout ? params.workspace.delta : params.workspace.lse_log2) +
                                 block.workspace_tile(tile) * kBlockM,
                             kFloatBytes, full);
       if (with_others) primitives::mbarrier_arrive_expect_tx(landed, tile_bytes);
@@ -115,8 +115,8 @@ struct FlashBwdLoader {
       if (lane() < kSlabs<Tile>) {
         const bool packed = block.fwd().cu_seqlens_q != nullptr;
         primitives::tma_load<5>(
-            to.data + lane() * kBlockM * Tile::kSlabCols,
-            kDout ? &problem.dout_map : &problem.q_map, with_others ? landed : full,
+            to.data + lane() * kBlockM * Tile::kSlabCols, kDout ? &params.dout_map : &params.q_map,
+            with_others ? landed : full,
             {lane() * Tile::kSlabCols, 0, block.q_row() + block.first_position(tile),
              block.kv_head(), packed ? 0 : block.batch_idx()});
       }
@@ -149,21 +149,21 @@ struct FlashBwdLoader {
 
   template <class Tile>
   SA_DEVICE void copy_tile(Tile& to, int tile) const {
-    const attention::FlashBwdProblem& bwd = problem.bwd;
-    const attention::FlashFwdProblem& fwd = bwd.fwd;
+    const attention::FlashBwdParams& bwd = params.bwd;
+    const attention::FlashFwdParams& fwd = bwd.fwd;
     const int64_t stride_batch = kDout ? bwd.dout_stride_batch : fwd.q_stride_batch;
     const int64_t stride_row = kDout ? bwd.dout_stride_row : fwd.q_stride_row;
     const int64_t stride_head = kDout ? bwd.dout_stride_head : fwd.q_stride_head;
     const int64_t batch = fwd.cu_seqlens_q != nullptr ? 0 : block.batch_idx();
     const Element* first = static_cast<const Element*>(kDout ? bwd.dout : fwd.q) +
                            batch * stride_batch + block.q_row() * stride_row +
-                           int64_t{block.kv_head()} * block.group() * stride_head;
+                           int64_t{block.kv_head()} * block.qhead_per_khead() * stride_head;
     const int num_rows = block.rows_of(tile);
     const int first_row = block.first_row(tile);
     copy_rows(to, static_cast<int>(kDout ? fwd.head_dim_v : fwd.head_dim), lane(),
               [&](int row) -> const Element* {
-                const int position = (first_row + row) / block.group();
-                const int head = first_row + row - position * block.group();
+                const int position = (first_row + row) / block.qhead_per_khead();
+                const int head = first_row + row - position * block.qhead_per_khead();
                 return row < num_rows ? first + position * stride_row + head * stride_head
                                       : nullptr;
               });

@@ -35,7 +35,7 @@ struct FlashFwdTiles {
                 "the registers of a block");
   // Warpgroups take turns at the tensor cores, so that one's softmax runs beside another's
   // products. From head_dim 192 on products take so long that turns are not worth their barriers.
-  static constexpr bool kTakeTurns = kHeadDim <= 128;
+  static constexpr bool kUseSchedulerBarrier = kHeadDim <= 128;
 };
 
 // clang-format off

@@ -14,11 +14,11 @@
 // columns of every 8.
 #pragma once
 
-#include "cuda/common/load_sink.cuh"
+#include "cuda/device/load_sink.cuh"
 #include "cuda/sm90/flash_fwd/storage.cuh"
 #include "cuda/sm90/operands.cuh"
 #include "cuda/sm90/store_rows.cuh"
-#include "cuda/tile/soften.cuh"
+#include "cuda/tile/online_softmax.cuh"
 #include "primitives/cta.h"
 #include "primitives/memory.h"
 
@@ -35,18 +35,20 @@ struct FlashFwdConsumer {
   using Weights = uint32_t[Tiles::kBlockN / Storage::kStepKeys][4];
   static constexpr int kFirstTurn = 1;  // the barrier of warpgroup 0's turn
 
-  const FlashFwdKernelProblem& problem;
+  const FlashFwdKernelParams& params;
   Storage& storage;
   int warpgroup;
   int warp;  // of the block
   WorkPlace work_at{};
 
   SA_DEVICE void run() {
-    if (Tiles::kTakeTurns && warpgroup == Tiles::kConsumers - 1) pass_turn();  // the first
+    if (Tiles::kUseSchedulerBarrier && warpgroup == Tiles::kConsumers - 1)
+      warp_scheduler_barrier_arrive();  // the first
     typename QRing::Place q_at;
     typename KRing::Place at;
     for (; storage.works.wait_for(work_at); storage.works.release(work_at)) attend(q_at, at);
-    if (Tiles::kTakeTurns && warpgroup == 0) wait_for_turn();  // nobody is left to take the last
+    if (Tiles::kUseSchedulerBarrier && warpgroup == 0)
+      warp_scheduler_barrier_sync();  // nobody is left to take the last
   }
 
  private:
@@ -55,10 +57,10 @@ struct FlashFwdConsumer {
   }
   SA_DEVICE int warp_row() const { return 16 * warp; }  // in the tile
   // Of a turn's barrier one warpgroup waits, and the one before it arrives.
-  SA_DEVICE void wait_for_turn() const {
+  SA_DEVICE void warp_scheduler_barrier_sync() const {
     primitives::sync_named(kFirstTurn + warpgroup, 2 * primitives::kWarpgroupSize);
   }
-  SA_DEVICE void pass_turn() const {
+  SA_DEVICE void warp_scheduler_barrier_arrive() const {
     const int next = warpgroup == Tiles::kConsumers - 1 ? 0 : warpgroup + 1;
     primitives::arrive_named(kFirstTurn + next, 2 * primitives::kWarpgroupSize);
   }
@@ -84,13 +86,13 @@ struct FlashFwdConsumer {
 
       storage.q_ring.wait_until_full(q_at);
       storage.k_ring.wait_until_full(at);
-      primitives::wgmma_hold(s.c[0]);
-      primitives::wgmma_fence();
+      primitives::warpgroup_fence_operand(s.c[0]);
+      primitives::warpgroup_arrive();
       start_scores(s, q_at.stage, at.stage);
-      note_bounds();  // beside the product
+      store_bounds();  // beside the product
       Block block = block_of(0);
       primitives::wgmma_wait<0>();
-      primitives::wgmma_hold(s.c[0]);
+      primitives::warpgroup_fence_operand(s.c[0]);
       release(&storage.k_ring.empty[at.stage]);
       if (count == 1) release(&storage.q_ring.empty[q_at.stage]);
       at.advance();
@@ -101,14 +103,14 @@ struct FlashFwdConsumer {
       SA_ROLLED
       for (int idx = 1; idx < count; ++idx) {
         storage.k_ring.wait_until_full(at);
-        if (Tiles::kTakeTurns) wait_for_turn();
-        primitives::wgmma_hold(s.c[0]);
+        if (Tiles::kUseSchedulerBarrier) warp_scheduler_barrier_sync();
+        primitives::warpgroup_fence_operand(s.c[0]);
         out.template start<1>(p, storage.v[at.previous().stage],
                               [&] { start_scores(s, q_at.stage, at.stage); });
-        if (Tiles::kTakeTurns) pass_turn();
+        if (Tiles::kUseSchedulerBarrier) warp_scheduler_barrier_arrive();
         block = block_of(idx);
         primitives::wgmma_wait<1>();  // the scores are there
-        primitives::wgmma_hold(s.c[0]);
+        primitives::warpgroup_fence_operand(s.c[0]);
         release(&storage.k_ring.empty[at.stage]);
         if (idx == count - 1) release(&storage.q_ring.empty[q_at.stage]);
         soften_block(s, states, rescale, block);
@@ -130,7 +132,7 @@ struct FlashFwdConsumer {
       out.finish();
       release(&storage.v_ring.empty[at.previous().stage]);
     }
-    store_rows<Out>(out.sum, results.scale, 0, problem.out_cols, problem.out_in_chunks,
+    store_rows<Out>(out.sum, results.scale, 0, params.out_cols, params.out_is_vectorised,
                     primitives::lane_idx(), [&](int half) { return results.out[half]; });
   }
 
@@ -141,7 +143,7 @@ struct FlashFwdConsumer {
 
   // Leaves in shared memory which keys each of the warp's rows sees; lanes 0 - 15 a row each. Since
   // the last work's were read the warp has met in WorkQueue::release.
-  SA_DEVICE void note_bounds() {
+  SA_DEVICE void store_bounds() {
     using primitives::load_shared;
     const int row = warp_row() + primitives::lane_idx();
     if (primitives::lane_idx() < 16) {
@@ -149,10 +151,10 @@ struct FlashFwdConsumer {
       const int num_rows = load_shared(&work().num_rows);
       KeyBounds bounds{0, 0};
       if (packed_row < num_rows) {
-        const int group = problem.group;
+        const int qhead_per_khead = params.qhead_per_khead;
         const attention::Mask mask = attention::make_mask(
-            problem.problem, load_shared(&work().seqlen_q), load_shared(&work().seqlen_k));
-        const attention::Range keys = mask.window_keys(packed_row / group);
+            params.attn, load_shared(&work().seqlen_q), load_shared(&work().seqlen_k));
+        const attention::Range keys = mask.window_keys(packed_row / qhead_per_khead);
         bounds = {static_cast<int>(keys.begin), static_cast<int>(keys.end)};
       }
       primitives::store_shared(storage.bounds + row, bounds);
@@ -171,14 +173,14 @@ struct FlashFwdConsumer {
     const int block = blocks_of_work(work()).block(idx);
     const BlockRange& full = work().full[warpgroup];
     const bool hides = block < load_shared(&full.begin) || block >= load_shared(&full.end);
-    return {block * Tiles::kBlockN, hides, storage.score_scale(problem, work_at.slot())};
+    return {block * Tiles::kBlockN, hides, storage.score_scale(params, work_at.slot())};
   }
 
   SA_DEVICE void soften_block(Accumulators<1, kTilesN>& s, RowStates<1>& states,
                               float (&rescale)[1][2], const Block& block) const {
     transform_scores(s, block.scale.form, block.scale.to_tanh);
     if (block.hides) hide_scores(s, block.first_key);
-    weigh<Storage::kWeightShift>(s, states, block.scale.to_log2, rescale);
+    online_softmax<Storage::kWeightShift>(s, states, block.scale.softmax_scale_log2, rescale);
   }
 
   // Scores of keys that a row does not see become -inf.
@@ -188,7 +190,7 @@ struct FlashFwdConsumer {
     // Any number of them may be asked for.
     const int64_t seqlen_k = primitives::load_shared(&work().seqlen_k);
     const int sink_end =
-        static_cast<int>(attention::min_of(problem.problem.num_sink_tokens, seqlen_k)) - first_col;
+        static_cast<int>(attention::min_of(params.attn.num_sink_tokens, seqlen_k)) - first_col;
     SA_UNROLL
     for (int half = 0; half < 2; ++half) {
       const KeyBounds bounds =
@@ -215,8 +217,8 @@ struct FlashFwdConsumer {
   };
   // Folds the sink in and writes lse.
   SA_DEVICE Results finish_rows(const RowStates<1>& states) const {
-    const attention::FlashFwdProblem& fwd = problem.problem;
-    const PackedRows rows = rows_of_work(work(), problem.group);
+    const attention::FlashFwdParams& fwd = params.attn;
+    const PackGqa rows = rows_of_work(work(), params.qhead_per_khead);
     const int lane = primitives::lane_idx();
     const int first_row = primitives::load_shared(&work().row_begin) + warp_row();
     float sink[2] = {};
@@ -229,7 +231,7 @@ struct FlashFwdConsumer {
     SA_UNROLL
     for (int half = 0; half < 2; ++half) {
       attention::RowState<float> state =
-          states.whole(0, half, storage.score_scale(problem, work_at.slot()).to_log2);
+          states.whole(0, half, storage.score_scale(params, work_at.slot()).softmax_scale_log2);
       state.max -= static_cast<float>(Storage::kWeightShift);
       const int row = first_row + accumulator_row(lane, 2 * half);
       results.scale[half] = 0.0f;

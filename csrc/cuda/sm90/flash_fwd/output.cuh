@@ -13,14 +13,14 @@ struct FlashFwdOutput {
   // Starts O += P V, in one group, and before it the kGroupsBeside groups that `start_beside` does.
   template <int kGroupsBeside, int kSteps, class Start>
   SA_DEVICE void start(const uint32_t (&p)[kSteps][4], const VTile& v, const Start& start_beside) {
-    primitives::wgmma_hold(sum.c[0]);
-    primitives::wgmma_fence();
+    primitives::warpgroup_fence_operand(sum.c[0]);
+    primitives::warpgroup_arrive();
     start_beside();
     start_ab(sum, p, v, 0, 0, true);
     primitives::wgmma_commit();
   }
   // After a wait for all groups.
-  SA_DEVICE void finish() { primitives::wgmma_hold(sum.c[0]); }
+  SA_DEVICE void finish() { primitives::warpgroup_fence_operand(sum.c[0]); }
 };
 
 }  // namespace sink_attention::cuda::sm90

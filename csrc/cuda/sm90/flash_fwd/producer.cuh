@@ -13,7 +13,7 @@ struct FlashFwdProducer {
   using QRing = Ring<Tiles::kQueryStages>;
   using KRing = Ring<Tiles::kStages>;
 
-  const FlashFwdKernelProblem& problem;
+  const FlashFwdKernelParams& params;
   Storage& storage;
   WorkPlace work_at{};
 
@@ -30,9 +30,9 @@ struct FlashFwdProducer {
 
  private:
   SA_DEVICE void prefetch_maps() const {
-    if (problem.q_in_boxes) primitives::prefetch_tensor_map(&problem.q_map);
-    if (problem.k_in_boxes) primitives::prefetch_tensor_map(&problem.k_map);
-    if (problem.v_in_boxes) primitives::prefetch_tensor_map(&problem.v_map);
+    if (params.q_uses_tma) primitives::prefetch_tensor_map(&params.q_map);
+    if (params.k_uses_tma) primitives::prefetch_tensor_map(&params.k_map);
+    if (params.v_uses_tma) primitives::prefetch_tensor_map(&params.v_map);
   }
 
   SA_DEVICE const Work<Tiles::kConsumers>& work() const {
@@ -63,16 +63,16 @@ struct FlashFwdProducer {
   SA_DEVICE bool start_block(Tile& tile, int idx, primitives::Mbarrier* full) {
     using primitives::load_shared;
     const Work<Tiles::kConsumers>& work = this->work();
-    const KeySource<kValues> source{problem.problem,
+    const KeySource<kValues> source{params.attn,
                                     load_shared(kValues ? &work.v_base : &work.k_base),
                                     load_shared(&work.pages),
                                     nullptr,
                                     load_shared(&work.sink_end),
                                     load_shared(&work.key_begin),
                                     load_shared(&work.key_end)};
-    const bool in_boxes = kValues ? problem.v_in_boxes : problem.k_in_boxes;
+    const bool use_tma = kValues ? params.v_uses_tma : params.k_uses_tma;
     KeyBoxes boxes = key_boxes(
-        source, in_boxes ? (kValues ? &problem.v_map : &problem.k_map) : nullptr, problem.box_rows,
+        source, use_tma ? (kValues ? &params.v_map : &params.k_map) : nullptr, params.box_rows,
         load_shared(&work.k_row), load_shared(&work.k_batch), load_shared(&work.kv_head));
     // With a block table boxes need pages, which keys beyond the sequence's need not have.
     boxes.may_be_anything = !kValues && source.pages == nullptr;
@@ -85,7 +85,7 @@ struct FlashFwdProducer {
     using primitives::load_shared;
     using QTile = typename Storage::QTile;
     const int lane = primitives::lane_idx();
-    if (problem.q_in_boxes) {
+    if (params.q_uses_tma) {
       if (lane == 0) {
         primitives::mbarrier_arrive_expect_tx(full, static_cast<int>(sizeof(tile.data)));
       } else {
@@ -95,13 +95,13 @@ struct FlashFwdProducer {
         const int at[5] = {lane * QTile::kSlabCols, 0,
                            load_shared(&work().q_row) + load_shared(&work().position),
                            load_shared(&work().kv_head), load_shared(&work().q_batch)};
-        primitives::tma_load<5>(tile.data + lane * QTile::kRows * QTile::kSlabCols, &problem.q_map,
+        primitives::tma_load<5>(tile.data + lane * QTile::kRows * QTile::kSlabCols, &params.q_map,
                                 full, at);
       }
       return;
     }
-    const attention::FlashFwdProblem& fwd = problem.problem;
-    const PackedRows rows = rows_of_work(work(), problem.group);
+    const attention::FlashFwdParams& fwd = params.attn;
+    const PackGqa rows = rows_of_work(work(), params.qhead_per_khead);
     const int row_begin = load_shared(&work().row_begin);
     using Stored = typename QTile::Element;
     copy_rows(tile, static_cast<int>(fwd.head_dim), lane, [&](int row) {

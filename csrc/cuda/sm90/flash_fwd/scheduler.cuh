@@ -1,4 +1,4 @@
-// The warp that writes works ahead of all others (work.cuh).
+// The warp that writes works ahead of all others (work_tile.cuh).
 #pragma once
 
 #include "attention/mask.h"
@@ -13,7 +13,7 @@ template <class Element, class Tiles>
 struct FlashFwdScheduler {
   using Storage = FlashFwdStorage<Element, Tiles>;
 
-  const FlashFwdKernelProblem& kernel_problem;
+  const FlashFwdKernelParams& kernel_params;
   Storage& storage;
   WorkPlace at{};
   int round = 0;  // the works of those before it are written, or have no rows; -1: the end is
@@ -62,13 +62,13 @@ struct FlashFwdScheduler {
   // is one. Packed sequences have as many works as if all were as long as the longest.
   SA_DEVICE bool write_place() {
     const int lane = primitives::lane_idx();
-    for (; work_of_round(round) < kernel_problem.num_works; round += primitives::kWarpSize) {
+    for (; work_of_round(round) < kernel_params.num_works; round += primitives::kWarpSize) {
       const int64_t idx = work_of_round(round + lane);
       Place place{};
       bool has_rows = false;
-      if (idx < kernel_problem.num_works) {
+      if (idx < kernel_params.num_works) {
         place = place_of(static_cast<int>(idx));
-        has_rows = place.row_begin < info_of(place).seqlen_q * kernel_problem.group;
+        has_rows = place.row_begin < info_of(place).seqlen_q * kernel_params.qhead_per_khead;
       }
       const int first = primitives::first_lane(has_rows);
       if (first == primitives::kWarpSize) continue;
@@ -83,28 +83,28 @@ struct FlashFwdScheduler {
   }
 
   SA_DEVICE Place place_of(int idx) const {
-    const int num_heads = static_cast<int>(kernel_problem.problem.num_heads_kv);
-    const int all = kernel_problem.num_works / kernel_problem.num_tiles;
-    const int section = idx / (kernel_problem.section * kernel_problem.num_tiles);
-    const int first = section * kernel_problem.section;
-    const int count = kernel_problem.section < all - first ? kernel_problem.section : all - first;
-    const int in_section = idx - first * kernel_problem.num_tiles;
+    const int num_heads = static_cast<int>(kernel_params.attn.num_heads_kv);
+    const int all = kernel_params.num_works / kernel_params.num_tiles;
+    const int section = idx / (kernel_params.section * kernel_params.num_tiles);
+    const int first = section * kernel_params.section;
+    const int count = kernel_params.section < all - first ? kernel_params.section : all - first;
+    const int in_section = idx - first * kernel_params.num_tiles;
     const int rank = in_section / count;
     const int rest = first + in_section - rank * count;
     const int batch_idx = rest / num_heads;
     return {batch_idx, rest - batch_idx * num_heads,
-            (kernel_problem.num_tiles - 1 - rank) * Tiles::kBlockM};
+            (kernel_params.num_tiles - 1 - rank) * Tiles::kBlockM};
   }
   SA_DEVICE attention::SeqlenInfo info_of(const Place& place) const {
-    return attention::seqlen_info(kernel_problem.problem, place.batch_idx);
+    return attention::seqlen_info(kernel_params.attn, place.batch_idx);
   }
 
   SA_DEVICE void write(const Place& place) const {
     const attention::SeqlenInfo info = info_of(place);
     const int seqlen_q = static_cast<int>(info.seqlen_q);
-    store(work().num_rows, seqlen_q * kernel_problem.group);
+    store(work().num_rows, seqlen_q * kernel_params.qhead_per_khead);
     store(work().row_begin, place.row_begin);
-    store(work().position, place.row_begin / kernel_problem.group);
+    store(work().position, place.row_begin / kernel_params.qhead_per_khead);
     store(work().kv_head, place.kv_head);
     store(work().batch_idx, place.batch_idx);
     store(work().seqlen_q, seqlen_q);
@@ -117,7 +117,7 @@ struct FlashFwdScheduler {
 
   SA_DEVICE void write_details() const {
     if (is_first_lane()) {
-      storage.write_scale(kernel_problem, at.slot());
+      storage.write_scale(kernel_params, at.slot());
       write_blocks();
     }
     primitives::sync_warp();
@@ -135,14 +135,13 @@ struct FlashFwdScheduler {
   }
 
   SA_DEVICE attention::Mask mask() const {
-    return attention::make_mask(kernel_problem.problem, load(work().seqlen_q),
-                                load(work().seqlen_k));
+    return attention::make_mask(kernel_params.attn, load(work().seqlen_q), load(work().seqlen_k));
   }
   // Of a row of the tile, or of the sequence's last one, if that comes before.
   SA_DEVICE int position(int row) const {
     const int packed_row = load(work().row_begin) + row;
     const int last = load(work().num_rows) - 1;
-    return (packed_row < last ? packed_row : last) / kernel_problem.group;
+    return (packed_row < last ? packed_row : last) / kernel_params.qhead_per_khead;
   }
 
   SA_DEVICE void write_blocks() const {
@@ -176,7 +175,7 @@ struct FlashFwdScheduler {
     attention::SeqlenInfo info{};
     info.k_batch = load(work().k_batch);
     info.k_row = load(work().k_row);
-    return key_source<kValues>(kernel_problem.problem, load(work().batch_idx), load(work().kv_head),
+    return key_source<kValues>(kernel_params.attn, load(work().batch_idx), load(work().kv_head),
                                info, {0, {0, 0}});
   }
 };

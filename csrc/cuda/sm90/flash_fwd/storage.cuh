@@ -3,8 +3,8 @@
 
 #include "cuda/sm90/flash_fwd/config.h"
 #include "cuda/sm90/flash_fwd/output.cuh"
-#include "cuda/sm90/flash_fwd/problem.h"
-#include "cuda/sm90/flash_fwd/work.cuh"
+#include "cuda/sm90/flash_fwd/params.h"
+#include "cuda/sm90/flash_fwd/work_tile.cuh"
 #include "cuda/sm90/load_keys.cuh"
 #include "cuda/sm90/operands.cuh"
 #include "cuda/sm90/ring.cuh"
@@ -53,9 +53,9 @@ struct FlashFwdStorage {
   SA_DEVICE Ring<Tiles::kStages>& loaded_v_ring() { return v_ring; }
 
   // The scales of the work in a slot, which the first lane writes.
-  SA_DEVICE void write_scale(const FlashFwdKernelProblem&, int) {}
-  SA_DEVICE ScoreScale score_scale(const FlashFwdKernelProblem& problem, int) const {
-    return problem.scale;
+  SA_DEVICE void write_scale(const FlashFwdKernelParams&, int) {}
+  SA_DEVICE ScoreScale score_scale(const FlashFwdKernelParams& params, int) const {
+    return params.scale;
   }
   SA_DEVICE float out_scale(int) const { return 1.0f; }
   SA_DEVICE static void to_operands(const Accumulators<1, Tiles::kBlockN / 8>& weights,

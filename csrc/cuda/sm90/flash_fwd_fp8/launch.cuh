@@ -1,4 +1,4 @@
-// Starts the float8 forward kernel of one head_dim class.
+// Starts the float8 forward kernel of one head-dim bucket.
 #pragma once
 
 #include "cuda/sm90/flash_fwd/launch.cuh"
@@ -10,27 +10,26 @@ namespace sink_attention::cuda::sm90 {
 
 // The problem as copies see it, whose rows of q, k and v are pairs of numbers: 16 bits each, half
 // as many.
-inline attention::FlashFwdProblem in_pairs(attention::FlashFwdProblem problem) {
-  problem.dtype = problem.kv_dtype = attention::DataType::kBFloat16;  // any of 16 bits
-  for (int64_t* count : {&problem.head_dim, &problem.head_dim_v, &problem.q_stride_batch,
-                         &problem.q_stride_row, &problem.q_stride_head, &problem.k_stride_batch,
-                         &problem.k_stride_row, &problem.k_stride_head, &problem.v_stride_batch,
-                         &problem.v_stride_row, &problem.v_stride_head}) {
+inline attention::FlashFwdParams in_pairs(attention::FlashFwdParams params) {
+  params.dtype = params.kv_dtype = attention::DataType::kBFloat16;  // any of 16 bits
+  for (int64_t* count :
+       {&params.head_dim, &params.head_dim_v, &params.q_stride_batch, &params.q_stride_row,
+        &params.q_stride_head, &params.k_stride_batch, &params.k_stride_row, &params.k_stride_head,
+        &params.v_stride_batch, &params.v_stride_row, &params.v_stride_head}) {
     *count /= 2;
   }
-  return problem;
+  return params;
 }
 
 template <int kHeadDim>
-void launch_flash_fwd_float8(const attention::FlashFwdFloat8Problem& problem, int num_sms,
-                             Stream stream) {
-  FlashFwdKernelProblem kernel_problem{};
-  kernel_problem.problem = in_pairs(problem.fwd);
-  kernel_problem.out_cols = static_cast<int>(problem.fwd.head_dim_v);
-  kernel_problem.q_descale = problem.q_descale;
-  kernel_problem.k_descale = problem.k_descale;
-  kernel_problem.v_descale = problem.v_descale;
-  launch_tiles<attention::Float8E4M3, FlashFwdFloat8TilesOf<kHeadDim>>(kernel_problem, num_sms,
+void launch_flash_fwd_fp8(const attention::FlashFwdFp8Params& params, int num_sms, Stream stream) {
+  FlashFwdKernelParams kernel_params{};
+  kernel_params.attn = in_pairs(params.fwd);
+  kernel_params.out_cols = static_cast<int>(params.fwd.head_dim_v);
+  kernel_params.q_descale = params.q_descale;
+  kernel_params.k_descale = params.k_descale;
+  kernel_params.v_descale = params.v_descale;
+  launch_tiles<attention::Float8E4M3, FlashFwdFloat8TilesOf<kHeadDim>>(kernel_params, num_sms,
                                                                        stream);
 }
 

@@ -50,7 +50,7 @@ struct FlashFwdFloat8Output {
       }
       add_part(next - 1);
       // ptxas would put the sums off until the next part is under way, in registers of its own.
-      primitives::wgmma_hold(sum.c[0]);
+      primitives::warpgroup_fence_operand(sum.c[0]);
       primitives::sync_warp();
       start_part(next, p, v);
     }
@@ -61,13 +61,13 @@ struct FlashFwdFloat8Output {
  private:
   template <int kSteps>
   SA_DEVICE void start_part(int index, const uint32_t (&p)[kSteps][4], const VTile& v) {
-    primitives::wgmma_hold(part.c[0]);
-    primitives::wgmma_fence();
+    primitives::warpgroup_fence_operand(part.c[0]);
+    primitives::warpgroup_arrive();
     start_abt(part, p, v, 8 * kPartTiles * index, false);
     primitives::wgmma_commit();
   }
   SA_DEVICE void add_part(int index) {
-    primitives::wgmma_hold(part.c[0]);
+    primitives::warpgroup_fence_operand(part.c[0]);
     SA_UNROLL
     for (int n = 0; n < kPartTiles; ++n) {
       SA_UNROLL

@@ -63,20 +63,20 @@ struct FlashFwdStorage<attention::Float8E4M3, Tiles> {
   SA_DEVICE Ring<Tiles::kStages>& loaded_v_ring() { return copied_v_ring; }
 
   // The scales of the work in a slot, with the descales of its sequence and kv head.
-  SA_DEVICE void write_scale(const FlashFwdKernelProblem& problem, int slot) {
+  SA_DEVICE void write_scale(const FlashFwdKernelParams& params, int slot) {
     ScoreScale score =
-        problem.scale.times(descale(problem.q_descale, slot) * descale(problem.k_descale, slot));
+        params.scale.times(descale(params.q_descale, slot) * descale(params.k_descale, slot));
     // A factor of 0 would turn a hidden score into 0 * inf; one this small has the same weights.
-    if (score.to_log2 < kLeastScale) score.to_log2 = kLeastScale;
-    primitives::store_shared(&scale[slot].score.to_log2, score.to_log2);
+    if (score.softmax_scale_log2 < kLeastScale) score.softmax_scale_log2 = kLeastScale;
+    primitives::store_shared(&scale[slot].score.softmax_scale_log2, score.softmax_scale_log2);
     primitives::store_shared(&scale[slot].score.to_tanh, score.to_tanh);
     primitives::store_shared(&scale[slot].score.form, score.form);
-    primitives::store_shared(&scale[slot].out, descale(problem.v_descale, slot));
+    primitives::store_shared(&scale[slot].out, descale(params.v_descale, slot));
   }
-  SA_DEVICE ScoreScale score_scale(const FlashFwdKernelProblem&, int slot) const {
+  SA_DEVICE ScoreScale score_scale(const FlashFwdKernelParams&, int slot) const {
     const ScoreScale& score = scale[slot].score;
-    return {primitives::load_shared(&score.to_log2), primitives::load_shared(&score.to_tanh),
-            primitives::load_shared(&score.form)};
+    return {primitives::load_shared(&score.softmax_scale_log2),
+            primitives::load_shared(&score.to_tanh), primitives::load_shared(&score.form)};
   }
   SA_DEVICE float out_scale(int slot) const { return primitives::load_shared(&scale[slot].out); }
   SA_DEVICE static void to_operands(const Accumulators<1, Tiles::kBlockN / 8>& weights,

@@ -17,7 +17,7 @@
 #include "cuda/sm90/flash_fwd/scheduler.cuh"
 #include "cuda/sm90/flash_fwd_fp8/storage.cuh"
 #include "primitives/ldmatrix.h"
-#include "primitives/widen.h"
+#include "primitives/upcast.h"
 
 namespace sink_attention::cuda::sm90 {
 
@@ -33,11 +33,11 @@ struct FlashFwdTransposer {
   // Beyond its own: enough for the warp that copies, few enough that slots are empty by then.
   static constexpr int kWorksAhead = kWorkSlots / 2;
 
-  const FlashFwdKernelProblem& problem;
+  const FlashFwdKernelParams& params;
   Storage& storage;
 
   SA_DEVICE void run() {
-    FlashFwdScheduler<Element, Tiles> scheduler{problem, storage};
+    FlashFwdScheduler<Element, Tiles> scheduler{params, storage};
     WorkPlace work_at;
     typename Ring<Tiles::kStages>::Place at;  // in both rings
     const bool writes_works = primitives::warp_idx() % 4 == kTransposingWarps;
@@ -70,7 +70,7 @@ struct FlashFwdTransposer {
  private:
   // This warp's share: every third chunk of 16 columns.
   SA_DEVICE void transpose(const Copied& from, Transposed& to) const {
-    const int lane = primitives::lane_idx_anew();
+    const int lane = primitives::rematerialise_lane_idx();
     const bool odd_first = lane >= 16;
     SA_ROLLED
     for (int chunk = primitives::warp_idx() % 4 - 1; chunk < Copied::kChunks;
@@ -85,13 +85,14 @@ struct FlashFwdTransposer {
       for (int pass = 0; pass < 2; ++pass) {
         const int odd = odd_first != (pass == 1);
         SA_UNROLL
-        for (int group = 0; group < Tiles::kBlockN / 16; ++group) {  // of 16 keys
-          const uint32_t (&pair)[4] = keys[group / 2];
-          const int first = group % 2 * 2;
+        for (int qhead_per_khead = 0; qhead_per_khead < Tiles::kBlockN / 16;
+             ++qhead_per_khead) {  // of 16 keys
+          const uint32_t (&pair)[4] = keys[qhead_per_khead / 2];
+          const int first = qhead_per_khead % 2 * 2;
           const uint32_t four = primitives::select_bytes(pair[first], pair[first + 1],
                                                          odd != 0 ? kOddBytes : kEvenBytes);
           primitives::store_shared(
-              reinterpret_cast<uint32_t*>(to.chunk(even + odd, group)) + lane % 4, four);
+              reinterpret_cast<uint32_t*>(to.chunk(even + odd, qhead_per_khead)) + lane % 4, four);
         }
       }
     }

@@ -1,0 +1,9 @@
+#include "cuda/sm80/flash_bwd/launch.cuh"
+
+namespace sink_attention::cuda::sm80 {
+
+void flash_bwd_hdim32(const FlashBwdKernelParams& params, Stream stream) {
+  launch_flash_bwd<32, 32>(params, stream);
+}
+
+}  // namespace sink_attention::cuda::sm80

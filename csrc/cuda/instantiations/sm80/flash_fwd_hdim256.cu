@@ -1,0 +1,10 @@
+#include "cuda/sm80/flash_fwd/entry.h"
+#include "cuda/sm80/flash_fwd/launch.cuh"
+
+namespace sink_attention::cuda::sm80 {
+
+void flash_fwd_hdim256(const FlashFwdKernelParams& params, bool decode, Stream stream) {
+  launch_flash_fwd<256, 256>(params, decode, stream);
+}
+
+}  // namespace sink_attention::cuda::sm80

@@ -1,0 +1,9 @@
+#include "cuda/sm90/flash_bwd/launch.cuh"
+
+namespace sink_attention::cuda::sm90 {
+
+void flash_bwd_hdim192_128(const FlashBwdKernelParams& params, Stream stream) {
+  launch_flash_bwd<192, 128>(params, stream);
+}
+
+}  // namespace sink_attention::cuda::sm90

@@ -1,0 +1,9 @@
+#include "cuda/sm90/flash_bwd/launch.cuh"
+
+namespace sink_attention::cuda::sm90 {
+
+void flash_bwd_hdim96(const FlashBwdKernelParams& params, Stream stream) {
+  launch_flash_bwd<96, 96>(params, stream);
+}
+
+}  // namespace sink_attention::cuda::sm90

@@ -1,9 +1,0 @@
-#include "cuda/sm90/flash_bwd/launch.cuh"
-
-namespace sink_attention::cuda::sm90 {
-
-void flash_bwd_hdim256(const FlashBwdKernelProblem& problem, Stream stream) {
-  launch_flash_bwd<256, 256>(problem, stream);
-}
-
-}  // namespace sink_attention::cuda::sm90

@@ -1,0 +1,42 @@
+// What a forward kernel is given beside the problem itself, and its entries, one for each head_dim
+// class; hdim*.cu hold one each.
+#pragma once
+
+#include "attention/fp8_params.h"
+#include "cuda/device/score_scale.h"
+#include "primitives/tma.h"
+
+namespace sink_attention::cuda::sm90 {
+
+struct FlashFwdKernelParams {
+  primitives::TensorMap q_map;  // meaningless where ..._in_boxes is false
+  primitives::TensorMap k_map;
+  primitives::TensorMap v_map;
+  attention::FlashFwdParams attn;
+  attention::Descale q_descale;  // of float8, like the next two; not read with other types
+  attention::Descale k_descale;
+  attention::Descale v_descale;
+  ScoreScale scale;
+  bool q_uses_tma;
+  bool k_uses_tma;
+  bool v_uses_tma;
+  bool out_is_vectorised;
+  int out_cols;         // head_dim_v
+  int box_rows;         // keys of a box
+  int qhead_per_khead;  // num_heads_q / num_heads_kv
+  int num_tiles;        // of rows, of the longest sequence and one kv head
+  int num_works;        // num_tiles * batch * num_heads_kv
+  int section;          // sequences' kv heads whose tiles are worked on before those of others
+};
+
+using Stream = void*;
+
+// num_sms: thread blocks that run at once.
+void flash_fwd_hdim64(const attention::FlashFwdParams& params, int num_sms, Stream stream);
+void flash_fwd_hdim96(const attention::FlashFwdParams& params, int num_sms, Stream stream);
+void flash_fwd_hdim128(const attention::FlashFwdParams& params, int num_sms, Stream stream);
+void flash_fwd_hdim192(const attention::FlashFwdParams& params, int num_sms, Stream stream);
+void flash_fwd_hdim192_128(const attention::FlashFwdParams& params, int num_sms, Stream stream);
+void flash_fwd_hdim256(const attention::FlashFwdParams& params, int num_sms, Stream stream);
+
+}  // namespace sink_attention::cuda::sm90

@@ -15,6 +15,7 @@
 #include <string>
 
 #include "attention/params.h"
+#include "torch/python_errors.h"
 
 namespace sink_attention::binding {
 
@@ -22,14 +23,32 @@ using attention::DataType;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Throws std::runtime_error (RuntimeError in Python) with the parts as its message unless ok.
-template <class... Parts>
-inline void check(bool ok, const Parts&... parts) {
-  if (ok) [[likely]]
-    return;
+template <class Error, class... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
   std::ostringstream message;
   ((message << parts), ...);
-  throw std::runtime_error(std::move(message).str());
+  throw Error(std::move(message).str());
+}
+
+// Throws a ValueError with the parts as its message unless ok.
+template <class... Parts>
+inline void check(bool ok, const Parts&... parts) {
+  if (!ok) [[unlikely]]
+    refuse<ValueError>(parts...);
+}
+
+// The same with a TypeError: for dtypes.
+template <class... Parts>
+inline void check_type(bool ok, const Parts&... parts) {
+  if (!ok) [[unlikely]]
+    refuse<TypeError>(parts...);
+}
+
+// The same with a RuntimeError: for what is no argument's fault.
+template <class... Parts>
+inline void check_state(bool ok, const Parts&... parts) {
+  if (!ok) [[unlikely]]
+    refuse<std::runtime_error>(parts...);
 }
 
 // A shape as messages show it, "(2, 3)"; formatted only where a message is written.
@@ -84,8 +103,8 @@ inline void check_shape(const Tensor& tensor, const char* name,
 }
 
 inline void check_dtype(const Tensor& tensor, const char* name, ScalarType expected) {
-  check(tensor.scalar_type() == expected, name, " must be ", dtype_name(expected), ", got ",
-        dtype_name(tensor.scalar_type()));
+  check_type(tensor.scalar_type() == expected, name, " must have dtype ", dtype_name(expected),
+             "; got ", dtype_name(tensor.scalar_type()));
 }
 
 inline void check_same_device(const Tensor& tensor, const char* name, const Tensor& q) {
@@ -118,9 +137,8 @@ inline DataType float_type(const Tensor& tensor, const char* name) {
     default:
       break;
   }
-  check(false, name, " must be float64, float32, float16 or bfloat16, got ",
-        dtype_name(tensor.scalar_type()));
-  return DataType::kFloat32;
+  refuse<TypeError>(name, " must have dtype float64, float32, float16 or bfloat16; got ",
+                    dtype_name(tensor.scalar_type()));
 }
 
 // An int32 vector such as cu_seqlens_q.

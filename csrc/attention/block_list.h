@@ -1,4 +1,5 @@
-// The key blocks that a loop over keys visits: a key set as at most two ranges of fixed-size blocks.
+// The key blocks that a loop over keys visits: a key set as at most two ranges of fixed-size
+// blocks.
 #pragma once
 
 #include "attention/host_device.h"

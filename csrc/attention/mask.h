@@ -20,7 +20,7 @@ SA_HOST_DEVICE Range intersect(Range a, Range b) {
 }
 
 // The keys [0, sink_end) and those of `window`. Where the two touch or overlap, `window` holds both
-// and sink_end is 0. An empty window is an empty set: sink_end is 0 then, too.
+// and sink_end is 0. An empty window is an empty set.
 struct KeySet {
   int64_t sink_end;
   Range window;
@@ -61,20 +61,20 @@ constexpr int64_t kMaxDraftTokens = 64;  // of a sequence with a tree mask: one 
 // (StreamingLLM, arXiv 2309.17453); without a left bound they change nothing.
 //
 // With a tree mask (SpecInfer, arXiv 2305.09781) the queries are draft tokens: query i is draft i,
-// and its key is key context + i, where context = seqlen_k - seqlen_q. Bit d of tree[i] is set where
-// draft d is draft i or one of its ancestors. Draft i stands at p = context + depth, where depth
-// is the number of its ancestors. It sees the context by the rule above. Among the drafts it sees
-// its ancestors and itself; the window and sink-token rules apply to their positions, as if the path
-// were the sequence. window_right is 0. For example, with context = 10:
+// and its key is key context + i, where context = seqlen_k - seqlen_q. Bit d of tree[i] is set
+// where draft d is draft i or one of its ancestors. Draft i stands at p = context + depth, where
+// depth is the number of its ancestors. It sees the context by the rule above. Among the drafts it
+// sees its ancestors and itself; the window and sink-token rules apply to their positions, as if
+// the path were the sequence. window_right is 0. For example, with context = 10:
 //
-//     draft     0     1     2     3     4             0 --- 1 --- 3
-//     key       10    11    12    13    14              \
-//     depth     0     1     1     2     2                2 --- 4
+//     draft     0     1     2     3     4             0 -+- 1 --- 3
+//     key       10    11    12    13    14               +- 2 --- 4
+//     depth     0     1     1     2     2
 //     position  10    11    11    12    12
 //     tree      00001 00011 00101 01011 10101         (bit 0 is the last digit)
 //
-// Draft 3's path is drafts 0, 1, 3 at positions 10, 11, 12, so it sees keys 10, 11, 13 and the whole
-// context. With window_left = 1 it sees positions 11 and 12: keys 11 and 13, and no context.
+// Draft 3's path is drafts 0, 1, 3 at positions 10, 11, 12, so it sees keys 10, 11, 13 and the
+// whole context. With window_left = 1 it sees positions 11 and 12: keys 11 and 13, and no context.
 struct Mask {
   int64_t seqlen_q;
   int64_t seqlen_k;
@@ -94,8 +94,8 @@ struct Mask {
     return visible_keys(q_idx).holds(k_idx);
   }
 
-  // The draft tokens that draft q_idx sees, as bits. Of its path, the last window_left + 1 tokens are
-  // in the window, and the first num_sink_tokens - context() are sink tokens.
+  // The draft tokens that draft q_idx sees, as bits. Of its path, the last window_left + 1 tokens
+  // are in the window, and the first num_sink_tokens - context() are sink tokens.
   SA_HOST_DEVICE uint64_t visible_drafts(int64_t q_idx) const {
     uint64_t visible = static_cast<uint64_t>(tree[q_idx]);
     if (window_left < 0) return visible;
@@ -110,16 +110,16 @@ struct Mask {
     return visible;
   }
 
-  // The window part of the visible keys: all but the sink tokens before it. With a tree: a superset,
-  // since a draft's index >= its depth.
+  // The window part of the visible keys: all but the sink tokens before it. With a tree: a
+  // superset, since a draft's index >= its depth.
   SA_HOST_DEVICE Range window_keys(int64_t q_idx) const {
     const int64_t depth =
         tree == nullptr ? q_idx : count_bits(static_cast<uint64_t>(tree[q_idx])) - 1;
     return window_keys_of(depth, q_idx, q_idx + 1);
   }
 
-  // The keys that a query, or any query of [q_begin, q_end), sees. With a tree mask: a superset from
-  // context() on.
+  // The keys that a query, or any query of [q_begin, q_end), sees. With a tree mask: a superset
+  // from context() on.
   SA_HOST_DEVICE KeySet visible_keys(int64_t q_idx) const {
     return with_sink_tokens(window_keys(q_idx));
   }

@@ -1,5 +1,5 @@
-// Conversions between float and bfloat16, float16, float8 e4m3 and int8, on bits, rounding to nearest
-// even; and the scale of a row of an 8-bit cache.
+// Conversions between float and bfloat16, float16, float8 e4m3 and int8, on bits, rounding to
+// nearest even; and the scale of a row of an 8-bit cache.
 #pragma once
 
 #include <cstdint>

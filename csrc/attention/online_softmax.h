@@ -1,7 +1,8 @@
 // Online softmax: a row's running state, and the one place where the sink enters.
 //
-// The state over the keys so far is (max, sum): the largest logit, and the sum of exp2(logit - max).
-// Logits are in base 2: the natural logit times log2 e. The state of a row without a key is (-inf, 0).
+// The state over the keys so far is (max, sum): the largest logit, and the sum of exp2(logit -
+// max). Logits are in base 2: the natural logit times log2 e. The state of a row without a key is
+// (-inf, 0).
 #pragma once
 
 #include <cmath>
@@ -24,8 +25,8 @@ SA_HOST_DEVICE constexpr Real negative_infinity() {
   return -static_cast<Real>(INFINITY);
 }
 
-// exp2(from - to): the factor that rescales a sum from one maximum to another. From -inf (no key) it
-// is 0, also to -inf, where the difference would be NaN.
+// exp2(from - to): the factor that rescales a sum from one maximum to another. From -inf (no key)
+// it is 0, also to -inf, where the difference would be NaN.
 template <class Real>
 SA_HOST_DEVICE Real rebase_factor(Real from, Real to) {
   return from == negative_infinity<Real>() ? Real(0)
@@ -39,8 +40,8 @@ struct RowResult {
   Real lse;
 };
 
-// Adds the sink s_aux (natural log; -inf for none) to the denominator and finishes the row.
-// Both are taken relative to max(row max, sink), so that a sink far above every logit cannot overflow.
+// Adds the sink s_aux (natural log; -inf for none) to the denominator and finishes the row. Both
+// are taken relative to max(row max, sink), so that a sink far above every logit cannot overflow.
 //
 //   no visible key    scale 0, lse = s_aux (-inf without a sink)
 //   s_aux = +inf      scale 0, lse = +inf

@@ -1,4 +1,5 @@
-// Where the keys or values of one sequence and one kv head lie: in a tensor, or in pages of a cache.
+// Where the keys or values of one sequence and one kv head lie: in a tensor, or in pages of a
+// cache.
 #pragma once
 
 #include "attention/host_device.h"
@@ -45,8 +46,8 @@ struct KeyRows {
 
   SA_HOST_DEVICE bool is_readable(int64_t key) const { return readable.holds(key); }
 
-  // Whether the page in the key's table entry exists. Where the block table is unchecked, kernels ask
-  // this before they read a readable key; if it is false, the key counts as zeros.
+  // Whether the page in the key's table entry exists. Where the block table is unchecked, kernels
+  // ask this before they read a readable key; if it is false, the key counts as zeros.
   SA_HOST_DEVICE bool is_in_cache(int64_t key) const {
     if (pages == nullptr) return true;
     const int64_t page = pages[page_shift >= 0 ? key >> page_shift : key / page_size];

@@ -15,7 +15,7 @@ enum class DataType : int32_t { kFloat64, kFloat32, kFloat16, kBFloat16, kFloat8
 //   dense    cu_seqlens_q and cu_seqlens_k are null: sequence b is row b of the batch dimension.
 //   varlen   cu_seqlens_q and cu_seqlens_k are given: sequence b is rows [cu[b], cu[b + 1]).
 //   paged    block_table is given: key j of sequence b lies in page block_table[b][j / page_size],
-//            slot j % page_size. Its queries are dense or by cu_seqlens_q; it has seqused_k[b] keys.
+//            slot j % page_size. Sequence b has seqused_k[b] keys; its queries are dense or varlen.
 struct FlashFwdParams {
   DataType dtype;        // of q and out; of k and v too unless kv_dtype has 8 bits
   DataType kv_dtype;     // of k and v
@@ -96,7 +96,7 @@ struct FlashBwdParams {
   bool deterministic;  // the CPU's gradients are bitwise repeatable either way
 };
 
-// Writes k and v of each token to slot_mapping[token] = page * page_size + slot; -1 skips the token.
+// Writes each token's k and v to slot_mapping[token] = page * page_size + slot; -1 skips a token.
 struct ReshapeAndCacheParams {
   DataType dtype;               // of k and v
   DataType cache_dtype;         // dtype, or of 8 bits: stored = k / scale, saturated

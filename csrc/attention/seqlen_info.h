@@ -22,7 +22,8 @@ SA_HOST_DEVICE int64_t bounded_row(int64_t row, int64_t total) {
 }
 
 // cu_seqlens and seqused_k may be unchecked: on CUDA they are in device memory. Whatever they hold,
-// the sequence's query rows stay within q, and its keys within its rows of k or its block table row.
+// the sequence's query rows stay within q, and its keys within its rows of k or its block table
+// row.
 SA_HOST_DEVICE SeqlenInfo seqlen_info(const FlashFwdParams& params, int64_t batch_idx) {
   SeqlenInfo info{};
   if (params.cu_seqlens_q != nullptr) {

@@ -1,13 +1,13 @@
-// The backward of one block of keys: dK and dV of the block gathered over query tiles, dQ added to
-// an accumulator.
+// The backward of one block of keys (kernels.h): dK and dV are summed over query tiles in scratch,
+// dQ is added to an accumulator.
 //
 //   P = exp(S - lse)    dP = dO V^T    dS = P (dP - delta)    delta = <dO, O> - dlse
-//   dV += P^T dO        dK += dS^T Q   dQ += dS K             (the softmax scale is multiplied in
-//   when they are stored)
+//   dV += P^T dO        dK += dS^T Q   dQ += dS K
 //
-// Rows are (position, head of the group) as in the forward, so the sum over the query heads of a kv
-// head is part of the products. K and V of the block are packed once; a tile's Q and dO are packed
-// for each block (2% of its products).
+// dK and dQ are multiplied by the softmax scale when they are stored. Rows are PackGQA rows as in
+// the forward, so the products also sum over the query heads of a kv head. K and V are packed once
+// per block. A tile's Q and dO are packed again for each block, which takes 2% of the time of its
+// products.
 #pragma once
 
 #include <cmath>
@@ -21,9 +21,9 @@ using attention::FlashBwdParams;
 
 constexpr int64_t kTargetBwdRows = 64;
 
-// A row's lse in base 2, as whole + rest. A weight is exp2(logit - rest) * 2^-whole: over many keys
-// lse is large beside the logits, and the rounding of their difference would be an error of all the
-// row's weights alike.
+// A row's lse in base 2, as whole + rest: P = exp2(logit - rest) * 2^-whole. Over many keys lse is
+// much larger than the logits. Rounding logit - lse would then be one common error of the row's
+// whole P.
 template <class Real>
 struct SplitLse {
   Real whole;
@@ -33,40 +33,39 @@ struct SplitLse {
 
 template <class Real>
 SplitLse<Real> split_lse(Real lse) {
-  // A row without a key has lse = -inf (no sink): +inf here makes its weights 0.
+  // A row without a key and without a sink has lse = -inf. A rest of +inf makes its P zero.
   if (lse == attention::negative_infinity<Real>()) return {0, -lse, 1};
   const double log2 = static_cast<double>(lse) * attention::kLog2E;
-  // The exponentials of all logits up to this whole part stay finite.
+  // whole < 64, so that exp2(logit - rest), which is clamped to 2^whole, stays finite.
   const double whole = log2 > 0 && log2 < 64 ? std::floor(log2) : 0;
   return {static_cast<Real>(whole), static_cast<Real>(log2 - whole),
           static_cast<Real>(std::exp2(-whole))};
 }
 
 template <class Arithmetic>
-struct BackwardBlock {
+struct BwdBlock {
   using Real = typename Arithmetic::Real;
   using Unit = typename Arithmetic::Unit;
   using Geo = Geometry<Arithmetic>;
   static constexpr bool kPairs = Arithmetic::kPair == 2;
 
-  // One vector more than a block, so that a column of P, read row by row, does not fall on a few
-  // cache sets.
+  // stride is a block and one vector, so that a column of P does not map to few cache sets.
   struct Scratch {
     Unit* k_transposed;  // B of S
     Unit* v_transposed;  // B of dP
     Unit* k_rowwise;     // B of dQ
     Real* dk;            // [block_keys][columns(head_dim)]
     Real* dv;            // [block_keys][columns(head_dim_v)]
-    Real* dk_total;      // what was banked of both (banked_sum.h)
+    Real* dk_total;      // banked totals of dk and dv (banked_sum.h)
     Real* dv_total;
     int64_t* pieces_banked;
     Unit* q;  // [rows][row_stride(head_dim)]
     Unit* dout;
-    Unit* q_zipped;  // rows zipped in pairs, [rows / 2][columns]: B of dK; without pairs it is q
+    Unit* q_zipped;  // [rows / 2][columns]: rows zipped in pairs, B of dK; q itself if kPair is 1
     Unit* dout_zipped;
     Real* p;         // [rows][stride]: S, then P
     Real* ds;        // [rows][stride]: dP, then dS as units along keys: A of dQ
-    Unit* p_zipped;  // [rows / 2][stride]: A of dV; without pairs it is p
+    Unit* p_zipped;  // [rows / 2][stride]: A of dV; p itself if kPair is 1
     Unit* ds_zipped;
     SplitLse<Real>* lse;  // [rows]
     Real* delta;
@@ -75,12 +74,12 @@ struct BackwardBlock {
   const FlashBwdParams& bwd;
   const FlashFwdParams& params;
   const BwdPlan& plan;
-  const BwdTask& task;
+  const BwdJob& job;
   int64_t qhead_per_khead;
   SeqlenInfo info;
   Mask mask;
   ScoreScale<Real> scale;
-  Range block;  // keys of the block that exist
+  Range block;  // the block's keys, cut at seqlen_k
   Scratch scratch;
 
   static int64_t row_stride(int64_t dim) { return round_up(Geo::units(dim), Geo::kLanesReal); }
@@ -136,40 +135,40 @@ struct BackwardBlock {
     return plan;
   }
 
-  BackwardBlock(const FlashBwdParams& bwd, const BwdPlan& plan, const BwdTask& task)
+  BwdBlock(const FlashBwdParams& bwd, const BwdPlan& plan, const BwdJob& job)
       : bwd(bwd),
         params(bwd.fwd),
         plan(plan),
-        task(task),
+        job(job),
         qhead_per_khead(params.num_heads_q / params.num_heads_kv),
-        info(attention::seqlen_info(params, task.batch_idx)),
+        info(attention::seqlen_info(params, job.batch_idx)),
         mask(attention::make_mask(params, info)),
         scale(score_scale<Real>(params)) {
-    block = intersect({task.block_idx * plan.block_keys, (task.block_idx + 1) * plan.block_keys},
+    block = intersect({job.block_idx * plan.block_keys, (job.block_idx + 1) * plan.block_keys},
                       {0, info.seqlen_k});
-    BumpAllocator allocator(task.scratch);
+    BumpAllocator allocator(job.scratch);
     scratch = allocate(params, plan, allocator);
   }
 
   void begin() {
     const KeyRows keys =
-        attention::key_rows(params, task.batch_idx, info, task.kv_head_idx, {0, block});
+        attention::key_rows(params, job.batch_idx, info, job.kv_head_idx, {0, block});
     const KeyRows values =
-        attention::value_rows(params, task.batch_idx, info, task.kv_head_idx, {0, block});
+        attention::value_rows(params, job.batch_idx, info, job.kv_head_idx, {0, block});
     pack_transposed<Arithmetic>(keys, block.begin, block.end, scratch.k_transposed);
     pack_transposed<Arithmetic>(values, block.begin, block.end, scratch.v_transposed);
     pack_rowwise<Arithmetic>(keys, block.begin, block.end, plan.block_keys, scratch.k_rowwise);
-    memset(scratch.dk, 0, dk_numbers() * sizeof(Real));
-    memset(scratch.dv, 0, dv_numbers() * sizeof(Real));
+    memset(scratch.dk, 0, dk_elements() * sizeof(Real));
+    memset(scratch.dv, 0, dv_elements() * sizeof(Real));
     *scratch.pieces_banked = 0;
   }
 
   void add_tile(int64_t q_begin, int64_t q_end) {
-    const Range seen = mask.visible_keys(q_begin, q_end).within(block);
-    if (seen.begin >= seen.end) return;
-    const int64_t begin =
-        (seen.begin - block.begin) / Geo::kPanel * Geo::kPanel;  // whole panels of the block
-    const int64_t end = round_up(seen.end - block.begin, Geo::kPanel);
+    const Range visible = mask.visible_keys(q_begin, q_end).within(block);
+    if (visible.begin >= visible.end) return;
+    // Whole panels of the block.
+    const int64_t begin = (visible.begin - block.begin) / Geo::kPanel * Geo::kPanel;
+    const int64_t end = round_up(visible.end - block.begin, Geo::kPanel);
     const int64_t rows = (q_end - q_begin) * qhead_per_khead;
     load_rows(q_begin, rows);
     for (int64_t row = 0; row < rows; row += kTileRows) {
@@ -188,7 +187,8 @@ struct BackwardBlock {
     add_dq(q_begin, rows, begin, end);
   }
 
-  // Tiles come from the last to the first; a piece of the sums over rows ends with every so many.
+  // Tiles come last to first. Every kPieceRows rows a piece of dK's and dV's sums ends
+  // (banked_sum.h).
   void bank_piece_from(int64_t q_begin) {
     const int64_t tiles = max_of(1, kPieceRows / (plan.tile_positions * qhead_per_khead));
     if (q_begin > 0 && q_begin / plan.tile_positions % tiles == 0) bank_dk_dv();
@@ -201,9 +201,9 @@ struct BackwardBlock {
     for (int64_t key = block.begin; key < block.end; ++key) {
       const int64_t row = info.k_row + key;
       const int64_t dk_offset = info.k_batch * bwd.dk_stride_batch + row * bwd.dk_stride_row +
-                                task.kv_head_idx * bwd.dk_stride_head;
+                                job.kv_head_idx * bwd.dk_stride_head;
       const int64_t dv_offset = info.k_batch * bwd.dv_stride_batch + row * bwd.dv_stride_row +
-                                task.kv_head_idx * bwd.dv_stride_head;
+                                job.kv_head_idx * bwd.dv_stride_head;
       store_row(dk + (key - block.begin) * Geo::columns(params.head_dim), params.head_dim,
                 static_cast<Real>(params.softmax_scale), element(bwd.dk, params.dtype, dk_offset),
                 params.dtype);
@@ -213,19 +213,19 @@ struct BackwardBlock {
   }
 
  private:
-  int64_t dk_numbers() const { return plan.block_keys * Geo::columns(params.head_dim); }
-  int64_t dv_numbers() const { return plan.block_keys * Geo::columns(params.head_dim_v); }
+  int64_t dk_elements() const { return plan.block_keys * Geo::columns(params.head_dim); }
+  int64_t dv_elements() const { return plan.block_keys * Geo::columns(params.head_dim_v); }
 
   void bank_dk_dv() {
     if ((*scratch.pieces_banked)++ == 0) {
-      memcpy(scratch.dk_total, scratch.dk, dk_numbers() * sizeof(Real));
-      memcpy(scratch.dv_total, scratch.dv, dv_numbers() * sizeof(Real));
-      memset(scratch.dk, 0, dk_numbers() * sizeof(Real));
-      memset(scratch.dv, 0, dv_numbers() * sizeof(Real));
+      memcpy(scratch.dk_total, scratch.dk, dk_elements() * sizeof(Real));
+      memcpy(scratch.dv_total, scratch.dv, dv_elements() * sizeof(Real));
+      memset(scratch.dk, 0, dk_elements() * sizeof(Real));
+      memset(scratch.dv, 0, dv_elements() * sizeof(Real));
       return;
     }
-    bank<Real>(scratch.dk_total, scratch.dk, dk_numbers());
-    bank<Real>(scratch.dv_total, scratch.dv, dv_numbers());
+    bank<Real>(scratch.dk_total, scratch.dk, dk_elements());
+    bank<Real>(scratch.dv_total, scratch.dv, dv_elements());
   }
 
   void load_rows(int64_t q_begin, int64_t rows) {
@@ -234,7 +234,7 @@ struct BackwardBlock {
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t position = q_begin + row / qhead_per_khead;
       const int64_t q_row = info.q_row + position;
-      const int64_t head = task.kv_head_idx * qhead_per_khead + row % qhead_per_khead;
+      const int64_t head = job.kv_head_idx * qhead_per_khead + row % qhead_per_khead;
       const int64_t q_offset = info.q_batch * params.q_stride_batch + q_row * params.q_stride_row +
                                head * params.q_stride_head;
       const int64_t dout_offset = info.q_batch * bwd.dout_stride_batch +
@@ -247,9 +247,8 @@ struct BackwardBlock {
       const Real lse = static_cast<const Real*>(params.lse)[info.q_batch * params.lse_stride_batch +
                                                             head * params.lse_stride_head + q_row];
       scratch.lse[row] = split_lse(lse);
-      scratch.delta[row] =
-          static_cast<const Real*>(task.delta)[info.q_batch * task.delta_stride_batch +
-                                               head * task.delta_stride_head + q_row];
+      scratch.delta[row] = static_cast<const Real*>(
+          job.delta)[info.q_batch * job.delta_stride_batch + head * job.delta_stride_head + q_row];
     }
 #if defined(__AVX512BF16__)
     if constexpr (kPairs) {
@@ -270,7 +269,7 @@ struct BackwardBlock {
 #endif
   }
 
-  // Rows [row, row + count) of  a B  into c, keys [begin, end) of the block.
+  // c = A B: rows [row, row + count), keys [begin, end) of the block.
   void score(const Unit* a, int64_t a_stride, int64_t units, const Unit* b, int64_t row, int count,
              int64_t begin, int64_t end, Real* c) {
     GemmOperands<Arithmetic> op{};
@@ -288,65 +287,67 @@ struct BackwardBlock {
     }
   }
 
-  struct WeightAndGradient {
+  struct PAndDs {
     Vec<Real> p;
     Vec<Real> ds;
   };
 
-  // What a row sees of the block: the keys of `visible` but for those of `hole`, which lie between
-  // the sink tokens and the window.
-  struct Sight {
-    Range visible;
-    Range hole;
+  // A row's visible keys, counted from the block's first: those of `range` that are not in `gap`,
+  // which lies between the sink tokens and the window.
+  struct VisibleKeys {
+    Range range;
+    Range gap;
   };
-  Sight sight(int64_t position) const {
+  VisibleKeys visible_keys(int64_t position) const {
     const attention::KeySet keys = mask.visible_keys(position);
-    const Range visible = keys.within(block);
-    Sight result{{visible.begin - block.begin, visible.end - block.begin}, {0, 0}};
+    const Range range = keys.within(block);
+    VisibleKeys result{{range.begin - block.begin, range.end - block.begin}, {0, 0}};
     if (keys.sink_end > 0) {
-      result.hole = {keys.sink_end - block.begin, keys.window.begin - block.begin};
+      result.gap = {keys.sink_end - block.begin, keys.window.begin - block.begin};
     }
     return result;
   }
 
-  // P and dS of the keys j ... of one row; zero where it does not see them.
-  SA_INLINE WeightAndGradient differentiate(Vec<Real> score, Vec<Real> dp, int64_t j,
-                                            const Sight& sight, const SplitLse<Real>& lse,
-                                            Real delta, bool is_edge, bool has_hole) const {
+  // P and dS of one row and a vector of keys from j on; zero where a key is masked.
+  SA_INLINE PAndDs differentiate(Vec<Real> score, Vec<Real> dp, int64_t j,
+                                 const VisibleKeys& visible, const SplitLse<Real>& lse, Real delta,
+                                 bool is_edge, bool has_gap) const {
     Vec<Real> slope = broadcast(Real(1));
     if (scale.has_softcap) {
       score = tanh<Real>(score * scale.to_tanh);
       slope = Real(1) - score * score;
     }
-    WeightAndGradient result;
-    // No weight exceeds 1. Where logits are so large that lse's rounding is a power of two or more,
-    // this keeps the gradients finite; a NaN passes.
+    PAndDs result;
+    // Clamps P to 1. Logits can be so large that lse's rounding error exceeds 1: this keeps the
+    // gradients finite then. A NaN passes.
     const Vec<Real> exponent =
         minimum(broadcast(lse.whole), score * scale.softmax_scale_log2 - lse.rest);
-    result.p = Arithmetic::weight_exp2(exponent) * lse.power;
+    result.p = Arithmetic::softmax_exp2(exponent) * lse.power;
     result.ds = result.p * (dp - delta) * slope;
     if (is_edge) {
-      result.p = keep_range<Real>(result.p, j, sight.visible, Vec<Real>{});
-      result.ds = keep_range<Real>(result.ds, j, sight.visible, Vec<Real>{});
+      result.p = keep_range<Real>(result.p, j, visible.range, Vec<Real>{});
+      result.ds = keep_range<Real>(result.ds, j, visible.range, Vec<Real>{});
     }
-    if (has_hole) {
-      result.p = keep_range<Real>(Vec<Real>{}, j, sight.hole, result.p);
-      result.ds = keep_range<Real>(Vec<Real>{}, j, sight.hole, result.ds);
+    if (has_gap) {
+      result.p = keep_range<Real>(Vec<Real>{}, j, visible.gap, result.p);
+      result.ds = keep_range<Real>(Vec<Real>{}, j, visible.gap, result.ds);
     }
     return result;
   }
 
+  // P over S and dS over dP, for the strip of rows [row, row + count) and keys [begin, end).
   void differentiate_strip(int64_t q_begin, int64_t row, int count, int64_t begin, int64_t end) {
     constexpr int kStep = kLanes<Real>;
     const int64_t stride = score_stride(plan);
     for (int i = 0; i < count; i += Geo::kPair) {
-      Sight sights[Geo::kPair];
+      VisibleKeys visible[Geo::kPair];
       SplitLse<Real> lse[Geo::kPair];
       Real delta[Geo::kPair];
       for (int half = 0; half < Geo::kPair; ++half) {
         const int64_t r = row + i + half;
-        const bool exists = i + half < count;  // the odd row out has a partner of zeros
-        sights[half] = exists ? sight(q_begin + r / qhead_per_khead) : Sight{{0, 0}, {0, 0}};
+        const bool exists = i + half < count;  // the last odd row is paired with a row of zeros
+        visible[half] =
+            exists ? visible_keys(q_begin + r / qhead_per_khead) : VisibleKeys{{0, 0}, {0, 0}};
         lse[half] = exists ? scratch.lse[r] : SplitLse<Real>{0, 0, 1};
         delta[half] = exists ? scratch.delta[r] : Real(0);
         if (!exists) {
@@ -357,14 +358,14 @@ struct BackwardBlock {
       Real* p = scratch.p + (row + i) * stride;
       Real* ds = scratch.ds + (row + i) * stride;
       for (int64_t j = begin; j < end; j += kStep) {
-        WeightAndGradient result[Geo::kPair];
+        PAndDs result[Geo::kPair];
         SA_UNROLL
         for (int half = 0; half < Geo::kPair; ++half) {
-          const auto& [visible, hole] = sights[half];
-          const bool is_edge = j < visible.begin || j + kStep > visible.end;
-          const bool has_hole = j < hole.end && j + kStep > hole.begin;
+          const auto& [range, gap] = visible[half];
+          const bool is_edge = j < range.begin || j + kStep > range.end;
+          const bool has_gap = j < gap.end && j + kStep > gap.begin;
           result[half] = differentiate(load(p + half * stride + j), load(ds + half * stride + j), j,
-                                       sights[half], lse[half], delta[half], is_edge, has_hole);
+                                       visible[half], lse[half], delta[half], is_edge, has_gap);
           store_row_units<Arithmetic>(reinterpret_cast<Unit*>(ds + half * stride), j,
                                       result[half].ds);
         }
@@ -381,8 +382,7 @@ struct BackwardBlock {
     }
   }
 
-  // c[key][column] += sum over rows of a[row][key] b[row][column], for the keys [begin, end) of the
-  // block.
+  // c += A^T B over the rows, for the keys [begin, end) of the block.
   void add_transposed(const Unit* a, const Unit* b, int64_t depth, int64_t columns, int64_t begin,
                       int64_t end, Real* c) {
     GemmOperands<Arithmetic> op{};
@@ -404,7 +404,7 @@ struct BackwardBlock {
 
   void add_dq(int64_t q_begin, int64_t rows, int64_t begin, int64_t end) {
     const int64_t columns = Geo::columns(params.head_dim);
-    Real* dq = reinterpret_cast<Real*>(task.dq_accumulator) + q_begin * qhead_per_khead * columns;
+    Real* dq = reinterpret_cast<Real*>(job.dq_accumulator) + q_begin * qhead_per_khead * columns;
     GemmOperands<Arithmetic> op{};
     op.a_stride = score_stride(plan);
     op.b_stride = Geo::kPanel;
@@ -429,25 +429,25 @@ struct BackwardBlock {
 
 template <class Arithmetic>
 BwdPlan plan_bwd(const FlashBwdParams& params) {
-  return BackwardBlock<Arithmetic>::make_plan(params.fwd);
+  return BwdBlock<Arithmetic>::make_plan(params.fwd);
 }
 
 template <class Arithmetic>
-void bwd_begin_block(const FlashBwdParams& params, const BwdPlan& plan, const BwdTask& task) {
-  BackwardBlock<Arithmetic>(params, plan, task).begin();
+void bwd_begin_block(const FlashBwdParams& params, const BwdPlan& plan, const BwdJob& job) {
+  BwdBlock<Arithmetic>(params, plan, job).begin();
 }
 
 template <class Arithmetic>
-void bwd_tile(const FlashBwdParams& params, const BwdPlan& plan, const BwdTask& task,
-              int64_t q_begin, int64_t q_end) {
-  BackwardBlock<Arithmetic> block(params, plan, task);
+void bwd_tile(const FlashBwdParams& params, const BwdPlan& plan, const BwdJob& job, int64_t q_begin,
+              int64_t q_end) {
+  BwdBlock<Arithmetic> block(params, plan, job);
   block.add_tile(q_begin, q_end);
   block.bank_piece_from(q_begin);
 }
 
 template <class Arithmetic>
-void bwd_end_block(const FlashBwdParams& params, const BwdPlan& plan, const BwdTask& task) {
-  BackwardBlock<Arithmetic>(params, plan, task).end();
+void bwd_end_block(const FlashBwdParams& params, const BwdPlan& plan, const BwdJob& job) {
+  BwdBlock<Arithmetic>(params, plan, job).end();
 }
 
 }  // namespace sink_attention::cpu::SA_ISA

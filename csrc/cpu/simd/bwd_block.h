@@ -10,66 +10,19 @@
 // products.
 #pragma once
 
-#include <cmath>
-
 #include "cpu/simd/banked_sum.h"
+#include "cpu/simd/bwd_plan.h"
 #include "cpu/simd/fwd_tile.h"
 
 namespace sink_attention::cpu::SA_ISA {
-
-using attention::FlashBwdParams;
-
-constexpr int64_t kTargetBwdRows = 64;
-
-// A row's lse in base 2, as whole + rest: P = exp2(logit - rest) * 2^-whole. Over many keys lse is
-// much larger than the logits. Rounding logit - lse would then be one common error of the row's
-// whole P.
-template <class Real>
-struct SplitLse {
-  Real whole;
-  Real rest;
-  Real power;  // 2^-whole
-};
-
-template <class Real>
-SplitLse<Real> split_lse(Real lse) {
-  // A row without a key and without a sink has lse = -inf. A rest of +inf makes its P zero.
-  if (lse == attention::negative_infinity<Real>()) return {0, -lse, 1};
-  const double log2 = static_cast<double>(lse) * attention::kLog2E;
-  // whole < 64, so that exp2(logit - rest), which is clamped to 2^whole, stays finite.
-  const double whole = log2 > 0 && log2 < 64 ? std::floor(log2) : 0;
-  return {static_cast<Real>(whole), static_cast<Real>(log2 - whole),
-          static_cast<Real>(std::exp2(-whole))};
-}
 
 template <class Arithmetic>
 struct BwdBlock {
   using Real = typename Arithmetic::Real;
   using Unit = typename Arithmetic::Unit;
   using Geo = Geometry<Arithmetic>;
+  using Scratch = BwdScratch<Arithmetic>;
   static constexpr bool kPairs = Arithmetic::kPair == 2;
-
-  // stride is a block and one vector, so that a column of P does not map to few cache sets.
-  struct Scratch {
-    Unit* k_transposed;  // B of S
-    Unit* v_transposed;  // B of dP
-    Unit* k_rowwise;     // B of dQ
-    Real* dk;            // [block_keys][columns(head_dim)]
-    Real* dv;            // [block_keys][columns(head_dim_v)]
-    Real* dk_total;      // banked totals of dk and dv (banked_sum.h)
-    Real* dv_total;
-    int64_t* pieces_banked;
-    Unit* q;  // [rows][row_stride(head_dim)]
-    Unit* dout;
-    Unit* q_zipped;  // [rows / 2][columns]: rows zipped in pairs, B of dK; q itself if kPair is 1
-    Unit* dout_zipped;
-    Real* p;         // [rows][stride]: S, then P
-    Real* ds;        // [rows][stride]: dP, then dS as units along keys: A of dQ
-    Unit* p_zipped;  // [rows / 2][stride]: A of dV; p itself if kPair is 1
-    Unit* ds_zipped;
-    SplitLse<Real>* lse;  // [rows]
-    Real* delta;
-  };
 
   const FlashBwdParams& bwd;
   const FlashFwdParams& params;
@@ -81,59 +34,6 @@ struct BwdBlock {
   ScoreScale<Real> scale;
   Range block;  // the block's keys, cut at seqlen_k
   Scratch scratch;
-
-  static int64_t row_stride(int64_t dim) { return round_up(Geo::units(dim), Geo::kLanesReal); }
-  static int64_t score_stride(const BwdPlan& plan) { return plan.block_keys + Geo::kLanesReal; }
-
-  static Scratch allocate(const FlashFwdParams& params, const BwdPlan& plan,
-                          BumpAllocator& allocator) {
-    const int64_t rows =
-        round_up(plan.tile_positions * (params.num_heads_q / params.num_heads_kv), 2);
-    const int64_t dim = params.head_dim;
-    const int64_t dim_v = params.head_dim_v;
-    Scratch scratch{};
-    scratch.k_transposed = allocator.take<Unit>(plan.block_keys * Geo::units(dim));
-    scratch.v_transposed = allocator.take<Unit>(plan.block_keys * Geo::units(dim_v));
-    scratch.k_rowwise =
-        allocator.take<Unit>(plan.block_keys / Geo::kPair * round_up(dim, Geo::kPanel));
-    scratch.dk = allocator.take<Real>(plan.block_keys * Geo::columns(dim));
-    scratch.dv = allocator.take<Real>(plan.block_keys * Geo::columns(dim_v));
-    scratch.dk_total = allocator.take<Real>(plan.block_keys * Geo::columns(dim));
-    scratch.dv_total = allocator.take<Real>(plan.block_keys * Geo::columns(dim_v));
-    scratch.pieces_banked = allocator.take<int64_t>(1);
-    scratch.q = allocator.take<Unit>(rows * row_stride(dim));
-    scratch.dout = allocator.take<Unit>(rows * row_stride(dim_v));
-    scratch.p = allocator.take<Real>(rows * score_stride(plan));
-    scratch.ds = allocator.take<Real>(rows * score_stride(plan));
-    if constexpr (kPairs) {
-      scratch.q_zipped = allocator.take<Unit>(rows / 2 * Geo::columns(dim));
-      scratch.dout_zipped = allocator.take<Unit>(rows / 2 * Geo::columns(dim_v));
-      scratch.p_zipped = allocator.take<Unit>(rows / 2 * score_stride(plan));
-      scratch.ds_zipped = allocator.take<Unit>(rows / 2 * score_stride(plan));
-    } else {
-      scratch.q_zipped = scratch.q;
-      scratch.dout_zipped = scratch.dout;
-      scratch.p_zipped = scratch.p;
-      scratch.ds_zipped = scratch.ds;
-    }
-    scratch.lse = allocator.take<SplitLse<Real>>(rows);
-    scratch.delta = allocator.take<Real>(rows);
-    return scratch;
-  }
-
-  static BwdPlan make_plan(const FlashFwdParams& params) {
-    const int64_t larger_dim = max_of(params.head_dim, params.head_dim_v);
-    BwdPlan plan{};
-    plan.tile_positions =
-        max_of(1, kTargetBwdRows / max_of(params.num_heads_q / max_of(params.num_heads_kv, 1), 1));
-    plan.block_keys = larger_dim <= 64 ? 256 : 128;
-    plan.blocks_per_piece = kPieceKeys / plan.block_keys;
-    plan.dq_row_bytes = Geo::columns(params.head_dim) * static_cast<int64_t>(sizeof(Real));
-    BumpAllocator allocator(nullptr);
-    allocate(params, plan, allocator);
-    plan.scratch_bytes = allocator.used();
-    return plan;
-  }
 
   BwdBlock(const FlashBwdParams& bwd, const BwdPlan& plan, const BwdJob& job)
       : bwd(bwd),
@@ -147,7 +47,7 @@ struct BwdBlock {
     block = intersect({job.block_idx * plan.block_keys, (job.block_idx + 1) * plan.block_keys},
                       {0, info.seqlen_k});
     BumpAllocator allocator(job.scratch);
-    scratch = allocate(params, plan, allocator);
+    scratch = Scratch::allocate(params, plan, allocator);
   }
 
   void begin() {
@@ -173,9 +73,9 @@ struct BwdBlock {
     load_rows(q_begin, rows);
     for (int64_t row = 0; row < rows; row += kTileRows) {
       const int count = static_cast<int>(min_of(kTileRows, rows - row));
-      score(scratch.q, row_stride(params.head_dim), Geo::units(params.head_dim),
+      score(scratch.q, Scratch::row_stride(params.head_dim), Geo::units(params.head_dim),
             scratch.k_transposed, row, count, begin, end, scratch.p);
-      score(scratch.dout, row_stride(params.head_dim_v), Geo::units(params.head_dim_v),
+      score(scratch.dout, Scratch::row_stride(params.head_dim_v), Geo::units(params.head_dim_v),
             scratch.v_transposed, row, count, begin, end, scratch.ds);
       differentiate_strip(q_begin, row, count, begin, end);
     }
@@ -229,8 +129,8 @@ struct BwdBlock {
   }
 
   void load_rows(int64_t q_begin, int64_t rows) {
-    const int64_t q_stride = row_stride(params.head_dim);
-    const int64_t dout_stride = row_stride(params.head_dim_v);
+    const int64_t q_stride = Scratch::row_stride(params.head_dim);
+    const int64_t dout_stride = Scratch::row_stride(params.head_dim_v);
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t position = q_begin + row / qhead_per_khead;
       const int64_t q_row = info.q_row + position;
@@ -278,8 +178,8 @@ struct BwdBlock {
     op.b = b + begin * units;
     op.b_stride = Geo::kPanel;
     op.depth = units;
-    op.c = c + row * score_stride(plan) + begin;
-    op.c_stride = score_stride(plan);
+    op.c = c + row * Scratch::score_stride(plan) + begin;
+    op.c_stride = Scratch::score_stride(plan);
     for (int64_t key = begin; key < end; key += Geo::kPanel) {
       gemm<Arithmetic, AOrder::kRowMajor, Accumulate::kNo>(op, count, kTileVecs);
       op.b += units * Geo::kPanel;
@@ -338,7 +238,7 @@ struct BwdBlock {
   // P over S and dS over dP, for the strip of rows [row, row + count) and keys [begin, end).
   void differentiate_strip(int64_t q_begin, int64_t row, int count, int64_t begin, int64_t end) {
     constexpr int kStep = kLanes<Real>;
-    const int64_t stride = score_stride(plan);
+    const int64_t stride = Scratch::score_stride(plan);
     for (int i = 0; i < count; i += Geo::kPair) {
       VisibleKeys visible[Geo::kPair];
       SplitLse<Real> lse[Geo::kPair];
@@ -386,7 +286,7 @@ struct BwdBlock {
   void add_transposed(const Unit* a, const Unit* b, int64_t depth, int64_t columns, int64_t begin,
                       int64_t end, Real* c) {
     GemmOperands<Arithmetic> op{};
-    op.a_stride = score_stride(plan);
+    op.a_stride = Scratch::score_stride(plan);
     op.b_stride = columns;
     op.depth = depth;
     op.rest_of_chain = kChainUnits;
@@ -406,14 +306,14 @@ struct BwdBlock {
     const int64_t columns = Geo::columns(params.head_dim);
     Real* dq = reinterpret_cast<Real*>(job.dq_accumulator) + q_begin * qhead_per_khead * columns;
     GemmOperands<Arithmetic> op{};
-    op.a_stride = score_stride(plan);
+    op.a_stride = Scratch::score_stride(plan);
     op.b_stride = Geo::kPanel;
     op.depth = (end - begin) / Geo::kPair;
     op.rest_of_chain = rest_of_chain(begin / Geo::kPair);
     op.c_stride = columns;
     for (int64_t row = 0; row < rows; row += kTileRows) {
-      op.a =
-          reinterpret_cast<const Unit*>(scratch.ds + row * score_stride(plan)) + begin / Geo::kPair;
+      op.a = reinterpret_cast<const Unit*>(scratch.ds + row * Scratch::score_stride(plan)) +
+             begin / Geo::kPair;
       op.b = scratch.k_rowwise + begin / Geo::kPair * Geo::kPanel;
       op.c = dq + row * columns;
       for (int64_t column = 0; column < columns; column += Geo::kPanel) {
@@ -426,11 +326,6 @@ struct BwdBlock {
     }
   }
 };
-
-template <class Arithmetic>
-BwdPlan plan_bwd(const FlashBwdParams& params) {
-  return BwdBlock<Arithmetic>::make_plan(params.fwd);
-}
 
 template <class Arithmetic>
 void bwd_begin_block(const FlashBwdParams& params, const BwdPlan& plan, const BwdJob& job) {

@@ -84,8 +84,7 @@ struct FlashBwdParams {
   const void* dout;  // like fwd.out, own strides
   const void* dlse;  // like fwd.lse, own strides; may be null
   void* dq;          // like fwd.q
-  void* dk;          // like fwd.k. Rows beyond seqused_k, or in no sequence, are not written: they
-                     // arrive zeroed
+  void* dk;          // like fwd.k. Rows beyond seqused_k, or in no sequence, are fill_unused_rows's
   void* dv;          // like fwd.v; the same
   void* ds_aux;      // [num_heads_q] in s_aux_dtype; null where s_aux is
   int64_t dout_stride_batch, dout_stride_row, dout_stride_head;
@@ -96,19 +95,18 @@ struct FlashBwdParams {
   bool deterministic;  // the CPU's gradients are bitwise repeatable either way
 };
 
-// Writes each token's k and v to slot_mapping[token] = page * page_size + slot; -1 skips a token.
-struct ReshapeAndCacheParams {
-  DataType dtype;               // of k and v
-  DataType cache_dtype;         // dtype, or of 8 bits: stored = k / scale, saturated
-  const void* k;                // [num_tokens, num_heads_kv, head_dim]
-  const void* v;                // [num_tokens, num_heads_kv, head_dim_v]
-  void* k_cache;                // [num_pages, page_size, num_heads_kv, head_dim]
-  void* v_cache;                // [num_pages, page_size, num_heads_kv, head_dim_v]
-  const int64_t* slot_mapping;  // [num_tokens]
-  const float* k_scale;         // [1] or [num_heads_kv]; 8 bits only
+// New keys and values, and the cache that they are written to: of both ops that write caches.
+struct KvWriteParams {
+  DataType dtype;        // of k and v
+  DataType cache_dtype;  // dtype, or of 8 bits: stored = k / scale, saturated
+  const void* k;         // [num_tokens, num_heads_kv, head_dim]
+  const void* v;         // [num_tokens, num_heads_kv, head_dim_v]
+  void* k_cache;         // [num_pages, page_size, num_heads_kv, head_dim]
+  void* v_cache;         // [num_pages, page_size, num_heads_kv, head_dim_v]
+  const float* k_scale;  // [1] or [num_heads_kv]; 8 bits only
   const float* v_scale;
-  // [num_pages, page_size, num_heads_kv], 8 bits only: scales of each token and head, instead of
-  // k_scale and v_scale. Written: a row's largest finite magnitude / cache_dtype's largest value.
+  // [num_pages, page_size, num_heads_kv]: written, with the largest finite magnitude of a token's
+  // head over the largest value of cache_dtype, in the place of k_scale and v_scale; 8 bits only
   float* k_token_scales;
   float* v_token_scales;
   int64_t k_stride_token, k_stride_head, v_stride_token, v_stride_head;

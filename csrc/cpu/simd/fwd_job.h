@@ -254,11 +254,12 @@ void fwd_job(const FlashFwdParams& params, const FwdPlan& plan, const FwdJob& jo
   for (int64_t idx = job.idx_begin; idx < job.idx_end && !in_place; ++idx) {
     bank_before(idx);
     const int64_t block_idx = job.blocks.block(idx);
-    const char* packed = job.packed + job.packed_blocks.index(block_idx) * block_bytes;
+    const char* packed = packed_here;
     if (job.packed == nullptr) {
       pack_blocks<Arithmetic>(params, plan, job.batch_idx, job.kv_head_begin, job.kv_head_end,
                               block_idx, readable, packed_here);
-      packed = packed_here;
+    } else {
+      packed = job.packed + job.packed_blocks.index(block_idx) * block_bytes;
     }
     for (int64_t head = job.kv_head_begin; head < job.kv_head_end; ++head, packed += block_bytes) {
       Tile(params, plan, job, head).attend_block(block_idx, packed);

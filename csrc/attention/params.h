@@ -118,6 +118,46 @@ struct KvWriteParams {
   int64_t num_tokens, num_heads_kv, head_dim, head_dim_v, num_pages, page_size;
 };
 
+// Writes k and v of each token at slot_mapping[token] = page * page_size + slot. A token whose slot
+// is negative or beyond the cache is skipped.
+struct ReshapeAndCacheParams : KvWriteParams {
+  const int64_t* slot_mapping;  // [num_tokens]
+  // Where tokens share a slot, the last one stays, at the cost of a search through the slots of
+  // later tokens. Otherwise on CUDA each 16-byte vector of the slot's rows, and each of its token
+  // scales, is of any of these tokens. The CPU is deterministic either way.
+  bool deterministic;
+};
+
+// Writes k and v of new tokens behind the keys that each sequence has in the cache.
+//   dense    cu_seqlens_q null: k and v are [batch, seqlen_new, num_heads_kv, ...]
+//   packed   cu_seqlens_q given: the new tokens of sequence b are rows [cu[b], cu[b + 1]) of k and
+//            v, as its queries are of q
+// Token i of sequence b has position cache_seqlens[b] + i: slot position % page_size of page
+// block_table[b][position / page_size]. A token is skipped if it is in no sequence, if its position
+// is negative or beyond the table, or if the cache has no such page. Which of two tokens of one
+// slot stays is as undefined as in reshape_and_cache without `deterministic`.
+struct AppendKvParams : KvWriteParams {
+  const int32_t* cu_seqlens_q;   // [batch + 1], may be null
+  const int32_t* cache_seqlens;  // [batch]: keys before the append; no memory of seqused_k's
+  const int32_t* block_table;    // [batch, max_pages_per_seq]; null: a dense cache, whose page b is
+                                 // all that sequence b has
+  // [batch], written: keys after the append, in [0, max_pages_per_seq * page_size], as attention
+  // would clamp them.
+  int32_t* seqused_k;
+  // Results of attention over packed queries, or null: rows of q that are in no sequence, or that
+  // are beyond seqlen_new in theirs, get out = 0 and lse = -inf. Others are left alone.
+  void* out;           // [total_q, num_heads_q, head_dim_v] in out_dtype
+  void* lse;           // [num_heads_q, total_q], float32 (float64 where out_dtype is)
+  DataType out_dtype;  // meaningless where out is null
+  int64_t k_stride_batch, v_stride_batch;  // 0 and unused with cu_seqlens_q
+  int64_t block_table_stride;
+  int64_t out_stride_row, out_stride_head, lse_stride_head;
+  int64_t batch;
+  int64_t seqlen_new;         // dense: the length; packed: the largest (max_seqlen_q)
+  int64_t max_pages_per_seq;  // 1 where block_table is null
+  int64_t num_heads_q;        // of out and lse
+};
+
 // out = sum_p exp(lse_p - lse) * out_p,  lse = log(sum_p exp(lse_p) + exp(s_aux)).
 // A partial lse of +inf counts as -inf: FlashAttention-2's mark of an empty part.
 struct MergeParams {

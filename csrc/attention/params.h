@@ -96,7 +96,8 @@ struct FlashBwdParams {
   bool deterministic;  // the CPU's gradients are bitwise repeatable either way
 };
 
-// Writes each token's k and v to slot_mapping[token] = page * page_size + slot; -1 skips a token.
+// Writes k and v of each token at slot_mapping[token] = page * page_size + slot; -1 skips the
+// token.
 struct ReshapeAndCacheParams {
   DataType dtype;               // of k and v
   DataType cache_dtype;         // dtype, or of 8 bits: stored = k / scale, saturated
@@ -107,8 +108,8 @@ struct ReshapeAndCacheParams {
   const int64_t* slot_mapping;  // [num_tokens]
   const float* k_scale;         // [1] or [num_heads_kv]; 8 bits only
   const float* v_scale;
-  // [num_pages, page_size, num_heads_kv], 8 bits only: scales of each token and head, instead of
-  // k_scale and v_scale. Written: a row's largest finite magnitude / cache_dtype's largest value.
+  // [num_pages, page_size, num_heads_kv]: written, with the largest finite magnitude of a token's
+  // head over the largest number of cache_dtype, in the place of k_scale and v_scale; 8 bits only
   float* k_token_scales;
   float* v_token_scales;
   int64_t k_stride_token, k_stride_head, v_stride_token, v_stride_head;

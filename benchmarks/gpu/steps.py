@@ -167,11 +167,11 @@ def card_steps(out: Path, quick: bool) -> list[Step]:
 
 
 def dry_steps(out: Path, quick: bool) -> list[Step]:
-    """The same list, with a twin that needs no card where there is one."""
+    """The same list; steps that need a card are replaced by ones that do not, if there are any."""
     emulated = pytest(out, "emulated-tests", *grid_files(), "-k", "emulated", *REDUCED)
     plan = python("-m", "gpu.plan") + (["--quick"] if quick else [])
     no_nvcc = None if cuda_program("nvcc") else "no nvcc on PATH or in CUDA_HOME"
-    twins = {
+    without_card = {
         "build": [
             Step("build", python("setup.py", "build_ext", "--inplace"), 15, {"SINK_CUDA": "0"}),
             Step("kernels", python("setup.py", "--quiet", "check_cuda"), 20, reason=no_nvcc),
@@ -188,8 +188,8 @@ def dry_steps(out: Path, quick: bool) -> list[Step]:
     for step in card_steps(out, quick):
         if step.name in ("environment", "self-check"):
             steps.append(step)
-        elif step.name in twins:
-            steps += twins[step.name]
+        elif step.name in without_card:
+            steps += without_card[step.name]
         if step.name not in ("environment", "build", "self-check"):
             steps.append(Step(step.name, [], 0, reason=step.reason or "needs a card"))
     return steps

@@ -26,9 +26,9 @@ FlashFwdParams make_params(int64_t batch, int64_t num_heads_kv, int64_t rows, in
   return params;
 }
 
-// Every block of every pair once; a pair's in the order of their ranks; never more pairs begun and
-// not ended than `most_open`; and after the last rank 0 the other blocks of `last_pairs` pairs, or
-// of all where there are fewer.
+// Every block of every pair runs once, in the order of the pair's tile indices. At most `most_open`
+// pairs are begun and not ended. After the last pair's first tile there remain the other blocks of
+// `last_pairs` pairs, or of all pairs if there are fewer.
 void check_order(const BlockOrder& order, int64_t batch, int64_t heads, int64_t blocks_per_pair,
                  int64_t most_open, int64_t last_pairs) {
   const std::string name = "order of " + std::to_string(batch) + "x" + std::to_string(heads) +

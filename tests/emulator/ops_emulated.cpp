@@ -1,8 +1,7 @@
-// The ops on CPU tensors, computed by the CUDA kernels in the emulator. tests/emulated.py puts them
-// in the place of the CPU's.
+// The ops on CPU tensors, computed by the CUDA kernels in the emulator. tests/emulated.py
+// substitutes them for the CPU's ops.
 //
-// What a kernel must write is NaN before, and a kernel may touch nothing but its operands'
-// elements.
+// Results are NaN before a kernel runs. A kernel may access only the elements of its operands.
 #include "cuda/backend.h"
 #include "emulator/machine.h"
 #include "torch/kernel_family.h"
@@ -25,7 +24,7 @@ emulator::Buffer buffer_of(const Tensor& tensor, bool writable, const std::strin
   return {begin, begin + elements * tensor.element_size(), writable, name};
 }
 
-// Names the operands to the emulator for the length of a call.
+// Names the operands to the emulator during a call.
 struct Visible {
   explicit Visible(const Operands& operands) : buffers(list(operands)) {}
   static std::vector<emulator::Buffer> list(const Operands& operands) {
@@ -43,7 +42,7 @@ struct Visible {
   emulator::VisibleBuffers buffers;
 };
 
-// Workspace full of NaN, visible too.
+// Adds a workspace, filled with NaN, to the operands.
 Operands with_workspace(Operands operands, const Tensor& like, int64_t bytes, void*& data) {
   const Tensor workspace = torch::stable::fill_(
       torch::stable::new_empty(like, {(bytes + 3) / 4 + 64}, ScalarType::Float),
@@ -115,10 +114,11 @@ void configure(int64_t seed, int64_t multiprocessors, int64_t architecture) {
 }
 void pretend_to_capture(bool on) { pretends_to_capture = on; }
 
-// Bytes that the last check of a forward, or forward, wants as workspace.
+// The workspace bytes of the last forward, or check of a forward.
 int64_t workspace_bytes() { return asked_for; }
 
-// Thread blocks so far of kernels in sink_attention::cuda::<family>; all where family is empty.
+// The number of thread blocks run so far by kernels of sink_attention::cuda::<family>; of all
+// families if family is empty.
 int64_t blocks_run(const std::string& family) {
   int64_t sum = 0;
   for (const auto& [kernel, blocks] : emulator::settings().blocks_of) {

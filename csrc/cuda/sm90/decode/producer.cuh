@@ -12,11 +12,11 @@
 // tokens are copied by cp.async too. For cp.async, each lane looks up the slots of some of the
 // block's keys, one block ahead, and shuffles pass them to the other lanes.
 //
-// Deferred signal. Only the lanes that issued a cp.async can wait for it, before they arrive at the
-// stage's `full` barrier. Waiting at once would hold up the next blocks' copies. So a cp.async
-// stage's barrier is arrived on kAhead stages later, when its group has drained. All copies of a
-// short sequence are then in flight before the first is waited for. kAhead < kStages: when the warp
-// waits for a stage to become empty, it has signalled that stage's earlier contents.
+// Deferred signal. Only the lanes that issued a cp.async can wait for it, and must do so before the
+// stage's `full` barrier is arrived on. Waiting at once would hold up the next blocks' copies. So a
+// cp.async stage's barrier is arrived on kAhead stages later, when its group has drained. All copies
+// of a short sequence are then in flight before the first is waited for. kAhead < kStages: when the
+// warp waits for a stage to become empty, it has signalled that stage's earlier contents.
 #pragma once
 
 #include "cuda/sm90/decode/params.h"

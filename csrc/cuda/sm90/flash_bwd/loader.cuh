@@ -2,7 +2,7 @@
 //
 // A tile's rows are one TMA box a slab where whole positions fill it well enough
 // (rows_of_whole_positions). The remaining rows are zeroed once, at the start; no box reaches them.
-// With another qhead_per_khead, rows are copied by cp.async, 16 bytes at a time.
+// Otherwise rows are copied by cp.async, 16 bytes at a time.
 //
 // Rows beyond the sequence may hold garbage, which must not reach a product. If the tensor ends
 // there, TMA zero-fills. If another packed sequence follows, the last tile comes with rows of that

@@ -1,5 +1,5 @@
-// The producer warp: for each work tile it loads Q, then K and V of the tile's key blocks in turn,
-// as far ahead as the rings have room.
+// The producer warp. Tile by tile it loads Q, then K and V of the tile's key blocks in turn, as far
+// ahead as the rings have room.
 #pragma once
 
 #include "cuda/sm90/flash_fwd/storage.cuh"

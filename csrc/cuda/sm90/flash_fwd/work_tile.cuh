@@ -56,7 +56,7 @@ struct WorkTileInfo {
 // three tiles with keys ahead of the consumers, since each tile's Q needs a stage.
 constexpr int kWorkTileSlots = 8;
 
-// The index of a work tile among those of its CTA, and its slot in the ring.
+// The index of a tile among its CTA's work tiles, and its slot in the ring.
 struct WorkTileIndex {
   uint32_t index = 0;
   SA_DEVICE int slot() const { return static_cast<int>(index % kWorkTileSlots); }

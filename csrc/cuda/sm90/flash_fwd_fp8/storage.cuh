@@ -45,7 +45,7 @@ struct FlashFwdStorage<attention::Float8E4M3, Tiles> {
   alignas(1024) LoadedVTile v_loaded[Tiles::kStages];
   alignas(1024) VTile v[Tiles::kStages];
   WorkTileQueue<Tiles::kConsumers> work_tiles;
-  TileScale scale[kWorkTileSlots];   // of each work tile's sequence and kv head
+  TileScale scale[kWorkTileSlots];   // of the sequence and kv head of a slot's tile
   KeyBounds bounds[Tiles::kBlockM];  // of each row; written and read by the warp that owns the row
   Ring<Tiles::kQueryStages> q_ring;
   Ring<Tiles::kStages> k_ring;

@@ -187,7 +187,7 @@ def gather_pages(cache: Tensor, pages: Tensor, seqlen: int) -> Tensor:
 def quantise(
     tokens: Tensor, dtype: torch.dtype, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Keys or values as a cache of 8-bit numbers holds them, to be read as stored * scale.
+    """Keys or values as a cache of 8-bit elements holds them, to be read as stored * scale.
 
     Args:
         tokens: (..., num_heads_kv, head_dim), read as float32.

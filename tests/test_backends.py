@@ -1,4 +1,4 @@
-"""Backends of conftest.py: cases that fit Hopper's kernels, and tests that miss them."""
+"""Backends (backends.py): cases that fit Hopper's kernels, and tests that miss them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import backends
 import conftest
 import emulated
 import pytest
 import torch
+from backends import BACKENDS, Backend
 from cases import FLOAT_DTYPES, HALF_DTYPES, DenseCase, PagedCase
-from conftest import BACKENDS, Backend
 
 ROOT = Path(__file__).resolve().parent.parent
 HALF = torch.bfloat16
@@ -32,7 +33,7 @@ def a_card(arch: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: divmod(arch, 10))
     with emulated.emulated(arch=arch):
-        yield conftest._backend("cuda", "cuda")
+        yield backends._backend("cuda", "cuda")
 
 
 @needs_emulator
@@ -60,7 +61,7 @@ def test_what_fits_a_hopper_card(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_kernels_get_small_cases(
     arch: int, forced: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conftest, "FORCED", forced)
+    monkeypatch.setattr(backends, "FORCED", forced)
     with a_card(arch, monkeypatch) as card:
         assert card.fitting(DENSE) is DENSE and card.fitting_dim(12) == 12
         assert (card.dtype, card.dtypes) == (torch.float32, FLOAT_DTYPES)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 # Read when torch is loaded. Threads that spin while they wait for each other take the core that the
@@ -22,10 +23,17 @@ from backends import BACKENDS, EMULATED, FORCED, NOT_TAKEN, Backend
 
 from sink_attention_ext import ops
 
+TESTS = Path(__file__).resolve().parent
+
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     left_out = emulated_selection.select(items)
+    is_whole = any(Path(config.invocation_params.dir, arg) == TESTS for arg in config.args)
+    if is_whole and set(EMULATED) <= BACKENDS.keys():
+        without = emulated_selection.marks_without_effect(items, left_out)
+        if without:
+            raise pytest.UsageError(f"marks that reach no test: {', '.join(without)}")
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
 

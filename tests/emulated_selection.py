@@ -71,3 +71,19 @@ def select(items: list[pytest.Item]) -> set[pytest.Item]:
         elif products > EMULATED_PRODUCTS or item.get_closest_marker("slow_when_emulated"):
             item.add_marker(pytest.mark.slow)
     return left_out
+
+
+def marks_without_effect(items: list[pytest.Item], left_out: set[pytest.Item]) -> list[str]:
+    """Of a whole collection: files marked sm90 of which nothing runs on emulated-sm90, and tests
+    marked slow_when_emulated that no emulated backend runs."""
+    marked: dict[str, bool] = {}
+    for item in items:
+        backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+        runs = item not in left_out
+        if item.get_closest_marker("sm90"):
+            name = f"sm90 of {item.path.name}"
+            marked[name] = marked.get(name, False) or (runs and backend == "emulated-sm90")
+        if item.get_closest_marker("slow_when_emulated"):
+            name = f"slow_when_emulated of {item.path.name}::{item.originalname}"
+            marked[name] = marked.get(name, False) or (runs and backend in EMULATED)
+    return [name for name, has_effect in marked.items() if not has_effect]

@@ -71,7 +71,7 @@ def gpu_files() -> list[str]:
     return files_with("mark.gpu")
 
 
-def grid_files() -> list[str]:
+def matrix_files() -> list[str]:
     """Files with tests that run on each backend."""
     only_gpu = [name for name in gpu_files() if "pytestmark" in (ROOT / name).read_text()]
     return [name for name in files_with("backend: Backend") if name not in only_gpu]
@@ -116,7 +116,7 @@ def tests_step(out: Path, quick: bool, family: str | None = None) -> Step:
     selected = REDUCED if quick else ["-m", "not slow"]
     return Step(
         name,
-        pytest(out, name, *grid_files(), "-k", "cuda", *selected),
+        pytest(out, name, *matrix_files(), "-k", "cuda", *selected),
         10 if quick else 40,
         forced(family),
         needs=("build",),
@@ -129,7 +129,7 @@ def sanitizer_step(tool: str, out: Path, quick: bool, family: str | None = None)
     program = cuda_program("compute-sanitizer")
     if program is None:
         return Step(name, [], 0, reason="no compute-sanitizer on PATH or in CUDA_HOME")
-    tests = QUICK_SANITIZED if quick else grid_files()
+    tests = QUICK_SANITIZED if quick else matrix_files()
     # torch's own allocator would hide reads of memory that nobody wrote or that was given back.
     return Step(
         name,
@@ -168,7 +168,7 @@ def card_steps(out: Path, quick: bool) -> list[Step]:
 
 def dry_steps(out: Path, quick: bool) -> list[Step]:
     """The same list; steps that need a card are replaced by ones that do not, if there are any."""
-    emulated = pytest(out, "emulated-tests", *grid_files(), "-k", "emulated", *REDUCED)
+    emulated = pytest(out, "emulated-tests", *matrix_files(), "-k", "emulated", *REDUCED)
     plan = python("-m", "gpu.plan") + (["--quick"] if quick else [])
     no_nvcc = None if cuda_program("nvcc") else "no nvcc on PATH or in CUDA_HOME"
     without_card = {

@@ -1,7 +1,7 @@
 """Few query rows over a cache, in every head_dim class, element type and number of rows that
 kernels for decode have tiles for; windows, sink tokens and pages that end within a block of keys.
 
-On Hopper these are csrc/cuda/sm90/paged_attn, elsewhere sm80's decode and prefill tiles.
+On Hopper these are csrc/cuda/sm90/decode, elsewhere sm80's decode and prefill tiles.
 """
 
 from __future__ import annotations

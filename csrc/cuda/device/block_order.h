@@ -1,20 +1,20 @@
 // The order in which CTAs start.
 //
-// A pair is a (sequence, kv head). Each pair is divided among blocks_per_pair CTAs, enough for the
-// longest sequence; a shorter sequence leaves some of them without work. A CTA's rank is its index
-// among those of its pair. Kernels give rank 0 to the CTA with the most work under a causal mask:
-// if it started last, it would run alone at the end.
+// A pair is a (sequence, kv head). Each pair is divided among blocks_per_pair CTAs, a tile each,
+// enough for the longest sequence; a shorter sequence leaves some of them without work. Kernels
+// give tile 0 to the CTA with the most work under a causal mask: if it started last, it would run
+// alone at the end.
 //
-// Pairs, kv heads fastest, are cut into sections. Sections follow each other. Within a section all
-// CTAs of rank 0 come first, then all of rank 1, and so on:
+// Pairs, kv heads fastest, are cut into sections. Sections follow each other. Within a section tile
+// 0 of all pairs comes first, then tile 1 of all, and so on:
 //
-//     section 0:  rank 0 of pairs 0 1 2,  rank 1 of pairs 0 1 2, ...
-//     section 1:  rank 0 of pairs 3 4 5,  rank 1 of pairs 3 4 5, ...
+//     section 0:  tile 0 of pairs 0 1 2,  tile 1 of pairs 0 1 2, ...
+//     section 1:  tile 0 of pairs 3 4 5,  tile 1 of pairs 3 4 5, ...
 //
 // One section would balance best. Small sections keep the running CTAs on few pairs, whose shared
 // data then stays in L2.
 //
-// Of one pair, a CTA of lower rank has a lower index. The hardware starts CTAs in the order of
+// In one pair a lower tile index has a lower CTA index. The hardware starts CTAs in the order of
 // their indices, so it starts no later.
 #pragma once
 
@@ -37,10 +37,10 @@ struct BlockOrder {
   int num_blocks() const { return blocks_per_pair * num_pairs; }
 };
 
-struct BlockPlace {
+struct BlockCoord {
   int batch_idx;
   int kv_head;
-  int rank;
+  int tile_idx;  // of the pair, in the order in which CTAs start
 };
 
 // Sections of section_pairs pairs; the last has at least last_pairs >= section_pairs. Throws
@@ -62,8 +62,8 @@ inline BlockOrder make_block_order(const attention::FlashFwdParams& params, int6
   return order;
 }
 
-// The backward's order: rank r is block of keys r. The CTAs of a pair share Q, dO and dQ, tile by
-// tile.
+// The backward's order: tile index i is key block i. The CTAs of a pair share Q, dO and dQ, query
+// tile by query tile.
 //
 // Cards run 1 or 2 CTAs an SM, 60 (L4) to 300 in all. With sections of 8 to 16 pairs about 4 or
 // more of each pair run at once, on tiles near each other. Their Q, dO and dQ do not fit into most
@@ -75,8 +75,8 @@ inline BlockOrder bwd_block_order(const attention::FlashFwdParams& params, int b
   return make_block_order(params, key_blocks, section_pairs, section_pairs);
 }
 
-// The forward's order: rank r is row tile r, counted from the last. The CTAs of a pair share K and
-// V.
+// The forward's order: tile index i is row tile i, counted from the last. The CTAs of a pair share
+// K and V.
 //
 // Cards run 1 to 3 CTAs an SM, 60 to 400 in all. A section has about 256 CTAs, about as many as run
 // at once. So hardly more keys are in use at once than with one pair after the other, and the rule
@@ -89,17 +89,17 @@ inline BlockOrder fwd_block_order(const attention::FlashFwdParams& params, int b
   return make_block_order(params, tiles, section_pairs, 2 * section_pairs);
 }
 
-SA_HOST_DEVICE BlockPlace place_of_block(const BlockOrder& order, int block) {
+SA_HOST_DEVICE BlockCoord block_coord(const BlockOrder& order, int block) {
   const int section_blocks = order.section_pairs * order.blocks_per_pair;
   const int last = order.num_sections - 1;
   const int section = block / section_blocks < last ? block / section_blocks : last;
   const int first_pair = section * order.section_pairs;
   const int pairs = section < last ? order.section_pairs : order.num_pairs - first_pair;
   const int in_section = block - section * section_blocks;
-  const int rank = in_section / pairs;
-  const int pair = first_pair + in_section - rank * pairs;
+  const int tile_idx = in_section / pairs;
+  const int pair = first_pair + in_section - tile_idx * pairs;
   const int batch_idx = pair / order.num_heads_kv;
-  return {batch_idx, pair - batch_idx * order.num_heads_kv, rank};
+  return {batch_idx, pair - batch_idx * order.num_heads_kv, tile_idx};
 }
 
 }  // namespace sink_attention::cuda

@@ -86,9 +86,9 @@ SA_DEVICE void gemm_abt(Accumulators<kTilesM, kTilesN>& acc, const TileA& a_tile
 // acc += P B with P in the accumulators of an earlier product, and B rows
 // [b_row, b_row + 8 kTilesK), all columns.
 template <int kTilesM, int kTilesK, int kTilesN, class TileB>
-SA_DEVICE void gemm_weights(Accumulators<kTilesM, kTilesN>& acc,
-                            const Accumulators<kTilesM, kTilesK>& weights, const TileB& b_tile,
-                            int b_row, int lane = primitives::lane_idx()) {
+SA_DEVICE void gemm_pv(Accumulators<kTilesM, kTilesN>& acc,
+                       const Accumulators<kTilesM, kTilesK>& weights, const TileB& b_tile,
+                       int b_row, int lane = primitives::lane_idx()) {
   static_assert(TileB::kCols == 8 * kTilesN, "all columns");
   static_assert(kTilesN % 2 == 0 && kTilesK % 2 == 0, "operands come in pairs of tiles");
   SA_UNROLL

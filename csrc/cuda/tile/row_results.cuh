@@ -59,7 +59,7 @@ struct RowResults {
 // The smem reduction buffer: row states and outputs of kParts warps that share rows. Rows are
 // padded by 8 floats, so that neighbouring quads write to different banks.
 template <int kParts, int kRows, int kCols>
-struct RowExchange {
+struct RowReductionBuffer {
   primitives::Float2 state[kParts][kRows];
   float out[kParts][kRows][kCols + 8];
 };
@@ -67,7 +67,7 @@ struct RowExchange {
 // Merges and writes the kRows rows of a tile that begins at PackGQA row `row_begin`. Warp `warp`
 // takes rows warp, warp + num_warps, ...; a lane takes every 32nd column.
 template <class Element, int kParts, int kRows, int kCols, class KernelParams>
-SA_DEVICE void write_merged_rows(const RowExchange<kParts, kRows, kCols>& reduction_buffer,
+SA_DEVICE void write_merged_rows(const RowReductionBuffer<kParts, kRows, kCols>& reduction_buffer,
                                  const RowResults<KernelParams>& results, int row_begin, int warp,
                                  int num_warps) {
   const KernelParams& kernel_params = results.kernel_params;

@@ -92,16 +92,16 @@ struct FlashBwdBlock {
 
   // Stores the block's info in shared memory. By one thread.
   SA_DEVICE void init_block_info() const {
-    const BlockPlace place = place_of_block(params.order, primitives::block_idx().x);
-    const PackGqa rows = pack_gqa(fwd, place.batch_idx, place.kv_head);
+    const BlockCoord coord = block_coord(params.order, primitives::block_idx().x);
+    const PackGqa rows = pack_gqa(fwd, coord.batch_idx, coord.kv_head);
     const int seqlen_q = static_cast<int>(rows.info.seqlen_q);
     const int seqlen_k = static_cast<int>(rows.info.seqlen_k);
-    const int first_key = place.rank * kBlockN;
+    const int first_key = coord.tile_idx * kBlockN;
     const attention::Range queries =
         attention::make_mask(fwd, seqlen_q, seqlen_k)
             .visible_queries(first_key, attention::min_of(first_key + kBlockN, seqlen_k));
     const bool any = queries.begin < queries.end;
-    const int first_tile = cuda::first_tile(params.workspace, fwd, place.batch_idx);
+    const int first_tile = cuda::first_tile(params.workspace, fwd, coord.batch_idx);
     const int tiles_left = params.workspace.num_tiles - first_tile;
     using primitives::store_shared;
     store_shared(&storage.first_q,
@@ -112,8 +112,8 @@ struct FlashBwdBlock {
                                                       bwd.dout_stride_head));
     store_shared(&storage.q_is_vectorised, params.q_is_vectorised);
     store_shared(&storage.dout_is_vectorised, params.dout_is_vectorised);
-    store_shared(&storage.batch_idx, place.batch_idx);
-    store_shared(&storage.kv_head, place.kv_head);
+    store_shared(&storage.batch_idx, coord.batch_idx);
+    store_shared(&storage.kv_head, coord.kv_head);
     store_shared(&storage.first_key, first_key);
     store_shared(&storage.sink_end,
                  static_cast<int>(attention::min_of(fwd.num_sink_tokens, seqlen_k)) - first_key);
@@ -128,7 +128,7 @@ struct FlashBwdBlock {
                   tiles_left))
             : 0);
     store_shared(&storage.first_workspace_tile,
-                 place.kv_head * params.workspace.num_tiles + first_tile);
+                 coord.kv_head * params.workspace.num_tiles + first_tile);
   }
 
   SA_DEVICE void run() {

@@ -18,7 +18,7 @@ struct FlashBwdKernelParams {
   bool dout_is_vectorised;
   bool dk_is_vectorised;
   bool dv_is_vectorised;
-  BlockOrder order;     // of blocks of keys: a CTA's rank is the index of its block
+  BlockOrder order;     // of blocks of keys: tile index i is block i
   int qhead_per_khead;  // num_heads_q / num_heads_kv
   // Without softcap: logit = score * softmax_scale_log2, in base 2.
   // With softcap:    logit = tanh(score * to_tanh) * softmax_scale_log2,

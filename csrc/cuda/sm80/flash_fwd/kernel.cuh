@@ -84,15 +84,15 @@ struct FlashFwdKernel {
   static_assert(Config::kSharedBytes <= 99 * 1024, "what compute capability 8.6 has for a block");
 
   // The work tile of a CTA.
-  struct TileCoord {
+  struct WorkTileCoord {
     int batch_idx;
     int kv_head;
     int split;
     int row_begin;
   };
-  static SA_DEVICE TileCoord tile_coord(const Params& kernel_params, int x, int y) {
-    const BlockPlace block = place_of_block(kernel_params.order, x);
-    const int tile = kernel_params.order.blocks_per_pair - 1 - block.rank;
+  static SA_DEVICE WorkTileCoord work_tile_coord(const Params& kernel_params, int x, int y) {
+    const BlockCoord block = block_coord(kernel_params.order, x);
+    const int tile = kernel_params.order.blocks_per_pair - 1 - block.tile_idx;
     return {block.batch_idx, block.kv_head, y, tile * Tiles::kBlockM};
   }
 
@@ -165,8 +165,8 @@ struct FlashFwdKernel {
     const attention::FlashFwdParams& params = kernel_params.attn;
     SharedStorage& storage = *reinterpret_cast<SharedStorage*>(shared);
     Pipeline& pipeline = storage.pipeline;
-    const TileCoord coord =
-        tile_coord(kernel_params, primitives::block_idx().x, primitives::block_idx().y);
+    const WorkTileCoord coord =
+        work_tile_coord(kernel_params, primitives::block_idx().x, primitives::block_idx().y);
     const int batch_idx = coord.batch_idx;
     const int kv_head = coord.kv_head;
     const int row_begin = coord.row_begin;
@@ -274,16 +274,16 @@ struct FlashFwdKernel {
         }
       }
       online_softmax_rescale(s, states, out, load_shared(&work_tile.scale.softmax_scale_log2));
-      gemm_weights(out, s, pipeline.v[stage], warp_n * Tiles::kWarpKeys,
-                   primitives::optimisation_barrier(primitives::lane_idx()));
+      gemm_pv(out, s, pipeline.v[stage], warp_n * Tiles::kWarpKeys,
+              primitives::optimisation_barrier(primitives::lane_idx()));
     }
     primitives::cp_async_wait<0>();
     primitives::sync_threads();  // all warps have read the pipeline: the results overwrite it
 
     // The tile coordinates are rematerialised, so that they take no registers in the loop.
-    const TileCoord result_coord =
-        tile_coord(kernel_params, primitives::optimisation_barrier(primitives::block_idx().x),
-                   primitives::optimisation_barrier(primitives::block_idx().y));
+    const WorkTileCoord result_coord =
+        work_tile_coord(kernel_params, primitives::optimisation_barrier(primitives::block_idx().x),
+                        primitives::optimisation_barrier(primitives::block_idx().y));
     const PackGqa result_rows = pack_gqa(params, result_coord.batch_idx, result_coord.kv_head);
     Results{{kernel_params, result_rows, result_coord.split,
              cache_scale(params.v_scale, params, result_coord.kv_head)},

@@ -15,7 +15,7 @@ struct FlashFwdKernelParams {
   bool k_is_vectorised;
   bool v_is_vectorised;
   bool out_is_vectorised;
-  BlockOrder order;  // of row tiles: a CTA's rank is the number of tiles after its own
+  BlockOrder order;  // of row tiles: tile index i is the i-th from the last
   int num_splits;    // parts of each row's keys; with more than one, results are partial
   // Partial results, [num_splits][num_heads_q][total_q], without the sink. combine.cuh merges them.
   float* partial_state;  // maximum and sum of a row, base 2: two floats

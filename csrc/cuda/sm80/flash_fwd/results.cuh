@@ -22,7 +22,7 @@ struct FlashFwdResults : RowResults<FlashFwdKernelParams> {
   using States = RowStates<kTilesM>;
   using OutTile = SmemTile<Element, Tiles::kBlockM, Tiles::kHeadDimV>;
 
-  using ReductionBuffer = RowExchange<Tiles::kWarpsN, Tiles::kBlockM, Tiles::kHeadDimV>;
+  using ReductionBuffer = RowReductionBuffer<Tiles::kWarpsN, Tiles::kBlockM, Tiles::kHeadDimV>;
   template <bool kManyWarps, class Unused = void>
   struct StorageOf {
     OutTile tile;

@@ -1,4 +1,4 @@
-// From a score <q, k> to a logit in base 2. The factors are computed on the host, in double.
+// From a score <q, k> to a logit in base 2. The factors are computed in double.
 #pragma once
 
 #include "attention/host_device.h"
@@ -13,14 +13,15 @@ enum ScoreForm : int {
   kSoftcap,  // logit = tanh(score * to_tanh) * softmax_scale_log2
 };
 
-struct ScoreScale {
-  float softmax_scale_log2;  // |softmax_scale| * log2 e; with softcap, softcap * log2 e. Positive
-  float to_tanh;             // softmax_scale / softcap; 0 without softcap
-  int form;                  // a ScoreForm
+template <class Real>
+struct ScoreScaleOf {
+  Real softmax_scale_log2;  // |softmax_scale| * log2 e; with softcap, softcap * log2 e. Positive
+  Real to_tanh;             // softmax_scale / softcap; 0 without softcap
+  int form;                 // a ScoreForm
 
   // The scale for keys that are still to be multiplied with `factor`, an 8-bit cache's scale.
-  SA_HOST_DEVICE ScoreScale times(float factor) const {
-    ScoreScale result = *this;
+  SA_HOST_DEVICE ScoreScaleOf times(Real factor) const {
+    ScoreScaleOf result = *this;
     if (form == kSoftcap) {
       result.to_tanh *= factor;
     } else {
@@ -31,22 +32,25 @@ struct ScoreScale {
   }
 };
 
+using ScoreScale = ScoreScaleOf<float>;
+
+// softmax_scale is not 0: every op refuses that.
+template <class Real = float>
+SA_HOST_DEVICE ScoreScaleOf<Real> score_scale(const attention::FlashFwdParams& params) {
+  const double scale = params.softmax_scale;
+  if (params.softcap > 0) {
+    return {static_cast<Real>(params.softcap * attention::kLog2E),
+            static_cast<Real>(scale / params.softcap), kSoftcap};
+  }
+  return {static_cast<Real>((scale < 0 ? -scale : scale) * attention::kLog2E), Real(0),
+          scale < 0 ? kNegated : kPlain};
+}
+
 // The exponent of P = exp2(logit - lse) in the backward, at most 0, so that P is at most 1. That
 // keeps gradients finite where logits are so large that lse is rounded by 1 or more. NaN passes.
 template <class Real>
 SA_HOST_DEVICE Real clamp_exponent(Real exponent) {
   return exponent > Real(0) ? Real(0) : exponent;
-}
-
-inline ScoreScale score_scale(const attention::FlashFwdParams& params) {
-  // A scale of 0 would turn a hidden score into 0 * inf; one this small has the same exponentials.
-  const double scale = params.softmax_scale == 0 ? 1e-30 : params.softmax_scale;
-  if (params.softcap > 0) {
-    return {static_cast<float>(params.softcap * attention::kLog2E),
-            static_cast<float>(scale / params.softcap), kSoftcap};
-  }
-  return {static_cast<float>((scale < 0 ? -scale : scale) * attention::kLog2E), 0.0f,
-          scale < 0 ? kNegated : kPlain};
 }
 
 }  // namespace sink_attention::cuda

@@ -4,41 +4,23 @@
 #include <cmath>
 
 #include "attention/mask.h"
-#include "attention/online_softmax.h"
 #include "cuda/device/key_range.h"
 #include "cuda/device/pack_gqa.cuh"
+#include "cuda/device/score_scale.h"
 #include "cuda/simt/tile.cuh"
 
 namespace sink_attention::cuda::simt {
 
-// From a score <q, k> to a logit in base 2: logit = transform(score) * softmax_scale_log2.
+// A score in the form in which transformed * softmax_scale_log2 is the logit, in base 2.
 template <class Real>
-struct ScoreScale {
-  Real softmax_scale_log2;  // |softmax_scale| * log2 e; with softcap, softcap * log2 e. Positive
-  Real to_tanh;             // softmax_scale / softcap; 0 without softcap
-  bool has_softcap;
-  bool negated;
-
-  SA_DEVICE Real transform(Real score) const {
-    return has_softcap ? std::tanh(score * to_tanh) : (negated ? -score : score);
-  }
-  // Derivative of transform, without the factors of the scale.
-  SA_DEVICE Real slope(Real transformed) const {
-    return has_softcap ? Real(1) - transformed * transformed : Real(1);
-  }
-};
-
+SA_DEVICE Real transform(const ScoreScaleOf<Real>& scale, Real score) {
+  if (scale.form == kSoftcap) return std::tanh(score * scale.to_tanh);
+  return scale.form == kNegated ? -score : score;
+}
+// Derivative of transform, without the factors of the scale.
 template <class Real>
-SA_DEVICE ScoreScale<Real> score_scale(const attention::FlashFwdParams& params) {
-  // A scale of 0 would turn a hidden score into 0 * inf; one this small has the same exponentials.
-  const double given = params.softmax_scale == 0 ? 1e-30 : params.softmax_scale;
-  ScoreScale<Real> scale{};
-  scale.has_softcap = params.softcap > 0;
-  scale.negated = given < 0 && !scale.has_softcap;
-  scale.to_tanh = scale.has_softcap ? static_cast<Real>(given / params.softcap) : Real(0);
-  scale.softmax_scale_log2 = static_cast<Real>(
-      (scale.has_softcap ? params.softcap : (given < 0 ? -given : given)) * attention::kLog2E);
-  return scale;
+SA_DEVICE Real slope(const ScoreScaleOf<Real>& scale, Real transformed) {
+  return scale.form == kSoftcap ? Real(1) - transformed * transformed : Real(1);
 }
 
 // Keys in the window of a PackGQA row; none for a row beyond the last.

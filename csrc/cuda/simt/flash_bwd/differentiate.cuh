@@ -68,14 +68,14 @@ struct RowStatsTable {
 
 // In place score -> P and dP -> dS, without the factor softmax_scale. Both are 0 for a masked key.
 template <class Real>
-SA_DEVICE void differentiate(Real& score, Real& dp, const ScoreScale<Real>& scale,
+SA_DEVICE void differentiate(Real& score, Real& dp, const ScoreScaleOf<Real>& scale,
                              const RowStats<Real>& row, int key, int num_sink_tokens) {
-  const Real transformed = scale.transform(score);
+  const Real transformed = transform(scale, score);
   const Real exponent = transformed * scale.softmax_scale_log2 - row.lse_log2;
   const Real p = std::exp2(clamp_exponent(exponent));
   const bool visible = row.window.contains(key, num_sink_tokens);
   score = visible ? p : Real(0);
-  dp = visible ? p * (dp - row.delta) * scale.slope(transformed) : Real(0);
+  dp = visible ? p * (dp - row.delta) * slope(scale, transformed) : Real(0);
 }
 
 }  // namespace sink_attention::cuda::simt

@@ -84,7 +84,7 @@ struct FlashBwdDkDvKernel {
     Stream stream(storage.queries, q, dout);
     stream.start({0, block_begin, block_end});
 
-    const ScoreScale<Real> scale = score_scale<Real>(params);
+    const ScoreScaleOf<Real> scale = score_scale<Real>(params);
     Output dk = {};
     Output dv = {};
     bool adds = false;
@@ -159,7 +159,7 @@ struct FlashBwdDkDvKernel {
   // Stores P^T in shared memory. The scores are kept, and P is recomputed for dS. That costs an
   // exponential and saves the registers of a second matrix.
   static SA_DEVICE void store_p(const Scores& s, SharedStorage& storage, int first_key,
-                                int num_sink_tokens, const ScoreScale<Real>& scale) {
+                                int num_sink_tokens, const ScoreScaleOf<Real>& scale) {
     Scores p;
     SA_UNROLL
     for (int j = 0; j < kRows; ++j) {

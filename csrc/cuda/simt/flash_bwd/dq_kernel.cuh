@@ -73,7 +73,7 @@ struct FlashBwdDqKernel {
     Stream stream(storage.keys, k, v);
     stream.start(blocks);
 
-    const ScoreScale<Real> scale = score_scale<Real>(params);
+    const ScoreScaleOf<Real> scale = score_scale<Real>(params);
     Output dq = {};
     int sum = sum_of_block<Real>(blocks.block(0));
     bool adds = false;

@@ -13,7 +13,7 @@
 
 #include "attention/mask.h"
 #include "attention/online_softmax.h"
-#include "cuda/device/element.cuh"
+#include "cuda/device/load_sink.cuh"
 #include "cuda/device/pack_gqa.cuh"
 #include "cuda/simt/flash_fwd/config.h"
 #include "cuda/simt/load.cuh"
@@ -92,7 +92,7 @@ struct FlashFwdKernel {
     Stream stream(storage.keys, k, v);
     stream.start(blocks);
 
-    const ScoreScale<Real> scale = score_scale<Real>(params);
+    const ScoreScaleOf<Real> scale = score_scale<Real>(params);
     SoftmaxStates states;
     Output out = {};
     SA_UNROLL
@@ -137,8 +137,8 @@ struct FlashFwdKernel {
   // In place S -> P for keys from first_key on. Updates the states and rescales out.
   static SA_DEVICE void softmax(Scores& s, const SharedStorage& storage,
                                 const attention::Mask& mask, const PackGqa& rows, int row_begin,
-                                int first_key, const ScoreScale<Real>& scale, SoftmaxStates& states,
-                                Output& out) {
+                                int first_key, const ScoreScaleOf<Real>& scale,
+                                SoftmaxStates& states, Output& out) {
     constexpr Real kMasked = attention::negative_infinity<Real>();
     const int num_sink_tokens = static_cast<int>(mask.num_sink_tokens);
     SA_UNROLL
@@ -148,7 +148,7 @@ struct FlashFwdKernel {
       SA_UNROLL
       for (int j = 0; j < kKeys; ++j) {
         const int key = first_key + thread_x() + kThreadCols * j;
-        s[i][j] = window.contains(key, num_sink_tokens) ? scale.transform(s[i][j]) : kMasked;
+        s[i][j] = window.contains(key, num_sink_tokens) ? transform(scale, s[i][j]) : kMasked;
       }
       if (mask.tree != nullptr && first_key + kBlockN > mask.context()) {
         mask_drafts(s[i], mask, rows, row_begin + tile_row, first_key);
@@ -181,7 +181,7 @@ struct FlashFwdKernel {
   }
 
   // The factor that rescales sums from an old maximum to a new, larger one.
-  static SA_DEVICE Real rebase(Real old_max, Real max, const ScoreScale<Real>& scale) {
+  static SA_DEVICE Real rebase(Real old_max, Real max, const ScoreScaleOf<Real>& scale) {
     const Real base = max == attention::negative_infinity<Real>() ? Real(0) : max;
     return old_max == max ? Real(1) : std::exp2((old_max - base) * scale.softmax_scale_log2);
   }
@@ -189,7 +189,7 @@ struct FlashFwdKernel {
   // Stores the output so far, or adds it to that of earlier keys if `adds`, and clears it.
   static SA_DEVICE void store_sums(const attention::FlashFwdParams& params, SharedStorage& storage,
                                    const PackGqa& rows, int row_begin,
-                                   const ScoreScale<Real>& scale, const SoftmaxStates& states,
+                                   const ScoreScaleOf<Real>& scale, const SoftmaxStates& states,
                                    Output& out, bool adds) {
     SA_UNROLL
     for (int i = 0; i < kRows; ++i) {
@@ -239,16 +239,14 @@ struct FlashFwdKernel {
 
   static SA_DEVICE void store_results(const attention::FlashFwdParams& params,
                                       const SharedStorage& storage, const PackGqa& rows,
-                                      int row_begin, const ScoreScale<Real>& scale,
+                                      int row_begin, const ScoreScaleOf<Real>& scale,
                                       const SoftmaxStates& states, const Output& out, bool adds) {
     SA_UNROLL
     for (int i = 0; i < kRows; ++i) {
       const Real sum = sum_over_row(states.sum[i]);  // by all lanes, also without a row
       const int row = row_begin + thread_y() + kThreadRows * i;
       if (row >= rows.num_rows) continue;
-      const Real sink = params.s_aux == nullptr
-                            ? attention::negative_infinity<Real>()
-                            : load_element<Real>(params.s_aux, params.s_aux_dtype, rows.head(row));
+      const Real sink = load_sink<Real>(params, rows.head(row));
       const attention::RowResult<Real> result =
           attention::fold_sink<Real>({states.max[i] * scale.softmax_scale_log2, sum}, sink);
       Real kept = Real(0);

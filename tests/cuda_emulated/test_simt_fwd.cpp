@@ -44,7 +44,7 @@ void run_grid(Layout layout, DataType dtype, size_t stride) {
 
 // Scales that reverse the order of scores, or make all scores equal.
 void check_scales() {
-  for (const double softmax_scale : {-0.3, 0.0, 40.0}) {
+  for (const double softmax_scale : {-0.3, 1e-30, 40.0}) {
     for (const double softcap : {0.0, 5.0}) {
       Spec spec;
       spec.seqlen_q = 9;

@@ -21,7 +21,7 @@ struct DecodeStorage {
   using VTile = StoredTile<Tiles::kBlockN, Tiles::kHeadDimV * Tiles::kStoredBytes>;
   template <bool kValues>
   using Tile = std::conditional_t<kValues, VTile, KTile>;
-  using ReductionBuffer = RowExchange<Tiles::kWarpsN, Tiles::kBlockM, Tiles::kHeadDimV>;
+  using ReductionBuffer = RowReductionBuffer<Tiles::kWarpsN, Tiles::kBlockM, Tiles::kHeadDimV>;
 
   struct alignas(1024) Stage {  // one block of keys, or of values
     char bytes[Tiles::kStageBytes];

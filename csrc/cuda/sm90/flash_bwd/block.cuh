@@ -48,19 +48,19 @@ struct FlashBwdBlock {
 
   // Writes the info. By one thread.
   SA_DEVICE void init_info(FlashBwdBlockInfo& to) const {
-    const BlockPlace place = place_of_block(params.order, primitives::block_idx().x);
-    const PackGqa rows = pack_gqa(fwd(), place.batch_idx, place.kv_head);
+    const BlockCoord coord = block_coord(params.order, primitives::block_idx().x);
+    const PackGqa rows = pack_gqa(fwd(), coord.batch_idx, coord.kv_head);
     const int seqlen_q = static_cast<int>(rows.info.seqlen_q);
     const int seqlen_k = static_cast<int>(rows.info.seqlen_k);
-    const int first_key = place.rank * kBlockN;
+    const int first_key = coord.tile_idx * kBlockN;
     const attention::Range queries =
         attention::make_mask(fwd(), seqlen_q, seqlen_k)
             .visible_queries(first_key, attention::min_of(first_key + kBlockN, seqlen_k));
     const bool some = queries.begin < queries.end;
-    const int first_tile = cuda::first_tile(params.workspace, fwd(), place.batch_idx);
+    const int first_tile = cuda::first_tile(params.workspace, fwd(), coord.batch_idx);
     const int tiles_left = params.workspace.num_tiles - first_tile;
-    primitives::store_shared(&to.batch_idx, place.batch_idx);
-    primitives::store_shared(&to.kv_head, place.kv_head);
+    primitives::store_shared(&to.batch_idx, coord.batch_idx);
+    primitives::store_shared(&to.kv_head, coord.kv_head);
     primitives::store_shared(&to.first_key, first_key);
     primitives::store_shared(
         &to.sink_end,
@@ -79,7 +79,7 @@ struct FlashBwdBlock {
                    tiles_left))
              : 0);
     primitives::store_shared(&to.first_workspace_tile,
-                             place.kv_head * params.workspace.num_tiles + first_tile);
+                             coord.kv_head * params.workspace.num_tiles + first_tile);
   }
 
   SA_DEVICE int first_position(int tile) const { return first_row(tile) / qhead_per_khead(); }

@@ -35,7 +35,7 @@ struct FlashBwdDqWriter {
  private:
   SA_DEVICE void add(int tile) {
     const int64_t workspace_tile = block.workspace_tile(tile);
-    int* dq_semaphores = params.workspace.turns;
+    int* dq_semaphores = params.workspace.dq_semaphores;
     const int own_value = dq_semaphores == nullptr ? 0 : block.dq_semaphore_value(tile);
     if (dq_semaphores != nullptr) {
       primitives::semaphore_wait(dq_semaphores + workspace_tile, own_value);

@@ -5,9 +5,9 @@
 // elements.
 #include "cuda/backend.h"
 #include "emulator/machine.h"
+#include "torch/cache_ops.h"
 #include "torch/kernel_family.h"
 #include "torch/op_namespace.h"
-#include "torch/ops.h"
 
 namespace sink_attention::binding {
 namespace {
@@ -142,6 +142,9 @@ STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("blocks_run", TORCH_BOX(&blocks_run));
   m.impl("workspace_bytes", TORCH_BOX(&workspace_bytes));
 }
-STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CPU, m) { Ops<EmulatedBackend>::register_with(m); }
+STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CPU, m) {
+  Ops<EmulatedBackend>::register_with(m);
+  CacheOps<EmulatedBackend>::register_with(m);
+}
 
 }  // namespace sink_attention::binding

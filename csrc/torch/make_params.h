@@ -10,8 +10,8 @@
 
 namespace sink_attention::binding {
 
-struct MaskArgs {  // what q, k scores go through, as the schemas order it
-  double softmax_scale;
+struct MaskArgs {                       // what q, k scores go through, as the schemas order it
+  std::optional<double> softmax_scale;  // none: head_dim ** -0.5
   bool causal;
   int64_t window_left;
   int64_t window_right;

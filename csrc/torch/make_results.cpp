@@ -39,10 +39,10 @@ FlashBwdParams make_bwd_params(const FlashFwdParams& fwd, const Tensor& q, const
   params.deterministic = deterministic;
   const bool dense = q.dim() == 4;
   const int64_t row = dense ? 1 : 0, head = dense ? 2 : 1;
-  check_dtype(dout, "dout", q.scalar_type());
+  check_same_dtype(dout, "dout", q, "q");
   check_same_device(dout, "dout", q);
-  check(dout.sizes().equals(out.sizes()), "dout must have out's shape ", shape_of(out), ", got ",
-        shape_of(dout));
+  check(dout.sizes().equals(out.sizes()), "dout must have the shape of out, ", shape_of(out),
+        "; got ", shape_of(dout));
   check_unit_last_stride(dout, "dout");
   params.dout = dout.const_data_ptr();
   params.dout_stride_batch = dense ? dout.stride(0) : 0;
@@ -51,8 +51,8 @@ FlashBwdParams make_bwd_params(const FlashFwdParams& fwd, const Tensor& q, const
   if (dlse) {
     check_dtype(*dlse, "dlse", lse_scalar_type(q));
     check_same_device(*dlse, "dlse", q);
-    check(dlse->sizes().equals(lse.sizes()), "dlse must have lse's shape ", shape_of(lse), ", got ",
-          shape_of(*dlse));
+    check(dlse->sizes().equals(lse.sizes()), "dlse must have the shape of lse, ", shape_of(lse),
+          "; got ", shape_of(*dlse));
     params.dlse = dlse->const_data_ptr();
     params.dlse_stride_batch = dense ? dlse->stride(0) : 0;
     params.dlse_stride_head = dlse->stride(dense ? 1 : 0);

@@ -74,6 +74,13 @@ attention::FlashFwdParams make_paged_params(const Tensor& q, const Tensor& k_cac
 void set_results(attention::FlashFwdParams& params, const Tensor& q, const Tensor& out,
                  const Tensor& lse);
 
+// The same for results made for the call, contiguous and of the right shape.
+void set_new_results(attention::FlashFwdParams& params, const Tensor& out, const Tensor& lse);
+
+// Of out, and of lse, for q of `dtype`, as aoti_torch_get_dtype spells them.
+int32_t result_dtype(DataType dtype);
+int32_t lse_dtype(DataType dtype);
+
 struct Gradients {
   Tensor dq, dk, dv;
   Tensor ds_aux;  // (0,) where there is no sink

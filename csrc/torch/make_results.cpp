@@ -1,4 +1,6 @@
 // Where a problem's results go: out and lse of the forward, the gradients of the backward.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
 #include "torch/make_params.h"
 
 namespace sink_attention::binding {
@@ -28,6 +30,35 @@ void set_results(FlashFwdParams& params, const Tensor& q, const Tensor& out, con
   params.out_stride_head = out.stride(dense ? 2 : 1);
   params.lse_stride_batch = dense ? lse.stride(0) : 0;
   params.lse_stride_head = lse.stride(dense ? 1 : 0);
+}
+
+void set_new_results(FlashFwdParams& params, const Tensor& out, const Tensor& lse) {
+  params.out = out.mutable_data_ptr();
+  params.lse = lse.mutable_data_ptr();
+  const bool dense = params.cu_seqlens_q == nullptr;
+  const int64_t rows = dense ? params.seqlen_q : params.total_q;
+  params.out_stride_head = params.head_dim_v;
+  params.out_stride_row = params.num_heads_q * params.head_dim_v;
+  params.out_stride_batch = dense ? rows * params.out_stride_row : 0;
+  params.lse_stride_head = rows;
+  params.lse_stride_batch = dense ? params.num_heads_q * rows : 0;
+}
+
+int32_t result_dtype(DataType dtype) {
+  switch (dtype) {
+    case DataType::kFloat64:
+      return aoti_torch_dtype_float64();
+    case DataType::kFloat32:
+      return aoti_torch_dtype_float32();
+    case DataType::kFloat16:
+      return aoti_torch_dtype_float16();
+    default:
+      return aoti_torch_dtype_bfloat16();  // of float8 too
+  }
+}
+
+int32_t lse_dtype(DataType dtype) {
+  return dtype == DataType::kFloat64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
 }
 
 FlashBwdParams make_bwd_params(const FlashFwdParams& fwd, const Tensor& q, const Tensor& out,

@@ -33,7 +33,7 @@ cuda::Device current_device() {
 class Call {
  public:
   explicit Call(const Operands& operands)
-      : tensor_(operands.read.front()),
+      : tensor_(operands.first()),
         guard_(tensor_.get_device_index()),
         stream_(current_stream(tensor_)) {}
   cuda::Stream stream() const { return stream_; }

@@ -43,9 +43,10 @@ struct Visible {
   emulator::VisibleBuffers buffers;
 };
 
-// Workspace full of NaN, visible too.
-Operands with_workspace(Operands operands, const Tensor& like, int64_t bytes, void*& data) {
-  const Tensor workspace = torch::stable::fill_(
+// Workspace full of NaN, visible too while `workspace` lives.
+Operands with_workspace(Operands operands, const Tensor& like, int64_t bytes, Tensor& workspace,
+                        void*& data) {
+  workspace = torch::stable::fill_(
       torch::stable::new_empty(like, {(bytes + 3) / 4 + 64}, ScalarType::Float),
       std::numeric_limits<double>::quiet_NaN());
   const uintptr_t address = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
@@ -67,8 +68,9 @@ struct EmulatedBackend {
   static void flash_fwd(const attention::FlashFwdParams& params, const Operands& operands) {
     if (params.cu_seqlens_q == nullptr) poison(operands);
     void* workspace = nullptr;
+    Tensor memory;
     asked_for = cuda::flash_fwd_workspace_bytes(params, device());
-    const Operands all = with_workspace(operands, operands.read.front(), asked_for, workspace);
+    const Operands all = with_workspace(operands, operands.first(), asked_for, memory, workspace);
     const Visible visible(all);
     cuda::flash_fwd(params, device(), workspace, nullptr);
   }
@@ -83,9 +85,10 @@ struct EmulatedBackend {
   static void flash_bwd(const attention::FlashBwdParams& params, const Operands& operands) {
     if (params.fwd.cu_seqlens_q == nullptr) poison(operands);
     void* workspace = nullptr;
+    Tensor memory;
     const Operands all =
-        with_workspace(operands, operands.read.front(),
-                       cuda::flash_bwd_workspace_bytes(params, device()), workspace);
+        with_workspace(operands, operands.first(),
+                       cuda::flash_bwd_workspace_bytes(params, device()), memory, workspace);
     const Visible visible(all);
     cuda::flash_bwd(params, device(), workspace, nullptr);
   }

@@ -164,10 +164,10 @@ FlashFwdParams make_dense_params(const Tensor& q, const Tensor& k, const Tensor&
   numbers_type(q, numbers);  // what q cannot be comes before what k and v then should
   check_same_dtype(k, "k", q, "q");
   check_same_dtype(v, "v", q, "q");
-  set_qkv(params, q, k, v, kDenseKeys, numbers);
   const auto q_sizes = q.sizes(), k_sizes = k.sizes();
   params.batch = q_sizes[0];
   check_size(k, "k", 0, "batch", params.batch, "q");
+  set_qkv(params, q, k, v, kDenseKeys, numbers);
   params.s_aux = sink_data(s_aux, params.num_heads_q, q, params.s_aux_dtype);
   params.seqlen_q = q_sizes[1];
   params.seqlen_k = k_sizes[1];

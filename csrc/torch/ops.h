@@ -247,8 +247,11 @@ struct Ops {
   static std::tuple<Tensor, Tensor> merge_attn_states(std::vector<Tensor> outs,
                                                       std::vector<Tensor> lses,
                                                       const OptionalTensor& s_aux) {
-    for (Tensor& out : outs) out = torch::stable::contiguous(out);
-    for (Tensor& lse : lses) lse = torch::stable::contiguous(lse);
+    for (std::vector<Tensor>* parts : {&outs, &lses}) {
+      for (Tensor& part : *parts) {
+        if (!part.is_contiguous()) part = torch::stable::contiguous(part);
+      }
+    }
     MergeInputs inputs;
     attention::MergeParams params = make_merge_params(outs, lses, s_aux, inputs);
     const Tensor out = new_tensor_like(outs[0]), lse = new_tensor_like(lses[0]);

@@ -109,8 +109,8 @@ struct Ops {
 
   // Gradients and saved results come from autograd, with whatever strides it made.
   static Tensor with_unit_last_stride(const Tensor& tensor) {
-    return tensor.dim() == 0 || has_unit_last_stride(tensor) ? tensor
-                                                             : torch::stable::contiguous(tensor);
+    const bool readable = !tensor.defined() || tensor.dim() == 0 || has_unit_last_stride(tensor);
+    return readable ? tensor : torch::stable::contiguous(tensor);
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
@@ -225,7 +225,7 @@ struct Ops {
       int64_t window_right, double softcap, int64_t num_sink_tokens) {
     const MaskArgs mask{softmax_scale, causal, window_left, window_right, softcap, num_sink_tokens};
     check(cu_seqlens_q.has_value() == cu_seqlens_k.has_value() && (cu_seqlens_q || !seqused_k),
-          "cu_seqlens_q and cu_seqlens_k come together, and seqused_k with them");
+          "cu_seqlens_q must be given where cu_seqlens_k or seqused_k is, and cu_seqlens_k with it");
     attention::FlashFwdFp8Params params = make_fp8_params(
         cu_seqlens_q ? checked_varlen_params(
                            q, k, v, s_aux,

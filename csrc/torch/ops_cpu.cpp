@@ -9,9 +9,9 @@ namespace {
 
 struct CpuBackend {
   static constexpr bool kReadsValues = true;
-  static bool may_leave_rows(const attention::FlashFwdParams& params, const Extent& extent) {
-    return params.cu_seqlens_q[params.batch] < extent.q_rows ||
-           (params.cu_seqlens_k != nullptr && params.cu_seqlens_k[params.batch] < extent.k_rows);
+  template <class Params>  // FlashFwdParams or FlashBwdParams
+  static void fill_unused_rows(const Params& params, const Operands&) {
+    cpu::fill_unused_rows(params);
   }
   static void check_flash_fwd(const attention::FlashFwdParams&, const Tensor&) {}
   static void flash_fwd(const attention::FlashFwdParams& params, const Operands&) {

@@ -54,7 +54,11 @@ struct CudaBackend {
     const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
     return cuda::is_capturing(current_stream(tensor));
   }
-  static bool may_leave_rows(const attention::FlashFwdParams&, const Extent&) { return true; }
+  template <class Params>  // FlashFwdParams or FlashBwdParams
+  static void fill_unused_rows(const Params& params, const Operands& operands) {
+    const Call call(operands);
+    cuda::fill_unused_rows(params, call.stream());
+  }
 
   static void check_flash_fwd(const attention::FlashFwdParams& params, const Tensor& tensor) {
     const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());

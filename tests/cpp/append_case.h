@@ -22,8 +22,8 @@ struct AppendCase {
   bool is_packed = false;
   bool is_paged = true;
   bool has_results = false;                // out and lse, only packed
-  std::vector<int32_t> cache_seqlens{};      // of each sequence
-  std::vector<int32_t> new_lengths{};        // packed; dense: all seqlen_new
+  std::vector<int32_t> cache_seqlens{};    // of each sequence
+  std::vector<int32_t> new_lengths{};      // packed; dense: all seqlen_new
   int64_t seqlen_new = 0;                  // dense; packed: max_seqlen_q
   int64_t first_row = 0, padded_rows = 0;  // packed rows before and after the sequences
   int64_t heads = 2, dim = 64, dim_v = 64;

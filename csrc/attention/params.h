@@ -78,9 +78,9 @@ struct FlashBwdParams {
   const void* dout;  // like fwd.out, own strides
   const void* dlse;  // like fwd.lse, own strides; may be null
   void* dq;          // like fwd.q
-  void* dk;  // like fwd.k: rows beyond seqused_k, or in no sequence, are left alone (arrive zeroed)
-  void* dv;  // like fwd.v
-  void* ds_aux;  // [num_heads_q] in s_aux_dtype; null where s_aux is
+  void* dk;          // like fwd.k: rows beyond seqused_k, or in no sequence, are fill_unused_rows's
+  void* dv;          // like fwd.v
+  void* ds_aux;      // [num_heads_q] in s_aux_dtype; null where s_aux is
   int64_t dout_stride_batch, dout_stride_row, dout_stride_head;
   int64_t dlse_stride_batch, dlse_stride_head, dlse_stride_row;
   int64_t dq_stride_batch, dq_stride_row, dq_stride_head;
@@ -89,20 +89,18 @@ struct FlashBwdParams {
   bool deterministic;  // the CPU's gradients are bitwise repeatable either way
 };
 
-// Writes k and v of each token at slot_mapping[token] = page * page_size + slot; -1 skips the
-// token.
-struct ReshapeAndCacheParams {
-  DataType dtype;               // of k and v
-  DataType cache_dtype;         // dtype, or of 8 bits: stored = k / scale, saturated
-  const void* k;                // [num_tokens, num_heads_kv, head_dim]
-  const void* v;                // [num_tokens, num_heads_kv, head_dim_v]
-  void* k_cache;                // [num_pages, page_size, num_heads_kv, head_dim]
-  void* v_cache;                // [num_pages, page_size, num_heads_kv, head_dim_v]
-  const int64_t* slot_mapping;  // [num_tokens]
-  const float* k_scale;         // [1] or [num_heads_kv]; 8 bits only
+// New keys and values, and the cache that they are written to: of both ops that write caches.
+struct KvWriteParams {
+  DataType dtype;        // of k and v
+  DataType cache_dtype;  // dtype, or of 8 bits: stored = k / scale, saturated
+  const void* k;         // [num_tokens, num_heads_kv, head_dim]
+  const void* v;         // [num_tokens, num_heads_kv, head_dim_v]
+  void* k_cache;         // [num_pages, page_size, num_heads_kv, head_dim]
+  void* v_cache;         // [num_pages, page_size, num_heads_kv, head_dim_v]
+  const float* k_scale;  // [1] or [num_heads_kv]; 8 bits only
   const float* v_scale;
   // [num_pages, page_size, num_heads_kv]: written, with the largest finite magnitude of a token's
-  // head over the largest number of cache_dtype, in the place of k_scale and v_scale; 8 bits only
+  // head over the largest value of cache_dtype, in the place of k_scale and v_scale; 8 bits only
   float* k_token_scales;
   float* v_token_scales;
   int64_t k_stride_token, k_stride_head, v_stride_token, v_stride_head;
@@ -112,6 +110,48 @@ struct ReshapeAndCacheParams {
   int64_t k_scale_stride_page, k_scale_stride_slot, k_scale_stride_head;  // of the token scales
   int64_t v_scale_stride_page, v_scale_stride_slot, v_scale_stride_head;
   int64_t num_tokens, num_heads_kv, head_dim, head_dim_v, num_pages, page_size;
+};
+
+// Writes k and v of each token at slot_mapping[token] = page * page_size + slot. A token whose slot
+// is negative or beyond the cache is skipped.
+struct ReshapeAndCacheParams : KvWriteParams {
+  const int64_t* slot_mapping;  // [num_tokens]
+  // Where tokens share a slot, the last one stays, at the cost of a search through the slots of
+  // later tokens. Otherwise on CUDA each 16-byte vector of the slot's rows, and each of its token
+  // scales, is of any of these tokens. The CPU is deterministic either way.
+  bool deterministic;
+};
+
+// Writes k and v of new tokens behind the keys that each sequence has in the cache.
+//   dense    cu_seqlens_q null: k and v are [batch, seqlen_new, num_heads_kv, ...]
+//   packed   cu_seqlens_q given: the new tokens of sequence b are rows [cu[b], cu[b + 1]) of k and
+//            v, as its queries are of q
+// Token i of sequence b has position cache_seqlens[b] + i: slot position % page_size of page
+// block_table[b][position / page_size]. A token is skipped if it is in no sequence, if its position
+// is negative or beyond the table, or if the cache has no such page. Which of two tokens of one
+// slot stays is as undefined as in reshape_and_cache without `deterministic`.
+struct AppendKvParams : KvWriteParams {
+  const int32_t* cu_seqlens_q;   // [batch + 1], may be null
+  const int32_t* cache_seqlens;  // [batch]: keys before the append; no memory of seqused_k's
+  const int32_t* block_table;    // [batch, max_pages_per_seq]; null: a dense cache, whose page b is
+                                 // all that sequence b has
+  // [batch], written: keys after the append, in [0, max_pages_per_seq * page_size], as attention
+  // would clamp them.
+  int32_t* seqused_k;
+  // [batch], written with 0, 1, ...: the block table of a dense cache, for attention. May be null.
+  int32_t* page_table;
+  // Results of attention over packed queries, or null: rows of q that are in no sequence, or that
+  // are beyond seqlen_new in theirs, get out = 0 and lse = -inf. Others are left alone.
+  void* out;           // [total_q, num_heads_q, head_dim_v] in out_dtype
+  void* lse;           // [num_heads_q, total_q], float32 (float64 where out_dtype is)
+  DataType out_dtype;  // meaningless where out is null
+  int64_t k_stride_batch, v_stride_batch;  // 0 and unused with cu_seqlens_q
+  int64_t block_table_stride;
+  int64_t out_stride_row, out_stride_head, lse_stride_head;
+  int64_t batch;
+  int64_t seqlen_new;         // dense: the length; packed: the largest (max_seqlen_q)
+  int64_t max_pages_per_seq;  // 1 where block_table is null
+  int64_t num_heads_q;        // of out and lse
 };
 
 // out = sum_p exp(lse_p - lse) * out_p,  lse = log(sum_p exp(lse_p) + exp(s_aux)); a partial lse of

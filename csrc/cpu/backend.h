@@ -19,7 +19,12 @@ struct Executor {
 
 void flash_fwd(const attention::FlashFwdParams& params, const Executor& executor);
 void flash_bwd(const attention::FlashBwdParams& params, const Executor& executor);
+// The rows of packed results that flash_fwd and flash_bwd leave alone: out = 0 and lse = -inf where
+// a row is in no sequence; dq, dk and dv = 0 there and beyond seqused_k. Dense: nothing.
+void fill_unused_rows(const attention::FlashFwdParams& params);
+void fill_unused_rows(const attention::FlashBwdParams& params);
 void reshape_and_cache(const attention::ReshapeAndCacheParams& params, const Executor& executor);
+void append_kv(const attention::AppendKvParams& params, const Executor& executor);
 void merge_attn_states(const attention::MergeParams& params, const Executor& executor);
 
 // The instruction set in use, one of available_instruction_sets(): "portable", "avx2", "avx512",

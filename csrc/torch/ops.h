@@ -9,7 +9,9 @@
 //     may_leave_rows(problem, extent)   whether there may be rows that no sequence has
 //     takes_fp8(problem, tensor)     whether it has kernels for float8 q, k and v
 //     check_flash_fwd(problem, tensor)  throws what flash_fwd would, of a problem without results
-//     flash_fwd, flash_fwd_fp8, flash_bwd, reshape_and_cache, merge_attn_states(problem,
+//     Scratch(tensor, count)            memory of the call for int32 values, with data() and
+//                                       add_to(operands)
+//     flash_fwd, flash_fwd_fp8, flash_bwd, reshape_and_cache, append_kv, merge_attn_states(problem,
 //     operands)
 #pragma once
 
@@ -78,7 +80,7 @@ struct Ops {
                            Forward& results) {
     set_results(params, q, results.out, results.lse);
     fill_unused_rows(params, {q.size(0), 0, 0}, results);
-    operands.written = {results.out, results.lse};
+    operands.written.insert(operands.written.end(), {results.out, results.lse});
     Backend::flash_fwd(params, operands);
   }
 
@@ -144,6 +146,16 @@ struct Ops {
                     deterministic);
   }
 
+  // Of a backend whose values the host does not see: whether it is to look at copies of them, which
+  // waits for the device of `first`.
+  static bool reads_values_of(const Tensor& first) {
+    if (!debug_checks()) return false;
+    check_state(!Backend::is_capturing(first),
+                "set_debug_checks(True) waits for the device, which a captured graph cannot: call "
+                "set_debug_checks(False) before the capture");
+    return true;
+  }
+
   // What lengths, block table or slots hold, before a kernel uses them. args: the tensors; first:
   // one of the call's, whose device and stream count.
   template <class Params, class Limit, class Args>
@@ -151,10 +163,7 @@ struct Ops {
                               const Tensor& first) {
     if constexpr (Backend::kReadsValues) {
       check_values(params, limit);
-    } else if (debug_checks()) {
-      check(!Backend::is_capturing(first),
-            "set_debug_checks(True) waits for the device, which a captured graph cannot: call "
-            "set_debug_checks(False) before the capture");
+    } else if (reads_values_of(first)) {
       check_values(on_host(params, args).params, limit);
     }
   }

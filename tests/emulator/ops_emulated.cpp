@@ -55,6 +55,17 @@ Operands with_workspace(Operands operands, const Tensor& like, int64_t bytes, vo
 }
 
 struct EmulatedBackend {
+  class Scratch {
+   public:
+    Scratch(const Tensor& like, int64_t count)
+        : tensor_(torch::stable::new_empty(like, {count}, ScalarType::Int)) {}
+    int32_t* data() { return static_cast<int32_t*>(tensor_.mutable_data_ptr()); }
+    void add_to(Operands& operands) const { operands.written.push_back(tensor_); }
+
+   private:
+    Tensor tensor_;
+  };
+
   static constexpr bool kReadsValues = false;  // as on CUDA: under the debug switch only
   static bool is_capturing(const Tensor&) { return pretends_to_capture; }
   static bool may_leave_rows(const attention::FlashFwdParams&, const Extent&) { return true; }
@@ -93,6 +104,10 @@ struct EmulatedBackend {
                                 const Operands& operands) {
     const Visible visible(operands);
     cuda::reshape_and_cache(params, nullptr);
+  }
+  static void append_kv(const attention::AppendKvParams& params, const Operands& operands) {
+    const Visible visible(operands);
+    cuda::append_kv(params, nullptr);
   }
   static void merge_attn_states(const attention::MergeParams& params, const Operands& operands) {
     poison(operands);

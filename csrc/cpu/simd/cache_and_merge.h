@@ -1,15 +1,16 @@
-// The ops that touch each number once: merging partial results, writing a KV cache.
+// The ops that touch each element once: merging partial results, writing a KV cache.
 #pragma once
 
 #include "attention/online_softmax.h"
 #include "cpu/simd/banked_sum.h"
 #include "cpu/simd/convert.h"
+#include "cpu/simd/kernels.h"
 #include "cpu/simd/pack.h"
 
 namespace sink_attention::cpu::SA_ISA {
 
+using attention::KvWriteParams;
 using attention::MergeParams;
-using attention::ReshapeAndCacheParams;
 
 // Rows [begin, end) of [batch * seqlen * num_heads] in the order of out.
 template <class Real>
@@ -78,64 +79,91 @@ void merge_rows(const MergeParams& params, int64_t begin, int64_t end) {
 
 // The scale that a row is stored with where each has its own.
 template <class Stored>
-SA_INLINE float own_scale(const float* numbers, int64_t count) {
+SA_INLINE float own_scale(const float* values, int64_t count) {
   uint32_t largest = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const uint32_t magnitude = attention::finite_magnitude(numbers[i]);
+    const uint32_t magnitude = attention::finite_magnitude(values[i]);
     largest = magnitude > largest ? magnitude : largest;
   }
   return attention::row_scale<Stored>(largest);
 }
 
-// All tokens of one kv head into the cache, in order: where tokens share a slot, the last one
-// stays.
-inline void cache_head(const ReshapeAndCacheParams& params, int64_t head) {
-  alignas(64) float numbers[kMaxHeadDim];
-  // token_scale: where a scale of the row's own goes, or null.
-  const auto write_row = [&](const void* source, void* destination, int64_t dim,
-                             const float* scales, float* token_scale) {
-    if (params.cache_dtype == params.dtype) {
-      memcpy(destination, source, dim * attention::bytes_of(params.dtype));
-      return;
-    }
-    load_row(source, params.dtype, dim, 1.0f, numbers);
-    float scale;
-    if (token_scale == nullptr) {
-      scale = scales[head * params.kv_scale_stride];
-    } else {
-      scale = params.cache_dtype == DataType::kInt8 ? own_scale<Int8>(numbers, dim)
-                                                    : own_scale<Float8E4M3>(numbers, dim);
-      *token_scale = scale;
-    }
-    for (int64_t i = 0; i < dim; ++i) numbers[i] /= scale;
-    store_row(numbers, dim, 1.0f, destination, params.cache_dtype);
+// One head of one token, copied or quantised. token_scale: where a scale of the row's own goes, or
+// null.
+SA_INLINE void write_cache_row(const KvWriteParams& params, const void* source, void* destination,
+                               int64_t dim, const float* scale, float* token_scale) {
+  if (params.cache_dtype == params.dtype) {
+    memcpy(destination, source, dim * attention::bytes_of(params.dtype));
+    return;
+  }
+  alignas(64) float values[kMaxHeadDim];
+  load_row(source, params.dtype, dim, 1.0f, values);
+  float divisor;
+  if (token_scale == nullptr) {
+    divisor = *scale;
+  } else {
+    divisor = params.cache_dtype == DataType::kInt8 ? own_scale<Int8>(values, dim)
+                                                    : own_scale<Float8E4M3>(values, dim);
+    *token_scale = divisor;
+  }
+  for (int64_t i = 0; i < dim; ++i) values[i] /= divisor;
+  store_row(values, dim, 1.0f, destination, params.cache_dtype);
+}
+
+// Neighbouring slots share a part: they share cache lines. Multiplicative hashing, so that no
+// stride between sequences' slots sends all of them to one part.
+SA_INLINE int64_t part_of(int64_t slot, int part_bits) {
+  if (part_bits == 0) return 0;
+  constexpr int kSlotBits = 4;
+  return static_cast<int64_t>((static_cast<uint64_t>(slot >> kSlotBits) * 0x9E3779B97F4A7C15u) >>
+                              (64 - part_bits));
+}
+
+// All heads of the tokens whose slots are in the part, in order: where tokens share a slot, the
+// last one stays.
+inline void write_cache(const KvWriteParams& params, const CacheTokens& tokens, int64_t part) {
+  const auto k_scale = [&](int64_t head) {
+    return params.k_scale == nullptr ? nullptr : params.k_scale + head * params.kv_scale_stride;
   };
+  const auto v_scale = [&](int64_t head) {
+    return params.v_scale == nullptr ? nullptr : params.v_scale + head * params.kv_scale_stride;
+  };
+  const int64_t num_slots = params.num_pages * params.page_size;
   for (int64_t token = 0; token < params.num_tokens; ++token) {
-    const int64_t slot = params.slot_mapping[token];
-    if (slot < 0) continue;
+    const int64_t slot = tokens.slots[token];
+    if (slot < 0 || slot >= num_slots || part_of(slot, tokens.part_bits) != part) continue;
     const int64_t page = slot / params.page_size;
     const int64_t in_page = slot % params.page_size;
-    const auto place = [&](int64_t stride_page, int64_t stride_slot, int64_t stride_head) {
-      return page * stride_page + in_page * stride_slot + head * stride_head;
-    };
-    const int64_t k_scale_place =
-        place(params.k_scale_stride_page, params.k_scale_stride_slot, params.k_scale_stride_head);
-    const int64_t v_scale_place =
-        place(params.v_scale_stride_page, params.v_scale_stride_slot, params.v_scale_stride_head);
-    write_row(element(params.k, params.dtype,
-                      token * params.k_stride_token + head * params.k_stride_head),
-              element(params.k_cache, params.cache_dtype,
-                      place(params.k_cache_stride_page, params.k_cache_stride_slot,
-                            params.k_cache_stride_head)),
-              params.head_dim, params.k_scale,
-              params.k_token_scales == nullptr ? nullptr : params.k_token_scales + k_scale_place);
-    write_row(element(params.v, params.dtype,
-                      token * params.v_stride_token + head * params.v_stride_head),
-              element(params.v_cache, params.cache_dtype,
-                      place(params.v_cache_stride_page, params.v_cache_stride_slot,
-                            params.v_cache_stride_head)),
-              params.head_dim_v, params.v_scale,
-              params.v_token_scales == nullptr ? nullptr : params.v_token_scales + v_scale_place);
+    const int64_t batch = token / tokens.tokens_per_row;
+    const int64_t row = token % tokens.tokens_per_row;
+    const int64_t k_offset = batch * tokens.k_stride_batch + row * params.k_stride_token;
+    const int64_t v_offset = batch * tokens.v_stride_batch + row * params.v_stride_token;
+    const int64_t k_cache_offset =
+        page * params.k_cache_stride_page + in_page * params.k_cache_stride_slot;
+    const int64_t v_cache_offset =
+        page * params.v_cache_stride_page + in_page * params.v_cache_stride_slot;
+    const int64_t k_scale_offset =
+        page * params.k_scale_stride_page + in_page * params.k_scale_stride_slot;
+    const int64_t v_scale_offset =
+        page * params.v_scale_stride_page + in_page * params.v_scale_stride_slot;
+    for (int64_t head = 0; head < params.num_heads_kv; ++head) {
+      write_cache_row(
+          params, element(params.k, params.dtype, k_offset + head * params.k_stride_head),
+          element(params.k_cache, params.cache_dtype,
+                  k_cache_offset + head * params.k_cache_stride_head),
+          params.head_dim, k_scale(head),
+          params.k_token_scales == nullptr
+              ? nullptr
+              : params.k_token_scales + k_scale_offset + head * params.k_scale_stride_head);
+      write_cache_row(
+          params, element(params.v, params.dtype, v_offset + head * params.v_stride_head),
+          element(params.v_cache, params.cache_dtype,
+                  v_cache_offset + head * params.v_cache_stride_head),
+          params.head_dim_v, v_scale(head),
+          params.v_token_scales == nullptr
+              ? nullptr
+              : params.v_token_scales + v_scale_offset + head * params.v_scale_stride_head);
+    }
   }
 }
 

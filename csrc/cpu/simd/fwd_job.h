@@ -253,11 +253,12 @@ void fwd_tile(const FlashFwdParams& params, const FwdPlan& plan, const FwdTask& 
   for (int64_t idx = task.idx_begin; idx < task.idx_end && !in_place; ++idx) {
     bank_before(idx);
     const int64_t block_idx = task.blocks.block(idx);
-    const char* packed = task.packed + task.packed_blocks.index(block_idx) * block_bytes;
+    const char* packed = packed_here;
     if (task.packed == nullptr) {
       pack_blocks<Arithmetic>(params, plan, task.batch_idx, task.kv_head_begin, task.kv_head_end,
                               block_idx, readable, packed_here);
-      packed = packed_here;
+    } else {
+      packed = task.packed + task.packed_blocks.index(block_idx) * block_bytes;
     }
     for (int64_t head = task.kv_head_begin; head < task.kv_head_end;
          ++head, packed += block_bytes) {

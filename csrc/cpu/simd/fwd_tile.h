@@ -29,9 +29,9 @@ class BumpAllocator {
   explicit BumpAllocator(char* base) : base_(base) {}
   template <class T>
   T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(base_ + used_);
+    char* piece = base_ == nullptr ? nullptr : base_ + used_;  // nullptr + 1 is undefined
     used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return piece;
+    return reinterpret_cast<T*>(piece);
   }
   int64_t used() const { return used_; }
 

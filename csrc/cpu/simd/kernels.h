@@ -66,6 +66,15 @@ struct BwdTask {
   char* dq_accumulator;  // Real [seqlen_q * group][columns(head_dim)] of this sequence and kv head
 };
 
+// Where new tokens come from and go to. Slots are dealt out to 2^part_bits parts, so that tokens of
+// one slot are one job's, which writes them in order.
+struct CacheTokens {
+  const int64_t* slots;    // [num_tokens]; negative: the token is skipped
+  int64_t tokens_per_row;  // of the batch dimension of k and v
+  int64_t k_stride_batch, v_stride_batch;
+  int part_bits;
+};
+
 struct Kernels {
   FwdPlan (*plan_fwd)(const attention::FlashFwdParams&);
   void (*pack_blocks)(const attention::FlashFwdParams&, const FwdPlan&, int64_t batch_idx,
@@ -95,7 +104,7 @@ struct Kernels {
 
   // Rows [begin, end) of the merged result.
   void (*merge_rows)(const attention::MergeParams&, int64_t begin, int64_t end);
-  void (*cache_head)(const attention::ReshapeAndCacheParams&, int64_t head_idx);
+  void (*write_cache)(const attention::KvWriteParams&, const CacheTokens&, int64_t part);
 };
 
 struct InstructionSet {

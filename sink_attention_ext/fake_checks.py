@@ -251,56 +251,6 @@ def check_varlen(
     check_mask(q, *mask)
 
 
-def check_scales(k_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
-    named = (("k_scale", k_scale), ("v_scale", v_scale))
-    if k_cache.dtype not in QUANTISED_DTYPES:
-        for name, scale in named:
-            if scale is not None:
-                raise RuntimeError(f"{name} is only for float8_e4m3fn and int8 caches")
-        return
-    num_heads_kv = k_cache.shape[2]
-    for name, scale in named:
-        if scale is None:
-            raise RuntimeError(f"{name} is needed for a {k_cache.dtype} cache")
-        check_device(name, scale, k_cache)
-        check_dtype(name, scale, torch.float32)
-    if (k_scale.dim() == 3) != (v_scale.dim() == 3):
-        raise RuntimeError(
-            "k_scale and v_scale must be of one kind, both for each token or neither, got shapes "
-            f"{tuple(k_scale.shape)} and {tuple(v_scale.shape)}"
-        )
-    for name, scale in named:
-        if scale.dim() == 3:
-            check_shape(name, scale, k_cache.shape[:3])
-            continue
-        message = (
-            f"{name} must have shape (), (1,), (num_heads_kv,) = ({num_heads_kv},) or, one for "
-            "each token and head, (num_pages, page_size, num_heads_kv), got "
-            f"{tuple(scale.shape)}"
-        )
-        if scale.dim() > 1:
-            raise RuntimeError(message)
-        if scale.dim() == 1 and not is_known(scale.shape[0] == 1):
-            refuse_if(scale.shape[0] != num_heads_kv, message)
-            check_last_stride(name, scale)
-    if k_scale.dim() < 3:
-        refuse_if(
-            k_scale.numel() != v_scale.numel(),
-            f"k_scale and v_scale must have one shape, got {tuple(k_scale.shape)} and "
-            f"{tuple(v_scale.shape)}",
-        )
-
-
-def check_caches(like_name: str, like: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-    """`like` are the numbers that go in, or the queries."""
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_rank(name, cache, 4, "(num_pages, page_size, num_heads_kv, head_dim)")
-    check_float(like_name, like)
-    if k_cache.dtype not in QUANTISED_DTYPES:
-        check_dtype("k_cache", k_cache, like.dtype)
-    check_dtype("v_cache", v_cache, k_cache.dtype)
-
-
 def check_results(q: Tensor, head_dim_v: Any, out: Tensor, lse: Tensor) -> None:
     check_dtype("out", out, q.dtype)
     check_dtype("lse", lse, lse_dtype(q.dtype))
@@ -308,30 +258,6 @@ def check_results(q: Tensor, head_dim_v: Any, out: Tensor, lse: Tensor) -> None:
     check_device("lse", lse, q)
     check_shape("out", out, (*q.shape[:-1], head_dim_v))
     check_shape("lse", lse, (*q.shape[:-3], q.shape[-2], q.shape[-3]))
-
-
-def check_tree_mask(
-    tree_mask: Tensor | None, q: Tensor, max_seqlen_q: Any, causal: bool, window_right: Any
-) -> None:
-    if tree_mask is None:
-        return
-    check_dtype("tree_mask", tree_mask, torch.int64)
-    check_device("tree_mask", tree_mask, q)
-    check_shape("tree_mask", tree_mask, q.shape[:-2])
-    check_last_stride("tree_mask", tree_mask)
-    if not causal:
-        refuse_if(
-            window_right != 0,
-            f"tree_mask needs causal (or window_right = 0), got window_right {window_right}",
-        )
-    rows = q.shape[-3]
-    longest = min(max_seqlen_q, rows) if q.dim() == 3 and isinstance(rows, int) else rows
-    if q.dim() == 4 or isinstance(rows, int):
-        refuse_if(
-            longest > MAX_DRAFT_TOKENS,
-            f"seqlen_q of q and max_seqlen_q must be at most {MAX_DRAFT_TOKENS} with tree_mask (a "
-            f"bit for each draft token), got {longest}",
-        )
 
 
 def check_gradients(
@@ -353,25 +279,3 @@ def check_descales(q: Tensor, batch: Any, num_heads_kv: Any, *descales: Tensor |
             check_device(name, descale, q)
             check_dtype(name, descale, torch.float32)
             check_shape(name, descale, (batch, num_heads_kv))
-
-
-def check_write(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor,
-    k_scale: Tensor | None, v_scale: Tensor | None,
-) -> None:  # fmt: skip
-    check_rank("k", k, 3, "(num_tokens, num_heads_kv, head_dim)")
-    check_rank("v", v, 3, "(num_tokens, num_heads_kv, head_dim_v)")
-    check_caches("k", k, k_cache, v_cache)
-    check_dtype("v", v, k.dtype)
-    check_head_dim("head_dim of k", k)
-    check_head_dim("head_dim of v", v)
-    num_tokens, num_heads_kv, head_dim = k.shape
-    pages = k_cache.shape[:2]
-    check_shape("v", v, (num_tokens, num_heads_kv, v.shape[2]))
-    check_shape("k_cache", k_cache, (*pages, num_heads_kv, head_dim))
-    check_shape("v_cache", v_cache, (*pages, num_heads_kv, v.shape[2]))
-    check_vector("slot_mapping", slot_mapping, num_tokens, k, torch.int64)
-    for name, tensor in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
-        check_last_stride(name, tensor)
-        check_device(name, tensor, k)
-    check_scales(k_cache, k_scale, v_scale)

@@ -12,24 +12,33 @@ Conventions of every function of this package:
   bounds included; -1 or None is unbounded. Causal makes ``right`` 0, whatever was passed. A sliding
   window of N tokens, the token itself included (transformers' ``sliding_window=N``), is therefore
   ``window_size=(N - 1, 0)``.
-* ``num_sink_tokens`` keeps the first tokens of a sequence in sight beside a sliding window
+* ``num_sink_tokens`` keeps the first tokens of a sequence visible beside a sliding window
   (StreamingLLM, arXiv 2309.17453): row i also sees the keys ``j < num_sink_tokens`` that
-  ``window_size[0]`` would hide. It is about keys, ``s_aux`` about a logit; both work together.
+  ``window_size[0]`` would mask. It is about keys, ``s_aux`` about a logit; both work together.
   Without a left bound it changes nothing.
 * ``lse`` is the natural logarithm of the softmax's denominator, **the sink included**, float32
   (float64 for float64 inputs). It is differentiable.
-* q, k and v may be float8_e4m3fn, all three, with ``q_descale``, ``k_descale`` and ``v_descale`` as
-  in FlashAttention-3: a number is what is stored times the descale of its sequence and kv head.
-  Results are bfloat16. Forward only. On cards of compute capability 9.0 kernels for float8 multiply
-  such numbers as they are, and round the softmax's weights to float8 as well (by up to 1/16 each,
-  the smallest more). The tensor cores keep 14 bits of a sum of such products: for each 32 of
-  head_dim a score is off by up to about ``2**-13 * softmax_scale * sum(abs(q * k))``, and lse by
-  the mean of that; sums of more than 128 keys are float32. Everywhere else numbers are dequantised
-  first, to float32 on the CPU and to bfloat16 on other cards.
 * A row without a visible key gives ``out = 0`` and ``lse = s_aux`` (``-inf`` without a sink), never
   NaN.
 
 Argument names and order are FlashAttention's; the formula is in sink_attention_ext/reference.py.
+
+Float8
+------
+q, k and v may be float8_e4m3fn, all three together. Forward only; ``out`` is bfloat16.
+
+* **Format**, as in FlashAttention-3: ``value = stored * descale[sequence, kv_head]``, with
+  ``q_descale``, ``k_descale`` and ``v_descale``. q takes the descale of the kv head that it reads.
+* **Where native**: compute capability 9.0 multiplies float8 operands. All other devices dequantise
+  q, k and v first: the CPU to float32, other cards to bfloat16.
+* **Error of the native kernels**. The tensor cores keep about 14 bits of a sum of float8 products:
+
+  ========  ====================================================================================
+  score     at most about ``head_dim / 32 * 2**-13 * softmax_scale * sum(abs(q * k))``
+  lse       the mean of the row's score errors, weighted by P
+  P         rounded to float8: relative ``2**-4``, more for the smallest values
+  out       ``P V`` in float8 over 128 keys at a time; longer sums are float32
+  ========  ====================================================================================
 """
 
 from __future__ import annotations

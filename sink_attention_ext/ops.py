@@ -13,10 +13,12 @@ from typing import Any, NoReturn
 
 import torch
 
+from sink_attention_ext import fakes
+from sink_attention_ext.cache import fakes as cache_fakes
 from sink_attention_ext.fake_checks import lse_dtype as lse_dtype
-from sink_attention_ext.fakes import FAKE_KERNELS
 
 NAMESPACE = "sink_attention_ext"
+FAKE_KERNELS = fakes.FAKE_KERNELS | cache_fakes.FAKE_KERNELS
 
 
 def _load_library() -> Path | None:
@@ -55,7 +57,8 @@ flash_attn_fp8_varlen_fwd = lookup("flash_attn_fp8_varlen_fwd")
 flash_attn_fp8_kernel = lookup("flash_attn_fp8_kernel")
 paged_attn = lookup("paged_attn")
 paged_attn_out = lookup("paged_attn.out")
-check_paged_attn = lookup("check_paged_attn")
+append_and_attend = lookup("append_and_attend")
+append_and_attend_out = lookup("append_and_attend.out")
 reshape_and_cache = lookup("reshape_and_cache")
 reshape_and_cache_token_scales = lookup("reshape_and_cache.token_scales")
 merge_attn_states = lookup("merge_attn_states")

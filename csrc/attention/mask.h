@@ -1,5 +1,5 @@
-// Which keys a query sees: the one definition of causal, window, sink tokens, token trees and
-// alignment, and what follows for intervals.
+// Which keys a query sees: the one definition of alignment, causal masks, windows, sink tokens and
+// token trees, for one query and for ranges of queries and keys.
 #pragma once
 
 #include "attention/host_device.h"
@@ -19,8 +19,8 @@ SA_HOST_DEVICE Range intersect(Range a, Range b) {
   return {max_of(a.begin, b.begin), min_of(a.end, b.end)};
 }
 
-// The keys [0, sink_end) and those of `window`. Where both are one range, sink_end is 0. Without a
-// window there are no sink tokens either: an empty window is an empty set.
+// The keys [0, sink_end) and those of `window`. Where the two touch or overlap, `window` holds both
+// and sink_end is 0. An empty window is an empty set.
 struct KeySet {
   int64_t sink_end;
   Range window;
@@ -32,7 +32,7 @@ struct KeySet {
   SA_HOST_DEVICE bool holds_all(Range keys) const {
     return keys.end <= sink_end || (window.begin <= keys.begin && keys.end <= window.end);
   }
-  // The keys of a block that are in the set, and those between them.
+  // The smallest range that holds all keys of the set in `block`.
   SA_HOST_DEVICE Range within(Range block) const {
     Range keys = intersect(window, block);
     if (block.begin < sink_end) {
@@ -50,22 +50,31 @@ SA_HOST_DEVICE int64_t count_bits(uint64_t word) {
   return static_cast<int64_t>((word * 0x0101010101010101u) >> 56);
 }
 
-constexpr int64_t kMaxDraftTokens = 64;  // of a sequence with a tree mask: a bit each
+constexpr int64_t kMaxDraftTokens = 64;  // of a sequence with a tree mask: one bit each
 
-// A sequence's mask. Query row i stands at key position p = i + seqlen_k - seqlen_q (aligned
-// bottom-right) and sees the keys j of the sequence with
+// A sequence's mask. Query i stands at key position p = i + seqlen_k - seqlen_q (aligned
+// bottom-right). It sees the keys j of the sequence with
 //
 //     j <= p + window_right   and   (p - window_left <= j  or  j < num_sink_tokens)
 //
-// -1 is no bound. The first num_sink_tokens tokens stay visible beside a sliding window
+// A bound of -1 is no bound. The first num_sink_tokens tokens stay visible beside a sliding window
 // (StreamingLLM, arXiv 2309.17453); without a left bound they change nothing.
 //
-// With a tree mask (SpecInfer, arXiv 2305.09781) the queries are draft tokens and their keys the
-// last seqlen_q ones; bit d of tree[i] says that token d is token i itself or an ancestor of it.
-// Token i stands at p = context + depth, the context being the seqlen_k - seqlen_q keys before and
-// the depth the number of ancestors. It sees the context as above, and of its path (itself and its
-// ancestors, which stand at context, context + 1, ..., p) what the rule above leaves of a sequence
-// that goes on by that path alone. window_right is 0.
+// With a tree mask (SpecInfer, arXiv 2305.09781) the queries are draft tokens: query i is draft i,
+// and its key is key context + i, where context = seqlen_k - seqlen_q. Bit d of tree[i] is set
+// where draft d is draft i or one of its ancestors. Draft i stands at p = context + depth, where
+// depth is the number of its ancestors. It sees the context by the rule above. Among the drafts it
+// sees its ancestors and itself; the window and sink-token rules apply to their positions, as if
+// the path were the sequence. window_right is 0. For example, with context = 10:
+//
+//     draft     0     1     2     3     4             0 -+- 1 --- 3
+//     key       10    11    12    13    14               +- 2 --- 4
+//     depth     0     1     1     2     2
+//     position  10    11    11    12    12
+//     tree      00001 00011 00101 01011 10101         (bit 0 is the last digit)
+//
+// Draft 3's path is drafts 0, 1, 3 at positions 10, 11, 12, so it sees keys 10, 11, 13 and the
+// whole context. With window_left = 1 it sees positions 11 and 12: keys 11 and 13, and no context.
 struct Mask {
   int64_t seqlen_q;
   int64_t seqlen_k;
@@ -74,7 +83,7 @@ struct Mask {
   int64_t num_sink_tokens;  // at most seqlen_k
   const int64_t* tree;      // [seqlen_q], null unless there is a tree mask
 
-  // Keys before the first query's own.
+  // The number of keys before the first query's own.
   SA_HOST_DEVICE int64_t context() const { return seqlen_k - seqlen_q; }
 
   SA_HOST_DEVICE bool is_visible(int64_t q_idx, int64_t k_idx) const {
@@ -85,8 +94,8 @@ struct Mask {
     return visible_keys(q_idx).holds(k_idx);
   }
 
-  // The draft tokens that one sees, a bit each. The path's last window_left + 1 are in the window,
-  // its first num_sink_tokens - context() are sink tokens.
+  // The draft tokens that draft q_idx sees, as bits. Of its path, the last window_left + 1 tokens
+  // are in the window, and the first num_sink_tokens - context() are sink tokens.
   SA_HOST_DEVICE uint64_t visible_drafts(int64_t q_idx) const {
     uint64_t visible = static_cast<uint64_t>(tree[q_idx]);
     if (window_left < 0) return visible;
@@ -101,17 +110,16 @@ struct Mask {
     return visible;
   }
 
-  // The keys between a query's window bounds, all of its sight but for the sink tokens. With a tree
-  // mask all draft tokens that it sees are among these, since a token's place in the order is not
-  // before its depth.
+  // The window part of the visible keys: all but the sink tokens before it. With a tree: a
+  // superset, since a draft's index >= its depth.
   SA_HOST_DEVICE Range window_keys(int64_t q_idx) const {
     const int64_t depth =
         tree == nullptr ? q_idx : count_bits(static_cast<uint64_t>(tree[q_idx])) - 1;
     return window_keys_of(depth, q_idx, q_idx + 1);
   }
 
-  // The keys that one query sees, or some query of [q_begin, q_end). With a tree mask there are
-  // others among them from context() on.
+  // The keys that a query, or any query of [q_begin, q_end), sees. With a tree mask: a superset
+  // from context() on.
   SA_HOST_DEVICE KeySet visible_keys(int64_t q_idx) const {
     return with_sink_tokens(window_keys(q_idx));
   }
@@ -119,7 +127,7 @@ struct Mask {
     return with_sink_tokens(window_keys_of(tree == nullptr ? q_begin : 0, q_begin, q_end));
   }
 
-  // Keys that every query of [q_begin, q_end) sees; sink tokens before its window are left out.
+  // The keys that every query of [q_begin, q_end) sees, without sink tokens before the window.
   SA_HOST_DEVICE Range keys_seen_by_all(int64_t q_begin, int64_t q_end) const {
     Range keys{0, seqlen_k};
     if (window_left >= 0) keys.begin = max_of(0, q_end - 1 + context() - window_left);
@@ -128,7 +136,7 @@ struct Mask {
     return keys;
   }
 
-  // The queries that see some key of [k_begin, k_end). Not with a tree mask.
+  // The range of queries that see some key of [k_begin, k_end). Not for a tree mask.
   SA_HOST_DEVICE Range visible_queries(int64_t k_begin, int64_t k_end) const {
     Range queries{0, seqlen_q};
     if (window_right >= 0) queries.begin = max_of(0, k_begin - context() - window_right);
@@ -140,10 +148,10 @@ struct Mask {
   }
 
  private:
-  // For queries [q_begin, q_end), of which none stands before position context() + first_depth.
+  // For queries [q_begin, q_end) that all stand at position context() + first_depth or later.
   SA_HOST_DEVICE Range window_keys_of(int64_t first_depth, int64_t q_begin, int64_t q_end) const {
     Range keys{0, seqlen_k};
-    // Of a tree, draft tokens that count as sink tokens may lie anywhere.
+    // In a tree, drafts that are sink tokens may have any index, so the window must hold them.
     const bool has_sink_drafts = tree != nullptr && num_sink_tokens > context();
     if (window_left >= 0 && !has_sink_drafts) {
       keys.begin = max_of(0, first_depth + context() - window_left);
@@ -170,7 +178,7 @@ SA_HOST_DEVICE Mask make_mask(const FlashFwdParams& params, int64_t seqlen_q, in
           tree};
 }
 
-// A sequence's part of the tree mask, or null.
+// A sequence's rows of the tree mask; null without one.
 SA_HOST_DEVICE const int64_t* tree_of(const FlashFwdParams& params, const SeqlenInfo& info) {
   return params.tree_mask == nullptr
              ? nullptr

@@ -1,5 +1,5 @@
-// Number formats as bits: bfloat16, float16, float8 e4m3 and int8 to and from float, round to
-// nearest even; and the scale that a row of a cache of 8-bit numbers is stored with.
+// Conversions between float and bfloat16, float16, float8 e4m3 and int8, on bits, rounding to
+// nearest even; and the scale of a row of an 8-bit cache.
 #pragma once
 
 #include <cstdint>
@@ -15,11 +15,13 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
-struct Float8E4M3 {  // 1 sign, 4 exponent (bias 7), 3 mantissa bits; no infinity, 0x7f and 0xff are
-                     // NaN, largest 448
+// 1 sign, 4 exponent (bias 7) and 3 mantissa bits. The largest value is 448; there is no infinity;
+// 0x7f and 0xff are NaN.
+struct Float8E4M3 {
   uint8_t bits;
 };
-struct Int8 {  // -127 .. 127: the same range on both sides, as a scale wants it
+// -127 .. 127: symmetric, since a scale has no zero point.
+struct Int8 {
   int8_t bits;
 };
 
@@ -42,21 +44,21 @@ SA_HOST_DEVICE float to_float(Float16 value) {
   const uint32_t magnitude = value.bits & 0x7fffu;
   if (magnitude >= 0x7c00u)
     return float_of(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));  // inf, NaN
-  // 2^112 re-biases the exponent (15 -> 127) and turns the subnormals into what they stand for.
+  // The factor 2^112 changes the exponent's bias from 15 to 127, and makes subnormals normal.
   return float_of(sign | bits_of(float_of(magnitude << 13) * 0x1p112f));
 }
 
-// By masks: of a loop with branches GCC makes no vectors on AVX2.
+// By masks, without branches: GCC does not vectorise a loop with branches for AVX2.
 SA_HOST_DEVICE float to_float(Float8E4M3 value) {
   const uint32_t sign = uint32_t{value.bits & 0x80u} << 24;
   const uint32_t magnitude = value.bits & 0x7fu;
   const uint32_t is_subnormal = 0u - static_cast<uint32_t>(magnitude < 8u);
   const uint32_t is_nan = 0u - static_cast<uint32_t>(magnitude == 0x7fu);
   const uint32_t normal = (magnitude << 20) + (120u << 23);  // the exponent's bias: 7 -> 127
-  // A subnormal m / 8 * 2^-6 is what 1 + m / 8 has above 1.
+  // A subnormal is m / 8 * 2^-6 = (1 + m / 8) * 2^-6 - 2^-6.
   const uint32_t subnormal = bits_of(float_of(normal + (1u << 23)) - 0x1p-6f);
-  const uint32_t number = (subnormal & is_subnormal) | (normal & ~is_subnormal);
-  return float_of(sign | number | (is_nan & 0x7fc00000u));
+  const uint32_t value_bits = (subnormal & is_subnormal) | (normal & ~is_subnormal);
+  return float_of(sign | value_bits | (is_nan & 0x7fc00000u));
 }
 
 SA_HOST_DEVICE float to_float(Int8 value) { return static_cast<float>(value.bits); }
@@ -75,8 +77,7 @@ SA_HOST_DEVICE Float16 to_float16(float value) {
   if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
   if (magnitude >= 0x477ff000u)
     return {static_cast<uint16_t>(sign | 0x7c00u)};  // 65520 and more round to inf
-  if (magnitude <
-      0x38800000u) {  // below 2^-14: adding 0.5 lines the mantissa up with units of 2^-24
+  if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 aligns the mantissa to units of 2^-24
     const uint32_t aligned = bits_of(float_of(magnitude) + 0.5f);
     return {static_cast<uint16_t>(sign | (aligned - 0x3f000000u))};
   }
@@ -84,15 +85,14 @@ SA_HOST_DEVICE Float16 to_float16(float value) {
   return {static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};
 }
 
-SA_HOST_DEVICE Float8E4M3
-to_float8_e4m3(float value) {  // saturates to +-448, as KV caches want; NaN stays NaN
+// Saturates to +-448, as KV caches want; NaN stays NaN.
+SA_HOST_DEVICE Float8E4M3 to_float8_e4m3(float value) {
   const uint32_t bits = bits_of(value);
   const uint32_t sign = (bits >> 24) & 0x80u;
   const uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return {static_cast<uint8_t>(sign | 0x7fu)};
   if (magnitude >= 0x43e00000u) return {static_cast<uint8_t>(sign | 0x7eu)};  // 448 and more
-  if (magnitude <
-      0x3c800000u) {  // below 2^-6: adding 2^14 lines the mantissa up with units of 2^-9
+  if (magnitude < 0x3c800000u) {  // below 2^-6: adding 2^14 aligns the mantissa to units of 2^-9
     const uint32_t aligned = bits_of(float_of(magnitude) + 0x1p14f);
     return {static_cast<uint8_t>(sign | (aligned - 0x46800000u))};
   }
@@ -100,14 +100,15 @@ to_float8_e4m3(float value) {  // saturates to +-448, as KV caches want; NaN sta
   return {static_cast<uint8_t>(sign | ((rounded - 0x3c000000u) >> 20))};
 }
 
-SA_HOST_DEVICE Int8 to_int8(float value) {  // saturates to +-127; NaN, which int8 lacks, becomes 0
+// Saturates to +-127; NaN, which int8 lacks, becomes 0.
+SA_HOST_DEVICE Int8 to_int8(float value) {
   const float below = value < 127.0f ? value : (value >= 127.0f ? 127.0f : 0.0f);
   const float inside = below > -127.0f ? below : -127.0f;
-  // Adding 1.5 * 2^23 lines the number up with units of 1.
+  // Adding 1.5 * 2^23 aligns the mantissa to units of 1.
   return {static_cast<int8_t>(bits_of(inside + 0x1.8p23f) - 0x4b400000u)};
 }
 
-// Numbers of a cache of 8-bit numbers, and the largest there is.
+// The element types of an 8-bit cache: the largest value, and the conversion.
 template <class Stored>
 constexpr float kLargest = 448.0f;
 template <>
@@ -123,13 +124,13 @@ SA_HOST_DEVICE Int8 to_stored<Int8>(float value) {
   return to_int8(value);
 }
 
-// A row that is stored with a scale of its own: its largest finite magnitude becomes the format's.
-// Magnitudes are compared as bits, whose order is theirs; infinities and NaN count as 0.
+// A row with its own scale: its largest finite magnitude is stored as kLargest. Magnitudes are
+// compared as bits, which have the same order. Infinities and NaN count as 0.
 SA_HOST_DEVICE uint32_t finite_magnitude(float value) {
   const uint32_t magnitude = bits_of(value) & 0x7fffffffu;
   return magnitude < 0x7f800000u ? magnitude : 0u;
 }
-// 1 for a row of zeros, or of numbers so small that the quotient is 0.
+// 1 for a row of zeros, or of values so small that the quotient is 0.
 template <class Stored>
 SA_HOST_DEVICE float row_scale(uint32_t largest_magnitude) {
   const float scale = float_of(largest_magnitude) / kLargest<Stored>;

@@ -1,8 +1,8 @@
-// The state of a softmax taken over keys in pieces, and the sink's one entry into it.
+// Online softmax: a row's running state, and the one place where the sink enters.
 //
-// A row's state over the keys seen so far is (max, sum): the largest logit and the sum of
-// exp2(logit - max), both for logits in base 2 (natural logit times log2 e). A row that saw no key
-// is (-inf, 0).
+// The state over the keys so far is (max, sum): the largest logit, and the sum of exp2(logit -
+// max). Logits are in base 2: the natural logit times log2 e. The state of a row without a key is
+// (-inf, 0).
 #pragma once
 
 #include <cmath>
@@ -25,25 +25,26 @@ SA_HOST_DEVICE constexpr Real negative_infinity() {
   return -static_cast<Real>(INFINITY);
 }
 
-// exp2(from - to) for maxima: the factor that re-bases a sum from one maximum to another. -inf to
-// -inf (no key on either side) is 0, where the difference would be NaN.
+// exp2(from - to): the factor that rescales a sum from one maximum to another. From -inf (no key)
+// it is 0, also to -inf, where the difference would be NaN.
 template <class Real>
 SA_HOST_DEVICE Real rebase_factor(Real from, Real to) {
   return from == negative_infinity<Real>() ? Real(0)
                                            : (from == to ? Real(1) : std::exp2(from - to));
 }
 
-// What finishing a row yields: out = (sum of weights times v) * scale, lse in natural log.
+// A finished row: out = (P V) * scale, and lse in natural log.
 template <class Real>
 struct RowResult {
   Real scale;
   Real lse;
 };
 
-// Adds the sink s_aux (natural log; -inf for none) to the denominator and finishes the row. The
-// maximum is re-based on max(row max, sink), so that a sink far above every logit cannot overflow.
-//   no visible key: scale 0, lse = s_aux (-inf without a sink).   s_aux = +inf: scale 0, lse =
-//   +inf.
+// Adds the sink s_aux (natural log; -inf for none) to the denominator and finishes the row. Both
+// are taken relative to max(row max, sink), so that a sink far above every logit cannot overflow.
+//
+//   no visible key    scale 0, lse = s_aux (-inf without a sink)
+//   s_aux = +inf      scale 0, lse = +inf
 template <class Real>
 SA_HOST_DEVICE RowResult<Real> fold_sink(RowState<Real> row, Real s_aux) {
   const Real sink = s_aux * static_cast<Real>(kLog2E);
@@ -54,8 +55,8 @@ SA_HOST_DEVICE RowResult<Real> fold_sink(RowState<Real> row, Real s_aux) {
   const Real factor = rebase_factor(row.max, max);
   const Real denominator = row.sum * factor + rebase_factor(sink, max);
   const Real log_denominator = std::log2(denominator) * static_cast<Real>(kLn2);
-  // Where the sink leads, its own value keeps what a way through base 2 would round off: the
-  // backward takes exp(s_aux - lse).
+  // Where the sink is the maximum, s_aux itself is used: the conversion to base 2 and back rounds,
+  // and the backward takes exp(s_aux - lse).
   const Real log_max = sink_leads ? s_aux : max * static_cast<Real>(kLn2);
   return {factor / denominator, log_max + log_denominator};
 }

@@ -1,5 +1,5 @@
-// Rows of keys or values of one sequence and one kv head, wherever they lie: in a tensor or behind
-// a block table.
+// Where the keys or values of one sequence and one kv head lie: in a tensor, or in pages of a
+// cache.
 #pragma once
 
 #include "attention/host_device.h"
@@ -23,32 +23,31 @@ SA_HOST_DEVICE int64_t bytes_of(DataType dtype) {
   }
 }
 
-// Numbers that only a cache has, with scales.
+// The element types that only a cache has, with scales.
 SA_HOST_DEVICE bool is_8_bit(DataType dtype) { return bytes_of(dtype) == 1; }
 
 struct KeyRows {
-  const char* base;  // of key 0, or of page 0 slot 0 with a block table
-  const int32_t*
-      pages;  // the sequence's row of the block table; null: keys follow each other at row_bytes
+  const char* base;      // key 0; with a block table: page 0, slot 0
+  const int32_t* pages;  // the sequence's row of the block table; null: key j is at j * row_bytes
   int64_t row_bytes;
   int64_t page_bytes;
   int64_t page_size;
   int64_t num_pages;  // of the cache
-  int page_shift;     // log2(page_size), or -1 where that is no integer
-  KeySet readable;    // keys that may be read; the others, beyond the sequence or out of every
-                      // query's sight, count as zeros: a windowed layer's older pages may be gone,
-                      // and their entries anything
+  int page_shift;     // log2(page_size); -1 where page_size is no power of two
+  // The keys that may be read; all others count as zeros. They lie beyond the sequence, or no query
+  // sees them: a windowed layer's older pages may be freed, and their table entries hold anything.
+  KeySet readable;
   int64_t dim;
   DataType dtype;
-  float scale;                // what stored numbers are multiplied with; 1 but for 8 bits
-  const float* token_scales;  // of page 0 slot 0, to be multiplied with instead; may be null
+  float scale;                // row = stored * scale; 1 but for 8-bit types
+  const float* token_scales;  // page 0, slot 0: each token's scale, used instead; may be null
   int64_t scale_stride_page;
   int64_t scale_stride_slot;
 
   SA_HOST_DEVICE bool is_readable(int64_t key) const { return readable.holds(key); }
 
-  // Whether the cache has the page that the key's entry names. Where nobody has looked at the block
-  // table, a key that may be read is asked this first, and counts as zeros if not.
+  // Whether the page in the key's table entry exists. Where the block table is unchecked, kernels
+  // ask this before they read a readable key; if it is false, the key counts as zeros.
   SA_HOST_DEVICE bool is_in_cache(int64_t key) const {
     if (pages == nullptr) return true;
     const int64_t page = pages[page_shift >= 0 ? key >> page_shift : key / page_size];
@@ -61,7 +60,7 @@ struct KeyRows {
     return base + pages[page] * page_bytes + (key - page * page_size) * row_bytes;
   }
 
-  // Where the key's own scale lies; only where there are token_scales, and so pages.
+  // The address of the key's own scale. Only with token_scales, and so with pages.
   SA_HOST_DEVICE const float* token_scale(int64_t key) const {
     const int64_t page = page_shift >= 0 ? key >> page_shift : key / page_size;
     return token_scales + pages[page] * scale_stride_page +

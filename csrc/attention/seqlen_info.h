@@ -1,5 +1,4 @@
-// Where one sequence of the batch lies and how long it is: the same answer for dense, varlen and
-// paged problems.
+// Where one sequence of the batch lies and how long it is, for dense, varlen and paged calls.
 #pragma once
 
 #include "attention/host_device.h"
@@ -8,23 +7,23 @@
 namespace sink_attention::attention {
 
 struct SeqlenInfo {
-  int64_t q_batch;  // index to multiply q's (out's, lse's) batch stride with; 0 in varlen
-  int64_t q_row;    // first row of the sequence there
+  int64_t q_batch;  // batch index of q, out and lse; 0 in varlen
+  int64_t q_row;    // the sequence's first row there
   int64_t seqlen_q;
-  int64_t k_batch;  // the same for k and v; meaningless where a block table says where keys lie
+  int64_t k_batch;  // batch index of k and v; meaningless with a block table
   int64_t k_row;
-  int64_t seqlen_k;  // keys that count
+  int64_t seqlen_k;  // after seqused_k
 };
 
-// `row` if it lies in [0, total], else the nearer end.
+// `row` clamped to [0, total].
 SA_HOST_DEVICE int64_t bounded_row(int64_t row, int64_t total) {
   const int64_t positive = row > 0 ? row : 0;
   return positive < total ? positive : total;
 }
 
-// Nobody may have looked at what cu_seqlens and seqused_k hold: on CUDA they are in device memory.
-// Whatever it is, the sequence's rows lie within the tensors, and its keys within its rows of k, or
-// the entries of its row of the block table.
+// cu_seqlens and seqused_k may be unchecked: on CUDA they are in device memory. Whatever they hold,
+// the sequence's query rows stay within q, and its keys within its rows of k or its block table
+// row.
 SA_HOST_DEVICE SeqlenInfo seqlen_info(const FlashFwdParams& params, int64_t batch_idx) {
   SeqlenInfo info{};
   if (params.cu_seqlens_q != nullptr) {

@@ -1,4 +1,4 @@
-// The CPU backend's entry points, all that csrc/torch and the native tests see of it.
+// The CPU backend's interface to csrc/torch and the native tests.
 #pragma once
 
 #include <string>
@@ -8,9 +8,9 @@
 
 namespace sink_attention::cpu {
 
-// How the caller lends threads. run() calls task(arg, i) for every i in [0, num_tasks), in any
-// order, at most num_threads at a time, and returns when all are done. A task's exception must
-// reach run()'s caller.
+// The caller's thread pool. run() calls task(arg, i) for every i in [0, num_tasks), in any order,
+// at most num_threads at a time, and returns when all are done. A task's exception must reach
+// run()'s caller.
 struct Executor {
   int num_threads;
   void* context;
@@ -27,12 +27,12 @@ void reshape_and_cache(const attention::ReshapeAndCacheParams& params, const Exe
 void append_kv(const attention::AppendKvParams& params, const Executor& executor);
 void merge_attn_states(const attention::MergeParams& params, const Executor& executor);
 
-// The instruction set in use, one of available_instruction_sets(): "portable", "avx2", "avx512",
-// "avx512_bf16". The best one that the machine has is chosen at the first call, or the one that the
-// environment variable SINK_ATTENTION_CPU_ISA names (an error if the machine lacks it).
+// The instruction set in use: "portable", "avx2", "avx512" or "avx512_bf16". The first call chooses
+// the best that is available, or the one that the environment variable SINK_ATTENTION_CPU_ISA
+// names. Throws std::invalid_argument if that one is not available.
 std::string instruction_set();
-std::vector<std::string>
-available_instruction_sets();  // that this binary holds and this machine has, best last
+// The instruction sets that both this binary and this machine have, best last.
+std::vector<std::string> available_instruction_sets();
 void set_instruction_set(const std::string& name);  // throws std::invalid_argument if not available
 
 }  // namespace sink_attention::cpu

@@ -1,11 +1,13 @@
-// The backward's division of work, five matrix products a tile and no atomics on numbers.
+// The backward's schedule: five matrix products a tile, and no floating-point atomics.
 //
-// A job is one block of keys of one sequence and kv head: its dK and dV stay with the thread, which
-// goes over the query tiles from the last to the first. dQ of a tile is summed over blocks in one
-// accumulator, block after block: a job adds to a tile only when the block before it has. Jobs are
-// taken in the order of their blocks, so the job that is waited for runs already or has run, and
-// two threads on one head follow each other a tile apart. The order of every sum is fixed, so the
-// gradients are bitwise the same whatever the number of threads.
+//   job   One block of keys of one sequence and kv head. Its dK and dV stay in the thread's scratch
+//         while the thread processes the query tiles, last to first.
+//   dQ    One accumulator per sequence and kv head. Blocks add to a tile's dQ in ascending order: a
+//         job waits until the block before it has added to the tile.
+//
+// Jobs start in the order of their blocks, so the job that another waits for has started: there is
+// no deadlock. Two threads on one kv head follow each other one tile apart. The order of every sum
+// is fixed, so gradients are bitwise the same for any number of threads.
 #include <algorithm>
 #include <atomic>
 #include <memory>
@@ -31,7 +33,7 @@ using attention::FlashFwdParams;
 using attention::Range;
 using attention::SeqlenInfo;
 
-// One sequence with one kv head while its blocks are worked on.
+// The state of one sequence and kv head, shared by the jobs of its blocks.
 struct HeadState {
   int64_t batch_idx;
   int64_t kv_head_idx;
@@ -41,8 +43,8 @@ struct HeadState {
   int64_t num_blocks;
   std::atomic<int64_t> jobs_left;
   std::atomic<char*> dq_accumulator;  // null until the first job has zeroed it
-  std::unique_ptr<std::atomic<int64_t>[]>
-      done;  // [num_tiles]: the block that a tile's dQ waits for
+  // [num_tiles]: the block that adds to the tile's dQ next.
+  std::unique_ptr<std::atomic<int64_t>[]> next_block;
 
   Range positions_of_tile(int64_t tile, const BwdPlan& plan) const {
     const int64_t begin = tile * plan.tile_positions;
@@ -53,8 +55,8 @@ struct HeadState {
     const Range positions = positions_of_tile(tile, plan);
     return attention::blocks_of(mask.visible_keys(positions.begin, positions.end), plan.block_keys);
   }
-  // Whether a tile's dQ, after number idx of its blocks, is to be banked before the next one is
-  // added, and whether it was before.
+  // Whether entry idx of a tile's blocks is the last of its piece, so that dQ is banked after it
+  // (simd/banked_sum.h); and whether dQ was banked before entry idx.
   static bool ends_piece(const BlockList<int64_t>& blocks, int64_t idx, const BwdPlan& plan) {
     return idx + 1 < blocks.count() && blocks.block(idx) / plan.blocks_per_piece !=
                                            blocks.block(idx + 1) / plan.blocks_per_piece;
@@ -65,8 +67,8 @@ struct HeadState {
   }
 };
 
-// Memory for the dQ accumulators of the heads in work: at most one a thread, and one whose next job
-// is not yet taken.
+// Memory for the dQ accumulators of the kv heads in progress: at most one per thread, and one whose
+// next job has not started.
 class AccumulatorPool {
  public:
   AccumulatorPool(int64_t count, int64_t bytes)
@@ -98,7 +100,7 @@ void wait_until(const Ready& ready) {
   }
 }
 
-void write_number(double value, void* base, DataType dtype, int64_t idx) {
+void store_element(double value, void* base, DataType dtype, int64_t idx) {
   switch (dtype) {
     case DataType::kFloat64:
       static_cast<double*>(base)[idx] = value;
@@ -116,21 +118,21 @@ void write_number(double value, void* base, DataType dtype, int64_t idx) {
   }
 }
 
-// delta of every row, packed like a contiguous lse, and ds_aux summed over rows and sequences in
-// their order.
+// delta of every row, in the layout of a contiguous lse.
 struct Delta {
   AlignedBuffer memory;
   int64_t stride_batch;
   int64_t stride_head;
 };
 
+// Computes delta, and ds_aux as a sum over rows and sequences in their order.
 Delta preprocess(const FlashBwdParams& params, const Kernels& kernels, int64_t real_bytes,
                  const Executor& executor) {
   const FlashFwdParams& fwd = params.fwd;
   const bool varlen = fwd.cu_seqlens_q != nullptr;
   const int64_t head_rows = varlen ? fwd.cu_seqlens_q[fwd.batch] : fwd.seqlen_q;
-  const int64_t num_sets = varlen ? 1 : fwd.batch;
-  Delta delta{AlignedBuffer(num_sets * fwd.num_heads_q * head_rows * real_bytes),
+  const int64_t delta_batch = varlen ? 1 : fwd.batch;
+  Delta delta{AlignedBuffer(delta_batch * fwd.num_heads_q * head_rows * real_bytes),
               varlen ? 0 : fwd.num_heads_q * head_rows, head_rows};
   std::vector<double> ds_aux(fwd.batch * fwd.num_heads_q);
   parallel_jobs(executor, fwd.batch * fwd.num_heads_q, 0, [&](int64_t job, char*) {
@@ -148,7 +150,7 @@ Delta preprocess(const FlashBwdParams& params, const Kernels& kernels, int64_t r
       for (int64_t batch_idx = 0; batch_idx < fwd.batch; ++batch_idx) {
         sum += ds_aux[batch_idx * fwd.num_heads_q + head_idx];
       }
-      write_number(sum, params.ds_aux, fwd.s_aux_dtype, head_idx);
+      store_element(sum, params.ds_aux, fwd.s_aux_dtype, head_idx);
     }
   }
   return delta;
@@ -163,7 +165,7 @@ void flash_bwd(const FlashBwdParams& params, const Executor& executor) {
   const Delta delta = preprocess(params, kernels, real_bytes, executor);
   if (fwd.num_heads_q == 0) return;
   const BwdPlan plan = kernels.plan_bwd(params);
-  // dQ of a 16-bit type has no place for a bank, and no digits for what it would save.
+  // A 16-bit dQ cannot hold a banked total, and is less precise than the error that banking avoids.
   const bool banks_dq = fwd.dtype == DataType::kFloat32 || fwd.dtype == DataType::kFloat64;
   const int64_t qhead_per_khead = fwd.num_heads_q / fwd.num_heads_kv;
 
@@ -182,13 +184,13 @@ void flash_bwd(const FlashBwdParams& params, const Executor& executor) {
       head->info = attention::seqlen_info(fwd, batch_idx);
       head->mask = attention::make_mask(fwd, head->info);
       head->num_tiles = (head->info.seqlen_q + plan.tile_positions - 1) / plan.tile_positions;
-      // A sequence without keys still has a job: the one that writes its dQ of zeros.
+      // A sequence without keys has one job too: it writes dQ = 0.
       head->num_blocks =
           std::max<int64_t>(1, attention::tiles_of({0, head->info.seqlen_k}, plan.block_keys).end);
       head->jobs_left = head->num_blocks;
-      head->done = std::make_unique<std::atomic<int64_t>[]>(head->num_tiles);
+      head->next_block = std::make_unique<std::atomic<int64_t>[]>(head->num_tiles);
       for (int64_t tile = 0; tile < head->num_tiles; ++tile) {
-        head->done[tile] = head->blocks_of_tile(tile, plan).block(0);
+        head->next_block[tile] = head->blocks_of_tile(tile, plan).block(0);
       }
       accumulator_bytes =
           std::max(accumulator_bytes, head->info.seqlen_q * qhead_per_khead * plan.dq_row_bytes);
@@ -211,17 +213,17 @@ void flash_bwd(const FlashBwdParams& params, const Executor& executor) {
           std::fill_n(accumulator, head.info.seqlen_q * qhead_per_khead * plan.dq_row_bytes, 0);
           head.dq_accumulator.store(accumulator, std::memory_order_release);
         }
-        BwdTask task{};
-        task.batch_idx = head.batch_idx;
-        task.kv_head_idx = head.kv_head_idx;
-        task.block_idx = block_idx;
-        task.scratch = scratch;
-        task.delta = delta.memory.data();
-        task.delta_stride_batch = delta.stride_batch;
-        task.delta_stride_head = delta.stride_head;
-        kernels.bwd_begin_block(params, plan, task);
+        BwdJob bwd_job{};
+        bwd_job.batch_idx = head.batch_idx;
+        bwd_job.kv_head_idx = head.kv_head_idx;
+        bwd_job.block_idx = block_idx;
+        bwd_job.scratch = scratch;
+        bwd_job.delta = delta.memory.data();
+        bwd_job.delta_stride_batch = delta.stride_batch;
+        bwd_job.delta_stride_head = delta.stride_head;
+        kernels.bwd_begin_block(params, plan, bwd_job);
         wait_until([&] { return head.dq_accumulator.load(std::memory_order_acquire) != nullptr; });
-        task.dq_accumulator = head.dq_accumulator.load(std::memory_order_acquire);
+        bwd_job.dq_accumulator = head.dq_accumulator.load(std::memory_order_acquire);
         const Range keys{block_idx * plan.block_keys,
                          std::min((block_idx + 1) * plan.block_keys, head.info.seqlen_k)};
         const Range queries = head.mask.visible_queries(keys.begin, keys.end);
@@ -229,25 +231,26 @@ void flash_bwd(const FlashBwdParams& params, const Executor& executor) {
         for (int64_t tile = tiles.end - 1; tile >= tiles.begin; --tile) {
           const Range positions = head.positions_of_tile(tile, plan);
           const BlockList<int64_t> blocks = head.blocks_of_tile(tile, plan);
-          wait_until([&] { return head.done[tile].load(std::memory_order_acquire) >= block_idx; });
-          kernels.bwd_tile(params, plan, task, positions.begin, positions.end);
+          wait_until(
+              [&] { return head.next_block[tile].load(std::memory_order_acquire) >= block_idx; });
+          kernels.bwd_tile(params, plan, bwd_job, positions.begin, positions.end);
           const int64_t idx = blocks.index(block_idx);
           if (banks_dq && HeadState::ends_piece(blocks, idx, plan)) {
             kernels.bwd_bank_dq(params, head.batch_idx, head.kv_head_idx, positions,
-                                task.dq_accumulator, !HeadState::was_banked(blocks, idx, plan));
+                                bwd_job.dq_accumulator, !HeadState::was_banked(blocks, idx, plan));
           }
-          head.done[tile].store(blocks.block(idx + 1), std::memory_order_release);
+          head.next_block[tile].store(blocks.block(idx + 1), std::memory_order_release);
         }
-        kernels.bwd_end_block(params, plan, task);
+        kernels.bwd_end_block(params, plan, bwd_job);
         if (head.jobs_left.fetch_sub(1) == 1) {
           for (int64_t tile = 0; tile < head.num_tiles; ++tile) {
             const BlockList<int64_t> blocks = head.blocks_of_tile(tile, plan);
             kernels.bwd_store_dq(
                 params, head.batch_idx, head.kv_head_idx, head.positions_of_tile(tile, plan),
-                task.dq_accumulator,
+                bwd_job.dq_accumulator,
                 banks_dq && HeadState::was_banked(blocks, blocks.count() - 1, plan));
           }
-          pool.give_back(task.dq_accumulator);
+          pool.give_back(bwd_job.dq_accumulator);
         }
       });
 }

@@ -1,11 +1,11 @@
-// The forward's division of work: dense, varlen and paged alike.
+// The forward's schedule, for dense, varlen and paged calls (job, tile, block: simd/kernels.h).
 //
-// A job is one tile: some query positions of one sequence with all query heads of one kv head.
-// Where a sequence has several tiles, its keys and values are packed first, once for each kv head,
-// and shared by all of them; where it has one (decode), a job takes several kv heads and packs the
-// blocks that it reads as it goes, so that a cache is read once and never copied. Where there are
-// fewer jobs than threads want, the key range of each is split, and the parts are merged with the
-// sink.
+//   prefill   A sequence with several tiles. Its K and V are packed first, once per kv head. A job
+//             is one tile of one kv head; all tiles share the packed blocks.
+//   decode    A sequence with one tile. A job is that tile of several kv heads. It packs each block
+//             itself, or reads it in place, so the cache is read once.
+//   splits    With fewer jobs than the threads need, each job's key range is split. The partial
+//             results are merged, and then the sink is added.
 #include <algorithm>
 #include <vector>
 
@@ -27,17 +27,17 @@ struct Sequence {
   int64_t batch_idx;
   SeqlenInfo info;
   attention::Mask mask;
-  int64_t first_tile;  // tiles of a kv head, counted over the batch
+  int64_t first_tile;  // index of its first tile in the batch, for one kv head
   int64_t num_tiles;
-  BlockList<int64_t> blocks;  // of keys that some query sees
-  int64_t packed_block;  // of the first kv head's first block in the packed buffer; -1: not packed
-                         // ahead
+  BlockList<int64_t> blocks;  // the key blocks that some query sees
+  // Index in the packed buffer of kv head 0's first block; -1: not packed ahead.
+  int64_t packed_block;
 };
 
 struct Schedule {
   std::vector<Sequence> sequences;
-  int64_t num_tiles = 0;          // of one kv head
-  int64_t num_packed_blocks = 0;  // of all kv heads
+  int64_t num_tiles = 0;          // for one kv head
+  int64_t num_packed_blocks = 0;  // for all kv heads
 };
 
 Schedule make_schedule(const FlashFwdParams& params, const FwdPlan& plan) {
@@ -63,13 +63,13 @@ Schedule make_schedule(const FlashFwdParams& params, const FwdPlan& plan) {
   return schedule;
 }
 
-constexpr int64_t kMaxSplits = 64;  // as on CUDA; more would only take memory
-// Jobs of at least this many keys are worth the merge that splitting them costs.
+constexpr int64_t kMaxSplits = 64;  // as on CUDA; more splits only take memory
+// The least keys of a split: fewer are not worth the merge.
 constexpr int64_t kMinSplitKeys = 512;
-// What all partial results may take together: enough to give every thread of a large machine work
-// where there are few rows, which is what splitting is for.
+// The most bytes of all partial results. Splits are for calls with few rows, and for these it is
+// enough to occupy every thread of a large machine.
 constexpr int64_t kMaxPartialBytes = int64_t{64} << 20;
-// What a thread's scratch may take for several kv heads. One is always possible.
+// The most bytes of a thread's scratch for several kv heads. One head is always possible.
 constexpr int64_t kMaxScratchBytes = int64_t{16} << 20;
 
 int64_t scratch_bytes_per_head(const FwdPlan& plan) {
@@ -78,18 +78,18 @@ int64_t scratch_bytes_per_head(const FwdPlan& plan) {
 
 struct Division {
   int64_t num_splits;     // of each job's key range
-  int64_t heads_per_job;  // kv heads that a job of a sequence with a single tile takes at once
+  int64_t heads_per_job;  // kv heads of one job, for sequences with a single tile
 };
 
-// Enough jobs for the threads: first by splitting key ranges (where the caller left that open),
-// which leaves a cache read in the order in which it lies, then by giving each kv head to a job of
-// its own.
+// Makes enough jobs for the threads. First it splits key ranges (if the caller did not fix
+// num_splits): jobs then still read the cache in memory order. Then it gives each job fewer kv
+// heads.
 Division divide(const FlashFwdParams& params, const FwdPlan& plan, const Schedule& schedule,
                 int num_threads) {
   const int64_t wanted = num_threads == 1 ? 1 : 2 * num_threads;
-  int64_t most_blocks = 1;
+  int64_t max_blocks = 1;
   for (const Sequence& sequence : schedule.sequences) {
-    most_blocks = std::max(most_blocks, sequence.blocks.count());
+    max_blocks = std::max(max_blocks, sequence.blocks.count());
   }
   const auto jobs_of = [&](int64_t heads_per_job) {
     int64_t jobs = 0;
@@ -99,18 +99,18 @@ Division divide(const FlashFwdParams& params, const FwdPlan& plan, const Schedul
     }
     return jobs;
   };
-  const int64_t most_heads =
+  const int64_t max_heads =
       std::clamp<int64_t>(kMaxScratchBytes / scratch_bytes_per_head(plan), 1, kMaxHeadsPerJob);
-  Division division{params.num_splits, std::min(params.num_heads_kv, most_heads)};
+  Division division{params.num_splits, std::min(params.num_heads_kv, max_heads)};
   if (division.num_splits <= 0) {
     const int64_t jobs = jobs_of(division.heads_per_job);
-    const int64_t worthwhile = most_blocks * plan.block_keys / kMinSplitKeys;
+    const int64_t worthwhile = max_blocks * plan.block_keys / kMinSplitKeys;
     division.num_splits = jobs >= wanted ? 1 : std::clamp<int64_t>(worthwhile, 1, wanted / jobs);
   }
-  // A part without a block would take as much memory as any other.
+  // No more splits than blocks: an empty split takes as much memory as any other.
   const int64_t split_bytes = schedule.num_tiles * params.num_heads_kv * plan.partial_bytes;
   const int64_t affordable = std::max<int64_t>(kMaxPartialBytes / split_bytes, 1);
-  division.num_splits = std::min({division.num_splits, kMaxSplits, most_blocks, affordable});
+  division.num_splits = std::min({division.num_splits, kMaxSplits, max_blocks, affordable});
   while (division.heads_per_job > 1 &&
          jobs_of(division.heads_per_job) * division.num_splits < wanted) {
     division.heads_per_job = (division.heads_per_job + 1) / 2;
@@ -129,7 +129,7 @@ void flash_fwd(const FlashFwdParams& params, const Executor& executor) {
   const int64_t block_bytes = plan.packed_k_bytes + plan.packed_v_bytes;
   const int64_t num_heads = params.num_heads_kv;
 
-  // Pack. A kv head's blocks lie together.
+  // Pack. A kv head's blocks are contiguous.
   const KeptBuffer<Use::kPacked> packed(schedule.num_packed_blocks * block_bytes);
   struct PackJob {
     const Sequence* sequence;
@@ -154,61 +154,60 @@ void flash_fwd(const FlashFwdParams& params, const Executor& executor) {
                         packed.data() + job * block_bytes);
   });
 
-  // Attend. Jobs of one kv head follow each other (its packed keys stay in cache), the last tile,
-  // under a causal mask the longest, first.
+  // Attend. Jobs of one kv head follow each other, so that its packed keys stay in cache. The last
+  // tile comes first: under a causal mask it has the most keys.
   const auto [num_splits, heads_per_job] = divide(params, plan, schedule, executor.num_threads);
-  struct TileJob {
+  struct TileCoord {
     const Sequence* sequence;
     int64_t kv_head_begin, kv_head_end;
     int64_t tile_idx;
   };
-  std::vector<TileJob> tile_jobs;
+  std::vector<TileCoord> tiles;
   for (const Sequence& sequence : schedule.sequences) {
     const int64_t step = sequence.num_tiles > 1 ? 1 : heads_per_job;
     for (int64_t head = 0; head < num_heads; head += step) {
       for (int64_t tile = sequence.num_tiles - 1; tile >= 0; --tile) {
-        tile_jobs.push_back({&sequence, head, std::min(head + step, num_heads), tile});
+        tiles.push_back({&sequence, head, std::min(head + step, num_heads), tile});
       }
     }
   }
-  // Partial results lie as [tile over the batch][kv head][split].
+  // Partial results: [tile of the batch][kv head][split].
   const int64_t split_stride = plan.partial_bytes;
   const int64_t head_stride = num_splits * split_stride;
   const AlignedBuffer partials(num_splits > 1 ? schedule.num_tiles * num_heads * head_stride : 0);
 
-  const auto make_task = [&](const TileJob& job, int64_t split, char* scratch) {
-    const Sequence& sequence = *job.sequence;
-    FwdTask task{};
-    task.batch_idx = sequence.batch_idx;
-    task.kv_head_begin = job.kv_head_begin;
-    task.kv_head_end = job.kv_head_end;
-    task.q_begin = job.tile_idx * plan.tile_positions;
-    task.q_end = std::min(task.q_begin + plan.tile_positions, sequence.info.seqlen_q);
-    task.blocks =
-        attention::blocks_of(sequence.mask.visible_keys(task.q_begin, task.q_end), plan.block_keys);
-    const int64_t num_blocks = task.blocks.count();
-    task.idx_begin = num_blocks * split / num_splits;
-    task.idx_end = num_blocks * (split + 1) / num_splits;
+  const auto make_job = [&](const TileCoord& tile, int64_t split, char* scratch) {
+    const Sequence& sequence = *tile.sequence;
+    FwdJob job{};
+    job.batch_idx = sequence.batch_idx;
+    job.kv_head_begin = tile.kv_head_begin;
+    job.kv_head_end = tile.kv_head_end;
+    job.q_begin = tile.tile_idx * plan.tile_positions;
+    job.q_end = std::min(job.q_begin + plan.tile_positions, sequence.info.seqlen_q);
+    job.blocks =
+        attention::blocks_of(sequence.mask.visible_keys(job.q_begin, job.q_end), plan.block_keys);
+    const int64_t num_blocks = job.blocks.count();
+    job.idx_begin = num_blocks * split / num_splits;
+    job.idx_end = num_blocks * (split + 1) / num_splits;
     if (sequence.packed_block >= 0) {
-      task.packed =
+      job.packed =
           packed.data() +
-          (sequence.packed_block + job.kv_head_begin * sequence.blocks.count()) * block_bytes;
-      task.packed_blocks = sequence.blocks;
+          (sequence.packed_block + tile.kv_head_begin * sequence.blocks.count()) * block_bytes;
+      job.packed_blocks = sequence.blocks;
     }
     if (num_splits > 1) {
-      const int64_t tile = (sequence.first_tile + job.tile_idx) * num_heads + job.kv_head_begin;
-      task.partial = partials.data() + tile * head_stride + split * split_stride;
-      task.partial_stride = head_stride;
+      const int64_t idx = (sequence.first_tile + tile.tile_idx) * num_heads + tile.kv_head_begin;
+      job.partial = partials.data() + idx * head_stride + split * split_stride;
+      job.partial_stride = head_stride;
     }
-    task.scratch = scratch;
-    return task;
+    job.scratch = scratch;
+    return job;
   };
   const int64_t scratch_bytes = heads_per_job * scratch_bytes_per_head(plan);
-  parallel_jobs(executor, static_cast<int64_t>(tile_jobs.size()) * num_splits, scratch_bytes,
+  parallel_jobs(executor, static_cast<int64_t>(tiles.size()) * num_splits, scratch_bytes,
                 [&](int64_t job, char* scratch) {
-                  kernels.fwd_tile(
-                      params, plan,
-                      make_task(tile_jobs[job / num_splits], job % num_splits, scratch));
+                  kernels.fwd_job(params, plan,
+                                  make_job(tiles[job / num_splits], job % num_splits, scratch));
                 });
   if (num_splits == 1) return;
   parallel_jobs(
@@ -218,9 +217,9 @@ void flash_fwd(const FlashFwdParams& params, const Executor& executor) {
             schedule.sequences.begin(), schedule.sequences.end(), tile,
             [](int64_t t, const Sequence& sequence) { return t < sequence.first_tile; });
         const Sequence& sequence = *(after - 1);
-        const TileJob job{&sequence, idx % num_heads, idx % num_heads + 1,
-                          tile - sequence.first_tile};
-        kernels.combine_splits(params, plan, make_task(job, 0, scratch), num_splits, split_stride);
+        const TileCoord coord{&sequence, idx % num_heads, idx % num_heads + 1,
+                              tile - sequence.first_tile};
+        kernels.combine_splits(params, plan, make_job(coord, 0, scratch), num_splits, split_stride);
       });
 }
 

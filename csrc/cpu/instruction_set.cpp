@@ -8,7 +8,7 @@
 
 namespace sink_attention::cpu {
 
-// Each defined in its own simd/kernels_<isa>.cpp.
+// Each is defined in simd/kernels_<isa>.cpp.
 namespace isa_portable {
 const InstructionSet& instruction_set();
 }

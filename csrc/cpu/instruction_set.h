@@ -1,4 +1,4 @@
-// Which of the binary's instruction sets is in use, and its kernels.
+// The instruction set in use, and its kernels.
 #pragma once
 
 #include "cpu/simd/kernels.h"
@@ -7,7 +7,7 @@ namespace sink_attention::cpu {
 
 const InstructionSet& current_instruction_set();
 
-// The table that computes a forward or backward problem of these element types.
+// The kernels for a forward or backward with these element types.
 const Kernels& kernels_for(attention::DataType dtype, attention::DataType kv_dtype);
 
 }  // namespace sink_attention::cpu

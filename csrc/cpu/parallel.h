@@ -1,4 +1,4 @@
-// Work in jobs over an Executor's threads, each thread with memory of its own.
+// Runs jobs on an Executor's threads; each thread has its own scratch.
 #pragma once
 
 #include <algorithm>
@@ -39,13 +39,13 @@ class AlignedBuffer {
 
 enum class Use { kScratch, kPacked };
 
-// Memory of one call that the calling thread keeps for its next one, up to kMostKept bytes for each
-// use. Freed and allocated anew, it may go back to the system in between: a page fault for every
-// 4 KiB, a fifth of the time of a short call.
+// Memory of one call that the calling thread keeps for its next call, up to kMaxKeptBytes for each
+// use. Memory that is freed may go back to the system: allocating it again costs a page fault for
+// every 4 KiB, which was a fifth of the time of a short call.
 template <Use>
 class KeptBuffer {
  public:
-  explicit KeptBuffer(int64_t bytes) : is_kept_(bytes <= kMostKept && !kept().in_use) {
+  explicit KeptBuffer(int64_t bytes) : is_kept_(bytes <= kMaxKeptBytes && !kept().in_use) {
     if (!is_kept_) {
       own_ = AlignedBuffer(bytes);
       data_ = own_.data();
@@ -69,7 +69,7 @@ class KeptBuffer {
   char* data() const { return data_; }  // on any thread
 
  private:
-  static constexpr int64_t kMostKept = int64_t{4} << 20;
+  static constexpr int64_t kMaxKeptBytes = int64_t{4} << 20;
   struct Kept {
     AlignedBuffer buffer{0};
     int64_t bytes = 0;
@@ -84,8 +84,8 @@ class KeptBuffer {
   bool is_kept_;
 };
 
-// Calls body(job, scratch) for every job in [0, num_jobs), taken in order by whichever thread is
-// free; scratch is scratch_bytes of the thread's own, there before any job starts.
+// Calls body(job, scratch) for every job in [0, num_jobs). Free threads take jobs in order. scratch
+// is the thread's own, of scratch_bytes, and allocated before the first job.
 template <class Body>
 void parallel_jobs(const Executor& executor, int64_t num_jobs, int64_t scratch_bytes,
                    const Body& body) {

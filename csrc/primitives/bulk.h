@@ -1,20 +1,24 @@
-// Copies by the copy engine (compute capability 9.0): one thread starts them, they run beside all
-// threads. They, and wgmma, reach shared memory through the async proxy, other instructions through
-// the generic one.
+// Bulk copies by the copy engine (compute capability 9.0): one thread starts them, and they run
+// asynchronously.
 //
-//   void fence_proxy_async()     this thread's earlier stores to shared memory (cp.async that it
-//   has
-//                                waited for too) come before what copies and wgmma do after the
-//                                next barrier: each writing thread calls it before that barrier
+// Bulk copies and wgmma access shared memory through the async proxy, all other instructions
+// through the generic proxy.
+//
+//   void fence_proxy_async()
+//        Orders this thread's earlier stores to shared memory, and its completed cp.async, before
+//        the copies and wgmma that follow the next barrier. Each writing thread calls it before
+//        that barrier.
 //   void bulk_load(void* shared, const void* global, int bytes, Mbarrier* barrier)
-//        starts a copy and announces its bytes to the barrier as they arrive; both addresses and
-//        bytes are multiples of 16
+//        Starts a copy, whose bytes complete on the barrier. Addresses and bytes are multiples of
+//        16.
 //   void bulk_reduce_add(float* global, const float* shared, int bytes)
-//        starts to add floats of shared memory to floats of global memory; 16-byte multiples too
-//   void bulk_commit()           closes the group of the bulk_reduce_adds since the last commit
-//   void bulk_wait_read<kPending>()    until at most the kPending latest groups of this thread are
-//                                yet to be read from shared memory
-//   void bulk_wait<kPending>()   ... are yet to be done
+//        Starts to add floats of shared memory to global memory. Multiples of 16, too.
+//   void bulk_commit()
+//        Ends the group of the bulk_reduce_adds since the last commit.
+//   void bulk_wait_read<kPending>()
+//        Waits until at most kPending of this thread's groups still read shared memory.
+//   void bulk_wait<kPending>()
+//        Waits until at most kPending of this thread's groups are incomplete.
 #pragma once
 
 #include "primitives/mbarrier.h"

@@ -1,9 +1,11 @@
-// Numbers from and to float32, round to nearest even.
+// Conversion between float32 and narrower types, rounding to nearest even.
 //
-//   uint32_t pack<Element>(float low, float high)   two BFloat16 or Float16 numbers in a register
+//   uint32_t pack<Element>(float low, float high)
+//        Two BFloat16 or Float16 elements in a register.
 //   void unpack<Element>(uint32_t pair, float& low, float& high)
-//   uint32_t pack_e4m3(float a, float b, float c, float d)    four Float8E4M3 numbers, a lowest;
-//        beyond +-448 they saturate (compute capability 8.9 and later)
+//   uint32_t pack_e4m3(float a, float b, float c, float d)
+//        Four Float8E4M3 elements, a in the lowest byte; saturates to +-448. Compute capability 8.9
+//        and later.
 #pragma once
 
 #include <type_traits>

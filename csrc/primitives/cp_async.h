@@ -1,13 +1,15 @@
-// Copies from global to shared memory that run beside the thread.
+// Asynchronous copies from global to shared memory (cp.async).
 //
 //   void cp_async_16(void* shared, const void* global, bool valid)
-//        starts a copy of 16 bytes, both addresses aligned to 16; where !valid it reads nothing and
-//        writes zeros
-//   void cp_async_4(...)           the same of 4 bytes
-//   void cp_async_commit()         closes the group of the copies started since the last commit
-//   void cp_async_wait<kPending>() waits until at most the kPending latest groups of this thread
-//   are
-//        under way. What arrived is this thread's to read; other threads read it after a barrier.
+//        Starts a copy of 16 bytes; both addresses are aligned to 16. If !valid, it reads nothing
+//        and writes zeros.
+//   void cp_async_4(void* shared, const void* global, bool valid)
+//        The same for 4 bytes.
+//   void cp_async_commit()
+//        Ends the group of the copies since the last commit.
+//   void cp_async_wait<kPending>()
+//        Waits until at most kPending of this thread's groups are incomplete. This thread may then
+//        read the bytes; other threads may after a barrier.
 #pragma once
 
 #include "primitives/simt.h"

@@ -1,11 +1,11 @@
-// Barriers of a block.
+// Barriers of a thread block.
 //
-//   void sync_threads()                       all threads of the block; orders shared and global
-//                                             memory among them
-//   void sync_named(int id, int num_threads)  `num_threads` threads (whole warps) that name barrier
-//                                             id, 1 .. 15; 0 is sync_threads' own
-//   void arrive_named(int id, int num_threads)    the same arrival without the wait: these threads
-//                                             are counted, and go on
+//   void sync_threads()
+//        All threads of the block. Orders shared and global memory among them.
+//   void sync_named(int id, int num_threads)
+//        Barrier id (1 .. 15) for `num_threads` threads, whole warps. 0 is sync_threads' own.
+//   void arrive_named(int id, int num_threads)
+//        Arrives at barrier id without waiting; `num_threads` includes these threads.
 #pragma once
 
 #include "primitives/simt.h"

@@ -1,19 +1,23 @@
-// Barriers in shared memory that count threads and bytes of copies (compute capability 9.0).
+// Barriers in shared memory that count arrivals of threads and bytes of copies (compute capability
+// 9.0).
 //
-// A phase ends when `count` arrivals have come and every byte that was expected in it has been
-// copied; the next one begins at once. Phases have parities 0, 1, 0, ...: a wait names the parity
-// of the phase whose end it waits for, so a thread that waits for its n-th phase passes n % 2, and
-// a wait with parity 1 on a new barrier returns at once.
+// A phase completes when `count` threads have arrived and all expected bytes have been copied; the
+// next phase begins at once. Phases have parities 0, 1, 0, ... A wait names the parity of the phase
+// that it waits for. So a thread's n-th wait (from 0) passes n % 2, and a wait with parity 1 on a
+// new barrier returns at once.
 //
-//   struct Mbarrier                             8 bytes in shared memory; touched by these only
-//   void mbarrier_init(Mbarrier*, int count)    by one thread, which then calls
-//   void fence_mbarrier_init()                  before a barrier of the block lets others use it
-//   void mbarrier_arrive(Mbarrier*)             one arrival; what the thread did before comes
-//   before
-//                                               what waiting threads do after
-//   void mbarrier_arrive_expect_tx(Mbarrier*, int bytes)    the same, and `bytes` more are expected
-//   void mbarrier_wait(Mbarrier*, int parity)   until that phase has ended; what came before its
-//                                               arrivals and the copies' bytes are there to read
+//   struct Mbarrier
+//        8 bytes in shared memory, accessed by these functions only.
+//   void mbarrier_init(Mbarrier*, int count)
+//        One thread. It then calls fence_mbarrier_init, and then a barrier of the block.
+//   void fence_mbarrier_init()
+//   void mbarrier_arrive(Mbarrier*)
+//        One arrival. Orders what this thread did before what the waiting threads do after.
+//   void mbarrier_arrive_expect_tx(Mbarrier*, int bytes)
+//        One arrival; the phase also expects `bytes` more bytes.
+//   void mbarrier_wait(Mbarrier*, int parity)
+//        Waits until the phase has completed. Its bytes, and what came before its arrivals, are
+//        then visible.
 #pragma once
 
 #include "primitives/simt.h"

@@ -1,8 +1,11 @@
-// Loads and stores. Kernels reach memory through these (and cp_async.h, ldmatrix.h, atomic.h) only,
-// so that the emulator sees each access: bounds, alignment, unwritten bytes, races.
+// Loads and stores. Kernels access memory only through these and cp_async.h, ldmatrix.h, atomic.h,
+// bulk.h and tma.h, so that the emulator checks each access: bounds, alignment, unwritten bytes,
+// races.
 //
-//   T load_global(const T*)   void store_global(T*, T)     T of 1, 2, 4, 8 or 16 bytes, aligned to
-//   its T load_shared(const T*)   void store_shared(T*, T)     size; Bytes16 is the widest
+//   T load_global(const T*)      void store_global(T*, T)
+//   T load_shared(const T*)      void store_shared(T*, T)
+//
+// T has 1, 2, 4, 8 or 16 bytes and is aligned to its size. Bytes16 is the widest.
 #pragma once
 
 #include "primitives/simt.h"

@@ -1,21 +1,28 @@
-// Copies of boxes of a tensor of up to five dimensions (compute capability 9.0).
+// Copies of boxes of a tensor of three to five dimensions by the copy engine (TMA, compute
+// capability 9.0).
 //
 // On the host:
-//   struct TensorMapShape            what the tensor and the box are; dimension 0 is the innermost
-//   TensorMap encode_tensor_map(const TensorMapShape&)    throws std::runtime_error if the driver
-//        refuses it. The map is plain data; it is passed to a kernel inside its Params.
+//   struct TensorMapShape
+//        The tensor and the box; dimension 0 is the innermost.
+//   TensorMap encode_tensor_map(const TensorMapShape&)
+//        Throws std::runtime_error if the driver refuses it. A TensorMap is plain data; a kernel
+//        gets it inside its Params.
+//
 // In a kernel:
 //   void prefetch_tensor_map(const TensorMap*)
-//   void tma_load<kRank>(void* shared, const TensorMap*, Mbarrier*, const int (&at)[kRank])
-//        by one thread: starts the copy of the box whose first element is `at`, and announces
-//        kRank-dimensional box's bytes to the barrier, all of them, as they arrive. Elements
-//        outside of the tensor become zeros. Where the map swizzles, `shared` is aligned to 8 rows
-//        of it (1024 bytes for 128-byte rows).
+//   void tma_load<kRank>(void* shared, const TensorMap*, Mbarrier* barrier, const int (&at)[kRank])
+//        One thread starts the copy of the box at element `at`. All bytes of the box complete on
+//        the barrier. Elements outside the tensor become zeros. With a swizzle, `shared` is aligned
+//        to 8 swizzled rows: 1024 bytes for 128-byte rows.
 //
-// A box lies in shared memory row by row, dimension 0 innermost. A swizzle permutes the 16-byte
-// chunks of its rows, which then have that many bytes: chunk c of row r lies at
-//     k128  c ^ (r % 8)        k64  c ^ (r / 2 % 4)        k32  c ^ (r / 4 % 2)
-// as cuda/tile/smem_tile.cuh has it.
+// A box is stored in shared memory row by row, dimension 0 innermost. A swizzle permutes the
+// 16-byte chunks of its rows, which have the swizzle's width. Chunk c of row r is stored at chunk
+//
+//     k128   c ^ (r % 8)
+//     k64    c ^ (r / 2 % 4)
+//     k32    c ^ (r / 4 % 2)
+//
+// as in cuda/tile/smem_tile.cuh.
 #pragma once
 
 #include "primitives/mbarrier.h"

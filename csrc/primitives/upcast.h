@@ -1,12 +1,14 @@
-// Four 8-bit numbers of a register: made Float16 ones, which hold all of them exactly (NaN stays
-// NaN; compute capability 8.9 and later), or put in another order.
+// Upcasts of four 8-bit elements in a register to Float16, and permutations of a register's bytes.
 //
 //   template <class Stored>  Float8E4M3 or Int8
-//   void upcast(uint32_t four, uint32_t& low, uint32_t& high)    bytes 0 and 1, bytes 2 and 3
-//   uint32_t swap_middle_bytes(uint32_t four)                   bytes 0, 2, 1, 3
+//   void upcast(uint32_t four, uint32_t& low, uint32_t& high)
+//        Bytes 0 and 1 to low, bytes 2 and 3 to high, as Float16. Exact; NaN stays NaN. Compute
+//        capability 8.9 and later.
+//   uint32_t swap_middle_bytes(uint32_t four)
+//        Bytes 0, 2, 1, 3.
 //   uint32_t select_bytes(uint32_t low, uint32_t high, uint32_t which)
-//        of the bytes 0 ... 3 of low and 4 ... 7 of high those that which's four lowest hexadecimal
-//        digits name, the last digit byte 0
+//        PTX's prmt: low holds bytes 0 ... 3, high bytes 4 ... 7. Hexadecimal digit i of `which`
+//        (from the right, i < 4) selects byte i of the result.
 #pragma once
 
 #include "attention/numeric.h"

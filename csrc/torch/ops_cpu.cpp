@@ -1,13 +1,33 @@
 // The ops on CPU tensors.
+#include <array>
+
 #include "cpu/backend.h"
+#include "torch/cache_ops.h"
 #include "torch/executor.h"
 #include "torch/op_namespace.h"
-#include "torch/ops.h"
 
 namespace sink_attention::binding {
 namespace {
 
 struct CpuBackend {
+  // Of a few sequences without an allocation.
+  class Scratch {
+   public:
+    Scratch(const Tensor&, int64_t count) : data_(few_.data()) {
+      if (count <= static_cast<int64_t>(few_.size())) return;
+      many_.resize(count);
+      data_ = many_.data();
+    }
+    Scratch(const Scratch&) = delete;
+    int32_t* data() { return data_; }
+    void add_to(Operands&) const {}
+
+   private:
+    std::array<int32_t, 128> few_{};
+    std::vector<int32_t> many_;
+    int32_t* data_;
+  };
+
   static constexpr bool kReadsValues = true;
   template <class Params>  // FlashFwdParams or FlashBwdParams
   static void fill_unused_rows(const Params& params, const Operands&) {
@@ -24,6 +44,9 @@ struct CpuBackend {
   }
   static void reshape_and_cache(const attention::ReshapeAndCacheParams& params, const Operands&) {
     cpu::reshape_and_cache(params, TorchExecutor());
+  }
+  static void append_kv(const attention::AppendKvParams& params, const Operands&) {
+    cpu::append_kv(params, TorchExecutor());
   }
   static void merge_attn_states(const attention::MergeParams& params, const Operands&) {
     cpu::merge_attn_states(params, TorchExecutor());
@@ -43,7 +66,10 @@ void set_cpu_instruction_set(const std::string& name) { cpu::set_instruction_set
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CPU, m) { Ops<CpuBackend>::register_with(m); }
+STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CPU, m) {
+  Ops<CpuBackend>::register_with(m);
+  CacheOps<CpuBackend>::register_with(m);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("cpu_instruction_set", TORCH_BOX(&cpu_instruction_set));

@@ -3,9 +3,9 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "cuda/backend.h"
+#include "torch/cache_ops.h"
 #include "torch/kernel_family.h"
 #include "torch/op_namespace.h"
-#include "torch/ops.h"
 
 // In torch's CUDA library only: weak, so that this library also loads into a torch without CUDA.
 extern "C" __attribute__((weak)) AOTITorchError
@@ -49,6 +49,17 @@ class Call {
 };
 
 struct CudaBackend {
+  class Scratch {
+   public:
+    Scratch(const Tensor& like, int64_t count)
+        : tensor_(torch::stable::new_empty(like, {count}, ScalarType::Int)) {}
+    int32_t* data() { return static_cast<int32_t*>(tensor_.mutable_data_ptr()); }
+    void add_to(Operands& operands) const { operands.written.push_back(tensor_); }
+
+   private:
+    Tensor tensor_;
+  };
+
   static constexpr bool kReadsValues = false;  // not without waiting for the device
   static bool is_capturing(const Tensor& tensor) {
     const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
@@ -89,6 +100,10 @@ struct CudaBackend {
     const Call call(operands);
     cuda::reshape_and_cache(params, call.stream());
   }
+  static void append_kv(const attention::AppendKvParams& params, const Operands& operands) {
+    const Call call(operands);
+    cuda::append_kv(params, call.stream());
+  }
   static void merge_attn_states(const attention::MergeParams& params, const Operands& operands) {
     const Call call(operands);
     cuda::merge_attn_states(params, call.stream());
@@ -97,7 +112,10 @@ struct CudaBackend {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CUDA, m) { Ops<CudaBackend>::register_with(m); }
+STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CUDA, m) {
+  Ops<CudaBackend>::register_with(m);
+  CacheOps<CudaBackend>::register_with(m);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("cuda_kernel_family", TORCH_BOX(&cuda_kernel_family));

@@ -89,7 +89,8 @@ void start_bulk_add(float* global, const float* shared, int bytes, const Step& s
                        static_cast<int64_t>(reinterpret_cast<uintptr_t>(global)), step);
   if (bytes <= 0) fault(step, "a copy of " + std::to_string(bytes) + " bytes");
   check_range(global, bytes, Access::kWrite, step);
-  if (current().bulk.turn_is_unfenced) fault(step, "no fence_turn_for_copies since semaphore_wait");
+  if (current().bulk.turn_is_unfenced)
+    fault(step, "no fence_proxy_async_global since semaphore_wait");
   begin_async_read(shared, bytes, AsyncReader::kThread, step);
   auto copy = std::make_shared<AsyncCopy>(AsyncCopy{
       AsyncCopy::Kind::kAdd, step, const_cast<char*>(reinterpret_cast<const char*>(shared)),

@@ -5,9 +5,9 @@
 // elements.
 #include "cuda/backend.h"
 #include "emulator/machine.h"
+#include "torch/cache_ops.h"
 #include "torch/kernel_family.h"
 #include "torch/op_namespace.h"
-#include "torch/ops.h"
 
 namespace sink_attention::binding {
 namespace {
@@ -55,6 +55,17 @@ Operands with_workspace(Operands operands, const Tensor& like, int64_t bytes, vo
 }
 
 struct EmulatedBackend {
+  class Scratch {
+   public:
+    Scratch(const Tensor& like, int64_t count)
+        : tensor_(torch::stable::new_empty(like, {count}, ScalarType::Int)) {}
+    int32_t* data() { return static_cast<int32_t*>(tensor_.mutable_data_ptr()); }
+    void add_to(Operands& operands) const { operands.written.push_back(tensor_); }
+
+   private:
+    Tensor tensor_;
+  };
+
   static constexpr bool kReadsValues = false;  // as on CUDA: under the debug switch only
   static bool is_capturing(const Tensor&) { return pretends_to_capture; }
   template <class Params>  // FlashFwdParams or FlashBwdParams
@@ -98,6 +109,10 @@ struct EmulatedBackend {
                                 const Operands& operands) {
     const Visible visible(operands);
     cuda::reshape_and_cache(params, nullptr);
+  }
+  static void append_kv(const attention::AppendKvParams& params, const Operands& operands) {
+    const Visible visible(operands);
+    cuda::append_kv(params, nullptr);
   }
   static void merge_attn_states(const attention::MergeParams& params, const Operands& operands) {
     poison(operands);
@@ -158,6 +173,9 @@ STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("launches", TORCH_BOX(&launches));
   m.impl("workspace_bytes", TORCH_BOX(&workspace_bytes));
 }
-STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CPU, m) { Ops<EmulatedBackend>::register_with(m); }
+STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CPU, m) {
+  Ops<EmulatedBackend>::register_with(m);
+  CacheOps<EmulatedBackend>::register_with(m);
+}
 
 }  // namespace sink_attention::binding

@@ -1,20 +1,20 @@
-// Sums so long that their error would grow with their length: collected in pieces of about two
-// thousand terms, each of which is banked.
+// Compensated long sums: the rounding error does not grow with the number of terms.
 //
-// total += piece, and what the addition rounds off stays in the piece, exactly (Knuth's two-sum),
-// where the next terms are added to it. So the error of a sum is that of its pieces, however many
-// there are. Banking once more, without new terms, changes nothing: a sum has the same bits whether
-// or not it was banked where it has no term.
+// A sum is taken in pieces of about two thousand terms. At the end of a piece it is banked: total
+// += piece, and the rounding error of that addition stays in the piece, exactly (Knuth's two-sum).
+// The next terms are added to it. So the error of a sum is that of one piece, however many pieces
+// there are. Banking a piece without new terms changes no bit, so pieces that a mask leaves empty
+// do not matter.
 #pragma once
 
 #include "cpu/simd/vec.h"
 
 namespace sink_attention::cpu::SA_ISA {
 
-constexpr int64_t kPieceKeys = 2048;  // of a row's sums over keys, counted from key 0
-constexpr int64_t kPieceRows = 2048;  // of a key's sums over rows
+constexpr int64_t kPieceKeys = 2048;  // a piece of a row's sums over keys, counted from key 0
+constexpr int64_t kPieceRows = 2048;  // a piece of a key's sums over rows
 
-// An infinite total has no remainder; inf - inf must not make a NaN of it.
+// The rounding error of sum = total + piece. It is 0 for an infinite total, where inf - inf is NaN.
 template <class AnyReal>
 SA_INLINE AnyReal remainder_of_sum(AnyReal total, AnyReal piece, AnyReal sum) {
   const AnyReal added = sum - total;
@@ -29,7 +29,7 @@ SA_INLINE void bank(Real& total, Real& piece) {
   total = sum;
 }
 
-// The same for `count` numbers, whole vectors, after the factors have been multiplied in.
+// The same for `count` elements (whole vectors), each first multiplied by its factor.
 template <class Real>
 SA_INLINE void bank(Real* totals, Real* pieces, int64_t count, Real total_factor = Real(1),
                     Real piece_factor = Real(1)) {

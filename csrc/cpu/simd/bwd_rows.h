@@ -1,4 +1,4 @@
-// The backward's row-wise parts: delta and ds_aux before, dQ's rounding after.
+// The backward's work on rows: delta and ds_aux before the tiles, dQ's scaling and rounding after.
 #pragma once
 
 #include "cpu/simd/banked_sum.h"
@@ -8,8 +8,7 @@ namespace sink_attention::cpu::SA_ISA {
 
 using attention::FlashBwdParams;
 
-// In the precision that the forward reads it in, so that a row without keys has exp(s_aux - lse)
-// = 1.
+// Reads the sink in the forward's precision, so that exp(s_aux - lse) = 1 in a row without keys.
 template <class Real>
 SA_INLINE Real read_sink(const FlashFwdParams& params, int64_t head_idx) {
   Real value;
@@ -18,8 +17,8 @@ SA_INLINE Real read_sink(const FlashFwdParams& params, int64_t head_idx) {
   return value;
 }
 
-// sum over rows of exp(sink - lse) * -delta: a vector of exponentials at a time, added up in double
-// in the rows' order.
+// sum over rows of exp(sink - lse) * -delta. Exponentials are vectorised; the sum is in double, in
+// the rows' order.
 template <class Real>
 double sink_gradient(Real sink, const Real* lse, const Real* delta, int64_t rows) {
   constexpr int kStep = kLanes<Real>;
@@ -29,7 +28,7 @@ double sink_gradient(Real sink, const Real* lse, const Real* delta, int64_t rows
     Real lanes[kStep];
     for (int i = 0; i < kStep; ++i) lanes[i] = i < count ? lse[row + i] : sink;
     const Vec<Real> exponent = (sink - load(lanes)) * static_cast<Real>(attention::kLog2E);
-    // Equal where both are +inf, too.
+    // The comparison also catches sink = lse = +inf, whose difference is NaN.
     store(lanes, load(lanes) == broadcast(sink) ? broadcast(Real(1)) : exp2(exponent));
     for (int64_t i = 0; i < count; ++i) {
       sum -= static_cast<double>(lanes[i]) * static_cast<double>(delta[row + i]);
@@ -38,7 +37,8 @@ double sink_gradient(Real sink, const Real* lse, const Real* delta, int64_t rows
   return sum;
 }
 
-// For every row of one head of one sequence: delta = <dout, out> - dlse, and the head's part of
+// For one head of one sequence: writes delta = <dout, out> - dlse of every row, and returns its
+// part of
 //   ds_aux = sum over rows of exp(s_aux - lse) * (dlse - <dout, out>).
 template <class Arithmetic>
 double bwd_preprocess(const FlashBwdParams& bwd, int64_t batch_idx, int64_t head_idx,
@@ -78,7 +78,7 @@ double bwd_preprocess(const FlashBwdParams& bwd, int64_t batch_idx, int64_t head
   return sink_gradient(sink, lse, delta, info.seqlen_q);
 }
 
-// Calls body(row of dq, row of the accumulator) for the rows [q_begin, q_end) of one kv head.
+// Calls body(row of dq, row of the accumulator) for all rows of one kv head at `positions`.
 template <class Arithmetic, class Body>
 SA_INLINE void for_dq_rows(const FlashBwdParams& bwd, int64_t batch_idx, int64_t kv_head_idx,
                            Range positions, char* dq_accumulator, const Body& body) {
@@ -89,16 +89,16 @@ SA_INLINE void for_dq_rows(const FlashBwdParams& bwd, int64_t batch_idx, int64_t
   const int64_t columns = Geometry<Arithmetic>::columns(params.head_dim);
   Real* row = reinterpret_cast<Real*>(dq_accumulator) + positions.begin * qhead_per_khead * columns;
   for (int64_t position = positions.begin; position < positions.end; ++position) {
-    for (int64_t g = 0; g < qhead_per_khead; ++g, row += columns) {
+    for (int64_t i = 0; i < qhead_per_khead; ++i, row += columns) {
       const int64_t offset = info.q_batch * bwd.dq_stride_batch +
                              (info.q_row + position) * bwd.dq_stride_row +
-                             (kv_head_idx * qhead_per_khead + g) * bwd.dq_stride_head;
+                             (kv_head_idx * qhead_per_khead + i) * bwd.dq_stride_head;
       body(element(bwd.dq, params.dtype, offset), row);
     }
   }
 }
 
-// Banks the accumulator, the sums over a piece of the keys, in dq itself, whose numbers are Real.
+// Banks the accumulator (the sums over a piece of the keys) in dq itself, whose type is Real.
 template <class Arithmetic>
 void bwd_bank_dq(const FlashBwdParams& bwd, int64_t batch_idx, int64_t kv_head_idx, Range positions,
                  char* dq_accumulator, bool is_first) {
@@ -117,7 +117,7 @@ void bwd_bank_dq(const FlashBwdParams& bwd, int64_t batch_idx, int64_t kv_head_i
                           });
 }
 
-// Writes dq out of the accumulator, and of itself where something was banked.
+// Writes the final dq, from the accumulator and, if was_banked, from dq itself.
 template <class Arithmetic>
 void bwd_store_dq(const FlashBwdParams& bwd, int64_t batch_idx, int64_t kv_head_idx,
                   Range positions, char* dq_accumulator, bool was_banked) {

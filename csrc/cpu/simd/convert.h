@@ -1,4 +1,4 @@
-// Rows of numbers in memory to and from float or double, for every element type.
+// Conversion of rows in memory to and from float or double, for every element type.
 #pragma once
 
 #include "attention/paged_kv.h"
@@ -19,7 +19,7 @@ SA_INLINE void* element(void* base, DataType dtype, int64_t offset) {
   return static_cast<char*>(base) + offset * attention::bytes_of(dtype);
 }
 
-// destination[i] = source[i] * scale; scale is 1 but for 8-bit numbers.
+// destination[i] = source[i] * scale. Only 8-bit types have a scale; it is 1 for all others.
 template <class Real>
 SA_INLINE void load_row(const void* source, DataType dtype, int64_t count, Real scale,
                         Real* destination) {

@@ -1,11 +1,11 @@
-// A job of the forward: a tile of one kv head against keys packed ahead, or, in decode, a tile of
-// several kv heads against keys that only this job reads.
+// One job of the forward (kernels.h):
 //
-// Several kv heads take turns at each block of keys because what counts in decode is to read the
-// cache in the order in which it lies. In a cache [page][slot][head][dim] one head's rows are a
-// small piece of each token's; read alone they keep a few of the memory's channels busy (8.5 of 21
-// GB/s measured on a Zen 4 server). So all heads go over some keys while the next keys' tokens are
-// prefetched whole.
+//   prefill   a tile of one kv head, against keys that were packed ahead
+//   decode    a tile of several kv heads, against keys that only this job reads
+//
+// Decode is bound by memory bandwidth, so the cache [page][slot][head][dim] is read in memory
+// order. One head's rows are a small part of each token's: read alone, they reached 8.5 of 21 GB/s
+// on a Zen 4 server. So all heads process a few keys while the next tokens are prefetched whole.
 #pragma once
 
 #include "cpu/simd/fwd_tile.h"
@@ -15,11 +15,10 @@ namespace sink_attention::cpu::SA_ISA {
 
 template <class Arithmetic>
 FwdPlan plan_fwd(const FlashFwdParams& params) {
-  return ForwardTile<Arithmetic>::make_plan(params);
+  return FwdTile<Arithmetic>::make_plan(params);
 }
 
-// Packs one block of keys for the kv heads [head_begin, head_end), one after the other into
-// `packed`.
+// Packs one block of keys of the kv heads [head_begin, head_end), head after head, into `packed`.
 template <class Arithmetic>
 void pack_blocks(const FlashFwdParams& params, const FwdPlan& plan, int64_t batch_idx,
                  int64_t head_begin, int64_t head_end, int64_t block_idx,
@@ -54,46 +53,46 @@ void pack_blocks(const FlashFwdParams& params, const FwdPlan& plan, int64_t batc
   }
 }
 
-// One strip of each kv head of a task against blocks of keys read where they lie (in_place.h).
+// The job's strips, one per kv head, against blocks of keys that are read in place (in_place.h).
 template <class Arithmetic>
 class StripsInPlace {
   using Unit = typename Arithmetic::Unit;
   using Real = typename Arithmetic::Real;
-  using Tile = ForwardTile<Arithmetic>;
+  using Tile = FwdTile<Arithmetic>;
   using Geo = Geometry<Arithmetic>;
 
-  // Keys that all heads go over before the next ones, which are fetched meanwhile: few enough for
-  // both to stay in L2, enough to make up for loading and storing each head's output once a chunk.
+  // Keys that all heads process before the next chunk, which is prefetched meanwhile. Two chunks
+  // fit in L2; a chunk is long enough to hide one load and store of each head's O.
   static constexpr int64_t kChunkKeys = 64;
 
  public:
-  StripsInPlace(const FlashFwdParams& params, const FwdPlan& plan, const FwdTask& task)
+  StripsInPlace(const FlashFwdParams& params, const FwdPlan& plan, const FwdJob& job)
       : params_(params),
         plan_(plan),
-        task_(task),
-        first_(params, plan, task, task.kv_head_begin),
-        heads_(task.kv_head_end - task.kv_head_begin),
+        job_(job),
+        first_(params, plan, job, job.kv_head_begin),
+        heads_(job.kv_head_end - job.kv_head_begin),
         rows_(static_cast<int>(first_.rows)),
         stride_(Tile::score_stride(plan)),
         kv_bytes_(attention::bytes_of(params.kv_dtype)),
-        readable_(first_.mask.visible_keys(task.q_begin, task.q_end)),
-        keys_(attention::key_rows(params, task.batch_idx, first_.info, task.kv_head_begin,
-                                  readable_)),
-        values_(attention::value_rows(params, task.batch_idx, first_.info, task.kv_head_begin,
+        readable_(first_.mask.visible_keys(job.q_begin, job.q_end)),
+        keys_(
+            attention::key_rows(params, job.batch_idx, first_.info, job.kv_head_begin, readable_)),
+        values_(attention::value_rows(params, job.batch_idx, first_.info, job.kv_head_begin,
                                       readable_)) {
     for (int64_t head = 0; head < heads_; ++head) {
-      strip_to_lanes(of_head(first_.scratch.q, head), Tile::q_stride(params), rows_,
-                     Geo::units(params.head_dim), of_head(first_.scratch.q_lanes, head));
+      transpose_strip(of_head(first_.scratch.q, head), Tile::q_stride(params), rows_,
+                      Geo::units(params.head_dim), of_head(first_.scratch.q_transposed, head));
     }
   }
 
-  // Number idx of the task's blocks.
+  // Attends to entry idx of the job's list of blocks.
   void attend_block(int64_t idx) {
-    const int64_t first = task_.blocks.block(idx) * plan_.block_keys;
-    const auto [seen_begin, seen_end] = first_.seen_panels(first, 0, rows_);
-    if (seen_begin >= seen_end) return;
-    const int64_t begin = first + seen_begin;
-    const int64_t end = first + seen_end;
+    const int64_t first = job_.blocks.block(idx) * plan_.block_keys;
+    const auto [visible_begin, visible_end] = first_.visible_panels(first, 0, rows_);
+    if (visible_begin >= visible_end) return;
+    const int64_t begin = first + visible_begin;
+    const int64_t end = first + visible_end;
     for (int64_t key = begin; key < end; key += kChunkKeys) {
       RowPrefetcher ahead =
           key + kChunkKeys < end ? fetch_keys(key + kChunkKeys, end) : fetch_values(begin, end);
@@ -101,8 +100,8 @@ class StripsInPlace {
     }
     Real rescale[kMaxHeadsPerJob][kTileRows];
     for (int64_t head = 0; head < heads_; ++head) {
-      Tile(params_, plan_, task_, task_.kv_head_begin + head)
-          .softmax(first, 0, rows_, seen_begin, seen_end, rescale[head]);
+      Tile(params_, plan_, job_, job_.kv_head_begin + head)
+          .softmax(first, 0, rows_, visible_begin, visible_end, rescale[head]);
     }
     for (int64_t key = begin; key < end; key += kChunkKeys) {
       RowPrefetcher ahead =
@@ -115,14 +114,15 @@ class StripsInPlace {
   }
 
  private:
-  // Where a chunk's rows lie.
+  // The addresses of a chunk's rows.
   struct Chunk {
-    bool is_whole;                 // no key is missing
+    bool is_whole;                 // every key may be read
     const char* rows[kChunkKeys];  // of the first head; null for a key that may not be read
     const char* rows_of_head[kChunkKeys];
 
-    // Addresses of rows of the head `offset` bytes on, to which the returned offset is to be added.
-    const char* const* turn_to_head(int64_t& offset, int64_t count) {
+    // The addresses of another head's rows, `offset` bytes from the first head's. The caller adds
+    // `offset` to each address; if the addresses include it already, it is set to 0.
+    const char* const* rows_for_head(int64_t& offset, int64_t count) {
       alignas(64) static const Real zeros[kMaxHeadDim] = {};
       if (is_whole) return rows;
       for (int64_t i = 0; i < count; ++i) {
@@ -147,10 +147,10 @@ class StripsInPlace {
     return {
         keys_, params_.k_stride_head * kv_bytes_, heads_, {begin, min_of(begin + kChunkKeys, end)}};
   }
-  // The first keys of the block after number idx of the task's, whose keys end at `end`.
+  // The first keys of the block after entry idx; none after the job's last block.
   RowPrefetcher fetch_next_block(int64_t idx, int64_t end) const {
-    if (idx + 1 == task_.idx_end) return fetch_keys(end, end);
-    const int64_t first = task_.blocks.block(idx + 1) * plan_.block_keys;
+    if (idx + 1 == job_.idx_end) return fetch_keys(end, end);
+    const int64_t first = job_.blocks.block(idx + 1) * plan_.block_keys;
     const Range next = readable_.within({first, first + plan_.block_keys});
     return fetch_keys(next.begin, next.end);
   }
@@ -161,115 +161,115 @@ class StripsInPlace {
             {begin, min_of(begin + kChunkKeys, end)}};
   }
 
-  // The same piece of scratch of a head further on.
+  // The scratch of another head: the same array as `of_first`.
   template <class T>
   T* of_head(T* of_first, int64_t head) const {
     return reinterpret_cast<T*>(reinterpret_cast<char*>(of_first) +
                                 head * plan_.tile_scratch_bytes);
   }
 
-  // Scores of the keys [key, key + count) of all heads, to column `column` of each head's scores.
+  // Computes S of the keys [key, key + count) for all heads, from column `column` of their scores
+  // on.
   void score_chunk(int64_t key, int64_t count, int64_t column, RowPrefetcher& ahead) const {
     constexpr int kKeys = std::min(kMaxScoreKeys, Geo::kPanel);
     Chunk chunk;
     find_chunk(keys_, key, count, chunk);
     for (int64_t head = 0; head < heads_; ++head) {
       int64_t offset = head * params_.k_stride_head * kv_bytes_;
-      const char* const* rows = chunk.turn_to_head(offset, count);
+      const char* const* rows = chunk.rows_for_head(offset, count);
       Real* scores = of_head(first_.scratch.scores, head) + column;
       for (int64_t i = 0; i < count; i += kKeys) {
         score_keys<Arithmetic, kKeys>(rows + i, offset, Geo::units(params_.head_dim),
-                                      of_head(first_.scratch.q_lanes, head), scores + i, stride_,
-                                      ahead);
+                                      of_head(first_.scratch.q_transposed, head), scores + i,
+                                      stride_, ahead);
       }
     }
   }
 
-  // Adds the values of these keys to all heads' outputs.
+  // O = O * rescale + P V of the same keys, for all heads.
   void accumulate_chunk(int64_t key, int64_t count, int64_t column,
                         const Real (*rescale)[kTileRows], RowPrefetcher& ahead) const {
     Chunk chunk;
     find_chunk(values_, key, count, chunk);
     for (int64_t head = 0; head < heads_; ++head) {
       int64_t offset = head * params_.v_stride_head * kv_bytes_;
-      const char* const* rows = chunk.turn_to_head(offset, count);
-      const Unit* weights =
+      const char* const* rows = chunk.rows_for_head(offset, count);
+      const Unit* p =
           reinterpret_cast<const Unit*>(of_head(first_.scratch.scores, head)) + column / Geo::kPair;
       Real* out = of_head(first_.scratch.out, head);
       for (int64_t dim = 0; dim < params_.head_dim_v; dim += Geo::kPanel) {
         accumulate_columns_rows<Arithmetic>(rows_, rows, offset + dim * kv_bytes_,
-                                            count / Geo::kPair, rest_of_chain(key / Geo::kPair),
-                                            weights, stride_, rescale[head], out + dim,
-                                            params_.head_dim_v, &ahead);
+                                            count / Geo::kPair, rest_of_chain(key / Geo::kPair), p,
+                                            stride_, rescale[head], out + dim, params_.head_dim_v,
+                                            &ahead);
       }
     }
   }
 
   const FlashFwdParams& params_;
   const FwdPlan& plan_;
-  const FwdTask& task_;
+  const FwdJob& job_;
   const Tile first_;  // of the first head
   const int64_t heads_;
   const int rows_;
   const int64_t stride_;
-  const int64_t kv_bytes_;  // of one number
+  const int64_t kv_bytes_;  // of one element
   const attention::KeySet readable_;
   const KeyRows keys_, values_;  // of the first head
 };
 
 template <class Arithmetic>
-void fwd_tile(const FlashFwdParams& params, const FwdPlan& plan, const FwdTask& task) {
-  using Tile = ForwardTile<Arithmetic>;
-  const int64_t heads = task.kv_head_end - task.kv_head_begin;
+void fwd_job(const FlashFwdParams& params, const FwdPlan& plan, const FwdJob& job) {
+  using Tile = FwdTile<Arithmetic>;
+  const int64_t heads = job.kv_head_end - job.kv_head_begin;
   const int64_t block_bytes = plan.packed_k_bytes + plan.packed_v_bytes;
-  char* packed_here = task.scratch + heads * plan.tile_scratch_bytes;
-  for (int64_t head = task.kv_head_begin; head < task.kv_head_end; ++head) {
-    Tile(params, plan, task, head).load_q();
+  char* packed_here = job.scratch + heads * plan.tile_scratch_bytes;
+  for (int64_t head = job.kv_head_begin; head < job.kv_head_end; ++head) {
+    Tile(params, plan, job, head).load_q();
   }
-  const int64_t rows = (task.q_end - task.q_begin) * (params.num_heads_q / params.num_heads_kv);
+  const int64_t rows = (job.q_end - job.q_begin) * (params.num_heads_q / params.num_heads_kv);
   const attention::KeySet readable =
-      Tile(params, plan, task, task.kv_head_begin).mask.visible_keys(task.q_begin, task.q_end);
+      Tile(params, plan, job, job.kv_head_begin).mask.visible_keys(job.q_begin, job.q_end);
   const bool in_place =
-      task.packed == nullptr && rows <= kTileRows && can_read_in_place<Arithmetic>(params);
+      job.packed == nullptr && rows <= kTileRows && can_read_in_place<Arithmetic>(params);
   int64_t pieces_banked = 0;
   const auto bank_before = [&](int64_t idx) {
-    if (idx == task.idx_begin ||
-        Tile::piece(plan, task.blocks.block(idx)) == Tile::piece(plan, task.blocks.block(idx - 1)))
+    if (idx == job.idx_begin ||
+        Tile::piece(plan, job.blocks.block(idx)) == Tile::piece(plan, job.blocks.block(idx - 1)))
       return;
-    for (int64_t head = task.kv_head_begin; head < task.kv_head_end; ++head) {
-      Tile(params, plan, task, head).bank_piece(pieces_banked == 0);
+    for (int64_t head = job.kv_head_begin; head < job.kv_head_end; ++head) {
+      Tile(params, plan, job, head).bank_piece(pieces_banked == 0);
     }
     ++pieces_banked;
   };
   if constexpr (kHasStripVec<typename Arithmetic::Real>) {
     if (in_place) {
-      StripsInPlace<Arithmetic> strips(params, plan, task);
-      for (int64_t idx = task.idx_begin; idx < task.idx_end; ++idx) {
+      StripsInPlace<Arithmetic> strips(params, plan, job);
+      for (int64_t idx = job.idx_begin; idx < job.idx_end; ++idx) {
         bank_before(idx);
         strips.attend_block(idx);
       }
     }
   }
-  for (int64_t idx = task.idx_begin; idx < task.idx_end && !in_place; ++idx) {
+  for (int64_t idx = job.idx_begin; idx < job.idx_end && !in_place; ++idx) {
     bank_before(idx);
-    const int64_t block_idx = task.blocks.block(idx);
+    const int64_t block_idx = job.blocks.block(idx);
     const char* packed = packed_here;
-    if (task.packed == nullptr) {
-      pack_blocks<Arithmetic>(params, plan, task.batch_idx, task.kv_head_begin, task.kv_head_end,
+    if (job.packed == nullptr) {
+      pack_blocks<Arithmetic>(params, plan, job.batch_idx, job.kv_head_begin, job.kv_head_end,
                               block_idx, readable, packed_here);
     } else {
-      packed = task.packed + task.packed_blocks.index(block_idx) * block_bytes;
+      packed = job.packed + job.packed_blocks.index(block_idx) * block_bytes;
     }
-    for (int64_t head = task.kv_head_begin; head < task.kv_head_end;
-         ++head, packed += block_bytes) {
-      Tile(params, plan, task, head).attend_block(block_idx, packed);
+    for (int64_t head = job.kv_head_begin; head < job.kv_head_end; ++head, packed += block_bytes) {
+      Tile(params, plan, job, head).attend_block(block_idx, packed);
     }
   }
-  for (int64_t head = task.kv_head_begin; head < task.kv_head_end; ++head) {
-    Tile tile(params, plan, task, head);
-    if (pieces_banked > 0) tile.take_totals();
-    if (task.partial != nullptr) {
-      tile.store_partial(task.partial + (head - task.kv_head_begin) * task.partial_stride);
+  for (int64_t head = job.kv_head_begin; head < job.kv_head_end; ++head) {
+    Tile tile(params, plan, job, head);
+    if (pieces_banked > 0) tile.load_totals();
+    if (job.partial != nullptr) {
+      tile.store_partial(job.partial + (head - job.kv_head_begin) * job.partial_stride);
     } else {
       tile.finish();
     }
@@ -277,15 +277,15 @@ void fwd_tile(const FlashFwdParams& params, const FwdPlan& plan, const FwdTask& 
 }
 
 template <class Arithmetic>
-void combine_splits(const FlashFwdParams& params, const FwdPlan& plan, const FwdTask& task,
+void combine_splits(const FlashFwdParams& params, const FwdPlan& plan, const FwdJob& job,
                     int64_t num_splits, int64_t split_stride) {
-  ForwardTile<Arithmetic> tile(params, plan, task, task.kv_head_begin);
+  FwdTile<Arithmetic> tile(params, plan, job, job.kv_head_begin);
   tile.clear_sums();
   for (int64_t split = 0; split < num_splits; ++split) {
-    tile.merge_partial(task.partial + split * split_stride);
+    tile.merge_partial(job.partial + split * split_stride);
     tile.bank_piece(split == 0);
   }
-  tile.take_totals();
+  tile.load_totals();
   tile.finish();
 }
 

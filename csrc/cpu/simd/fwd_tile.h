@@ -1,10 +1,12 @@
-// One tile of the forward: tile_positions query positions, all query heads of one kv head, against
-// blocks of keys.
+// One tile of the forward (kernels.h) against blocks of keys:
 //
-// Rows are (position, head of the group), position-major, so that neighbouring rows share their
-// mask; row r of a tile is position q_begin + r / group, head r % group. For each block of keys
-// (packed once, in cache), strips of kTileRows rows are scored (kTileRows x block_keys in L1),
-// softened and multiplied with V while the strip's weights are still in L1.
+//   for each block of keys (packed, in L2)
+//     for each strip of kTileRows rows
+//       S = Q K^T                  kTileRows x block_keys, in L1
+//       P = online softmax of S    in place
+//       O = O * rescale + P V
+//
+// Rows are position-major PackGQA rows, so neighbouring rows share their mask.
 #pragma once
 
 #include "attention/seqlen_info.h"
@@ -20,10 +22,10 @@ using attention::FlashFwdParams;
 using attention::Mask;
 using attention::SeqlenInfo;
 
-constexpr int64_t kTargetRows = 128;  // rows a tile: K and V are read from L2 once for so many rows
+constexpr int64_t kTargetRows = 128;  // of a tile: K and V are read from L2 once per tile
 
-// Hands out pieces of a thread's scratch, each aligned to 64 bytes. With a null base it only
-// counts.
+// Bump allocator over a thread's scratch, aligned to 64 bytes. With a null base it only counts
+// bytes.
 class BumpAllocator {
  public:
   explicit BumpAllocator(char* base) : base_(base) {}
@@ -41,24 +43,24 @@ class BumpAllocator {
 };
 
 template <class Arithmetic>
-struct ForwardTile {
+struct FwdTile {
   using Real = typename Arithmetic::Real;
   using Unit = typename Arithmetic::Unit;
   using Geo = Geometry<Arithmetic>;
 
   struct Scratch {
     Unit* q;                // [rows][q_stride]
-    Unit* q_lanes;          // [q_stride][kTileRows]: one strip's q for keys read in place
-    Real* out;              // [rows][columns(head_dim_v)], not yet divided
+    Unit* q_transposed;     // [q_stride][kTileRows]: a strip's q for keys read in place
+    Real* out;              // [rows][columns(head_dim_v)]: O, not yet divided by the sum
     RowState<Real>* state;  // [rows]
-    Real* total_out;        // what was banked of both (banked_sum.h)
+    Real* total_out;        // banked totals of out and state (banked_sum.h)
     RowState<Real>* total_state;
-    Real* scores;  // [kTileRows][score_stride], weights in place
+    Real* scores;  // [kTileRows][score_stride]: S, then P in place
   };
 
   const FlashFwdParams& params;
   const FwdPlan& plan;
-  const FwdTask& task;
+  const FwdJob& job;
   int64_t kv_head_idx;
   int64_t qhead_per_khead;
   int64_t rows;
@@ -71,7 +73,7 @@ struct ForwardTile {
                             BumpAllocator& allocator, Scratch& scratch) {
     const int64_t rows = plan.tile_positions * (params.num_heads_q / params.num_heads_kv);
     scratch.q = allocator.take<Unit>(rows * q_stride(params));
-    scratch.q_lanes = allocator.take<Unit>(q_stride(params) * kTileRows);
+    scratch.q_transposed = allocator.take<Unit>(q_stride(params) * kTileRows);
     scratch.out = allocator.take<Real>(rows * Geo::columns(params.head_dim_v));
     scratch.state = allocator.take<RowState<Real>>(rows);
     scratch.total_out = allocator.take<Real>(rows * Geo::columns(params.head_dim_v));
@@ -81,7 +83,7 @@ struct ForwardTile {
   static int64_t q_stride(const FlashFwdParams& params) {
     return round_up(Geo::units(params.head_dim), max_of(Geo::kLanesReal, kTileRows));
   }
-  // One vector more than a block, so that the strip's rows do not fall on the same cache sets.
+  // A block and one vector, so that the strip's rows do not map to the same cache sets.
   static int64_t score_stride(const FwdPlan& plan) { return plan.block_keys + Geo::kLanesReal; }
 
   static FwdPlan make_plan(const FlashFwdParams& params) {
@@ -107,22 +109,21 @@ struct ForwardTile {
     return plan;
   }
 
-  ForwardTile(const FlashFwdParams& params, const FwdPlan& plan, const FwdTask& task,
-              int64_t kv_head_idx)
+  FwdTile(const FlashFwdParams& params, const FwdPlan& plan, const FwdJob& job, int64_t kv_head_idx)
       : params(params),
         plan(plan),
-        task(task),
+        job(job),
         kv_head_idx(kv_head_idx),
         qhead_per_khead(params.num_heads_q / params.num_heads_kv),
-        rows((task.q_end - task.q_begin) * qhead_per_khead),
-        info(attention::seqlen_info(params, task.batch_idx)),
+        rows((job.q_end - job.q_begin) * qhead_per_khead),
+        info(attention::seqlen_info(params, job.batch_idx)),
         mask(attention::make_mask(params, info)),
         scale(score_scale<Real>(params)) {
-    BumpAllocator tile(task.scratch + (kv_head_idx - task.kv_head_begin) * plan.tile_scratch_bytes);
+    BumpAllocator tile(job.scratch + (kv_head_idx - job.kv_head_begin) * plan.tile_scratch_bytes);
     allocate_tile(params, plan, tile, scratch);
   }
 
-  int64_t position(int64_t row) const { return task.q_begin + row / qhead_per_khead; }
+  int64_t position(int64_t row) const { return job.q_begin + row / qhead_per_khead; }
   int64_t head(int64_t row) const { return kv_head_idx * qhead_per_khead + row % qhead_per_khead; }
 
   void load_q() {
@@ -144,13 +145,13 @@ struct ForwardTile {
     memset(scratch.out, 0, rows * Geo::columns(params.head_dim_v) * sizeof(Real));
   }
 
-  // The piece of the sums over keys that a block belongs to.
+  // The piece of the sums over keys (banked_sum.h) that holds a block.
   static int64_t piece(const FwdPlan& plan, int64_t block_idx) {
     return block_idx * plan.block_keys / kPieceKeys;
   }
 
-  // Adds out and state, the sums over a piece of the keys, to the totals; what that rounds off
-  // stays.
+  // Adds out and state, the sums over a piece of the keys, to the totals. The rounding error stays
+  // in out and state.
   void bank_piece(bool is_first) {
     const int64_t columns = Geo::columns(params.head_dim_v);
     for (int64_t row = 0; row < rows; ++row) {
@@ -175,14 +176,14 @@ struct ForwardTile {
     }
   }
 
-  // Leaves the totals in out and state, where something was banked.
-  void take_totals() {
+  // Moves the totals to out and state. Only where something was banked.
+  void load_totals() {
     bank_piece(false);
     memcpy(scratch.state, scratch.total_state, rows * sizeof(RowState<Real>));
     memcpy(scratch.out, scratch.total_out, rows * Geo::columns(params.head_dim_v) * sizeof(Real));
   }
 
-  // All rows against a block of keys, packed K and V side by side.
+  // All rows against a packed block of keys: its K, then its V.
   void attend_block(int64_t block_idx, const char* packed) {
     const Unit* k = reinterpret_cast<const Unit*>(packed);
     const Unit* v = reinterpret_cast<const Unit*>(packed + plan.packed_k_bytes);
@@ -192,19 +193,19 @@ struct ForwardTile {
     }
   }
 
-  // The keys of a block that some row of [row, row + count) sees, in whole panels counted from the
-  // block's first key.
-  Range seen_panels(int64_t first, int64_t row, int count) const {
-    const Range seen = mask.visible_keys(position(row), position(row + count - 1) + 1)
-                           .within({first, first + plan.block_keys});
-    if (seen.begin >= seen.end) return {0, 0};
-    return {(seen.begin - first) / Geo::kPanel * Geo::kPanel,
-            round_up(seen.end - first, Geo::kPanel)};
+  // The panels of the block at key `first` that some row of [row, row + count) sees, as a range of
+  // keys counted from `first`.
+  Range visible_panels(int64_t first, int64_t row, int count) const {
+    const Range visible = mask.visible_keys(position(row), position(row + count - 1) + 1)
+                              .within({first, first + plan.block_keys});
+    if (visible.begin >= visible.end) return {0, 0};
+    return {(visible.begin - first) / Geo::kPanel * Geo::kPanel,
+            round_up(visible.end - first, Geo::kPanel)};
   }
 
-  // Rows [row, row + count) against one block of keys that starts at key `first`.
+  // Rows [row, row + count) against the block of keys at key `first`.
   void attend_strip(int64_t first, int64_t row, int count, const Unit* k, const Unit* v) {
-    const auto [begin, end] = seen_panels(first, row, count);
+    const auto [begin, end] = visible_panels(first, row, count);
     if (begin >= end) return;
     score(k, row, count, begin, end);
     Real rescale[kTileRows];
@@ -212,35 +213,35 @@ struct ForwardTile {
     accumulate(v, row, count, begin, end, rescale);
   }
 
-  // Scores to weights; rescale[i] is what the earlier output of row + i is to be multiplied with.
-  // Not inlined: one copy serves every path, so that none rounds differently.
+  // S -> P of the strip; rescale[i] is the factor for row + i of O. Not inlined: every path uses
+  // the same code, so all round alike.
   __attribute__((noinline)) void softmax(int64_t first, int64_t row, int count, int64_t begin,
                                          int64_t end, Real* rescale) {
     const int64_t origin = first + begin;
     for (int i = 0; i < count; ++i) {
-      const attention::KeySet seen = mask.visible_keys(position(row + i));
-      const Range keys = seen.within({origin, first + end});
+      const attention::KeySet visible = mask.visible_keys(position(row + i));
+      const Range keys = visible.within({origin, first + end});
       rescale[i] =
           softmax_row<Arithmetic>(scratch.scores + i * score_stride(plan), end - begin,
                                   {keys.begin - origin, keys.end - origin},
-                                  hidden_keys(seen, position(row + i), {origin, first + end}),
+                                  masked_keys(visible, position(row + i), {origin, first + end}),
                                   scale, scratch.state[row + i]);
     }
   }
 
-  // What a position does not see between its first and its last key among `keys`, counted from
-  // the first of these.
-  HiddenKeys hidden_keys(const attention::KeySet& seen, int64_t position, Range keys) const {
-    HiddenKeys hidden{};
-    if (seen.sink_end > 0) {
-      hidden.gap = {seen.sink_end - keys.begin, seen.window.begin - keys.begin};
+  // The masked keys between a position's first and last visible key in `keys`, counted from
+  // keys.begin.
+  MaskedKeys masked_keys(const attention::KeySet& visible, int64_t position, Range keys) const {
+    MaskedKeys masked{};
+    if (visible.sink_end > 0) {
+      masked.gap = {visible.sink_end - keys.begin, visible.window.begin - keys.begin};
     }
     if (mask.tree != nullptr && keys.end > mask.context()) {
-      hidden.has_drafts = true;
-      hidden.first_draft = mask.context() - keys.begin;
-      hidden.visible_drafts = mask.visible_drafts(position);
+      masked.has_drafts = true;
+      masked.first_draft = mask.context() - keys.begin;
+      masked.visible_drafts = mask.visible_drafts(position);
     }
-    return hidden;
+    return masked;
   }
 
   void score(const Unit* k, int64_t row, int count, int64_t begin, int64_t end) {
@@ -289,7 +290,7 @@ struct ForwardTile {
     return value;
   }
 
-  // Folds the sink in, once, and writes out and lse.
+  // Adds the sink to the denominator, once, and writes out and lse.
   void finish() {
     for (int64_t row = 0; row < rows; ++row) {
       const attention::RowResult<Real> result =
@@ -304,7 +305,7 @@ struct ForwardTile {
     }
   }
 
-  // A partial result: the rows' states, then their outputs.
+  // Layout of a partial result: the rows' states, then their O.
   void store_partial(char* partial) {
     memcpy(partial, scratch.state, rows * sizeof(RowState<Real>));
     memcpy(partial + rows * sizeof(RowState<Real>), scratch.out,

@@ -1,15 +1,14 @@
-// C (+)= A B on register tiles: rows of A broadcast, vectors of B loaded, kTileRows x kTileVecs
-// accumulators.
+// C (+)= A B on register tiles (BLIS's micro-kernel): A is broadcast, B is loaded, and C has
+// kTileRows x kTileVecs accumulators.
 //
-// A tile reads, for each unit of the summed dimension, `rows` broadcasts of A and up to kTileVecs
-// vectors of B, and does rows * kTileVecs multiply-adds: on AVX-512, 10 loads to 16 multiply-adds.
-// B comes in panels kPanel columns wide whose rows follow each other in memory, so its stream is
-// sequential.
+// For each unit of the summed dimension a register tile reads up to kTileRows broadcasts of A and
+// kTileVecs vectors of B. On AVX-512 that is 10 loads for 16 multiply-adds. B is packed in panels
+// of kPanel columns, so it is read sequentially.
 //
-// Where C collects a sum over many keys or rows, no chain of additions is long: a tile sums
-// kChainUnits products from zero, in registers, and adds them to C once. Chains end at fixed places
-// of the summed dimension, so that a sum has the same bits wherever a call begins or ends. Longer
-// sums go on in banked_sum.h.
+// Sums over many keys or rows are taken in chains, to bound the rounding error. A chain sums
+// kChainUnits units from zero, in registers, and is added to C once. Chains end at fixed indices of
+// the summed dimension, so a sum has the same bits wherever a call begins or ends. banked_sum.h
+// bounds the error of longer sums.
 #pragma once
 
 #include "cpu/simd/arithmetic.h"
@@ -27,11 +26,11 @@ enum class Accumulate {
   kRescale,  // C = C * row_scale + A B
 };
 
-// Units that are summed from zero. Adding them to C is one addition in 64, and the error of a chain
-// of 64 is a few units in the last place.
+// The length of a chain. Adding it to C is one addition in 64; its error is a few units in the last
+// place.
 constexpr int64_t kChainUnits = 64;
 
-// Units from number `unit` of the summed dimension to the end of its chain.
+// The number of units from index `unit` of the summed dimension to the end of its chain.
 constexpr int64_t rest_of_chain(int64_t unit) { return kChainUnits - unit % kChainUnits; }
 
 template <class Arithmetic>
@@ -40,23 +39,23 @@ struct GemmOperands {
   using Real = typename Arithmetic::Real;
   const Unit* a;
   int64_t a_stride;
-  const Unit* b;          // the panel's first unit that is summed
+  const Unit* b;          // the first unit of the panel
   int64_t b_stride;       // units from one row of the panel to the next
-  int64_t depth;          // units summed
-  int64_t rest_of_chain;  // kAdd, kRescale: how many of them the first chain has at most
+  int64_t depth;          // the number of units that are summed
+  int64_t rest_of_chain;  // kAdd, kRescale: the greatest length of the first chain
   Real* c;
   int64_t c_stride;
   const Real* row_scale;  // kRescale only
 };
 
-// c * factor, rounded by itself: adding zero keeps the compiler from fusing the multiplication with
-// the addition that follows, which would make the bits depend on where a chain begins.
+// c * factor, rounded. Adding zero keeps the compiler from fusing the product with the addition
+// that follows: the bits would then depend on where a chain begins.
 template <class Real>
 SA_INLINE Vec<Real> rescaled(Vec<Real> c, Real factor) {
   return c * factor + Vec<Real>{};
 }
 
-// sum = sum of `depth` products from zero, leaving a and b at the next ones.
+// sum = A B over `depth` units, from zero. Advances a and b past them.
 template <class Arithmetic, AOrder kOrder, int kRows, int kVecs>
 SA_INLINE void gemm_chain(const GemmOperands<Arithmetic>& op, int64_t depth,
                           const typename Arithmetic::Unit*& a, const typename Arithmetic::Unit*& b,
@@ -93,13 +92,13 @@ SA_INLINE void gemm_tile(const GemmOperands<Arithmetic>& op) {
   const Unit* a = op.a;
   const Unit* b = op.b;
   Vec<Real> sum[kRows][kVecs];
-  const auto place = [&](int m, int n) { return op.c + m * op.c_stride + n * kStep; };
+  const auto c_at = [&](int m, int n) { return op.c + m * op.c_stride + n * kStep; };
   if constexpr (kAccumulate == Accumulate::kNo) {
     gemm_chain<Arithmetic, kOrder>(op, op.depth, a, b, sum);
     SA_UNROLL
     for (int m = 0; m < kRows; ++m) {
       SA_UNROLL
-      for (int n = 0; n < kVecs; ++n) store(place(m, n), sum[m][n]);
+      for (int n = 0; n < kVecs; ++n) store(c_at(m, n), sum[m][n]);
     }
     return;
   }
@@ -108,7 +107,7 @@ SA_INLINE void gemm_tile(const GemmOperands<Arithmetic>& op) {
     for (int m = 0; m < kRows; ++m) {
       SA_UNROLL
       for (int n = 0; n < kVecs; ++n)
-        store(place(m, n), rescaled<Real>(load(place(m, n)), op.row_scale[m]));
+        store(c_at(m, n), rescaled<Real>(load(c_at(m, n)), op.row_scale[m]));
     }
   }
   int64_t chain = op.rest_of_chain;
@@ -118,13 +117,13 @@ SA_INLINE void gemm_tile(const GemmOperands<Arithmetic>& op) {
     SA_UNROLL
     for (int m = 0; m < kRows; ++m) {
       SA_UNROLL
-      for (int n = 0; n < kVecs; ++n) store(place(m, n), load(place(m, n)) + sum[m][n]);
+      for (int n = 0; n < kVecs; ++n) store(c_at(m, n), load(c_at(m, n)) + sum[m][n]);
     }
   }
 }
 
-// The same with the number of rows (1 .. kTileRows) and of vectors (1 .. kTileVecs) known only at
-// run time.
+// gemm_tile with the number of rows (1 .. kTileRows) and of vectors (1 .. kTileVecs) given at run
+// time.
 template <class Arithmetic, AOrder kOrder, Accumulate kAccumulate, int kRows = kTileRows>
 SA_INLINE void gemm_rows(const GemmOperands<Arithmetic>& op, int rows, int vecs) {
   static_assert(kTileVecs == 2);
@@ -138,7 +137,7 @@ SA_INLINE void gemm_rows(const GemmOperands<Arithmetic>& op, int rows, int vecs)
   }
 }
 
-// Not inlined: these are the hot loops, one symbol each in a profile.
+// Not inlined: each hot loop is one symbol in a profile.
 template <class Arithmetic, AOrder kOrder, Accumulate kAccumulate>
 __attribute__((noinline)) void gemm(const GemmOperands<Arithmetic>& op, int rows, int vecs) {
   gemm_rows<Arithmetic, kOrder, kAccumulate>(op, rows, vecs);

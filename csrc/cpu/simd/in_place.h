@@ -1,14 +1,16 @@
-// Decode: few rows (at most one strip) against keys and values that are used once. Packing would
-// cost more than the products, so both products read the cache's rows themselves, and prefetch what
-// comes next while they multiply (prefetch.h).
+// Decode: at most one strip of rows, against keys and values that are read once.
 //
-// Scores: the strip's rows are the lanes. A unit of all rows, out of q transposed beforehand, times
-// a unit of a key, broadcast out of the cache by the multiplication itself; the keys' rows are
-// never shuffled, only the finished scores are turned, a square of kTileRows keys at a time. On
-// AVX-512: 16 accumulators of 8 lanes, two multiplications a cycle, one load each. Output: a row of
-// V is a row of operand B as it lies (bfloat16: two rows zipped by two shuffles). The sums run over
-// the same numbers in the same order as in the packed path, so a row's result does not depend on
-// which path computed it.
+// Packing would cost more than the products. Both products read the cache's rows in place, and
+// prefetch the next rows meanwhile (prefetch.h).
+//
+//   S = Q K^T   Query rows are in vector lanes: the tile computed is S^T. q is transposed once, to
+//               [unit][row]. Each key takes one multiply-add with a memory broadcast per unit; K is
+//               never shuffled. At the end, kTileRows x kTileRows squares of S^T are transposed.
+//               On AVX-512: 16 accumulators of 8 lanes, two multiply-adds a cycle, one load each.
+//   O += P V    A row of V is a row of operand B. bfloat16: two rows are zipped by two shuffles.
+//
+// Every sum has the same terms in the same order as in the packed path, so the two paths give the
+// same bits.
 #pragma once
 
 #include <algorithm>
@@ -19,51 +21,52 @@
 
 namespace sink_attention::cpu::SA_ISA {
 
-constexpr int kMaxScoreKeys = 2 * kTileRows;  // keys that score_keys takes at once
+constexpr int kMaxScoreKeys = 2 * kTileRows;  // the most keys of one score_keys
 
-// Rows of units, zero beyond `rows`, to lanes: q_lanes[unit][row].
+// Transposes a strip of q to q_transposed[unit][row]. Rows from `rows` on are zero.
 template <class Unit>
-SA_INLINE void strip_to_lanes(const Unit* q, int64_t q_stride, int rows, int64_t units,
-                              Unit* q_lanes) {
+SA_INLINE void transpose_strip(const Unit* q, int64_t q_stride, int rows, int64_t units,
+                               Unit* q_transposed) {
   for (int64_t unit = 0; unit < units; unit += kTileRows) {
     StripVec<Unit> square[kTileRows] = {};
     for (int row = 0; row < rows; ++row) square[row] = load_strip(q + row * q_stride + unit);
     transpose(square);
-    for (int i = 0; i < kTileRows; ++i) store_strip(q_lanes + (unit + i) * kTileRows, square[i]);
+    for (int i = 0; i < kTileRows; ++i)
+      store_strip(q_transposed + (unit + i) * kTileRows, square[i]);
   }
 }
 
 template <class Unit>
 SA_INLINE Unit unit_at(const char* row, int64_t idx) {
-  Unit unit;  // a row of bfloat16 numbers is not aligned to pairs
+  Unit unit;  // a bfloat16 row may not be aligned to a pair
   memcpy(&unit, row + idx * static_cast<int64_t>(sizeof(Unit)), sizeof(Unit));
   return unit;
 }
 
-// scores[row][0 .. kKeys) of kKeys keys, whose rows lie `offset` bytes behind the addresses in
-// keys. The order of the loops keeps enough sums in flight to hide an addition's latency, and lets
-// a key's address serve several loads.
+// scores[row][0 .. kKeys) of kKeys keys; key i's row is at keys[i] + offset bytes. The loop order
+// keeps enough sums in flight to hide the latency of an addition, and reuses each key's address for
+// several loads.
 template <class Arithmetic, int kKeys>
 SA_INLINE void score_keys(const char* const* keys, int64_t offset, int64_t units,
-                          const typename Arithmetic::Unit* q_lanes,
+                          const typename Arithmetic::Unit* q_transposed,
                           typename Arithmetic::Real* scores, int64_t score_stride,
                           RowPrefetcher& ahead) {
   using Unit = typename Arithmetic::Unit;
   using Real = typename Arithmetic::Real;
   constexpr int kUnits = 2;
-  constexpr int kTogether = 4;
+  constexpr int kKeysTogether = 4;
   StripVec<Real> sum[kKeys] = {};
   for (int64_t unit = 0; unit < units; unit += kUnits) {
     ahead.fetch(kKeys * kUnits * static_cast<int64_t>(sizeof(Unit)));
     StripVec<Unit> q[kUnits];
     SA_UNROLL
-    for (int i = 0; i < kUnits; ++i) q[i] = load_strip(q_lanes + (unit + i) * kTileRows);
+    for (int i = 0; i < kUnits; ++i) q[i] = load_strip(q_transposed + (unit + i) * kTileRows);
     SA_UNROLL
-    for (int first = 0; first < kKeys; first += kTogether) {
+    for (int first = 0; first < kKeys; first += kKeysTogether) {
       SA_UNROLL
       for (int i = 0; i < kUnits; ++i) {
         SA_UNROLL
-        for (int key = first; key < first + kTogether; ++key) {
+        for (int key = first; key < first + kKeysTogether; ++key) {
           const StripVec<Unit> k = broadcast_strip(unit_at<Unit>(keys[key] + offset, unit + i));
           sum[key] = Arithmetic::dot(q[i], k, sum[key]);
         }
@@ -82,7 +85,7 @@ SA_INLINE void score_keys(const char* const* keys, int64_t offset, int64_t units
   }
 }
 
-// Two vectors of columns of B's next row: of a row of V, or of two of them zipped.
+// Loads kTileVecs vectors of B's next row: a row of V, or two rows zipped.
 template <class Arithmetic>
 SA_INLINE void load_value_units(const char* const* values, int64_t offset,
                                 Vec<typename Arithmetic::Unit> (&units)[kTileVecs]) {
@@ -100,19 +103,19 @@ SA_INLINE void load_value_units(const char* const* values, int64_t offset,
   }
 }
 
-// out[row] = out[row] * rescale + weights V over `depth` units of keys, two vectors of columns,
-// which lie `offset` bytes behind the addresses in values. In chains, the first of which ends after
-// rest_of_chain units (gemm.h).
+// out[row] = out[row] * rescale + P V over `depth` units of keys, for kTileVecs vectors of columns.
+// Key i's columns are at values[i] + offset bytes. The first chain ends after rest_of_chain units
+// (gemm.h).
 template <class Arithmetic, int kRows>
 SA_INLINE void accumulate_columns(const char* const* values, int64_t offset, int64_t depth,
-                                  int64_t rest_of_chain, const typename Arithmetic::Unit* weights,
-                                  int64_t weight_stride, const typename Arithmetic::Real* rescale,
+                                  int64_t rest_of_chain, const typename Arithmetic::Unit* p,
+                                  int64_t p_stride, const typename Arithmetic::Real* rescale,
                                   typename Arithmetic::Real* out, int64_t out_stride,
                                   RowPrefetcher* ahead) {
   using Unit = typename Arithmetic::Unit;
   using Real = typename Arithmetic::Real;
   constexpr int kStep = kLanes<Real>;
-  const auto place = [&](int row, int n) { return out + row * out_stride + n * kStep; };
+  const auto out_at = [&](int row, int n) { return out + row * out_stride + n * kStep; };
   Real factor[kRows];
   SA_UNROLL
   for (int row = 0; row < kRows; ++row) factor[row] = rescale[row];
@@ -125,7 +128,7 @@ SA_INLINE void accumulate_columns(const char* const* values, int64_t offset, int
       load_value_units<Arithmetic>(values + k * Arithmetic::kPair, offset, b);
       SA_UNROLL
       for (int row = 0; row < kRows; ++row) {
-        const Vec<Unit> a = broadcast(weights[row * weight_stride + k]);
+        const Vec<Unit> a = broadcast(p[row * p_stride + k]);
         SA_UNROLL
         for (int n = 0; n < kTileVecs; ++n) sum[row][n] = Arithmetic::dot(a, b[n], sum[row][n]);
       }
@@ -134,13 +137,13 @@ SA_INLINE void accumulate_columns(const char* const* values, int64_t offset, int
     for (int row = 0; row < kRows; ++row) {
       SA_UNROLL
       for (int n = 0; n < kTileVecs; ++n)
-        store(place(row, n), rescaled<Real>(load(place(row, n)), factor[row]) + sum[row][n]);
+        store(out_at(row, n), rescaled<Real>(load(out_at(row, n)), factor[row]) + sum[row][n]);
       factor[row] = 1;
     }
   }
 }
 
-// The same with the number of rows known at run time.
+// accumulate_columns with the number of rows given at run time.
 template <class Arithmetic, int kRows = kTileRows, class... Args>
 SA_INLINE void accumulate_columns_rows(int rows, Args... args) {
   if constexpr (kRows > 1) {
@@ -149,8 +152,8 @@ SA_INLINE void accumulate_columns_rows(int rows, Args... args) {
   accumulate_columns<Arithmetic, kRows>(args...);
 }
 
-// Whether rows of this type can be read in place: a strip has a vector, the rows are units, and
-// both head dims are whole panels.
+// Whether a cache can be read in place: a strip fits a vector, rows in memory are units, and
+// head_dim_v is whole panels.
 template <class Arithmetic>
 SA_INLINE bool can_read_in_place(const attention::FlashFwdParams& params) {
   constexpr int kWhole = kTileVecs * kLanes<typename Arithmetic::Real>;

@@ -1,5 +1,5 @@
-// exp2 and tanh on vectors, to about one unit in the last place, with the limits that a softmax
-// needs.
+// exp2 and tanh on vectors, to about one unit in the last place, with a softmax's limits at
+// infinity.
 #pragma once
 
 #include "cpu/simd/vec.h"
@@ -12,8 +12,8 @@ template <>
 struct FloatFormat<float> {
   using Int = int32_t;
   static constexpr int kMantissaBits = 23;
-  static constexpr float kRoundingShift =
-      0x1.8p23f;  // added to x, leaves round(x) in the low bits of the mantissa
+  // x + kRoundingShift has round(x) in the low bits of its mantissa.
+  static constexpr float kRoundingShift = 0x1.8p23f;
   static constexpr float kMinExponent = -126.0f;
   static constexpr float kMaxExponent = 127.0f;
 };
@@ -26,11 +26,11 @@ struct FloatFormat<double> {
   static constexpr double kMaxExponent = 1023.0;
 };
 
-// Chebyshev fits, lowest power first. kExp2* is 2^f on [0, 1]; kExp2Minus1* is (2^f - 1) / f on
-// [-0.5, 0.5]. kExp2Fast is the best fit that is exact at 0 and 1 and whose error is 0 on average:
-// a bias would be one of every lse.
-constexpr float kExp2Fast[] = {1.0f, 0.69303185f, 0.24137874f, 0.052036084f,
-                               0.013553342f};  // 3.5e-6
+// Chebyshev fits, lowest power first; the greatest error beside each. kExp2* fits 2^f on [0, 1].
+// kExp2Minus1* fits (2^f - 1) / f on [-0.5, 0.5]. kExp2Fast is the best fit that is exact at 0 and
+// 1 and has mean error 0: a mean error would shift every lse.
+constexpr float kExp2Fast[] = {// 3.5e-6
+                               1.0f, 0.69303185f, 0.24137874f, 0.052036084f, 0.013553342f};
 constexpr float kExp2Float[] = {
     1.0000000025307452f,   0.6931469327588669f,   0.24023045441230567f,   0.05548063019670533f,
     0.009684186310342369f, 0.001239133183441148f, 0.00021865784786598053f};  // 3e-9
@@ -63,7 +63,7 @@ SA_INLINE Vec<Real> polynomial(const Real (&coefficients)[kTerms], Vec<Real> x) 
   return sum;
 }
 
-// 2^n * mantissa for an integral n within the exponent's range, given as n + kRoundingShift.
+// 2^n * mantissa for an integer n in the exponent's range; shifted_n = n + kRoundingShift.
 template <class Real>
 SA_INLINE Vec<Real> scale_exponent(Vec<Real> mantissa, Vec<Real> shifted_n) {
   using Int = typename FloatFormat<Real>::Int;
@@ -71,13 +71,13 @@ SA_INLINE Vec<Real> scale_exponent(Vec<Real> mantissa, Vec<Real> shifted_n) {
                      ((Vec<Int>)shifted_n << FloatFormat<Real>::kMantissaBits));
 }
 
-// 2^x by the given polynomial for 2^f on [0, 1]. x below the smallest normal exponent (-inf too)
-// gives 0 or a subnormal; NaN gives NaN.
+// 2^x from a polynomial for 2^f on [0, 1]. Below the smallest normal exponent (-inf included) the
+// result is 0 or subnormal. NaN gives NaN.
 template <class Real, int kTerms>
 SA_INLINE Vec<Real> exp2_by(const Real (&coefficients)[kTerms], Vec<Real> x) {
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
-  // VREDUCE gives x - floor(x) (0 for +-inf), VSCALEF multiplies by 2^floor(x) and handles both
-  // ends of the range.
+  // VREDUCE gives x - floor(x), and 0 for +-inf. VSCALEF multiplies by 2^floor(x), with overflow
+  // and underflow.
   if constexpr (sizeof(Real) == 4) {
     const Vec<Real> f = (Vec<Real>)_mm512_reduce_ps((__m512)x, 0x09);
     return (Vec<Real>)_mm512_scalef_ps((__m512)polynomial(coefficients, f), (__m512)x);
@@ -91,8 +91,8 @@ SA_INLINE Vec<Real> exp2_by(const Real (&coefficients)[kTerms], Vec<Real> x) {
   const Vec<Real> high = broadcast(Format::kMaxExponent);
   Vec<Real> clamped = x < low ? low : x;
   clamped = clamped > high ? high : clamped;
-  const Vec<Real> shifted =
-      (clamped - Real(0.5)) + Format::kRoundingShift;  // floor(x), ties either way: f in [0, 1]
+  // floor(x), or x - 1 for some integers x: f is in [0, 1].
+  const Vec<Real> shifted = (clamped - Real(0.5)) + Format::kRoundingShift;
   const Vec<Real> f = clamped - (shifted - Format::kRoundingShift);
   const Vec<Real> result = scale_exponent<Real>(polynomial(coefficients, f), shifted);
   return x < low ? Vec<Real>{} : result;
@@ -102,9 +102,8 @@ SA_INLINE Vec<Real> exp2_by(const Real (&coefficients)[kTerms], Vec<Real> x) {
 SA_INLINE Vec<float> exp2(Vec<float> x) { return exp2_by(kExp2Float, x); }
 SA_INLINE Vec<double> exp2(Vec<double> x) { return exp2_by(kExp2Double, x); }
 
-// tanh(x) = e / (e + 2), e = expm1(2x), built so that small x keep their relative precision: with
-// 2x log2(e) = n + f, e = 2^n (2^f - 1) + (2^n - 1), and 2^f - 1 comes from a polynomial without a
-// constant term.
+// tanh(x) = e / (e + 2) with e = expm1(2x), so that small x keep their relative precision. With 2x
+// log2(e) = n + f, e = 2^n (2^f - 1) + (2^n - 1). The polynomial for 2^f - 1 has no constant term.
 template <class Real>
 SA_INLINE Vec<Real> tanh(Vec<Real> x) {
   using Format = FloatFormat<Real>;

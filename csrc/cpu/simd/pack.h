@@ -1,10 +1,11 @@
-// Copies rows of q, k, v or dout out of their tensors into operands that a register tile reads at
-// full speed.
+// Packs rows of q, k, v or dout into operands that a register tile reads front to back.
 //
-// Row units    [row][units(dim)]                              a row as it lies, in units: operand A
-// Transposed   [panel of keys][units(dim)][kPanel]            operand B of  S = Q K^T  and  dP = dO
-// V^T Row-wise     [panel of columns][units(rows)][kPanel]        operand B of  O += P V  and  dQ
-// += dS K Whatever lies beyond the last key or column of a panel is zero.
+//   layout       shape                                      operand
+//   row units    [row][units(dim)]                          A: a row in memory order, as units
+//   transposed   [panel of keys][units(dim)][kPanel]        B of S = Q K^T and dP = dO V^T
+//   row-wise     [panel of columns][units(keys)][kPanel]    B of O += P V and dQ += dS K
+//
+// Elements beyond the last key or column of a panel are zero.
 #pragma once
 
 #include "attention/paged_kv.h"
@@ -20,12 +21,12 @@ using attention::min_of;
 
 constexpr int64_t kMaxHeadDim = 256;
 
-// What the numbers of a key's row are multiplied with.
+// The scale that dequantises a key's row.
 SA_INLINE float scale_of_row(const KeyRows& rows, int64_t key) {
   return rows.token_scales == nullptr ? rows.scale : *rows.token_scale(key);
 }
 
-// Writes a row as units, zero up to `padded` units.
+// Writes a row as units, padded with zeros to `padded` units.
 template <class Arithmetic>
 SA_INLINE void pack_row_units(const void* row, DataType dtype, int64_t dim,
                               typename Arithmetic::Real scale, int64_t padded,
@@ -34,14 +35,13 @@ SA_INLINE void pack_row_units(const void* row, DataType dtype, int64_t dim,
     load_row(row, dtype, dim, scale, destination);
     for (int64_t i = dim; i < padded; ++i) destination[i] = 0;
   } else {
-    BFloat16* numbers = reinterpret_cast<BFloat16*>(destination);
-    memcpy(numbers, row, dim * sizeof(BFloat16));
-    memset(numbers + dim, 0, (2 * padded - dim) * sizeof(BFloat16));
+    BFloat16* elements = reinterpret_cast<BFloat16*>(destination);
+    memcpy(elements, row, dim * sizeof(BFloat16));
+    memset(elements + dim, 0, (2 * padded - dim) * sizeof(BFloat16));
   }
 }
 
-// Whether rows of this type are units already and come in whole vectors, so that they need no
-// staging.
+// Whether rows of this type are units in memory and whole vectors, so that they need no staging.
 template <class Arithmetic>
 SA_INLINE bool rows_are_units(DataType dtype, int64_t dim) {
   if (dim % (kLanes<typename Arithmetic::Real> * Arithmetic::kPair) != 0) return false;
@@ -50,9 +50,9 @@ SA_INLINE bool rows_are_units(DataType dtype, int64_t dim) {
          (sizeof(typename Arithmetic::Real) == 4 ? DataType::kFloat32 : DataType::kFloat64);
 }
 
-// Prefetches into L2 part `part` of `parts` of the panel of keys that starts at `first`, where each
-// key has rows of `parts` heads, head_stride numbers apart: a whole token at a time, the order in
-// which a cache lies.
+// Prefetches into L2 part `part` of `parts` of the panel of keys at `first`. A key has rows of
+// `parts` heads, head_stride elements apart; they are fetched token by token, in the cache's memory
+// order.
 template <class Arithmetic>
 SA_INLINE void prefetch_panel(const KeyRows& rows, int64_t head_stride, int64_t first, int64_t part,
                               int64_t parts) {
@@ -70,7 +70,7 @@ SA_INLINE void prefetch_panel(const KeyRows& rows, int64_t head_stride, int64_t 
   }
 }
 
-// Keys [begin, end) to transposed panels.
+// Packs keys [begin, end) as transposed panels.
 template <class Arithmetic>
 void pack_transposed(const KeyRows& rows, int64_t begin, int64_t end,
                      typename Arithmetic::Unit* destination) {
@@ -118,8 +118,7 @@ void pack_transposed(const KeyRows& rows, int64_t begin, int64_t end,
 }
 
 #if defined(__AVX512BF16__)
-// Two vectors of units, each pairs along its row, to pairs along the column: (even[c], odd[c]) for
-// 32 numbers c.
+// Turns pairs along rows into pairs along columns: (even[c], odd[c]) for 32 columns c.
 SA_INLINE void zip_unit_vectors(Vec<uint32_t> even, Vec<uint32_t> odd, Vec<uint32_t>& low,
                                 Vec<uint32_t>& high) {
   alignas(64) static constexpr uint16_t kLow[] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
@@ -132,10 +131,10 @@ SA_INLINE void zip_unit_vectors(Vec<uint32_t> even, Vec<uint32_t> odd, Vec<uint3
 }
 
 // The same for whole rows: destination[c] = (even[c], odd[c]).
-SA_INLINE void zip_unit_rows(const uint32_t* even, const uint32_t* odd, int64_t numbers,
+SA_INLINE void zip_unit_rows(const uint32_t* even, const uint32_t* odd, int64_t columns,
                              uint32_t* destination) {
   int64_t i = 0;
-  for (; i + 32 <= numbers; i += 32) {
+  for (; i + 32 <= columns; i += 32) {
     Vec<uint32_t> low, high;
     zip_unit_vectors(load(even + i / 2), load(odd + i / 2), low, high);
     store(destination + i, low);
@@ -143,12 +142,12 @@ SA_INLINE void zip_unit_rows(const uint32_t* even, const uint32_t* odd, int64_t 
   }
   const uint16_t* low = reinterpret_cast<const uint16_t*>(even);
   const uint16_t* high = reinterpret_cast<const uint16_t*>(odd);
-  for (; i < numbers; ++i) destination[i] = low[i] | uint32_t{high[i]} << 16;
+  for (; i < columns; ++i) destination[i] = low[i] | uint32_t{high[i]} << 16;
 }
 #endif
 
-// Keys [begin, end), then zeros up to a whole panel of keys, to row-wise panels of columns that
-// hold block_rows keys.
+// Packs keys [begin, end) as row-wise panels of columns, which have room for block_rows keys. Keys
+// up to the next multiple of kPanel are zero.
 template <class Arithmetic>
 void pack_rowwise(const KeyRows& rows, int64_t begin, int64_t end, int64_t block_rows,
                   typename Arithmetic::Unit* destination) {

@@ -1,4 +1,4 @@
-// Rows of keys on their way from memory into L2, ahead of the kernels that read them.
+// Prefetch of keys' or values' rows into L2, ahead of the kernels that read them.
 #pragma once
 
 #include "attention/paged_kv.h"
@@ -6,13 +6,12 @@
 
 namespace sink_attention::cpu::SA_ISA {
 
-// The rows of several heads of a range of keys, a whole token after the other: the order in which a
-// cache [page][slot][head][dim] lies, whatever the order in which it is read. Kernels call fetch()
-// once a step for as many bytes as the step reads, so that memory has always something to do, and
-// never too much.
+// Prefetches the rows of several heads of a range of keys, token by token: the memory order of a
+// cache [page][slot][head][dim], whatever order the kernel reads in. A kernel calls fetch() in each
+// step, for as many bytes as the step reads, so that requests to memory are spread evenly.
 class RowPrefetcher {
  public:
-  // Rows of the heads that lie head_bytes apart, from the one in `rows` on.
+  // `rows` is the first head's; the others follow, head_bytes apart.
   RowPrefetcher(const attention::KeyRows& rows, int64_t head_bytes, int64_t heads,
                 attention::Range keys)
       : rows_(rows),
@@ -34,7 +33,8 @@ class RowPrefetcher {
   }
 
  private:
-  // After the last run the last one is fetched again, which costs no memory access.
+  // After the last run, the last run is fetched again: it is in the cache, so this costs no
+  // bandwidth.
   __attribute__((noinline)) void next_run() {
     while (keys_.begin < keys_.end && !rows_.is_readable(keys_.begin)) ++keys_.begin;
     if (keys_.begin < keys_.end) {
@@ -49,14 +49,14 @@ class RowPrefetcher {
   }
 
   const attention::KeyRows& rows_;
-  attention::Range keys_;  // those that are left
+  attention::Range keys_;  // keys that are not yet fetched
   int64_t head_bytes_;
-  int64_t heads_;      // runs of a key
-  int64_t run_bytes_;  // what lies together: all heads of a key, or a row
+  int64_t heads_;      // runs per key
+  int64_t run_bytes_;  // a run is contiguous: all heads of a key, or one row
   int64_t head_ = 0;
   const char* run_ = rows_.base;
   const char* run_end_;
-  const char* line_;  // the next one to fetch
+  const char* line_;  // the next cache line to fetch
 };
 
 }  // namespace sink_attention::cpu::SA_ISA

@@ -1,4 +1,4 @@
-// Transposes a square of lanes held in registers.
+// Transposes a square of lanes in registers, by butterflies.
 #pragma once
 
 #include <utility>
@@ -7,11 +7,12 @@
 
 namespace sink_attention::cpu::SA_ISA {
 
-// One butterfly stage: of a pair of rows that lie kDistance apart, lane l of the first takes lane l
-// of the first or lane l - kDistance of the second, as bit kDistance of l says; the second row
-// likewise from above.
+// One butterfly on rows kDistance apart, where B = (lane & kDistance) != 0:
+//
+//   new low[lane]  = B ? high[lane - kDistance] : low[lane]
+//   new high[lane] = B ? high[lane]             : low[lane + kDistance]
 template <int kDistance, class Row, int... kLane>
-SA_INLINE void exchange(Row& low, Row& high, std::integer_sequence<int, kLane...>) {
+SA_INLINE void butterfly(Row& low, Row& high, std::integer_sequence<int, kLane...>) {
   constexpr int kCount = sizeof...(kLane);
   const Row new_low = __builtin_shufflevector(
       low, high, ((kLane & kDistance) ? kCount + kLane - kDistance : kLane)...);
@@ -27,15 +28,15 @@ SA_INLINE void transpose_stage(Row (&rows)[kCount]) {
     SA_UNROLL
     for (int row = 0; row < kCount; ++row) {
       if ((row & kDistance) == 0) {
-        exchange<kDistance>(rows[row], rows[row + kDistance],
-                            std::make_integer_sequence<int, kCount>{});
+        butterfly<kDistance>(rows[row], rows[row + kDistance],
+                             std::make_integer_sequence<int, kCount>{});
       }
     }
     transpose_stage<2 * kDistance>(rows);
   }
 }
 
-// Rows of as many lanes as there are rows: a Vec, or a StripVec.
+// Row is a Vec or a StripVec, with as many lanes as there are rows.
 template <class Row, int kCount>
 SA_INLINE void transpose(Row (&rows)[kCount]) {
   static_assert(sizeof(Row) == kCount * sizeof(rows[0][0]));

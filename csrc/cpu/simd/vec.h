@@ -1,10 +1,10 @@
-// One vector register of the instruction set that this file is being compiled for.
+// One vector register of the instruction set that this file is compiled for.
 //
-// Everything in this folder is compiled once per instruction set, inside the namespace SA_ISA (a
-// macro that each kernels_<isa>.cpp sets), on GCC's and Clang's vector extensions: +, *,
-// comparisons and shuffles on Vec become AVX-512, AVX2, SSE2 or NEON instructions by the compiler's
-// flags alone. Intrinsics appear only where an instruction has no operator (bfloat16 dot product,
-// conversions, exponent scaling), each with a portable twin beside it.
+// This folder is compiled once per instruction set, each time in another namespace SA_ISA (a macro
+// that kernels_<isa>.cpp sets). Vec is GCC's and Clang's vector extension: the compiler's flags
+// turn +, *, comparisons and shuffles into AVX-512, AVX2, SSE2 or NEON. Intrinsics appear only
+// where an instruction has no operator (bfloat16 dot product, conversions, exponent scaling), each
+// with a portable version beside it.
 #pragma once
 
 #include <cstdint>
@@ -27,12 +27,12 @@ namespace sink_attention::cpu::SA_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
-constexpr int kTileRows =
-    8;  // 8 x 2 accumulators, 2 vectors of B, 1 broadcast of A: 19 of 32 registers
+// 8 x 2 accumulators, 2 vectors of B, 1 broadcast of A: 19 of 32 registers.
+constexpr int kTileRows = 8;
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
-constexpr int kTileRows =
-    4;  // 4 x 2 accumulators, 2 vectors of B, 1 broadcast of A: 11 of 16 registers
+// 4 x 2 accumulators, 2 vectors of B, 1 broadcast of A: 11 of 16 registers.
+constexpr int kTileRows = 4;
 #else
 constexpr int kVectorBytes = 16;
 constexpr int kTileRows = 4;
@@ -50,8 +50,8 @@ using Vec = typename VecOf<T>::type;
 template <class T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 
-// One lane for each row of a strip (in_place.h): half a register or a whole one. Numbers so wide
-// that it would take two have none.
+// One lane for each row of a strip (in_place.h): half a register or a whole one. Types that would
+// need two registers have none.
 template <class T>
 constexpr bool kHasStripVec = kTileRows * sizeof(T) <= kVectorBytes;
 template <class T>
@@ -74,7 +74,7 @@ SA_INLINE void store(T* destination, Vec<T> value) {
 
 template <class T>
 SA_INLINE Vec<T> broadcast(T value) {
-  return value - Vec<T>{};  // the form that both compilers turn into one broadcast
+  return value - Vec<T>{};  // GCC and Clang both compile this form to one broadcast
 }
 
 template <class T>
@@ -123,8 +123,7 @@ SA_INLINE Vec<double> minimum(Vec<double> a, Vec<double> b) {
 #endif
 }
 
-// Sums and maxima over the lanes, halving the vector: the order of the sum is the same in every
-// call.
+// Sum and maximum over the lanes, by halving the vector, so the order of the sum is fixed.
 template <class T>
 SA_INLINE T reduce_add(Vec<T> value) {
   T lanes[kLanes<T>];

@@ -9,16 +9,19 @@ SA_DEVICE void atomic_add(float* sum, float value, emulator::Site site = emulato
   emulator::check_global(sum, sizeof(float), emulator::Access::kWrite, {"atomic_add", site});
   *sum += value;
 }
-SA_DEVICE void semaphore_wait(const int* turn, int mine, emulator::Site site = emulator::here()) {
-  emulator::check_global(turn, sizeof(int), emulator::Access::kRead, {"semaphore_wait", site});
-  emulator::wait_until_equal(turn, mine, {"semaphore_wait", site});
+SA_DEVICE void semaphore_wait(const int* semaphore, int value,
+                              emulator::Site site = emulator::here()) {
+  emulator::check_global(semaphore, sizeof(int), emulator::Access::kRead, {"semaphore_wait", site});
+  emulator::wait_until_equal(semaphore, value, {"semaphore_wait", site});
   emulator::mark_release();
 }
-SA_DEVICE void fence_turn_for_copies() { emulator::fence_turn(); }
-SA_DEVICE void semaphore_release(int* turn, int next, emulator::Site site = emulator::here()) {
-  emulator::check_global(turn, sizeof(int), emulator::Access::kWrite, {"semaphore_release", site});
+SA_DEVICE void fence_proxy_async_global() { emulator::fence_turn(); }
+SA_DEVICE void semaphore_release(int* semaphore, int value,
+                                 emulator::Site site = emulator::here()) {
+  emulator::check_global(semaphore, sizeof(int), emulator::Access::kWrite,
+                         {"semaphore_release", site});
   emulator::check_sums_are_made({"semaphore_release", site});
-  *turn = next;
+  *semaphore = value;
 }
 
 }  // namespace sink_attention::primitives

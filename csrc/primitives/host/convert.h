@@ -27,9 +27,9 @@ SA_DEVICE uint32_t pack_e4m3(float a, float b, float c, float d,
                              emulator::Site site = emulator::here()) {
   uint32_t four = 0;
   int shift = 0;
-  for (const float number : {a, b, c, d}) {
-    emulator::refuse_poison(number, "pack_e4m3", site);
-    four |= uint32_t{attention::to_float8_e4m3(number).bits} << shift;
+  for (const float value : {a, b, c, d}) {
+    emulator::refuse_poison(value, "pack_e4m3", site);
+    four |= uint32_t{attention::to_float8_e4m3(value).bits} << shift;
     shift += 8;
   }
   if (emulator::PackLog* log = emulator::pack_log()) log->add(four);

@@ -11,7 +11,7 @@ struct Mma {
   const uint32_t* b;
 };
 
-// The compilers' vector extension: an operation is on all four.
+// GCC's and Clang's vector extension: operators work on all four elements.
 using FourFloats = float __attribute__((vector_size(16)));
 
 template <class Element>
@@ -22,16 +22,19 @@ void unpack_to(float* two, uint32_t pair) {
 
 // The tables of the PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type", where
 // groupID = lane >> 2 and threadID_in_group = lane % 4:
-//   A   row = groupID            for ai where 0 <= i < 2 || 4 <= i < 6, else groupID + 8
-//       col = threadID_in_group * 2 + (i & 1)   for ai where i < 4, else + 8
-//   B   row = threadID_in_group * 2 + (i & 1)   for bi where i < 2, else + 8;   col = groupID
-//   C   row = groupID            for ci where i < 2, else groupID + 8
+//
+//   A   row = groupID         for ai where 0 <= i < 2 || 4 <= i < 6, else groupID + 8
+//       col = threadID_in_group * 2 + (i & 1)    for ai where i < 4, else + 8
+//   B   row = threadID_in_group * 2 + (i & 1)    for bi where i < 2, else + 8
+//       col = groupID
+//   C   row = groupID         for ci where i < 2, else groupID + 8
 //       col = threadID_in_group * 2 + (i & 1)
+//
 // Elements 2 r and 2 r + 1 are the low and the high half of register r.
 template <class Element>
 void mma_m16n8k16_of(void* const* lanes) {
   float a[16][16];
-  float b[8][16];  // transposed: an element pair of a register then neighbours here too
+  float b[8][16];  // transposed, so that the two elements of a register are neighbours
   for (int lane = 0; lane < kWarpSize; ++lane) {
     const Mma& of = *static_cast<Mma*>(lanes[lane]);
     const int group = lane >> 2;

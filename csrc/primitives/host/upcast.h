@@ -6,10 +6,11 @@ namespace sink_attention::primitives {
 
 template <class Stored>
 SA_DEVICE void upcast(uint32_t four, uint32_t& low, uint32_t& high) {
-  Stored numbers[4];
-  memcpy(numbers, &four, sizeof(numbers));
+  Stored elements[4];
+  memcpy(elements, &four, sizeof(elements));
   uint32_t bits[4];
-  for (int i = 0; i < 4; ++i) bits[i] = attention::to_float16(attention::to_float(numbers[i])).bits;
+  for (int i = 0; i < 4; ++i)
+    bits[i] = attention::to_float16(attention::to_float(elements[i])).bits;
   low = bits[0] | bits[1] << 16;
   high = bits[2] | bits[3] << 16;
 }

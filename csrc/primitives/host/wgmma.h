@@ -7,10 +7,13 @@
 
 namespace sink_attention::primitives {
 
-// PTX ISA, "Matrix Descriptor Format" of wgmma: bits 0 ... 13 the start address, 16 ... 29 the
-// leading dimension's byte offset, 32 ... 45 the stride dimension's, each / 16; bits 49 ... 51 the
-// base offset, which is 0 where the pattern of the swizzle starts at a multiple of its size;
-// bits 62, 63 the swizzle: 0 none, 1 128 bytes, 2 64 bytes, 3 32 bytes.
+// PTX ISA, "Matrix Descriptor Format" of wgmma:
+//
+//   bits  0 ... 13    start address / 16
+//   bits 16 ... 29    leading dimension byte offset / 16
+//   bits 32 ... 45    stride dimension byte offset / 16
+//   bits 49 ... 51    base offset; 0 where the swizzle pattern starts at a multiple of its size
+//   bits 62, 63       swizzle: 0 none, 1 128 bytes, 2 64 bytes, 3 32 bytes
 SA_DEVICE uint64_t matrix_descriptor(const void* start, int leading_bytes, int stride_bytes,
                                      Swizzle swizzle, emulator::Site site = emulator::here()) {
   const auto address = reinterpret_cast<intptr_t>(start) -
@@ -47,13 +50,12 @@ SA_DEVICE void wgmma_wait(emulator::Site site = emulator::here()) {
     emulator::warpgroup_products().wait(kPending);
   });
 }
-// In time the registers are the product's until the wait, so this may not come before that.
+// Until the wait the registers belong to the product, so this call must come after the wait.
 template <int kTilesN>
 SA_DEVICE void warpgroup_fence_operand(float (&acc)[kTilesN][4],
                                        emulator::Site site = emulator::here()) {
   for (const auto& tile : acc) {
-    for (const float number : tile)
-      emulator::refuse_poison(number, "warpgroup_fence_operand", site);
+    for (const float value : tile) emulator::refuse_poison(value, "warpgroup_fence_operand", site);
   }
 }
 

@@ -2,7 +2,7 @@
 
 namespace sink_attention::primitives {
 
-// PTX ISA 9.7.9.25.3, cp.async: cg caches in L2 only; a source size of 0 fills with zeros.
+// PTX ISA 9.7.9.25.3, cp.async: .cg caches in L2 only; with a source size of 0 it writes zeros.
 SA_DEVICE void cp_async_16(void* shared, const void* global, bool valid) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(address),

@@ -27,7 +27,7 @@ SA_DEVICE void mbarrier_arrive_expect_tx(Mbarrier* barrier, int bytes) {
                "r"(bytes)
                : "memory");
 }
-// try_wait gives up after a time that the system chooses; then it asks again.
+// try_wait returns after a time limit that the system chooses, so it is repeated.
 SA_DEVICE void mbarrier_wait(Mbarrier* barrier, int parity) {
   asm volatile(
       "{\n"

@@ -10,11 +10,11 @@ SA_DEVICE int thread_idx() { return static_cast<int>(threadIdx.x); }
 SA_DEVICE int lane_idx() { return static_cast<int>(threadIdx.x) % kWarpSize; }
 SA_DEVICE int rematerialise_thread_idx() {
   int thread = static_cast<int>(threadIdx.x);
-  asm volatile("" : "+r"(thread));  // the compiler no longer knows what this is
-  return thread & 1023;             // but that it is not negative
+  asm volatile("" : "+r"(thread));  // opaque to the compiler
+  return thread & 1023;             // tells it that the value is not negative
 }
 SA_DEVICE int rematerialise_lane_idx() { return rematerialise_thread_idx() % kWarpSize; }
-// Through a shuffle, so that the compiler knows it to be the same in all lanes.
+// A shuffle tells the compiler that the value is uniform in a warp.
 SA_DEVICE int warp_idx() {
   return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpSize, 0);
 }

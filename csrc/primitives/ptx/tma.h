@@ -12,7 +12,7 @@
 namespace sink_attention::primitives {
 
 namespace internal {
-// By way of the runtime, which finds the driver's function: nothing links to libcuda.
+// The CUDA runtime looks up the driver's function, so nothing links to libcuda.
 inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   static const auto encoder = [] {
     void* function = nullptr;
@@ -34,9 +34,9 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return encoder;
 }
 
-// The encoder wants a current context. A thread whose first CUDA call this is has none: torch sets
-// its device only where it changes, and memory may come from torch's cache. Allowed while a graph
-// is captured.
+// The encoder needs a current context. A thread's first CUDA call may be this one: torch sets the
+// device only where it changes, and memory may come from torch's cache. Setting the device is
+// allowed while a graph is captured.
 inline void bind_context() {
   int device = 0;
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
@@ -48,7 +48,7 @@ inline TensorMap encode_tensor_map(const TensorMapShape& shape) {
   constexpr CUtensorMapSwizzle kSwizzles[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_32B,
                                               CU_TENSOR_MAP_SWIZZLE_64B,
                                               CU_TENSOR_MAP_SWIZZLE_128B};
-  // The element's type says only what fills the space outside: zeros.
+  // The element type decides only the fill value outside the tensor: zero.
   const CUtensorMapDataType type =
       shape.element_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16;
   cuuint64_t size[kMaxTensorRank];

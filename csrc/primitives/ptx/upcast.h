@@ -17,7 +17,7 @@ SA_DEVICE void upcast<attention::Float8E4M3>(uint32_t four, uint32_t& low, uint3
       : "=r"(low), "=r"(high)
       : "r"(four));
 }
-// 0x64uu is 1024 + uu; uu is the number plus 128.
+// As Float16, 0x64uu is 1024 + uu, where uu is the int8 value + 128.
 template <>
 SA_DEVICE void upcast<attention::Int8>(uint32_t four, uint32_t& low, uint32_t& high) {
   asm("{\n"

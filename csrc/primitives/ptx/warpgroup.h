@@ -2,7 +2,7 @@
 
 namespace sink_attention::primitives {
 
-// Through a shuffle, so that the compiler knows it to be the same in all lanes.
+// A shuffle tells the compiler that the value is uniform in a warp.
 SA_DEVICE int warpgroup_idx() {
   return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroupSize, 0);
 }

@@ -35,9 +35,9 @@ namespace internal {
 template <int kTilesN>
 struct Wgmma;
 
-// The instruction names each of its registers, which no template can write: SA_WGMMA defines
-// Wgmma<n / 8> from the text that numbers the accumulators, their list, and the numbers of the six
-// operands after them.
+// The assembly names each accumulator register, which a template cannot generate. SA_WGMMA(n,
+// acc_ids, o0, ..., o6, accumulators) defines Wgmma<n / 8>: acc_ids are the accumulators' operand
+// numbers, o0 ... o6 the operand numbers after them.
 
 // clang-format off
 #define SA_ACC(n) "+f"(acc[n][0]), "+f"(acc[n][1]), "+f"(acc[n][2]), "+f"(acc[n][3])
@@ -46,33 +46,33 @@ struct Wgmma;
 #define SA_ACC_8(n) SA_ACC_4(n), SA_ACC_4(n + 4)
 #define SA_ACC_16(n) SA_ACC_8(n), SA_ACC_8(n + 8)
 
-#define SA_WGMMA_SS(n, shape, types, numbers, o0, o1, o2, layouts)                            \
+#define SA_WGMMA_SS(n, shape, types, acc_ids, o0, o1, o2, layouts)                            \
   "{\n.reg .pred p;\nsetp.ne.b32 p, " o2 ", 0;\n"                                             \
-  "wgmma.mma_async.sync.aligned.m64n" #n shape types " {" numbers "}, " o0 ", " o1            \
+  "wgmma.mma_async.sync.aligned.m64n" #n shape types " {" acc_ids "}, " o0 ", " o1            \
   ", p, 1, 1" layouts ";\n}\n"
-#define SA_WGMMA_RS(n, shape, types, numbers, o0, o1, o2, o3, o4, o5, layout)                 \
+#define SA_WGMMA_RS(n, shape, types, acc_ids, o0, o1, o2, o3, o4, o5, layout)                 \
   "{\n.reg .pred p;\nsetp.ne.b32 p, " o5 ", 0;\n"                                             \
-  "wgmma.mma_async.sync.aligned.m64n" #n shape types " {" numbers "}, {" o0 ", " o1 ", " o2   \
+  "wgmma.mma_async.sync.aligned.m64n" #n shape types " {" acc_ids "}, {" o0 ", " o1 ", " o2   \
   ", " o3 "}, " o4 ", p, 1, 1" layout ";\n}\n"
 
-#define SA_WGMMA(n, numbers, o0, o1, o2, o3, o4, o5, o6, ...)                                 \
+#define SA_WGMMA(n, acc_ids, o0, o1, o2, o3, o4, o5, o6, ...)                                 \
   template <>                                                                                 \
   struct Wgmma<n / 8> {                                                                       \
     template <class Element, int kMnA, int kMnB>                                              \
     static SA_DEVICE void ss(float (&acc)[n / 8][4], uint64_t a, uint64_t b, int accumulate) {\
       if constexpr (std::is_same_v<Element, attention::BFloat16>) {                           \
-        asm volatile(SA_WGMMA_SS(n, "k16.f32", ".bf16.bf16", numbers, o0, o1, o2,             \
+        asm volatile(SA_WGMMA_SS(n, "k16.f32", ".bf16.bf16", acc_ids, o0, o1, o2,             \
                                  ", " o3 ", " o4)                                             \
                      : __VA_ARGS__                                                            \
                      : "l"(a), "l"(b), "r"(accumulate), "n"(kMnA), "n"(kMnB) : "memory");     \
       } else if constexpr (std::is_same_v<Element, attention::Float16>) {                     \
-        asm volatile(SA_WGMMA_SS(n, "k16.f32", ".f16.f16", numbers, o0, o1, o2,               \
+        asm volatile(SA_WGMMA_SS(n, "k16.f32", ".f16.f16", acc_ids, o0, o1, o2,               \
                                  ", " o3 ", " o4)                                             \
                      : __VA_ARGS__                                                            \
                      : "l"(a), "l"(b), "r"(accumulate), "n"(kMnA), "n"(kMnB) : "memory");     \
       } else {                                                                                \
         static_assert(kMnA == 0 && kMnB == 0, "8-bit operands are K-major");                  \
-        asm volatile(SA_WGMMA_SS(n, "k32.f32", ".e4m3.e4m3", numbers, o0, o1, o2, "")         \
+        asm volatile(SA_WGMMA_SS(n, "k32.f32", ".e4m3.e4m3", acc_ids, o0, o1, o2, "")         \
                      : __VA_ARGS__ : "l"(a), "l"(b), "r"(accumulate) : "memory");             \
       }                                                                                       \
     }                                                                                         \
@@ -80,20 +80,20 @@ struct Wgmma;
     static SA_DEVICE void rs(float (&acc)[n / 8][4], const uint32_t (&a)[4], uint64_t b,      \
                              int accumulate) {                                                \
       if constexpr (std::is_same_v<Element, attention::BFloat16>) {                           \
-        asm volatile(SA_WGMMA_RS(n, "k16.f32", ".bf16.bf16", numbers, o0, o1, o2, o3, o4, o5, \
+        asm volatile(SA_WGMMA_RS(n, "k16.f32", ".bf16.bf16", acc_ids, o0, o1, o2, o3, o4, o5, \
                                  ", " o6)                                                     \
                      : __VA_ARGS__                                                            \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),   \
                        "n"(kMnB) : "memory");                                                 \
       } else if constexpr (std::is_same_v<Element, attention::Float16>) {                     \
-        asm volatile(SA_WGMMA_RS(n, "k16.f32", ".f16.f16", numbers, o0, o1, o2, o3, o4, o5,   \
+        asm volatile(SA_WGMMA_RS(n, "k16.f32", ".f16.f16", acc_ids, o0, o1, o2, o3, o4, o5,   \
                                  ", " o6)                                                     \
                      : __VA_ARGS__                                                            \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),   \
                        "n"(kMnB) : "memory");                                                 \
       } else {                                                                                \
         static_assert(kMnB == 0, "8-bit operands are K-major");                               \
-        asm volatile(SA_WGMMA_RS(n, "k32.f32", ".e4m3.e4m3", numbers, o0, o1, o2, o3, o4, o5, \
+        asm volatile(SA_WGMMA_RS(n, "k32.f32", ".e4m3.e4m3", acc_ids, o0, o1, o2, o3, o4, o5, \
                                  "")                                                          \
                      : __VA_ARGS__                                                            \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate)    \

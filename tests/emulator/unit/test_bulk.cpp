@@ -203,10 +203,10 @@ void sum_faults() {
     });
   });
   expect_fault("a sum in turn that may come before those of the turns before",
-               {"bulk_reduce_add at add:1: no fence_turn_for_copies since semaphore_wait"}, [&] {
+               {"bulk_reduce_add at add:1: no fence_proxy_async_global since semaphore_wait"}, [&] {
                  const VisibleBuffers turns({sums.writable(), turn.writable()});
                  by_one_thread([&](char* shared) {
-                   fence_turn_for_copies();
+                   fence_proxy_async_global();
                    semaphore_wait(&turn[0], turn[0]);
                    add(shared);
                  });
@@ -215,7 +215,7 @@ void sum_faults() {
     const VisibleBuffers turns({sums.writable(), turn.writable()});
     by_one_thread([&](char* shared) {
       semaphore_wait(&turn[0], turn[0]);
-      fence_turn_for_copies();
+      fence_proxy_async_global();
       add(shared);
       bulk_commit();
       bulk_wait<0>();

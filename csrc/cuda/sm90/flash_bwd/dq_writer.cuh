@@ -37,7 +37,7 @@ struct FlashBwdDqWriter {
     const int mine = turns == nullptr ? 0 : block.turn_at(tile);
     if (turns != nullptr) {
       primitives::semaphore_wait(turns + at, mine);
-      primitives::fence_turn_for_copies();
+      primitives::fence_proxy_async_global();
     }
     // Fragments of 16 rows follow each other; those without a row hold zeros.
     const int rows = (block.rows_of(tile) + 15) / 16 * 16;

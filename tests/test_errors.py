@@ -60,7 +60,8 @@ def paged() -> dict[str, Any]:
 
 def packed() -> dict[str, Any]:
     new = {"q": randn(4, 4, 8), "k": randn(4, 2, 8), "v": randn(4, 2, 6)}
-    return {**paged(), **new, "cache_seqlens": int32(4, 5), "cu_seqlens_q": int32(0, 1, 4)}
+    lengths = {"cache_seqlens": int32(4, 5), "cu_seqlens_q": int32(0, 1, 4), "max_seqlen_q": 3}
+    return {**paged(), **new, **lengths}
 
 
 def float8() -> dict[str, Any]:

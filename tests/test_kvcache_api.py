@@ -129,8 +129,8 @@ def test_sequences_of_different_lengths(causal: bool) -> None:
         assert_close((out[b : b + 1], lse[b : b + 1]), expected)
 
 
-@pytest.mark.parametrize("max_seqlen_q", [None, 5, 7])
-def test_packed_queries_and_keys(max_seqlen_q: int | None) -> None:
+@pytest.mark.parametrize("max_seqlen_q", [5, 7])
+def test_packed_queries_and_keys(max_seqlen_q: int) -> None:
     """Prefill and decode in one call, an empty sequence, a padding token that is not stored."""
     lengths, new_lengths = [3, 7, 14], [5, 0, 1]
     caches, keys, values = filled_cache(lengths)
@@ -260,7 +260,8 @@ def test_equals_varlen_over_gathered_keys() -> None:
     ends, k_ends = int32(0, 1, 3, 6), int32(0, 3, 12, 26)
     options = {"causal": True, "window_size": (6, 0), "s_aux": SINKS, "return_lse": True}
     paged = flash_attn_with_kvcache(
-        q, *caches, cache_seqlens=int32(*lengths), block_table=TABLE, cu_seqlens_q=ends, **options
+        q, *caches, cache_seqlens=int32(*lengths), block_table=TABLE, cu_seqlens_q=ends,
+        max_seqlen_q=3, **options
     )
     packed = flash_attn_varlen_func(
         q, torch.cat(keys), torch.cat(values), ends, k_ends, 3, 14, **options

@@ -29,6 +29,7 @@ def attend(
         "cache_seqlens": inputs.seqlens_k,
         "block_table": inputs.block_table,
         "cu_seqlens_q": inputs.cu_seqlens_q,
+        "max_seqlen_q": inputs.max_seqlen_q,
         "s_aux": inputs.s_aux,
         "k_scale": inputs.k_scale,
         "v_scale": inputs.v_scale,

@@ -300,7 +300,7 @@ def test_refusals() -> None:
         refused(ValueError, match, tree_mask=tree_mask)
         packed = {
             "q": torch.randn(6, 4, 8), "k": torch.randn(6, 2, 8), "v": torch.randn(6, 2, 8),
-            "cu_seqlens_q": int32([0, 3, 6]), "tree_mask": tree_mask.flatten(),
+            "cu_seqlens_q": int32([0, 3, 6]), "max_seqlen_q": 3, "tree_mask": tree_mask.flatten(),
         }  # fmt: skip
         refused(ValueError, rf"bit {i} set.*tree_mask\[{3 + i}\] = {word}", **packed)
 

@@ -15,7 +15,6 @@ namespace {
 int num_sms = 4;
 int arch = 80;
 bool pretends_to_capture = false;
-int64_t asked_for = 0;
 
 emulator::Buffer buffer_of(const Tensor& tensor, bool writable, const std::string& name) {
   int64_t last = 0;
@@ -73,13 +72,14 @@ struct EmulatedBackend {
   static cuda::Device device() { return {num_sms, arch, forced_cuda_family()}; }
 
   static void check_flash_fwd(const attention::FlashFwdParams& params, const Tensor&) {
-    asked_for = cuda::flash_fwd_workspace_bytes(params, device());
+    cuda::flash_fwd_workspace_bytes(params, device());
   }
   static void flash_fwd(const attention::FlashFwdParams& params, const Operands& operands) {
     if (params.cu_seqlens_q == nullptr) poison(operands);
     void* workspace = nullptr;
-    asked_for = cuda::flash_fwd_workspace_bytes(params, device());
-    const Operands all = with_workspace(operands, operands.read.front(), asked_for, workspace);
+    const Operands all =
+        with_workspace(operands, operands.read.front(),
+                       cuda::flash_fwd_workspace_bytes(params, device()), workspace);
     const Visible visible(all);
     cuda::flash_fwd(params, device(), workspace, nullptr);
   }
@@ -130,8 +130,19 @@ void configure(int64_t seed, int64_t multiprocessors, int64_t architecture) {
 }
 void pretend_to_capture(bool on) { pretends_to_capture = on; }
 
-// Bytes that the last check of a forward, or forward, wants as workspace.
-int64_t workspace_bytes() { return asked_for; }
+// What causal attention over a cache wants as workspace.
+int64_t paged_workspace_bytes(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                              const OptionalTensor& block_table, const Tensor& cache_seqlens,
+                              int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t window_left,
+                              int64_t num_splits) {
+  const OptionalTensor none;
+  return cuda::flash_fwd_workspace_bytes(
+      make_paged_params(q, k_cache, v_cache, none,
+                        {block_table, cache_seqlens, none, none, none, max_seqlen_q, max_seqlen_k,
+                         num_splits, none},
+                        {0.1, true, window_left, 0, 0.0, 0}),
+      EmulatedBackend::device());
+}
 
 // Thread blocks so far of kernels in sink_attention::cuda::<family>; all where family is empty.
 int64_t blocks_run(const std::string& family) {
@@ -148,14 +159,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SA_OP_NAMESPACE, m) {
   m.def("configure(int seed, int multiprocessors, int arch) -> ()");
   m.def("pretend_to_capture(bool on) -> ()");
   m.def("blocks_run(str family) -> int");
-  m.def("workspace_bytes() -> int");
+  m.def(
+      "paged_workspace_bytes(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? block_table, Tensor "
+      "cache_seqlens, int max_seqlen_q, int max_seqlen_k, int window_left, int num_splits) -> int");
 }
 STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("configure", TORCH_BOX(&configure));
   m.impl("cuda_kernel_family", TORCH_BOX(&cuda_kernel_family));
   m.impl("pretend_to_capture", TORCH_BOX(&pretend_to_capture));
   m.impl("blocks_run", TORCH_BOX(&blocks_run));
-  m.impl("workspace_bytes", TORCH_BOX(&workspace_bytes));
+  m.impl("paged_workspace_bytes", TORCH_BOX(&paged_workspace_bytes));
 }
 STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CPU, m) {
   Ops<EmulatedBackend>::register_with(m);

@@ -86,15 +86,6 @@ struct CacheTokens {
   int part_bits;
 };
 
-// Where new tokens come from and go to. Slots are dealt out to 2^part_bits parts, so that tokens of
-// one slot are one job's, which writes them in order.
-struct CacheTokens {
-  const int64_t* slots;    // [num_tokens]; negative: the token is skipped
-  int64_t tokens_per_row;  // of the batch dimension of k and v
-  int64_t k_stride_batch, v_stride_batch;
-  int part_bits;
-};
-
 struct Kernels {
   FwdPlan (*plan_fwd)(const attention::FlashFwdParams&);
   void (*pack_blocks)(const attention::FlashFwdParams&, const FwdPlan&, int64_t batch_idx,

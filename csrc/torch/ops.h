@@ -6,7 +6,8 @@
 //                                       checked always, otherwise under the debug switch only
 //     is_capturing(tensor)              where it cannot: whether calls are being captured in a
 //                                       graph, so that nothing may wait for the device
-//     may_leave_rows(problem, extent)   whether there may be rows that no sequence has
+//     fill_unused_rows(problem, operands)  of packed results, before flash_fwd or flash_bwd:
+//                                       out = 0, lse = -inf, gradients = 0 in rows of no sequence
 //     takes_fp8(problem, tensor)     whether it has kernels for float8 q, k and v
 //     check_flash_fwd(problem, tensor)  throws what flash_fwd would, of a problem without results
 //     Scratch(tensor, count)            memory of the call for int32 values, with data() and
@@ -18,7 +19,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -67,20 +67,11 @@ struct Ops {
         torch::stable::new_empty(q, {params.num_heads_q, q.size(0)}, lse_type)};
   }
 
-  // Rows of q beyond the last sequence: out = 0, lse = -inf. The backend writes those of sequences
-  // only.
-  static void fill_unused_rows(const FlashFwdParams& params, const Extent& extent,
-                               Forward& results) {
-    if (params.cu_seqlens_q == nullptr || !Backend::may_leave_rows(params, extent)) return;
-    torch::stable::zero_(results.out);
-    torch::stable::fill_(results.lse, -std::numeric_limits<double>::infinity());
-  }
-
   static void forward_into(const Tensor& q, FlashFwdParams params, Operands operands,
                            Forward& results) {
     set_results(params, q, results.out, results.lse);
-    fill_unused_rows(params, {q.size(0), 0, 0}, results);
-    operands.written.insert(operands.written.end(), {results.out, results.lse});
+    operands.written = {results.out, results.lse};
+    if (params.cu_seqlens_q != nullptr) Backend::fill_unused_rows(params, operands);
     Backend::flash_fwd(params, operands);
   }
 
@@ -104,13 +95,7 @@ struct Ops {
     const Tensor dense_dout = with_unit_last_stride(dout), dense_out = with_unit_last_stride(out),
                  dense_lse = with_unit_last_stride(lse);
     set_results(fwd, q, dense_out, dense_lse);
-    // The backend writes the rows of sequences, up to seqused_k; here there may be others.
-    const bool zero =
-        fwd.cu_seqlens_q != nullptr &&
-        (fwd.seqused_k != nullptr || Backend::may_leave_rows(fwd, {q.size(0), k.size(0), 0}));
-    const auto like = [zero](const Tensor& x) {
-      return zero ? torch::stable::new_zeros(x, x.sizes()) : torch::stable::new_empty(x, x.sizes());
-    };
+    const auto like = [](const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); };
     const Gradients gradients{like(q), like(k), like(v),
                               s_aux ? torch::stable::new_zeros(*s_aux, s_aux->sizes())
                                     : torch::stable::new_empty(q, {0}, ScalarType::Float)};
@@ -119,6 +104,7 @@ struct Ops {
     operands.read.insert(operands.read.end(), {dense_dout, dense_out, dense_lse});
     if (dlse) operands.read.push_back(*dlse);
     operands.written = {gradients.dq, gradients.dk, gradients.dv, gradients.ds_aux};
+    if (fwd.cu_seqlens_q != nullptr) Backend::fill_unused_rows(params, operands);
     Backend::flash_bwd(params, operands);
     return {gradients.dq, gradients.dk, gradients.dv, gradients.ds_aux};
   }
@@ -226,11 +212,12 @@ struct Ops {
     if (!Backend::takes_fp8(params, q)) return {};
     Forward results = new_results(q, params.fwd);
     set_results(params.fwd, q, results.out, results.lse);
-    fill_unused_rows(params.fwd, {q.size(0), 0, 0}, results);
-    Backend::flash_fwd_fp8(params, {{q, k, v},
-                                    {&q_descale, &k_descale, &v_descale, &cu_seqlens_q,
-                                     &cu_seqlens_k, &seqused_k, &s_aux},
-                                    {results.out, results.lse}});
+    const Operands operands{
+        {q, k, v},
+        {&q_descale, &k_descale, &v_descale, &cu_seqlens_q, &cu_seqlens_k, &seqused_k, &s_aux},
+        {results.out, results.lse}};
+    if (cu_seqlens_q) Backend::fill_unused_rows(params.fwd, operands);
+    Backend::flash_fwd_fp8(params, operands);
     return {results.out, results.lse};
   }
 

@@ -20,7 +20,7 @@ struct CpuBackend {
     }
     Scratch(const Scratch&) = delete;
     int32_t* data() { return data_; }
-    void add_to(Operands&) const {}
+    void add_to(std::vector<Tensor>&) const {}
 
    private:
     std::array<int32_t, 128> few_{};
@@ -29,9 +29,9 @@ struct CpuBackend {
   };
 
   static constexpr bool kReadsValues = true;
-  static bool may_leave_rows(const attention::FlashFwdParams& params, const Extent& extent) {
-    return params.cu_seqlens_q[params.batch] < extent.q_rows ||
-           (params.cu_seqlens_k != nullptr && params.cu_seqlens_k[params.batch] < extent.k_rows);
+  template <class Params>  // FlashFwdParams or FlashBwdParams
+  static void fill_unused_rows(const Params& params, const Operands&) {
+    cpu::fill_unused_rows(params);
   }
   static void check_flash_fwd(const attention::FlashFwdParams&, const Tensor&) {}
   static void flash_fwd(const attention::FlashFwdParams& params, const Operands&) {

@@ -45,8 +45,9 @@ struct Settings {
   uint64_t seed = 1;
   int resident_blocks = 2;  // so many blocks run at once, in turns
   bool check_races = true;
-  int64_t blocks_run = 0;                    // counted by run_grid
-  std::map<std::string, int64_t> blocks_of;  // blocks run to their end, by the kernel's C++ name
+  int64_t blocks_run = 0;                      // counted by run_grid
+  std::map<std::string, int64_t> blocks_of;    // blocks run to their end, by the kernel's C++ name
+  std::map<std::string, int64_t> launches_of;  // that ran to their end, likewise
 };
 Settings& settings();
 

@@ -59,7 +59,7 @@ struct EmulatedBackend {
     Scratch(const Tensor& like, int64_t count)
         : tensor_(torch::stable::new_empty(like, {count}, ScalarType::Int)) {}
     int32_t* data() { return static_cast<int32_t*>(tensor_.mutable_data_ptr()); }
-    void add_to(Operands& operands) const { operands.written.push_back(tensor_); }
+    void add_to(std::vector<Tensor>& tensors) const { tensors.push_back(tensor_); }
 
    private:
     Tensor tensor_;
@@ -67,7 +67,12 @@ struct EmulatedBackend {
 
   static constexpr bool kReadsValues = false;  // as on CUDA: under the debug switch only
   static bool is_capturing(const Tensor&) { return pretends_to_capture; }
-  static bool may_leave_rows(const attention::FlashFwdParams&, const Extent&) { return true; }
+  template <class Params>  // FlashFwdParams or FlashBwdParams
+  static void fill_unused_rows(const Params& params, const Operands& operands) {
+    poison(operands);
+    const Visible visible(operands);
+    cuda::fill_unused_rows(params, nullptr);
+  }
 
   static cuda::Device device() { return {num_sms, arch, forced_cuda_family()}; }
 
@@ -105,7 +110,14 @@ struct EmulatedBackend {
     const Visible visible(operands);
     cuda::reshape_and_cache(params, nullptr);
   }
+  // Results come last: the rows that it fills, and those that attention does afterwards.
   static void append_kv(const attention::AppendKvParams& params, const Operands& operands) {
+    if (params.out != nullptr) {
+      for (size_t i = operands.written.size() - 2; i < operands.written.size(); ++i) {
+        Tensor result = operands.written[i];
+        torch::stable::fill_(result, std::numeric_limits<double>::quiet_NaN());
+      }
+    }
     const Visible visible(operands);
     cuda::append_kv(params, nullptr);
   }
@@ -153,12 +165,22 @@ int64_t blocks_run(const std::string& family) {
   return sum;
 }
 
+// Launches so far of kernels whose C++ name contains the text; all where it is empty.
+int64_t launches(const std::string& text) {
+  int64_t sum = 0;
+  for (const auto& [kernel, count] : emulator::settings().launches_of) {
+    if (kernel.find(text) != std::string::npos) sum += count;
+  }
+  return sum;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(SA_OP_NAMESPACE, m) {
   m.def("configure(int seed, int multiprocessors, int arch) -> ()");
   m.def("pretend_to_capture(bool on) -> ()");
   m.def("blocks_run(str family) -> int");
+  m.def("launches(str text) -> int");
   m.def(
       "paged_workspace_bytes(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? block_table, Tensor "
       "cache_seqlens, int max_seqlen_q, int max_seqlen_k, int window_left, int num_splits) -> int");
@@ -168,6 +190,7 @@ STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("cuda_kernel_family", TORCH_BOX(&cuda_kernel_family));
   m.impl("pretend_to_capture", TORCH_BOX(&pretend_to_capture));
   m.impl("blocks_run", TORCH_BOX(&blocks_run));
+  m.impl("launches", TORCH_BOX(&launches));
   m.impl("paged_workspace_bytes", TORCH_BOX(&paged_workspace_bytes));
 }
 STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CPU, m) {

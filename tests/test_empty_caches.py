@@ -75,7 +75,7 @@ def test_a_table_without_columns() -> None:
     with pytest.raises(ValueError, match=r"cache_seqlens\[0\]"):
         flash_attn_with_kvcache(q, *pages, k, k, 0, table)
     starts = torch.zeros(BATCH + 1, dtype=torch.int32)
-    flash_attn_with_kvcache(q[:, 0], *pages, k[:, 0], k[:, 0], 0, table, starts)
+    flash_attn_with_kvcache(q[:, 0], *pages, k[:, 0], k[:, 0], 0, table, starts, 1)
     assert not pages.any()
 
 

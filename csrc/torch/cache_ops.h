@@ -62,9 +62,11 @@ struct CacheOps : Ops<Backend> {
     append.seqused_k = scratch.data();
     append.page_table = scratch.data() + params.batch;
     params.block_table = append.page_table;
-    scratch.add_to(operands);
     Backend::check_flash_fwd(params, call.q);
+    scratch.add_to(operands.written);
     Backend::append_kv(append, operands);
+    operands.written.clear();
+    scratch.add_to(operands.read);
     forward_into(call.q, params, std::move(operands), results);
   }
 
@@ -85,10 +87,12 @@ struct CacheOps : Ops<Backend> {
       append.out_stride_head = params.out_stride_head;
       append.lse_stride_head = params.lse_stride_head;
     }
-    operands.written.insert(operands.written.end(), {results.out, results.lse});
-    scratch.add_to(operands);
     Backend::check_flash_fwd(params, q);
+    scratch.add_to(operands.written);
+    operands.written.insert(operands.written.end(), {results.out, results.lse});
     Backend::append_kv(append, operands);
+    operands.written = {results.out, results.lse};
+    scratch.add_to(operands.read);
     Backend::flash_fwd(params, operands);
   }
 

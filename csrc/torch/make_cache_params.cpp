@@ -16,12 +16,25 @@ using attention::ReshapeAndCacheParams;
 
 constexpr const char* kPaged = "(num_pages, page_size, num_heads_kv, head_dim)";
 
-// What a cache holds: float8, int8, or numbers of q's dtype.
-DataType cache_type(const Tensor& cache, const char* name, const Tensor& q, DataType q_type) {
-  if (cache.scalar_type() == ScalarType::Float8_e4m3fn) return DataType::kFloat8E4M3;
-  if (cache.scalar_type() == ScalarType::Char) return DataType::kInt8;
-  check_dtype(cache, name, q.scalar_type());
-  return q_type;
+// What k_cache holds: float8, int8, or values of the dtype of q, or of new keys.
+DataType cache_type(const Tensor& k_cache, const Tensor& q, const char* q_name, DataType q_type) {
+  switch (k_cache.scalar_type()) {
+    case ScalarType::Float8_e4m3fn:
+      return DataType::kFloat8E4M3;
+    case ScalarType::Char:
+      return DataType::kInt8;
+    default:
+      float_type(k_cache, "k_cache");
+      check_type(q.scalar_type() == k_cache.scalar_type(), q_name,
+                 " must have the dtype of k_cache, ", dtype_name(k_cache.scalar_type()), "; got ",
+                 dtype_name(q.scalar_type()));
+      return q_type;
+  }
+}
+
+void check_page_size(const Tensor& k_cache) {
+  check(k_cache.size(1) >= 1, "k_cache must have page_size of at least 1; got shape ",
+        shape_of(k_cache));
 }
 
 bool are_token_scales(const std::optional<Tensor>& scale) { return scale && scale->dim() == 3; }
@@ -56,10 +69,11 @@ void set_cache_scales(Params& params, DataType cache_dtype, const Tensor& k_cach
                                                                          {"v_scale", &v_scale}};
   for (const auto& [name, scale] : scales) {
     if (!attention::is_8_bit(cache_dtype)) {
-      check(!*scale, name, " is only for float8_e4m3fn and int8 caches");
+      check(!*scale, name, " must be None: it is only for float8_e4m3fn and int8 caches, got one of ",
+            dtype_name(k_cache.scalar_type()));
       continue;
     }
-    check(scale->has_value(), name, " is needed for a ", dtype_name(k_cache.scalar_type()),
+    check(scale->has_value(), name, " must be given for a ", dtype_name(k_cache.scalar_type()),
           " cache");
     check_same_device(**scale, name, k_cache);
     check_dtype(**scale, name, ScalarType::Float);
@@ -127,8 +141,7 @@ void set_pages(FlashFwdParams& params, const Tensor& k_cache,
   check(table.size(0) == params.batch, "block_table must have batch = ", params.batch,
         " rows, as ", params.cu_seqlens_q ? "cu_seqlens_q" : "q", " has; got shape ",
         shape_of(table));
-  check(params.page_size >= 1, "k_cache must have a page_size of at least 1, got shape ",
-        shape_of(k_cache));
+  check_page_size(k_cache);
   params.seqlen_k = table.size(1) * params.page_size;
   params.block_table_stride = table.stride(0);
   params.block_table = table.numel() > 0 ? table.const_data_ptr<int32_t>() : &no_pages;
@@ -171,7 +184,7 @@ FlashFwdParams make_paged_params(const Tensor& q, const Tensor& k_cache, const T
   }
   check_rank(k_cache, "k_cache", 4, kPaged);
   check_rank(v_cache, "v_cache", 4, kPaged);
-  const DataType kv_dtype = cache_type(k_cache, "k_cache", q, float_type(q, "q"));
+  const DataType kv_dtype = cache_type(k_cache, q, "q", float_type(q, "q"));
   check_dtype(v_cache, "v_cache", k_cache.scalar_type());
   set_qkv(params, q, k_cache, v_cache, {"k_cache", "v_cache", {"num_pages", "page_size"}});
   params.kv_dtype = kv_dtype;
@@ -227,8 +240,8 @@ AppendKvParams make_append_params(const FlashFwdParams& fwd, const Tensor& k, co
     params.v_stride_batch = v.stride(0);
   }
   params.dtype = float_type(k, "k");
+  params.cache_dtype = cache_type(k_cache, k, "k", params.dtype);
   check_dtype(v, "v", k.scalar_type());
-  params.cache_dtype = cache_type(k_cache, "k_cache", k, params.dtype);
   check_same_device(k, "k", k_cache);
   check_same_device(v, "v", k_cache);
   check_unit_last_stride(k, "k");
@@ -265,8 +278,8 @@ ReshapeAndCacheParams make_reshape_and_cache_params(const Tensor& k, const Tenso
   check_rank(k_cache, "k_cache", 4, kPaged);
   check_rank(v_cache, "v_cache", 4, kPaged);
   params.dtype = float_type(k, "k");
+  params.cache_dtype = cache_type(k_cache, k, "k", params.dtype);
   check_dtype(v, "v", k.scalar_type());
-  params.cache_dtype = cache_type(k_cache, "k_cache", k, params.dtype);
   check_dtype(v_cache, "v_cache", k_cache.scalar_type());
   params.num_tokens = k.size(0);
   params.num_heads_kv = k.size(1);
@@ -274,6 +287,7 @@ ReshapeAndCacheParams make_reshape_and_cache_params(const Tensor& k, const Tenso
   params.head_dim_v = v.size(2);
   check_head_dim(params.head_dim, k, "k", "head_dim");
   check_head_dim(params.head_dim_v, v, "v", "head_dim_v");
+  check_page_size(k_cache);
   params.page_size = k_cache.size(1);
   params.num_pages = k_cache.size(0);
   check_shape(v, "v", {params.num_tokens, params.num_heads_kv, params.head_dim_v});

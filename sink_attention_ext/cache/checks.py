@@ -4,6 +4,7 @@ words in its own way, and lengths that a plan is made of. The operators check al
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -149,22 +150,25 @@ def check_kinds(**arguments: tuple[Any, Sequence[str] | None]) -> None:
             check_kind(name, value)
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
-
-
 def check_attend_kinds(
     q: Any, k_cache: Any, v_cache: Any, k: Any, v: Any, cache_seqlens: Any, block_table: Any,
     cu_seqlens_q: Any, s_aux: Any, k_scale: Any, v_scale: Any, tree_mask: Any, out: Any,
 ) -> None:  # fmt: skip
     is_packed = cu_seqlens_q is not None
+    if not isinstance(cache_seqlens, (int, torch.SymInt, Tensor, NoneType)) or (
+        isinstance(cache_seqlens, bool)
+    ):
+        raise TypeError(
+            f"cache_seqlens must be an int or an int32 tensor (batch,); got {cache_seqlens!r}"
+        )
+    lengths = cache_seqlens if isinstance(cache_seqlens, Tensor) else None
     check_kinds(
         q=(q, Q[is_packed]),
         k_cache=(k_cache, K_CACHE),
         v_cache=(v_cache, V_CACHE),
         k_=(k, K_NEW[is_packed]),
         v_=(v, V_NEW[is_packed]),
-        cache_seqlens_=(None if is_number(cache_seqlens) else cache_seqlens, ("batch",)),
+        cache_seqlens_=(lengths, ("batch",)),
         block_table_=(block_table, ("batch", "max_pages_per_seq")),
         cu_seqlens_q_=(cu_seqlens_q, ("batch + 1",)),
         s_aux_=(s_aux, ("num_heads_q",)),

@@ -37,16 +37,18 @@ def check_scales(k_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
     if k_cache.dtype not in QUANTISED_DTYPES:
         for name, scale in named:
             if scale is not None:
-                raise RuntimeError(f"{name} is only for float8_e4m3fn and int8 caches")
+                raise ValueError(
+                    f"{name} must be None: it is only for float8_e4m3fn and int8 caches"
+                )
         return
     num_heads_kv = k_cache.shape[2]
     for name, scale in named:
         if scale is None:
-            raise RuntimeError(f"{name} is needed for a {k_cache.dtype} cache")
+            raise ValueError(f"{name} must be given for a {k_cache.dtype} cache")
         check_device(name, scale, k_cache)
         check_dtype(name, scale, torch.float32)
     if (k_scale.dim() == 3) != (v_scale.dim() == 3):
-        raise RuntimeError(
+        raise ValueError(
             "k_scale and v_scale must be of one kind, both for each token or neither, got shapes "
             f"{tuple(k_scale.shape)} and {tuple(v_scale.shape)}"
         )
@@ -60,7 +62,7 @@ def check_scales(k_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
             f"{tuple(scale.shape)}"
         )
         if scale.dim() > 1:
-            raise RuntimeError(message)
+            raise ValueError(message)
         if scale.dim() == 1 and not is_known(scale.shape[0] == 1):
             refuse_if(scale.shape[0] != num_heads_kv, message)
             check_last_stride(name, scale)
@@ -169,7 +171,7 @@ def _check_attend(
         check_size("block_table", block_table, 0, batch, "a row for each sequence")
         refuse_if(
             k_cache.shape[1] < 1,
-            f"k_cache must have a page_size of at least 1, got shape {tuple(k_cache.shape)}",
+            f"k_cache must have page_size of at least 1; got shape {tuple(k_cache.shape)}",
         )
     check_vector("cache_seqlens", cache_seqlens, batch, q)
     check_at_least_0(num_splits=num_splits, max_seqlen_k=max_seqlen_k)
@@ -275,7 +277,7 @@ def _reshape_and_cache(
 ) -> None:  # fmt: skip
     check_write(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
     if k_scale is not None and k_scale.dim() == 3:
-        raise RuntimeError(
+        raise ValueError(
             "k_scale and v_scale of each token and head are results: "
             "reshape_and_cache.token_scales writes them, reshape_and_cache takes shapes (), (1,) "
             f"and (num_heads_kv,), got {tuple(k_scale.shape)}"

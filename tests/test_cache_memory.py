@@ -327,7 +327,7 @@ def test_results_of_paged_attn_out_are_apart_from_its_operands() -> None:
         ((out, out.view(-1)[:4].view_as(lse)), "^lse must not share memory with out"),
         ((out[:1].expand(2, -1, -1, -1), lse), "^out must have memory of its own"),
     ):
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(ValueError, match=message):
             ops.paged_attn_out(*args, out=results[0], lse=results[1])
         assert torch.equal(q, before[0]) and torch.equal(cache, before[1])
     ops.paged_attn_out(*args, out=out, lse=lse)
@@ -391,7 +391,7 @@ def test_large_caches_of_irregular_strides(strides: tuple[int, ...], gap: int) -
     new = torch.ones(1, 3, 2)
     args = (new, new, k_cache, v_cache, torch.tensor([0]), scale, scale)
     if overlapping(k_cache, v_cache):
-        with pytest.raises(RuntimeError, match="must not share memory|must have memory of its own"):
+        with pytest.raises(ValueError, match="must not share memory|must have memory of its own"):
             ops.reshape_and_cache(*args)
     else:
         ops.reshape_and_cache(*args)
@@ -409,7 +409,7 @@ def test_compiled_calls_are_checked_when_they_run() -> None:
     assert torch.equal(apart[1].flatten(0, 1)[SLOTS], v)
     cache = torch.zeros(PAGES, SIZE, HEADS, DIM)
     numpy_twin = torch.from_numpy(cache.numpy())  # no alias that the compiler knows of
-    with pytest.raises(RuntimeError, match="v_cache must not share memory with k_cache"):
+    with pytest.raises(ValueError, match="v_cache must not share memory with k_cache"):
         compiled(k, v, cache, numpy_twin, SLOTS)
     torch._dynamo.reset()
 

@@ -97,8 +97,8 @@ struct WriteCacheKernel {
     return found;
   }
 
-  static SA_DEVICE void skip_rewritten(const NewTokens& tokens, SharedStorage& storage,
-                                            int first, int count) {
+  static SA_DEVICE void skip_rewritten(const NewTokens& tokens, SharedStorage& storage, int first,
+                                       int count) {
     const uint32_t of_warp = find_rewritten(tokens, storage, first, count);
     const int warp = primitives::warp_idx();  // by all lanes
     if (primitives::lane_idx() == 0) primitives::store_shared(&storage.rewritten[warp], of_warp);

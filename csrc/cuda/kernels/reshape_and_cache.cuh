@@ -54,7 +54,7 @@ struct WriteCacheKernel {
     if (tokens.slot_mapping == nullptr) store_lengths(tokens);
     primitives::sync_threads();  // each place is one thread's to find and all threads' to read
     if (tokens.deterministic) {
-      leave_out_rewritten(tokens, storage, first, count);
+      skip_rewritten(tokens, storage, first, count);
     }
     if constexpr (kIsRow<Vector>) {
       write_rows(params, params.k, storage, count);
@@ -97,8 +97,8 @@ struct WriteCacheKernel {
     return found;
   }
 
-  static SA_DEVICE void leave_out_rewritten(const NewTokens& tokens, SharedStorage& storage,
-                                            int first, int count) {
+  static SA_DEVICE void skip_rewritten(const NewTokens& tokens, SharedStorage& storage, int first,
+                                       int count) {
     const uint32_t of_warp = find_rewritten(tokens, storage, first, count);
     const int warp = primitives::warp_idx();  // by all lanes
     if (primitives::lane_idx() == 0) primitives::store_shared(&storage.rewritten[warp], of_warp);

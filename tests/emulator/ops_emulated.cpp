@@ -83,8 +83,9 @@ struct EmulatedBackend {
     if (params.cu_seqlens_q == nullptr) poison(operands);
     void* workspace = nullptr;
     Tensor memory;
-    asked_for = cuda::flash_fwd_workspace_bytes(params, device());
-    const Operands all = with_workspace(operands, operands.first(), asked_for, memory, workspace);
+    const Operands all =
+        with_workspace(operands, operands.first(),
+                       cuda::flash_fwd_workspace_bytes(params, device()), memory, workspace);
     const Visible visible(all);
     cuda::flash_fwd(params, device(), workspace, nullptr);
   }
@@ -142,9 +143,6 @@ void configure(int64_t seed, int64_t multiprocessors, int64_t architecture) {
   arch = static_cast<int>(architecture);
 }
 void pretend_to_capture(bool on) { pretends_to_capture = on; }
-
-// The workspace bytes of the last forward, or check of a forward.
-int64_t workspace_bytes() { return asked_for; }
 
 // What causal attention over a cache wants as workspace.
 int64_t paged_workspace_bytes(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,

@@ -2,7 +2,7 @@
 
 One new token per sequence, GPT-OSS's heads (64 query, 8 kv, head_dim 64), pages of 16 tokens; the
 table counts each sequence's tokens behind the prefix, its new one included. The plain call is
-flash_attn_with_kvcache over the same block table: it reads the shared pages for each sequence anew
+flash_attn_with_kvcache over the same block table: it reads the shared pages for each sequence again
 (out of the last-level cache, as far as they stay there). Both calls' results are compared with
 float64 attention for the first and the last sequence.
 """

@@ -16,6 +16,7 @@ from sink_attention_ext.fake_checks import (
     check_dtype,
     check_float,
     check_gradients,
+    check_same_dtype,
     check_shape,
     check_sinks,
     check_varlen,
@@ -120,25 +121,26 @@ def _merge_attn_states(
     outs: Sequence[Tensor], lses: Sequence[Tensor], s_aux: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     if len(outs) == 0 or len(outs) != len(lses):
-        raise RuntimeError(
-            "outs and lses must be equally many, at least one partial result, got "
-            f"{len(outs)} and {len(lses)}"
+        raise ValueError(
+            f"outs and lses must have the same length of at least 1; got {len(outs)} outs and "
+            f"{len(lses)} lses"
         )
     first = outs[0]
-    if first.dim() not in (3, 4):
-        raise RuntimeError(
-            "outs[0] must be (batch, seqlen, num_heads, head_dim) or (total, num_heads, head_dim), "
-            f"got shape {tuple(first.shape)}"
-        )
     check_float("outs[0]", first)
+    if first.dim() not in (3, 4):
+        raise ValueError(
+            "outs[0] must have 4 dimensions (batch, seqlen, num_heads, head_dim) or 3 (total, "
+            f"num_heads, head_dim); got shape {tuple(first.shape)}"
+        )
     lse_shape = (*first.shape[:-3], first.shape[-2], first.shape[-3])
+    lse_dims = "(batch, num_heads, seqlen)" if first.dim() == 4 else "(num_heads, total)"
     for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
-        check_dtype(f"outs[{i}]", out, first.dtype)
+        check_same_dtype(f"outs[{i}]", out, "outs[0]", first)
         check_dtype(f"lses[{i}]", lse, lse_dtype(first.dtype))
         check_device(f"outs[{i}]", out, first)
         check_device(f"lses[{i}]", lse, first)
-        check_shape(f"outs[{i}]", out, first.shape)
-        check_shape(f"lses[{i}]", lse, lse_shape)
+        check_shape(f"outs[{i}]", out, first.shape, "of outs[0]")
+        check_shape(f"lses[{i}]", lse, lse_shape, f"{lse_dims}, heads before rows")
     check_sinks(s_aux, first.shape[-2], first)
     return first.new_empty(first.shape), lses[0].new_empty(lses[0].shape)
 

@@ -160,7 +160,7 @@ class CacheModel:
     # ---- what must be true ----
 
     def check(self) -> None:
-        """Lengths, contents, and the books of every group."""
+        """Lengths, contents, and the bookkeeping of every group."""
         for group, tables in enumerate(self.cache._tables):
             self._check_books(tables)
             for seq in self.tokens:

@@ -1,4 +1,4 @@
-"""The cases of the test grid and the inputs that they stand for.
+"""The cases of the test matrix and the inputs that they stand for.
 
 A case is a small frozen dataclass; its inputs are made on the CPU from its seed, the same on every
 machine and for every backend. Whatever a kernel must not use is filled with NaN: the gaps between
@@ -306,7 +306,7 @@ def make_paged(case: PagedCase, device: torch.device | str = "cpu") -> PagedInpu
 def _quantise(
     case: PagedCase, tokens: list[Tensor], rng: torch.Generator
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """Scales and the float8 numbers of a cache; without float8 None and the tokens."""
+    """Scales and the float8 elements of a cache; without float8 None and the tokens."""
     if case.float8 is None:
         return None, tokens
     shape = {"scalar": (), "one": (1,), "per head": (case.num_heads_kv,)}[case.float8]

@@ -34,7 +34,7 @@ def load() -> bool:
 
 
 def operator(name: str):
-    """The emulator's twin of an operator, which `emulated()` puts in its place."""
+    """The emulator's own operator, which `emulated()` puts in its place."""
     packet, _, overload = name.partition(".")
     return getattr(getattr(torch.ops.sink_attention_emulated, packet), overload or "default")
 

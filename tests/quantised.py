@@ -1,4 +1,4 @@
-"""Paged caches of 8-bit numbers, and what attention over them should be.
+"""Paged caches of 8-bit elements, and what attention over them should be.
 
 The oracle is reference.quantise, what a cache should hold byte for byte, and reference.attention on
 the numbers that it then stands for. Slots that are not in use hold garbage, and so do their scales.
@@ -13,8 +13,8 @@ import cases
 import oracle
 import tolerance
 import torch
+from backends import Backend
 from cases import FLOAT8, PagedCase, PagedInputs
-from conftest import Backend
 from test_paged import attend
 from torch import Tensor
 

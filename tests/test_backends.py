@@ -1,4 +1,4 @@
-"""Backends of conftest.py: cases that fit Hopper's kernels, and tests that miss them."""
+"""Backends (backends.py): cases that fit Hopper's kernels, and tests that miss them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import backends
 import conftest
 import emulated
+import emulated_selection
 import pytest
 import torch
+from backends import BACKENDS, Backend
 from cases import FLOAT_DTYPES, HALF_DTYPES, DenseCase, PagedCase
-from conftest import BACKENDS, Backend
 
 ROOT = Path(__file__).resolve().parent.parent
 HALF = torch.bfloat16
@@ -32,7 +35,7 @@ def a_card(arch: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: divmod(arch, 10))
     with emulated.emulated(arch=arch):
-        yield conftest._backend("cuda", "cuda")
+        yield backends._backend("cuda", "cuda")
 
 
 @needs_emulator
@@ -60,7 +63,7 @@ def test_what_fits_a_hopper_card(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_kernels_get_small_cases(
     arch: int, forced: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conftest, "FORCED", forced)
+    monkeypatch.setattr(backends, "FORCED", forced)
     with a_card(arch, monkeypatch) as card:
         assert card.fitting(DENSE) is DENSE and card.fitting_dim(12) == 12
         assert (card.dtype, card.dtypes) == (torch.float32, FLOAT_DTYPES)
@@ -74,10 +77,11 @@ def test_the_cpu_is_no_card() -> None:
         assert backend.arch == {"cpu": 0, "emulated-sm80": 80}[name]
 
 
-# Called like a file whose tests run on the emulated Hopper card.
 MISSING = """
 import pytest
 import torch
+
+pytestmark = pytest.mark.sm90
 
 def call(backend, head_dim, dtype):
     x = torch.randn(1, 5, 1, head_dim, dtype=dtype)
@@ -120,3 +124,29 @@ def test_a_test_that_misses_hoppers_kernels_fails(tmp_path: Path) -> None:
     (failed,) = (line for line in outcomes if line.startswith("FAILED "))
     assert "test_misses[emulated-sm90]" in failed
     assert conftest.NO_BLOCKS.splitlines()[0] in done.stdout
+
+
+class Item:
+    """What a mark's check asks of a collected test."""
+
+    def __init__(self, file: str, name: str, backend: str, *marks: str) -> None:
+        self.path, self.originalname, self.marks = Path(file), name, marks
+        self.callspec = SimpleNamespace(params={"backend": backend})
+
+    def get_closest_marker(self, name: str) -> bool:
+        return name in self.marks
+
+
+def test_a_mark_that_reaches_nothing_is_found() -> None:
+    """A file marked sm90 without a test there, and a slow_when_emulated test without a backend."""
+    left_out = Item("test_b.py", "test_y", "emulated-sm90", "sm90")
+    items = [
+        Item("test_a.py", "test_x", "emulated-sm90", "sm90"),
+        left_out,
+        Item("test_b.py", "test_y", "emulated-sm80", "sm90"),
+        Item("test_c.py", "test_z", "cpu", "slow_when_emulated"),
+        Item("test_c.py", "test_w", "emulated-sm80", "slow_when_emulated"),
+    ]
+    found = emulated_selection.marks_without_effect(items, {left_out})
+    assert found == ["sm90 of test_b.py", "slow_when_emulated of test_c.py::test_z"]
+    assert emulated_selection.marks_without_effect(items, set()) == found[1:]

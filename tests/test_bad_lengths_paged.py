@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from backends import EMULATED, Backend
 from bad_lengths import MAX, MIN, bad_cumulative, bad_used, random_cumulative, untouched
 from cases import int32
-from conftest import EMULATED, Backend
 from torch import Tensor
 
 from sink_attention_ext import ops, reference
+
+pytestmark = pytest.mark.sm90
 
 TRUE_USED = [30, 61, 17]
 NUM_PAGES, COLUMNS = 12, 4
@@ -26,7 +28,7 @@ Results = tuple[Tensor, Tensor]
 
 class Cache:
     """Three sequences; pages of 16 come in boxes on Hopper, of 5 in chunks. `scales`: "head" or
-    "token", of 8-bit numbers."""
+    "token", of 8-bit elements."""
 
     def __init__(
         self, backend: Backend, dtype: torch.dtype, page_size: int = 16, stored: Any = None,

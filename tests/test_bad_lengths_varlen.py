@@ -10,12 +10,14 @@ import random
 
 import pytest
 import torch
+from backends import EMULATED, Backend
 from bad_lengths import bad_cumulative, bad_used, random_cumulative, untouched
 from cases import int32
-from conftest import EMULATED, Backend
 from torch import Tensor
 
 from sink_attention_ext import ops
+
+pytestmark = pytest.mark.sm90
 
 TRUE_Q = [0, 40, 73, 82]
 TRUE_K = [0, 70, 120, 200]

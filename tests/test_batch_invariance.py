@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from backends import Backend
 from cases import NAN, SINKS, ends, generator, int32, normal
-from conftest import Backend
 from torch import Tensor
+
+pytestmark = pytest.mark.sm90
 
 LENGTHS = (75, 4, 130)  # of the sequences; the first is looked at
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -37,7 +39,7 @@ SETTINGS = (
     Setting(3, 3, 72, 16, "none", {"causal": True, "softcap": 3.0}),
     Setting(2, 1, 136, 1, "normal", {"causal": True, "window_size": (40, 0), "softcap": 8.0}),
 )
-grid = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 settings = pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: f"head_dim{s.head_dim}")
 
 
@@ -120,7 +122,7 @@ def check_same_bits(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tenso
         assert torch.equal(one, other), f"{name} differs in rows (heads of lse) {rows}"
 
 
-@grid
+@over_dtypes
 @settings
 def test_alone_and_in_a_batch(backend: Backend, setting: Setting, dtype: torch.dtype) -> None:
     """Whole, at each place of a batch, and with other pages."""
@@ -133,9 +135,9 @@ def test_alone_and_in_a_batch(backend: Backend, setting: Setting, dtype: torch.d
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 16])
-@grid
+@over_dtypes
 @settings
-def test_whole_and_in_chunks(
+def test_whole_and_chunked(
     backend: Backend, setting: Setting, dtype: torch.dtype, chunk: int
 ) -> None:
     """Chunks of 1 are decoding token by token; beside a sequence that ends earlier."""
@@ -145,7 +147,7 @@ def test_whole_and_in_chunks(
     check_same_bits(serve(backend, setting, [short, first], chunk, seed=chunk)[1], whole)
 
 
-@grid
+@over_dtypes
 @settings
 def test_decode_beside_a_prefill(backend: Backend, setting: Setting, dtype: torch.dtype) -> None:
     """One call with a single new token of one sequence and all tokens of another."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import emulated
 import pytest
 import torch
-from conftest import BACKENDS
+from backends import BACKENDS
 from torch import Tensor
 
 from sink_attention_ext import (

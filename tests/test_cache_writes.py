@@ -10,8 +10,8 @@ import oracle
 import pytest
 import tolerance
 import torch
+from backends import Backend
 from cases import FLOAT8, FLOAT_DTYPES, PagedCase, heads
-from conftest import Backend
 from test_paged import attend
 from torch import Tensor
 
@@ -97,9 +97,10 @@ def test_append(backend: Backend, case: PagedCase, new: int) -> None:
     check_append(backend, case, new)
 
 
+@pytest.mark.slow_when_emulated
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(128, 128), (256, 512), (2048, 3577)])
 @pytest.mark.parametrize("page_size", [16, 256])
-def test_append_of_the_peer_grid(
+def test_append_of_the_peer_matrix(
     backend: Backend, page_size: int, seqlen_q: int, seqlen_k: int
 ) -> None:
     case = PagedCase(
@@ -276,7 +277,7 @@ def test_float8_write(backend: Backend, dtype: torch.dtype, shape: tuple[int, ..
 
 
 def test_float8_ties(backend: Backend) -> None:
-    """Quotients half way between float8 numbers, for many scales: the quotient is rounded, not a
+    """Quotients half way between float8 elements, for many scales: the quotient is rounded, not a
     product with the reciprocal, which falls to the other side now and then."""
     numbers = torch.arange(127, dtype=torch.uint8).view(FLOAT8).float()  # 0 to 448
     middles = (numbers[1:] + numbers[:-1]) / 2

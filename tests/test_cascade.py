@@ -9,8 +9,8 @@ import cases
 import pytest
 import tolerance
 import torch
+from backends import Backend
 from cases import PagedCase, PagedInputs, heads, int32
-from conftest import Backend
 from oracle import Expected, Results
 
 from sink_attention_ext import cascade_attn_with_kvcache, reference
@@ -99,14 +99,14 @@ FIELDS = {
 }
 
 
-def grid(count: int, seed: int) -> list[PagedCase]:
+def draw_cases(count: int, seed: int) -> list[PagedCase]:
     return [
         PagedCase(page_size=PAGE_SIZE, seed=seed + i, **cases.merged(fields))
         for i, fields in enumerate(cases.draw(count, seed, **FIELDS))
     ]
 
 
-@pytest.mark.parametrize("case", grid(36, 1), ids=str)
+@pytest.mark.parametrize("case", draw_cases(36, 1), ids=str)
 def test_equals_plain_attention(backend: Backend, case: PagedCase) -> None:
     inputs = make(case, PREFIX, backend.device)
     tolerance.check(attend(case, inputs, PREFIX), expected(case, inputs), case.softcap)

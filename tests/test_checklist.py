@@ -32,7 +32,7 @@ def inputs(dtype=torch.float32, scale=1.0, seed=0):
 
 
 def eager(q, k, v, s_aux, window):
-    """As transformers' GPT-OSS does it: append the sink as a column, soften, drop the column."""
+    """As transformers' GPT-OSS does it: append the sink as a column, softmax, drop the column."""
     k, v = (t.repeat_interleave(HEADS_Q // HEADS_KV, dim=2) for t in (k, v))
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * HEAD_DIM**-0.5
     row = torch.arange(SEQLEN)

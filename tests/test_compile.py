@@ -196,7 +196,7 @@ def test_decode_step_over_a_paged_cache(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dense", [True, False])
-def test_prefill_in_chunks_of_any_length(dense: bool) -> None:
+def test_chunked_prefill_of_any_length(dense: bool) -> None:
     call = compiled(decode)
     caches = paged_cache(3, 24) if dense else paged_cache()
     block_table = None if dense else int32([3, 1, 7, 9], [0, 2, 5, 11], [4, 6, 8, 10])

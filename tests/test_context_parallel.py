@@ -12,8 +12,8 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import backends
 import cases
-import conftest
 import emulated
 import oracle
 import pytest
@@ -105,7 +105,7 @@ def shard_of(inputs: Inputs, layout: str, group: dist.ProcessGroup | None = None
 
 
 def run_cases(rank: int, folder: str, backend: str) -> None:
-    use = emulated.emulated if backend in conftest.EMULATED else contextlib.nullcontext
+    use = emulated.emulated if backend in backends.EMULATED else contextlib.nullcontext
     with use():
         results = [
             oracle.run(
@@ -116,12 +116,12 @@ def run_cases(rank: int, folder: str, backend: str) -> None:
     torch.save(results, f"{folder}/{rank}.pt")
 
 
-# ---- the grid ----
+# ---- the test matrix ----
 
 GRID = [
     pytest.param(backend, world_size, index, id=f"{backend}-{world_size} ranks-{layout} {case}")
     for backend, world_sizes in (("cpu", (2, 4)), ("emulated-sm80", (2,)))
-    if backend in conftest.BACKENDS
+    if backend in backends.BACKENDS
     for index, (case, layout) in enumerate(CASES[backend])
     for world_size in world_sizes
 ]
@@ -323,7 +323,7 @@ def refused_before_a_message(rank: int) -> None:
         "q must have dtype float64, float32, .* got torch.float8": (float8, float8, float8),
         "q must have dtype": (q.long(), q.long(), q.long()),
         "v must": (q, q, q.double()),
-        "q must hold numbers": (q.to("meta"),) * 3,
+        "q must hold values": (q.to("meta"),) * 3,
         "k must have": (q, q[:, :3], q[:, :3]),
         "s_aux must have dtype": {"s_aux": sinks.to(torch.int8)},
         "softcap": {"softcap": -1.0},

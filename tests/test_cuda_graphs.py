@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from conftest import BACKENDS, Backend
+from backends import BACKENDS, Backend
 from graphs import Results, captured
 from torch import Tensor
 

@@ -12,7 +12,7 @@ from typing import Any
 import emulated
 import pytest
 import torch
-from conftest import BACKENDS, NOT_TAKEN
+from backends import BACKENDS, NOT_TAKEN
 
 import sink_attention_ext
 from sink_attention_ext import ops

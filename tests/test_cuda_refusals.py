@@ -9,7 +9,7 @@ from typing import Any
 import emulated
 import pytest
 import torch
-from conftest import BACKENDS, NOT_TAKEN
+from backends import BACKENDS, NOT_TAKEN
 from torch import Tensor
 
 from sink_attention_ext import flash_attn_with_kvcache, ops

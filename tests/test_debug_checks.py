@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from backends import EMULATED, Backend
 from cases import int32
-from conftest import EMULATED, Backend
 
 from sink_attention_ext import ops, set_debug_checks
 from sink_attention_ext.cache import checks as cache_checks

@@ -1,7 +1,7 @@
-"""Few query rows over a cache, in every head_dim class, element type and number of rows that
+"""Few query rows over a cache, in every head-dim bucket, element type and number of rows that
 kernels for decode have tiles for; windows, sink tokens and pages that end within a block of keys.
 
-On Hopper these are csrc/cuda/sm90/paged_attn, elsewhere sm80's decode and prefill tiles.
+On Hopper these are csrc/cuda/sm90/decode, elsewhere sm80's decode and prefill tiles.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import oracle
 import pytest
 import tolerance
 import torch
+from backends import BACKENDS, Backend
 from cases import FLOAT8, HALF_DTYPES, PagedCase, heads
-from conftest import BACKENDS, Backend
 from quantised import INT8, check_read, expected, quantise_inputs, read_as
 from test_paged import attend, check_paged
+
+pytestmark = pytest.mark.sm90
 
 # (head_dim, head_dim_v): each class, full and padded
 DIMS = ((32, 16), (64, 64), (80, 48), (96, 96), (128, 128), (192, 128), (144, 160), (192, 192),

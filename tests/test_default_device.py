@@ -37,7 +37,7 @@ def default_is_meta() -> Iterator[None]:
 
 
 def used(model: CacheModel) -> None:
-    """Every method; the model checks contents and books."""
+    """Every method; the model checks contents and bookkeeping."""
     a, b = model.allocate(), model.allocate()
     model.append([a, b], [9, 6])
     fork = model.fork(a)

@@ -1,5 +1,7 @@
-"""Dense attention, forward and backward, against float64: FlashAttention's grid and the edges of
-the kernels' tiles."""
+"""Dense attention, forward and backward, against float64.
+
+The cases are FlashAttention's test matrix and the edges of the kernels' tiles.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,10 @@ import oracle
 import pytest
 import tolerance
 import torch
+from backends import Backend
 from cases import EDGES, FLOAT_DTYPES, HALF_DTYPES, LAYOUTS, LONG_EDGES, MASKS, DenseCase, heads
-from conftest import Backend
+
+pytestmark = pytest.mark.sm90
 
 # (seqlen_q, seqlen_k) of FlashAttention 4's test_flash_attn_output.
 SMALL = (
@@ -66,21 +70,21 @@ FAST_DTYPES = (torch.bfloat16, torch.float32)  # torch's float16 products on a C
 @pytest.mark.parametrize(
     "case", peer_cases(SMALL, 3, 100, batch=2, heads=SIX_HEADS, dtype=DTYPES), ids=str
 )
-def test_peer_grid_small(backend: Backend, case: DenseCase) -> None:
+def test_peer_matrix_small(backend: Backend, case: DenseCase) -> None:
     check_dense(backend, case)
 
 
 @pytest.mark.parametrize(
     "case", peer_cases(MEDIUM, 2, 200, batch=1, heads=TWO_HEADS, dtype=FAST_DTYPES), ids=str
 )
-def test_peer_grid_medium(backend: Backend, case: DenseCase) -> None:
+def test_peer_matrix_medium(backend: Backend, case: DenseCase) -> None:
     check_dense(backend, case)
 
 
 @pytest.mark.parametrize(
     "case", peer_cases(LARGE, 1, 300, batch=1, heads=(heads(1, 1),), dtype=FAST_DTYPES), ids=str
 )
-def test_peer_grid_large(backend: Backend, case: DenseCase) -> None:
+def test_peer_matrix_large(backend: Backend, case: DenseCase) -> None:
     check_dense(backend, case)
 
 
@@ -92,7 +96,7 @@ def test_peer_grid_large(backend: Backend, case: DenseCase) -> None:
     + peer_cases(LARGE, 4, 600, batch=1, heads=(heads(6, 1), heads(2, 2)), dtype=FAST_DTYPES),
     ids=str,
 )
-def test_peer_grid_whole(backend: Backend, case: DenseCase) -> None:
+def test_peer_matrix_whole(backend: Backend, case: DenseCase) -> None:
     check_dense(backend, case)
 
 
@@ -137,6 +141,7 @@ def test_lengths_around_tiles_few(backend: Backend, case: DenseCase) -> None:
 WINDOWS = (-1, 0, 1, 7, 8, 15, 16, 17, 31, 32, 33, 64, 65, 127, 128, 129, 255, 256, 257, 600)
 
 
+@pytest.mark.slow_when_emulated
 @pytest.mark.parametrize("window_left", WINDOWS)
 @pytest.mark.parametrize("seqlens", [(190, 300), (300, 190)], ids=str)
 def test_windows(backend: Backend, seqlens: tuple[int, int], window_left: int) -> None:
@@ -305,6 +310,7 @@ def test_huge_windows_are_no_windows(backend: Backend, bound: int) -> None:
 # ---- exactly which keys are seen ----
 
 
+@pytest.mark.slow_when_emulated
 @pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("mask", MASKS, ids=str)
@@ -337,7 +343,7 @@ def test_visible_keys_exactly(
 
 
 def test_edges_cover_what_they_should() -> None:
-    """The grid's lengths straddle every tile size from 8 to 512."""
+    """The matrix's lengths straddle every tile size from 8 to 512."""
     for size in (8, 16, 32, 64, 128, 256, 512):
         assert {size - 1, size, size + 1} <= set(LONG_EDGES)
     assert set(EDGES) <= set(LONG_EDGES)

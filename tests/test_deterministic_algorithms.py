@@ -12,8 +12,8 @@ import cases
 import oracle
 import pytest
 import torch
+from backends import Backend
 from cases import int32
-from conftest import Backend
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -108,7 +108,7 @@ def test_the_same_bits_as_the_argument_gives(backend: Backend) -> None:
 
 
 def test_compiled(backend: Backend) -> None:
-    """Without a graph break, and anew where it was switched."""
+    """Without a graph break, and again where it was switched."""
     if backend.name != "cpu":
         pytest.skip("what is compiled does not depend on the backend")
     asked: list[bool] = []

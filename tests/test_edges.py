@@ -10,11 +10,11 @@ import oracle
 import pytest
 import tolerance
 import torch
+from backends import Backend
 from cases import FLOAT_DTYPES, HALF_DTYPES, INF, NAN, DenseCase, PagedCase
-from conftest import Backend
 from torch.nn.functional import pad
 
-pytestmark = pytest.mark.sanitize
+pytestmark = [pytest.mark.sanitize, pytest.mark.sm90]
 
 
 def check_dense(backend: Backend, case: DenseCase) -> oracle.Results:

@@ -8,10 +8,12 @@ import math
 
 import pytest
 import torch
+from backends import EMULATED, Backend
 from cases import int32
-from conftest import EMULATED, Backend
 
 from sink_attention_ext import ops
+
+pytestmark = pytest.mark.sm90
 
 
 def attend_to_equal_keys(keys: int, value: float, splits: int, dtype: torch.dtype) -> None:

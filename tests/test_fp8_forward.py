@@ -2,7 +2,7 @@
 stand for.
 
 Dequantised, in float32 or on other cards than Hopper's in bfloat16, results are as exact as others,
-and rounded to bfloat16. Hopper's kernel also rounds the softmax's weights to e4m3, and its tensor
+and rounded to bfloat16. Hopper's kernel also rounds P to e4m3, and its tensor
 cores cut sums of 8-bit products (tests/emulator/wgmma_float8.cpp), which bounds its errors as
 follows.
 
@@ -40,8 +40,8 @@ import cases
 import emulated
 import pytest
 import torch
+from backends import EMULATED, Backend
 from cases import DenseCase, VarlenCase
-from conftest import EMULATED, Backend
 from tolerance import assert_close, assert_lse_close
 from torch import Tensor
 
@@ -53,6 +53,8 @@ from sink_attention_ext import (
     reference,
     supports,
 )
+
+pytestmark = pytest.mark.sm90
 
 FLOAT8 = torch.float8_e4m3fn
 T = 6
@@ -322,7 +324,7 @@ def test_which_kernel(backend: Backend) -> None:
 
 @pytest.mark.not_on_sm90("Hopper has no kernels of its own that write caches")
 def test_rounding_is_torchs(backend: Backend) -> None:
-    """What the kernels' twins round weights with (attention/numeric.h): every float16 number that
+    """What the emulated kernels round P with (attention/numeric.h): every float16 value that
     e4m3 has room for, as a cache stores it."""
     halves = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
     halves = halves[halves.abs() <= 448].view(-1, 1, 2)
@@ -351,7 +353,7 @@ def test_small_weights_count(backend: Backend, head_dim: int) -> None:
     assert_lse_close(lse.cpu(), torch.full(lse.shape, math.log(largest + others)).double())
 
 
-def test_the_same_bits_alone_and_in_chunks(backend: Backend) -> None:
+def test_the_same_bits_alone_and_chunked(backend: Backend) -> None:
     q, k, v = (torch.randn(2, n, h, 64).to(FLOAT8) for n, h in ((150, 4), (300, 2), (300, 2)))
     q, k, v = (x.to(backend.device) for x in (q, k, v))
     factors = [torch.rand(2, 2, device=backend.device) + 0.5 for _ in range(3)]

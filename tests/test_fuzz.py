@@ -13,12 +13,14 @@ import oracle
 import pytest
 import tolerance
 import torch
+from backends import BACKENDS, Backend
 from cases import FLOAT_DTYPES, LAYOUTS, LONG_EDGES, SINKS, DenseCase, PagedCase, VarlenCase
-from conftest import BACKENDS, Backend
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_merge import MergeCase, check_merge
 from test_paged import check_paged
+
+pytestmark = pytest.mark.sm90
 
 FEW, MANY = 120, 3000
 Dtypes = tuple[torch.dtype, ...]

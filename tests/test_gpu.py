@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from backends import BACKENDS
 from cache_model import CacheModel
-from conftest import BACKENDS
 from torch import Tensor
 
 from sink_attention_ext import flash_attn_func, flash_attn_with_kvcache
@@ -22,7 +22,7 @@ MASK = {"causal": True, "window_size": (20, 0)}
 
 
 @pytest.fixture(autouse=True)
-def as_the_grid() -> Iterator[None]:
+def as_the_matrix() -> Iterator[None]:
     with BACKENDS[DEVICE].use():
         yield
 

@@ -190,8 +190,8 @@ def test_what_a_forced_family_does_not_take_is_skipped(family: str, tmp_path: Pa
     assert ("1 failed, 1 skipped" if family else "2 failed") in done.stdout, done.stdout
 
 
-def test_the_grid_is_found() -> None:
-    files = steps.grid_files()
+def test_the_matrix_is_found() -> None:
+    files = steps.matrix_files()
     assert {"tests/test_dense.py", "tests/test_gradients.py", "tests/test_paged.py"} <= set(files)
     graphs, of_models = "tests/test_cuda_graphs.py", "tests/test_transformers_kvcache.py"
     assert {graphs, of_models, "tests/test_gpu.py"} <= set(steps.gpu_files())
@@ -229,9 +229,9 @@ def test_a_step_is_left_out_with_the_reason() -> None:
 
 
 def test_a_step_leaves_its_log_and_exit_code(tmp_path: Path) -> None:
-    code = "print('tests of the grid: 3 on cuda'); raise SystemExit(3)"
+    code = "print('tests of the matrix: 3 on cuda'); raise SystemExit(3)"
     outcome = check.run_step(Step("tests", steps.python("-c", code), 1), tmp_path, 60)
-    assert (outcome.status, outcome.facts) == ("failed", {"grid": "3 on cuda", "exit code": 3})
+    assert (outcome.status, outcome.facts) == ("failed", {"matrix": "3 on cuda", "exit code": 3})
     assert "3 on cuda" in (tmp_path / "tests.log").read_text()
 
 

@@ -10,9 +10,11 @@ import oracle
 import pytest
 import tolerance
 import torch
+from backends import Backend
 from cases import FLOAT_DTYPES, HALF_DTYPES, LONG_EDGES, DenseCase, VarlenCase
-from conftest import Backend
 from torch.nn.functional import pad
+
+pytestmark = pytest.mark.sm90
 
 Threads = Callable[[int], None]
 
@@ -45,6 +47,7 @@ def assert_same_bits(actual: oracle.Results, expected: oracle.Results) -> None:
         assert torch.equal(getattr(actual, name), tensor), name
 
 
+@pytest.mark.slow_when_emulated
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_repeatable(backend: Backend, dtype: torch.dtype, deterministic: bool) -> None:
@@ -65,6 +68,7 @@ def test_repeatable(backend: Backend, dtype: torch.dtype, deterministic: bool) -
     assert_same_bits(runs[2], runs[0])
 
 
+@pytest.mark.slow_when_emulated
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_number_of_threads_does_not_matter(
     backend: Backend, set_num_threads: Threads, dtype: torch.dtype
@@ -232,6 +236,7 @@ def test_gradient_with_strides(backend: Backend, dtype: torch.dtype) -> None:
             assert torch.equal(getattr(actual, field), tensor), (name, field)
 
 
+@pytest.mark.slow_when_emulated
 @pytest.mark.slow
 @pytest.mark.parametrize("seqlen_k", LONG_EDGES)
 @pytest.mark.parametrize("seqlen_q", LONG_EDGES)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Backend
+from backends import Backend
 
 import sink_attention_ext
 from sink_attention_ext import __main__ as command

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import tolerance
 import torch
+from backends import Backend
 from cases import int32
-from conftest import Backend
 
 from sink_attention_ext import ops
 
-pytestmark = pytest.mark.sanitize
+pytestmark = [pytest.mark.sanitize, pytest.mark.sm90]
 
 HUGE = (2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1)
 

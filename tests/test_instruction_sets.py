@@ -12,8 +12,8 @@ import oracle
 import pytest
 import tolerance
 import torch
+from backends import BACKENDS, Backend
 from cases import FLOAT_DTYPES, MASKS, DenseCase, PagedCase, VarlenCase, heads
-from conftest import BACKENDS, Backend
 from test_merge import MergeCase, check_merge
 from test_paged import check_paged
 

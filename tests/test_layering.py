@@ -31,7 +31,7 @@ MAY_INCLUDE = {
     "cuda/device": ["cuda/device/", "attention/", "primitives/"],
     "attention": ["attention/"],
     "primitives": ["primitives/", "attention/host_device.h", "attention/numeric.h"],
-    # The twins of the instructions belong to the emulated GPU, which is test equipment.
+    # The emulation of the instructions is of the emulated GPU, which is test equipment.
     "primitives/host": ["primitives/", "attention/numeric.h", "emulator/machine.h"],
 }
 # Where an include is searched for.
@@ -97,9 +97,9 @@ def hardware_outside_ptx(root: Path) -> list[str]:
 
 
 def primitives_without_a_part(root: Path) -> list[str]:
-    """Each primitive is a contract x.h, the instruction ptx/x.h, and its twin host/x.h."""
+    """Each primitive is a contract x.h, the instruction ptx/x.h, and its emulation host/x.h."""
     folder = root / "csrc" / "primitives"
-    parts = {"": "contract", "ptx": "instruction", "host": "twin"}
+    parts = {"": "contract", "ptx": "instruction", "host": "emulation"}
     names = {part: {path.name for path in (folder / part).glob("*.h")} for part in parts}
     return [
         f"primitives/{name} has no {parts[part]}, {folder.relative_to(root) / part / name}"

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from backends import BACKENDS
 from cases import generator, int32
-from conftest import BACKENDS
 from torch import Tensor
 
 from sink_attention_ext import (

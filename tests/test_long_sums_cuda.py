@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import EMULATED, Backend
+from backends import EMULATED, Backend
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 

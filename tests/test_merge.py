@@ -1,4 +1,4 @@
-"""Merging partial results: vLLM's grid, empty parts, gradients, and attention in pieces."""
+"""Merging partial results: vLLM's test matrix, empty parts, gradients, and attention in pieces."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import oracle
 import pytest
 import tolerance
 import torch
+from backends import Backend
 from cases import FLOAT_DTYPES, INF, NAN, DenseCase, PagedCase
-from conftest import Backend
 from torch import Tensor
 
 from sink_attention_ext import apply_sink
@@ -109,7 +109,7 @@ def vllm_cases() -> list[MergeCase]:
 
 
 @pytest.mark.parametrize("case", vllm_cases(), ids=str)
-def test_vllm_grid(backend: Backend, case: MergeCase) -> None:
+def test_vllm_matrix(backend: Backend, case: MergeCase) -> None:
     check_merge(backend, case)
 
 

@@ -14,8 +14,10 @@ import oracle
 import pytest
 import tolerance
 import torch
+from backends import Backend
 from cases import FLOAT_DTYPES, LONG_EDGES, MASKS, PagedCase, PagedInputs, heads
-from conftest import Backend
+
+pytestmark = pytest.mark.sm90
 
 PAGE_SIZES = (1, 4, 16, 128, 256)
 
@@ -51,7 +53,7 @@ def spread(longest: int, batch: int, seed: int) -> tuple[int, ...]:
     return (longest, *others)
 
 
-# ---- FlashAttention's grid ----
+# ---- FlashAttention's test matrix ----
 
 PEER = ((1, 128), (1, 339), (3, 1024), (64, 800), (64, 256), (3, 799), (64, 2048))
 PEER_FIELDS = {
@@ -85,14 +87,14 @@ FAST_DTYPES = (torch.bfloat16, torch.float32)  # torch's float16 products on a C
 
 
 @pytest.mark.parametrize("case", peer_cases(PEER, 8, 100, batch=5, dtype=DTYPES), ids=str)
-def test_peer_grid(backend: Backend, case: PagedCase) -> None:
+def test_peer_matrix(backend: Backend, case: PagedCase) -> None:
     check_paged(backend, case)
 
 
 @pytest.mark.parametrize(
     "case", peer_cases(((16, 20000),), 2, 200, batch=2, dtype=FAST_DTYPES), ids=str
 )
-def test_peer_grid_long(backend: Backend, case: PagedCase) -> None:
+def test_peer_matrix_long(backend: Backend, case: PagedCase) -> None:
     check_paged(backend, case)
 
 
@@ -103,7 +105,7 @@ def test_peer_grid_long(backend: Backend, case: PagedCase) -> None:
     + peer_cases(((16, 20000),), 16, 900, batch=5, dtype=FAST_DTYPES),
     ids=str,
 )
-def test_peer_grid_whole(backend: Backend, case: PagedCase) -> None:
+def test_peer_matrix_whole(backend: Backend, case: PagedCase) -> None:
     check_paged(backend, case)
 
 

@@ -9,6 +9,7 @@ import cache_model
 import pytest
 import tolerance
 import torch
+from backends import BACKENDS, EMULATED, Backend
 from cache_model import (
     HEAD_DIM,
     HEAD_DIM_V,
@@ -19,10 +20,11 @@ from cache_model import (
     make_cache,
 )
 from cases import FLOAT8
-from conftest import BACKENDS, EMULATED, Backend
 from torch import Tensor
 
 from sink_attention_ext import CacheStep, PagedKVCache
+
+pytestmark = pytest.mark.sm90
 
 
 def fitting(backend: Backend) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def check_attention(
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 16])
-def test_prefill_in_chunks_mixed_with_decode(backend: Backend, page_size: int) -> None:
+def test_chunked_prefill_mixed_with_decode(backend: Backend, page_size: int) -> None:
     """Chunks shorter and longer than the window, beside sequences that decode."""
     model = CacheModel(
         (-1, 9, 0), page_size=page_size, num_pages=200, max_seqlen=100, **fitting(backend)

@@ -67,12 +67,12 @@ def test_in_a_new_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_copies_grow_apart(copied) -> None:
     model = made()
-    twins = [copied(model) for _ in range(3)]
+    copies = [copied(model) for _ in range(3)]
     old = set(model.tokens)
-    for twin in (*twins, model):
-        assert set(twin.tokens) == old
-        grows(twin)
-    added = [set(twin.tokens) - old for twin in (*twins, model)]
+    for copy_ in (*copies, model):
+        assert set(copy_.tokens) == old
+        grows(copy_)
+    added = [set(copy_.tokens) - old for copy_ in (*copies, model)]
     assert len(set.union(*added)) == 4
     with pytest.raises(ValueError, match="seq_id must be a sequence of this cache"):
         model.cache.append([*added[0]], 1)

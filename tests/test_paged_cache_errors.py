@@ -268,8 +268,8 @@ def test_bad_constructors(options: dict[str, Any], error: type, message: str) ->
 
 
 def test_pool_refuses_foreign_and_free_pages() -> None:
-    books = PagePool(3)
-    pool = PoolDraft(books)
+    page_pool = PagePool(3)
+    pool = PoolDraft(page_pool)
     held = pool.take(2)
     pool.share(held[:1])
     for misuse, message in (
@@ -284,8 +284,8 @@ def test_pool_refuses_foreign_and_free_pages() -> None:
         with pytest.raises(ValueError, match=message):
             misuse()
     assert [pool.references(page) for page in held] == [2, 1]
-    assert (books.num_free, books.num_shared) == (3, 0)
+    assert (page_pool.num_free, page_pool.num_shared) == (3, 0)
     for _ in range(2):  # a commit may be made again
         pool.commit()
-        assert [books.references(page) for page in held] == [2, 1]
-        assert (books.num_free, books.num_shared) == (1, 1)
+        assert [page_pool.references(page) for page in held] == [2, 1]
+        assert (page_pool.num_free, page_pool.num_shared) == (1, 1)

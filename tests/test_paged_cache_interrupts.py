@@ -68,8 +68,8 @@ CHANGES: dict[str, Callable[[PagedKVCache, list[int]], Any]] = {
 }
 
 
-def books(cache: PagedKVCache) -> Any:
-    """All but the ids, which are drawn anew."""
+def bookkeeping(cache: PagedKVCache) -> Any:
+    """All but the ids, which are drawn again."""
     assert cache.num_seqs == len(cache._sequences)  # a call, which makes a change whole
     live = (
         [(s.row, s.length) for s in cache._sequences.values()],
@@ -84,9 +84,9 @@ def books(cache: PagedKVCache) -> Any:
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_has_happened_or_not(name: str, again: int) -> None:
     model, ids, _ = made()
-    before = books(model.cache)
+    before = bookkeeping(model.cache)
     CHANGES[name](model.cache, ids)
-    after = books(model.cache)
+    after = bookkeeping(model.cache)
     assert before != after
     at, seen = 0, {"before": 0, "after": 0}
     while True:
@@ -98,7 +98,7 @@ def test_a_change_has_happened_or_not(name: str, again: int) -> None:
             break
         if again:
             interrupted(lambda: model.cache.stats(), again)  # noqa: B023
-        found = books(model.cache)
+        found = bookkeeping(model.cache)
         assert found in (before, after), at
         has_happened = found == after
         seen["after" if has_happened else "before"] += 1
@@ -121,7 +121,7 @@ def test_a_change_has_happened_or_not(name: str, again: int) -> None:
 def test_no_memory_for_a_buffer(nth: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing has been appended, the step before is over, and the next append is as ever."""
     model, ids, step = made()
-    before, upload, calls = books(model.cache), cache_step.upload, []
+    before, upload, calls = bookkeeping(model.cache), cache_step.upload, []
 
     def fails(target: torch.Tensor, values: torch.Tensor) -> None:
         calls.append(target)
@@ -132,7 +132,7 @@ def test_no_memory_for_a_buffer(nth: int, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(cache_step, "upload", fails)
     with pytest.raises(MemoryError):
         model.cache.append(ids, [5, 1, 2])
-    assert books(model.cache) == before
+    assert bookkeeping(model.cache) == before
     with pytest.raises(RuntimeError, match="this step has ended"):
         step.write(0, *model.new_kv(0, ids[2:], [1]))
     model.append(ids, [5, 1, 2])

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from conftest import Backend
+from backends import Backend
 from torch import Tensor
 
 from sink_attention_ext import PagedKVCache

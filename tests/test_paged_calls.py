@@ -12,11 +12,13 @@ import oracle
 import pytest
 import tolerance
 import torch
+from backends import Backend
 from cases import FLOAT_DTYPES, PagedCase, int32
-from conftest import Backend
 from test_paged import attend, check_paged
 
 from sink_attention_ext import ops
+
+pytestmark = pytest.mark.sm90
 
 Threads = Callable[[int], None]
 

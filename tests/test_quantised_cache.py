@@ -1,5 +1,5 @@
-"""Attention over caches of 8-bit numbers: int8 and float8, with scales per tensor, per kv head, and
-per token. What lies in them is in test_quantised_cache_writes.py."""
+"""Attention over caches of 8-bit elements: int8 and float8, with scales per tensor, per kv head,
+and per token. What lies in them is in test_quantised_cache_writes.py."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import cases
 import pytest
 import tolerance
 import torch
+from backends import Backend
 from cases import FLOAT_DTYPES, HALF_DTYPES, MASKS, PagedCase, heads
-from conftest import Backend
 from quantised import (
     INT8,
     KINDS,
@@ -26,6 +26,8 @@ from test_cache_writes import assert_same_bytes
 from test_paged import attend
 
 from sink_attention_ext import reference
+
+pytestmark = pytest.mark.sm90
 
 not_on_sm90 = pytest.mark.not_on_sm90
 

@@ -1,4 +1,4 @@
-"""Caches of 8-bit numbers: what is refused, autocast, and torch.compile."""
+"""Caches of 8-bit elements: what is refused, autocast, and torch.compile."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Backend
+from backends import Backend
 from quantised import INT8, STORED
 from test_cache_writes import assert_same_bytes
 from torch import Tensor

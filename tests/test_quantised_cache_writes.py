@@ -1,12 +1,12 @@
-"""Writing to caches of 8-bit numbers: the reference's bytes and scales, rounding, saturation."""
+"""Writing to caches of 8-bit elements: the reference's bytes and scales, rounding, saturation."""
 
 from __future__ import annotations
 
 import cases
 import pytest
 import torch
+from backends import Backend
 from cases import FLOAT_DTYPES
-from conftest import Backend
 from quantised import INT8, KINDS, LARGEST, STORED, empty_caches, static_scale
 from test_cache_writes import assert_same_bytes
 from torch import Tensor

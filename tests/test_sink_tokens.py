@@ -11,8 +11,8 @@ import oracle
 import pytest
 import tolerance
 import torch
+from backends import Backend
 from cases import FLOAT_DTYPES, NAN, DenseCase, PagedCase, PagedInputs, VarlenCase, heads, int32
-from conftest import Backend
 from torch import Tensor
 
 from sink_attention_ext import (
@@ -22,6 +22,8 @@ from sink_attention_ext import (
     reference,
     supports,
 )
+
+pytestmark = pytest.mark.sm90
 
 SINK_TOKENS = (1, 4, 7, 70, 10**12)
 WINDOWS = (

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import pytest
 import tolerance
 import torch
-from conftest import Backend
+from backends import Backend
 from torch import Tensor
 
 from sink_attention_ext import PagedKVCache, reference
+
+pytestmark = pytest.mark.sm90
 
 HEADS_Q, HEADS_KV, DIM = 4, 2, 32
 CONTEXT = 23

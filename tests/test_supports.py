@@ -8,7 +8,7 @@ from typing import Any
 import emulated
 import pytest
 import torch
-from conftest import BACKENDS
+from backends import BACKENDS
 
 from sink_attention_ext import __main__ as command
 from sink_attention_ext import checks, ops, supports

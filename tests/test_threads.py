@@ -11,9 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from backends import EMULATED, Backend
 from cases import generator, int32, normal
-from conftest import EMULATED, Backend
 from torch import Tensor
+
+pytestmark = pytest.mark.sm90
 
 SEQLEN, HEADS, HEADS_KV, HEAD_DIM, PAGE_SIZE = 40, 4, 2, 64, 16
 Results = tuple[Tensor, ...]

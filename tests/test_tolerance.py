@@ -1,4 +1,4 @@
-"""The tolerance rule and the oracle. That they reject what is wrong: test_planted_faults.py too."""
+"""The tolerance rule and the oracle. test_fault_injection.py, too, shows what they reject."""
 
 from __future__ import annotations
 

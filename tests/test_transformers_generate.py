@@ -105,7 +105,7 @@ def test_beam_search_and_sampling_with_several_sequences(model):
     assert torch.equal(ours, eager)
 
 
-def test_prefill_in_chunks_inside_generate(model):
+def test_chunked_prefill_inside_generate(model):
     ids = tokens(2, 40)
     mask = padding_mask(40, [40, 27], "left")
     ours, eager = both(model, lambda m: generate(m, ids, mask, prefill_chunk_size=11))

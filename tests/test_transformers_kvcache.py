@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from conftest import BACKENDS
+from backends import BACKENDS
 from graphs import captured
 from tiny_models import gpt_oss, logits, max_diff, tokens
 from torch import Tensor

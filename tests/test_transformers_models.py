@@ -125,11 +125,11 @@ def test_gradients(name):
 def test_softcap_changes_the_result():
     model = build("gemma2")
     ids = tokens(1, 20)
-    capped = logits(model, ids)
+    softcapped = logits(model, ids)
     for module in model.modules():
         if hasattr(module, "attn_logit_softcapping"):
             module.attn_logit_softcapping = None
-    assert max_diff(capped, logits(model, ids)) > 1e-3
+    assert max_diff(softcapped, logits(model, ids)) > 1e-3
 
 
 def test_packed_rows_of_a_model_that_tells_its_masks():
@@ -154,7 +154,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("mistral", "gemm
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", *SLOW])
 def test_a_decoder_compiled_in_full(name):
-    """Under torch.compile transformers packs by position_ids whether they start anew or not."""
+    """Under torch.compile transformers packs by position_ids whether they restart or not."""
     model = build(name)
     ids = tokens(2, 24)
     mask = padding_mask(24, [24, 15], "left")
@@ -165,9 +165,9 @@ def test_a_decoder_compiled_in_full(name):
         assert max_diff(ours, expected) < 1e-5 * expected.abs().max()
         ours = compiled(lambda x: model(x, attention_mask=mask, use_cache=False).logits)(ids)
         assert max_diff(ours, masked) < 1e-5 * expected.abs().max()
-        starts_anew = (torch.arange(24) % 12).expand(2, -1)
+        restarts = (torch.arange(24) % 12).expand(2, -1)
         with pytest.raises(RuntimeError, match="need cu_seq_lens_q"):
-            compiled(lambda x: model(x, position_ids=starts_anew, use_cache=False).logits)(ids)
+            compiled(lambda x: model(x, position_ids=restarts, use_cache=False).logits)(ids)
     torch._dynamo.reset()
 
 

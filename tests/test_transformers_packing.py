@@ -155,7 +155,7 @@ def test_packed_sequences_behind_a_cache_are_refused(
         StaticCache(config=model.config, max_cache_len=80),
     ):
         run(model, first, past_key_values=cache)
-        with pytest.raises(ValueError, match="start anew within 35 tokens behind .* cached ones"):
+        with pytest.raises(ValueError, match="restart within 35 tokens behind .* cached ones"):
             run(model, rest, past_key_values=cache, attention_mask=torch.ones(1, TOTAL))
 
 

@@ -62,7 +62,7 @@ def test_other_blocks_and_chunks(model, config):
 
 
 def test_requests_that_wait_for_blocks(model):
-    """A cache for about two requests: the others wait, or lose their blocks and start anew."""
+    """A cache for about two requests: the others wait, or lose their blocks and restart."""
     given = prompts((37, 30, 23, 33))
     served = serve(model, "paged|sink_attention", given, num_blocks=24)
     assert served == one_by_one(model, given)

@@ -114,7 +114,7 @@ def test_float32_activations_on_half_precision_weights():
     model = gpt_oss(num_hidden_layers=2).to(torch.bfloat16)
     seen = []
 
-    def widen(module, args, kwargs):
+    def upcast(module, args, kwargs):
         kwargs["hidden_states"] = kwargs["hidden_states"].float()
 
     def project(module, args):
@@ -126,7 +126,7 @@ def test_float32_activations_on_half_precision_weights():
             linear.register_forward_pre_hook(project)
             linear.register_forward_hook(lambda _, args, out: out.float())
         attention.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
-        attention.register_forward_pre_hook(widen, with_kwargs=True)
+        attention.register_forward_pre_hook(upcast, with_kwargs=True)
     logits(model, tokens(1, SHORT))
     assert seen == [torch.bfloat16] * 2
 
@@ -147,7 +147,7 @@ def test_frozen_sinks_as_in_lora(model):
 
 @pytest.mark.parametrize("cache", ["dynamic", "bare", "static"])
 @pytest.mark.parametrize("side", [None, "left"])
-def test_prefill_in_chunks(model, cache, side):
+def test_chunked_prefill(model, cache, side):
     """Chunks of 18, 17, 1 and 4 tokens against the whole prompt at once, by eager."""
     ids = tokens(2, LONG)
     mask = padding_mask(LONG, [LONG, LONG - (13 if side else 0)], side or "left")

@@ -11,13 +11,13 @@ import oracle
 import pytest
 import tolerance
 import torch
+from backends import BACKENDS, Backend
 from cases import FLOAT_DTYPES, NAN, PagedCase, PagedInputs, heads, int32
-from conftest import BACKENDS, Backend
 from torch import Tensor
 
 from sink_attention_ext import flash_attn_with_kvcache, ops, reference
 
-pytestmark = pytest.mark.sanitize
+pytestmark = [pytest.mark.sanitize, pytest.mark.sm90]
 
 Tree = list[int]  # each token's parent, -1 for a child of the last token of the context
 

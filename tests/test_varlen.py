@@ -9,8 +9,10 @@ import oracle
 import pytest
 import tolerance
 import torch
+from backends import Backend
 from cases import FLOAT_DTYPES, LAYOUTS, LONG_EDGES, MASKS, VarlenCase, heads, int32
-from conftest import Backend
+
+pytestmark = pytest.mark.sm90
 
 Threads = Callable[[int], None]
 
@@ -135,6 +137,7 @@ def test_each_sequence_as_if_alone(
         assert torch.equal(alone.ds_aux, dense.ds_aux)
 
 
+@pytest.mark.slow_when_emulated
 def test_batch_invariance_of_long_sequences(backend: Backend) -> None:
     lengths = (4224, 1024, 2048)
     ends = cases.ends(lengths)

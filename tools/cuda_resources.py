@@ -149,7 +149,7 @@ def markdown(version: str, kernels: list[Kernel]) -> str:
         "Hopper's, `simt::` those of float32 and float64.",
         "",
         "Of Hopper's, from the machine code: how many of these instructions are in loops",
-        "(`HGMMA`: a warpgroup's product, `QGMMA`: of 8-bit numbers, `HMMA`: a warp's, `UTMALDG`:",
+        "(`HGMMA`: a warpgroup's product, `QGMMA`: of 8-bit elements, `HMMA`: a warp's, `UTMALDG`:",
         "a copy of a box, `UBLKCP` and `UBLKRED`: a copy and a sum of bytes in a row, `LDGSTS`:",
         "cp.async), and the registers a thread that the loading warpgroup keeps, others take.",
         "",

@@ -71,7 +71,7 @@ def gpu_files() -> list[str]:
     return files_with("mark.gpu")
 
 
-def grid_files() -> list[str]:
+def matrix_files() -> list[str]:
     """Files with tests that run on each backend."""
     only_gpu = [name for name in gpu_files() if "pytestmark" in (ROOT / name).read_text()]
     return [name for name in files_with("backend: Backend") if name not in only_gpu]
@@ -116,7 +116,7 @@ def tests_step(out: Path, quick: bool, family: str | None = None) -> Step:
     selected = REDUCED if quick else ["-m", "not slow"]
     return Step(
         name,
-        pytest(out, name, *grid_files(), "-k", "cuda", *selected),
+        pytest(out, name, *matrix_files(), "-k", "cuda", *selected),
         10 if quick else 40,
         forced(family),
         needs=("build",),
@@ -129,7 +129,7 @@ def sanitizer_step(tool: str, out: Path, quick: bool, family: str | None = None)
     program = cuda_program("compute-sanitizer")
     if program is None:
         return Step(name, [], 0, reason="no compute-sanitizer on PATH or in CUDA_HOME")
-    tests = QUICK_SANITIZED if quick else grid_files()
+    tests = QUICK_SANITIZED if quick else matrix_files()
     # torch's own allocator would hide reads of memory that nobody wrote or that was given back.
     return Step(
         name,
@@ -167,11 +167,11 @@ def card_steps(out: Path, quick: bool) -> list[Step]:
 
 
 def dry_steps(out: Path, quick: bool) -> list[Step]:
-    """The same list, with a twin that needs no card where there is one."""
-    emulated = pytest(out, "emulated-tests", *grid_files(), "-k", "emulated", *REDUCED)
+    """The same list; steps that need a card are replaced by ones that do not, if there are any."""
+    emulated = pytest(out, "emulated-tests", *matrix_files(), "-k", "emulated", *REDUCED)
     plan = python("-m", "gpu.plan") + (["--quick"] if quick else [])
     no_nvcc = None if cuda_program("nvcc") else "no nvcc on PATH or in CUDA_HOME"
-    twins = {
+    without_card = {
         "build": [
             Step("build", python("setup.py", "build_ext", "--inplace"), 15, {"SINK_CUDA": "0"}),
             Step("kernels", python("setup.py", "--quiet", "check_cuda"), 20, reason=no_nvcc),
@@ -188,8 +188,8 @@ def dry_steps(out: Path, quick: bool) -> list[Step]:
     for step in card_steps(out, quick):
         if step.name in ("environment", "self-check"):
             steps.append(step)
-        elif step.name in twins:
-            steps += twins[step.name]
+        elif step.name in without_card:
+            steps += without_card[step.name]
         if step.name not in ("environment", "build", "self-check"):
             steps.append(Step(step.name, [], 0, reason=step.reason or "needs a card"))
     return steps

@@ -51,9 +51,9 @@ def facts_of(step: str, log: str, out: Path) -> dict[str, int | str]:
     facts = test_counts(out / f"{step}.xml")
     if step.startswith("sanitizer-"):
         facts |= sanitizer_errors(log)
-    grid = re.search(r"^tests of the grid: (.*)$", log, re.MULTILINE)
-    if grid:
-        facts["grid"] = grid[1]
+    matrix = re.search(r"^tests of the matrix: (.*)$", log, re.MULTILINE)
+    if matrix:
+        facts["matrix"] = matrix[1]
     return facts
 
 
@@ -73,7 +73,7 @@ def markdown(environment: dict, outcomes: list[Outcome], title: str) -> str:
 
 
 def write(out: Path, outcomes: list[Outcome], arguments: dict) -> None:
-    """Both files, anew: a run that is killed later leaves what it has."""
+    """Both files, after each step: a run that is killed later keeps its results so far."""
     try:
         environment = json.loads((out / "environment.json").read_text())
     except (OSError, ValueError):

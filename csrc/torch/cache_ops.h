@@ -246,10 +246,12 @@ struct CacheOps : Ops<Backend> {
                                 const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
     const attention::ReshapeAndCacheParams params =
         make_reshape_and_cache_params(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale);
-    check(!k_scale || k_scale->dim() < 3,
-          "k_scale and v_scale of each token and head are results: reshape_and_cache.token_scales "
-          "writes them, reshape_and_cache takes shapes (), (1,) and (num_heads_kv,), got ",
-          k_scale ? shape_of(*k_scale) : Shape{nullptr, 0});
+    if (k_scale) {
+      check(k_scale->dim() < 3,
+            "k_scale must have shape (), (1,) or (num_heads_kv,): scales of each token and head "
+            "are results, which reshape_and_cache.token_scales writes; got shape ",
+            shape_of(*k_scale));
+    }
     const std::initializer_list<NamedTensor> operands{{"k", k},
                                                       {"v", v},
                                                       {"slot_mapping", slot_mapping},

@@ -186,7 +186,7 @@ FlashFwdParams make_paged_params(const Tensor& q, const Tensor& k_cache, const T
   check_rank(v_cache, "v_cache", 4, kPaged);
   const DataType kv_dtype = cache_type(k_cache, q, "q", float_type(q, "q"));
   check_dtype(v_cache, "v_cache", k_cache.scalar_type());
-  set_qkv(params, q, k_cache, v_cache, "k_cache", "v_cache");
+  set_qkv(params, q, k_cache, v_cache, {"k_cache", "v_cache", {"num_pages", "page_size"}});
   params.kv_dtype = kv_dtype;
   set_cache_scales<const float>(params, kv_dtype, k_cache, paged.k_scale, paged.v_scale);
   params.s_aux = sink_data(s_aux, params.num_heads_q, q, params.s_aux_dtype);
@@ -285,9 +285,9 @@ ReshapeAndCacheParams make_reshape_and_cache_params(const Tensor& k, const Tenso
   params.num_heads_kv = k.size(1);
   params.head_dim = k.size(2);
   params.head_dim_v = v.size(2);
-  check_dim_range("head_dim of k", params.head_dim, kMaxHeadDim);
-  check_dim_range("head_dim of v", params.head_dim_v, kMaxHeadDim);
   check_page_size(k_cache);
+  check_head_dim(params.head_dim, k, "k", "head_dim");
+  check_head_dim(params.head_dim_v, v, "v", "head_dim_v");
   params.page_size = k_cache.size(1);
   params.num_pages = k_cache.size(0);
   check_shape(v, "v", {params.num_tokens, params.num_heads_kv, params.head_dim_v});

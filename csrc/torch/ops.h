@@ -26,24 +26,39 @@
 #include "torch/check_values.h"
 #include "torch/debug_checks.h"
 #include "torch/make_params.h"
+#include "torch/new_tensor.h"
 
 namespace sink_attention::binding {
 
 using OptionalTensor = std::optional<Tensor>;
 
-// The tensors that a problem points into. All are on one device; there is at least one.
-struct Operands {
-  std::vector<Tensor> read;
-  std::vector<Tensor> written;
+// Refers to a tensor of the op's call, which outlives the backend's.
+class TensorRef {
+ public:
+  TensorRef(const Tensor& tensor) : tensor_(&tensor) {}
+  operator const Tensor&() const { return *tensor_; }
 
-  Operands(std::initializer_list<Tensor> read_tensors,
+ private:
+  const Tensor* tensor_;
+};
+
+// The tensors that a params struct points into. All are on one device; there is at least one.
+struct Operands {
+  std::vector<TensorRef> read;
+  std::vector<TensorRef> written;
+
+  Operands(std::initializer_list<TensorRef> read_tensors,
            std::initializer_list<const OptionalTensor*> optional,
-           std::initializer_list<Tensor> written_tensors)
-      : read(read_tensors), written(written_tensors) {
+           std::initializer_list<TensorRef> written_tensors)
+      : written(written_tensors) {
+    read.reserve(read_tensors.size() + optional.size());
+    read.insert(read.end(), read_tensors);
     for (const OptionalTensor* tensor : optional) {
       if (*tensor) read.push_back(**tensor);
     }
   }
+
+  const Tensor& first() const { return read.front(); }
 };
 
 template <class Backend>
@@ -56,17 +71,17 @@ struct Ops {
   };
 
   static Forward new_results(const Tensor& q, const FlashFwdParams& params) {
-    const ScalarType out_type = out_scalar_type(q), lse_type = lse_scalar_type(q);
-    if (q.dim() == 4) {
-      return {torch::stable::new_empty(
-                  q, {q.size(0), q.size(1), params.num_heads_q, params.head_dim_v}, out_type),
-              torch::stable::new_empty(q, {q.size(0), params.num_heads_q, q.size(1)}, lse_type)};
+    const int32_t out_type = result_dtype(params.dtype), lse_type = lse_dtype(params.dtype);
+    const int64_t heads = params.num_heads_q, head_dim = params.head_dim_v;
+    if (params.cu_seqlens_q == nullptr) {
+      return {new_tensor(q, {params.batch, params.seqlen_q, heads, head_dim}, out_type),
+              new_tensor(q, {params.batch, heads, params.seqlen_q}, lse_type)};
     }
-    return {
-        torch::stable::new_empty(q, {q.size(0), params.num_heads_q, params.head_dim_v}, out_type),
-        torch::stable::new_empty(q, {params.num_heads_q, q.size(0)}, lse_type)};
+    return {new_tensor(q, {params.total_q, heads, head_dim}, out_type),
+            new_tensor(q, {heads, params.total_q}, lse_type)};
   }
 
+  // Into results that the caller has: they are checked.
   static void forward_into(const Tensor& q, FlashFwdParams params, Operands operands,
                            Forward& results) {
     set_results(params, q, results.out, results.lse);
@@ -75,17 +90,20 @@ struct Ops {
     Backend::flash_fwd(params, operands);
   }
 
-  static std::tuple<Tensor, Tensor> forward(const Tensor& q, const FlashFwdParams& params,
+  static std::tuple<Tensor, Tensor> forward(const Tensor& q, FlashFwdParams params,
                                             Operands operands) {
     Forward results = new_results(q, params);
-    forward_into(q, params, std::move(operands), results);
-    return {results.out, results.lse};
+    set_new_results(params, results.out, results.lse);
+    operands.written = {results.out, results.lse};
+    if (params.cu_seqlens_q != nullptr) Backend::fill_unused_rows(params, operands);
+    Backend::flash_fwd(params, operands);
+    return {std::move(results.out), std::move(results.lse)};
   }
 
   // Gradients and saved results come from autograd, with whatever strides it made.
   static Tensor with_unit_last_stride(const Tensor& tensor) {
-    return tensor.dim() == 0 || has_unit_last_stride(tensor) ? tensor
-                                                             : torch::stable::contiguous(tensor);
+    const bool readable = !tensor.defined() || tensor.dim() == 0 || has_unit_last_stride(tensor);
+    return readable ? tensor : torch::stable::contiguous(tensor);
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
@@ -95,10 +113,9 @@ struct Ops {
     const Tensor dense_dout = with_unit_last_stride(dout), dense_out = with_unit_last_stride(out),
                  dense_lse = with_unit_last_stride(lse);
     set_results(fwd, q, dense_out, dense_lse);
-    const auto like = [](const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); };
-    const Gradients gradients{like(q), like(k), like(v),
-                              s_aux ? torch::stable::new_zeros(*s_aux, s_aux->sizes())
-                                    : torch::stable::new_empty(q, {0}, ScalarType::Float)};
+    Gradients gradients{
+        new_tensor_like(q), new_tensor_like(k), new_tensor_like(v),
+        s_aux ? new_zeros_like(*s_aux) : new_tensor(q, {0}, aoti_torch_dtype_float32())};
     const attention::FlashBwdParams params =
         make_bwd_params(fwd, q, dense_out, dense_lse, dense_dout, dlse, gradients, deterministic);
     operands.read.insert(operands.read.end(), {dense_dout, dense_out, dense_lse});
@@ -106,13 +123,14 @@ struct Ops {
     operands.written = {gradients.dq, gradients.dk, gradients.dv, gradients.ds_aux};
     if (fwd.cu_seqlens_q != nullptr) Backend::fill_unused_rows(params, operands);
     Backend::flash_bwd(params, operands);
-    return {gradients.dq, gradients.dk, gradients.dv, gradients.ds_aux};
+    return {std::move(gradients.dq), std::move(gradients.dk), std::move(gradients.dv),
+            std::move(gradients.ds_aux)};
   }
 
   static std::tuple<Tensor, Tensor> flash_attn_fwd(
       const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& s_aux,
-      double softmax_scale, bool causal, int64_t window_left, int64_t window_right, double softcap,
-      bool /*deterministic: of the backward*/, int64_t num_sink_tokens) {
+      std::optional<double> softmax_scale, bool causal, int64_t window_left, int64_t window_right,
+      double softcap, bool /*deterministic: of the backward*/, int64_t num_sink_tokens) {
     return forward(q,
                    make_dense_params(q, k, v, s_aux,
                                      {softmax_scale, causal, window_left, window_right, softcap,
@@ -123,8 +141,8 @@ struct Ops {
   static std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
       const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
       const Tensor& v, const Tensor& out, const Tensor& lse, const OptionalTensor& s_aux,
-      double softmax_scale, bool causal, int64_t window_left, int64_t window_right, double softcap,
-      bool deterministic, int64_t num_sink_tokens) {
+      std::optional<double> softmax_scale, bool causal, int64_t window_left, int64_t window_right,
+      double softcap, bool deterministic, int64_t num_sink_tokens) {
     const FlashFwdParams fwd = make_dense_params(
         q, k, v, s_aux,
         {softmax_scale, causal, window_left, window_right, softcap, num_sink_tokens});
@@ -166,7 +184,7 @@ struct Ops {
   static std::tuple<Tensor, Tensor> flash_attn_varlen_fwd(
       const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
       const Tensor& cu_seqlens_k, const OptionalTensor& seqused_k, const OptionalTensor& s_aux,
-      int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale, bool causal,
+      int64_t max_seqlen_q, int64_t max_seqlen_k, std::optional<double> softmax_scale, bool causal,
       int64_t window_left, int64_t window_right, double softcap,
       bool /*deterministic: of the backward*/, int64_t num_sink_tokens) {
     return forward(
@@ -181,7 +199,7 @@ struct Ops {
       const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
       const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q,
       const Tensor& cu_seqlens_k, const OptionalTensor& seqused_k, const OptionalTensor& s_aux,
-      int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale, bool causal,
+      int64_t max_seqlen_q, int64_t max_seqlen_k, std::optional<double> softmax_scale, bool causal,
       int64_t window_left, int64_t window_right, double softcap, bool deterministic,
       int64_t num_sink_tokens) {
     const FlashFwdParams fwd = checked_varlen_params(
@@ -201,7 +219,7 @@ struct Ops {
       int64_t window_right, double softcap, int64_t num_sink_tokens) {
     const MaskArgs mask{softmax_scale, causal, window_left, window_right, softcap, num_sink_tokens};
     check(cu_seqlens_q.has_value() == cu_seqlens_k.has_value() && (cu_seqlens_q || !seqused_k),
-          "cu_seqlens_q and cu_seqlens_k come together, and seqused_k with them");
+          "cu_seqlens_q must be given where cu_seqlens_k or seqused_k is, and cu_seqlens_k with it");
     attention::FlashFwdFp8Params params = make_fp8_params(
         cu_seqlens_q ? checked_varlen_params(
                            q, k, v, s_aux,
@@ -211,7 +229,7 @@ struct Ops {
         q, {q_descale, k_descale, v_descale});
     if (!Backend::takes_fp8(params, q)) return {};
     Forward results = new_results(q, params.fwd);
-    set_results(params.fwd, q, results.out, results.lse);
+    set_new_results(params.fwd, results.out, results.lse);
     const Operands operands{
         {q, k, v},
         {&q_descale, &k_descale, &v_descale, &cu_seqlens_q, &cu_seqlens_k, &seqused_k, &s_aux},
@@ -224,12 +242,14 @@ struct Ops {
   static std::tuple<Tensor, Tensor> merge_attn_states(std::vector<Tensor> outs,
                                                       std::vector<Tensor> lses,
                                                       const OptionalTensor& s_aux) {
-    for (Tensor& out : outs) out = torch::stable::contiguous(out);
-    for (Tensor& lse : lses) lse = torch::stable::contiguous(lse);
+    for (std::vector<Tensor>* parts : {&outs, &lses}) {
+      for (Tensor& part : *parts) {
+        if (!part.is_contiguous()) part = torch::stable::contiguous(part);
+      }
+    }
     MergeInputs inputs;
     attention::MergeParams params = make_merge_params(outs, lses, s_aux, inputs);
-    const Tensor out = torch::stable::new_empty(outs[0], outs[0].sizes());
-    const Tensor lse = torch::stable::new_empty(lses[0], lses[0].sizes());
+    const Tensor out = new_tensor_like(outs[0]), lse = new_tensor_like(lses[0]);
     params.out = out.mutable_data_ptr();
     params.lse = lse.mutable_data_ptr();
     Operands operands{{}, {&s_aux}, {out, lse}};

@@ -33,7 +33,7 @@ cuda::Device current_device() {
 class Call {
  public:
   explicit Call(const Operands& operands)
-      : tensor_(operands.read.front()),
+      : tensor_(operands.first()),
         guard_(tensor_.get_device_index()),
         stream_(current_stream(tensor_)) {}
   cuda::Stream stream() const { return stream_; }
@@ -54,7 +54,7 @@ struct CudaBackend {
     Scratch(const Tensor& like, int64_t count)
         : tensor_(torch::stable::new_empty(like, {count}, ScalarType::Int)) {}
     int32_t* data() { return static_cast<int32_t*>(tensor_.mutable_data_ptr()); }
-    void add_to(std::vector<Tensor>& tensors) const { tensors.push_back(tensor_); }
+    void add_to(std::vector<TensorRef>& tensors) const { tensors.push_back(tensor_); }
 
    private:
     Tensor tensor_;

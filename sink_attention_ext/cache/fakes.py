@@ -116,8 +116,8 @@ def check_write(
     check_rank("v", v, 3, "(num_tokens, num_heads_kv, head_dim_v)")
     check_caches("k", k, k_cache, v_cache)
     check_dtype("v", v, k.dtype)
-    check_head_dim("head_dim of k", k)
-    check_head_dim("head_dim of v", v)
+    check_head_dim("k", k, "head_dim")
+    check_head_dim("v", v, "head_dim_v")
     num_tokens, num_heads_kv, head_dim = k.shape
     pages = k_cache.shape[:2]
     check_shape("v", v, (num_tokens, num_heads_kv, v.shape[2]))

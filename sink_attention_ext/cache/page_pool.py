@@ -1,12 +1,12 @@
-"""The host's books of a paged key-value cache: who holds which page, and what a step changes.
+"""The host's bookkeeping of a paged key-value cache: who holds which page, and what a step changes.
 
 Plain Python integers and one table in host memory; no keys or values, and no device. PagePool
 counts references to pages, PageTables (page_tables.py) keeps the rows of the block table of one
 group of layers.
 
 Nothing here changes half-way. What is to change is worked out in a PoolDraft and a TablesDraft,
-which leave the books alone; ``commit`` then puts it in. A commit sets everything to values that the
-draft holds, so that one which was interrupted (Ctrl-C, too, comes between any two lines) is made
+which leave the bookkeeping alone; ``commit`` then puts it in. A commit sets everything to values
+that the draft holds. So one that was interrupted (Ctrl-C, too, comes between any two lines) is made
 whole by another: PagedKVCache keeps a draft until its commit has come to an end.
 
 Full layers keep every page. Windowed layers (a token sees itself and window_left before it) keep

@@ -1,4 +1,4 @@
-"""PageTables: the block table of one group of layers, one of the books of page_pool.py."""
+"""PageTables: the block table of one group of layers, part of the bookkeeping of page_pool.py."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """PagedKVCache: the key-value cache of an inference server, full and windowed layers, in pages.
 
-Modules: page_pool.py has the host's books and says why a windowed layer's block table may close up,
-page_storage.py the device memory, step.py what a model's layers call in one forward pass.
+Modules: page_pool.py has the host's bookkeeping and says why a windowed layer's block table may
+close up, page_storage.py the device memory, step.py what a model's layers call in one forward pass.
 """
 
 from __future__ import annotations

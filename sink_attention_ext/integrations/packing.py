@@ -30,7 +30,7 @@ from sink_attention_ext.tensor_kinds import check_kind
 def split_by_positions(
     mask: AttentionMask, position_ids: Tensor | None, batch: int
 ) -> AttentionMask:
-    """The mask of sequences packed into a row, where position_ids start anew within it.
+    """The mask of sequences packed into a row, where position_ids restart within it.
 
     A token whose position is not above that of the token before it begins a sequence. Only where a
     token sees none behind it: encoders (BERT) number segments of one text so. Padding does
@@ -94,7 +94,7 @@ def _split(mask: AttentionMask, position_ids: Tensor, batch: int) -> PackedMask 
         return None
     if begin != 0:
         raise ValueError(
-            f"position_ids start anew within {q_length} tokens behind {begin} cached ones: "
+            f"position_ids restart within {q_length} tokens behind {begin} cached ones: "
             "sink_attention cannot tell which of several packed sequences the cache belongs to; "
             "pass packed rows with use_cache=False, or one sequence per row of the batch"
         )
@@ -128,7 +128,7 @@ def pack(mask: AttentionMask, is_start: Tensor, is_real: Tensor | None) -> Packe
         if bool((changes & is_real & ~is_start).any()):
             raise ValueError(
                 "attention_mask has zeros between the ones of a sequence that shares its row with "
-                "others (position_ids start anew); sink_attention takes padding beside packed "
+                "others (position_ids restart); sink_attention takes padding beside packed "
                 "sequences, not inside of them: use attn_implementation='eager'"
             )
         is_bound = is_start | changes
@@ -160,15 +160,15 @@ def _assert_one_sequence(mask: AttentionMask, position_ids: Tensor | None, batch
     if is_packed is None:
         if not _belong_to_rows(position_ids, batch, mask.q_length):
             return
-        starts_anew = position_ids.diff(dim=-1) <= 0
+        restarts = position_ids.diff(dim=-1) <= 0
         if not isinstance(mask, UnpaddedMask):  # padding is on one side, or has been refused
             column = torch.arange(mask.q_length, device=position_ids.device) + mask.row_begin
             is_real = mask.key_mask[:, column]
-            starts_anew = starts_anew & is_real[:, 1:] & is_real[:, :-1]
-        is_packed = starts_anew.any()
+            restarts = restarts & is_real[:, 1:] & is_real[:, :-1]
+        is_packed = restarts.any()
     torch._assert_async(
         ~is_packed,
-        "sink_attention: packed sequences (position_ids that start anew) under "
+        "sink_attention: packed sequences (position_ids that restart) under "
         "torch.compile need cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k",
     )
 
@@ -284,7 +284,7 @@ def _require_starts(positions: Tensor, bounds: Tensor) -> None:
     is_covered = torch.arange(total, device=positions.device) < bounds[-1]
     _require(
         ~(falls & is_covered & ~is_bound[:-1]).any(),
-        "cu_seq_lens_q and position_ids disagree: position_ids start anew inside of a sequence of "
+        "cu_seq_lens_q and position_ids disagree: position_ids restart inside of a sequence of "
         "cu_seq_lens_q",
     )
 

@@ -81,15 +81,15 @@ def sink_attention(
             (batch or 1, heads or 1, q_length, kv_length) tensor of the user, which is inspected.
         s_aux: (num_heads_q,) sinks of this rank, any float dtype (never cast), DTensor or not.
         sinks: another name of s_aux. Only one may be given.
-        position_ids: (batch or 1, q_length). Where they start anew within a row, another sequence
+        position_ids: (batch or 1, q_length). Where they restart within a row, another sequence
             begins; padding beside it is none of it.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: packed sequences
-            (transformers' FlashAttentionKwargs), whether or not position_ids start anew. The
+            (transformers' FlashAttentionKwargs), whether or not position_ids restart. The
             maxima may be missing.
         kwargs: see sink_attention_ext.integrations.keywords.
 
     Returns:
-        (batch, q_length, num_heads_q, head_dim_v), and None for the weights, which never exist.
+        (batch, q_length, num_heads_q, head_dim_v), and None in place of P, which never exists.
 
     Raises:
         TypeError, ValueError: a mask or option that the kernels do not compute, or a keyword that
@@ -148,7 +148,7 @@ def kernel_options(
 def to_compute_dtype(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Casts back to the weights' half precision what a float32 norm (PEFT) has widened.
+    """Casts back to the weights' half precision what a float32 norm (PEFT) has upcast.
 
     As transformers' flash attention does. Under autocast the operators cast by themselves, but for
     those over caches, which take keys and values of one dtype.

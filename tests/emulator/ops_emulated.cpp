@@ -1,8 +1,7 @@
-// The ops on CPU tensors, computed by the CUDA kernels in the emulator. tests/emulated.py puts them
-// in the place of the CPU's.
+// The ops on CPU tensors, computed by the CUDA kernels in the emulator. tests/emulated.py
+// substitutes them for the CPU's ops.
 //
-// What a kernel must write is NaN before, and a kernel may touch nothing but its operands'
-// elements.
+// Results are NaN before a kernel runs. A kernel may access only the elements of its operands.
 #include "cuda/backend.h"
 #include "emulator/machine.h"
 #include "torch/cache_ops.h"
@@ -24,7 +23,7 @@ emulator::Buffer buffer_of(const Tensor& tensor, bool writable, const std::strin
   return {begin, begin + elements * tensor.element_size(), writable, name};
 }
 
-// Names the operands to the emulator for the length of a call.
+// Names the operands to the emulator during a call.
 struct Visible {
   explicit Visible(const Operands& operands) : buffers(list(operands)) {}
   static std::vector<emulator::Buffer> list(const Operands& operands) {
@@ -42,9 +41,10 @@ struct Visible {
   emulator::VisibleBuffers buffers;
 };
 
-// Workspace full of NaN, visible too.
-Operands with_workspace(Operands operands, const Tensor& like, int64_t bytes, void*& data) {
-  const Tensor workspace = torch::stable::fill_(
+// Adds a workspace, filled with NaN, to the operands; it is visible while `workspace` lives.
+Operands with_workspace(Operands operands, const Tensor& like, int64_t bytes, Tensor& workspace,
+                         void*& data) {
+  workspace = torch::stable::fill_(
       torch::stable::new_empty(like, {(bytes + 3) / 4 + 64}, ScalarType::Float),
       std::numeric_limits<double>::quiet_NaN());
   const uintptr_t address = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
@@ -59,7 +59,7 @@ struct EmulatedBackend {
     Scratch(const Tensor& like, int64_t count)
         : tensor_(torch::stable::new_empty(like, {count}, ScalarType::Int)) {}
     int32_t* data() { return static_cast<int32_t*>(tensor_.mutable_data_ptr()); }
-    void add_to(std::vector<Tensor>& tensors) const { tensors.push_back(tensor_); }
+    void add_to(std::vector<TensorRef>& tensors) const { tensors.push_back(tensor_); }
 
    private:
     Tensor tensor_;
@@ -82,9 +82,8 @@ struct EmulatedBackend {
   static void flash_fwd(const attention::FlashFwdParams& params, const Operands& operands) {
     if (params.cu_seqlens_q == nullptr) poison(operands);
     void* workspace = nullptr;
-    const Operands all =
-        with_workspace(operands, operands.read.front(),
-                       cuda::flash_fwd_workspace_bytes(params, device()), workspace);
+    Tensor memory;
+    const Operands all = with_workspace(operands, operands.first(), cuda::flash_fwd_workspace_bytes(params, device()), memory, workspace);
     const Visible visible(all);
     cuda::flash_fwd(params, device(), workspace, nullptr);
   }
@@ -99,9 +98,10 @@ struct EmulatedBackend {
   static void flash_bwd(const attention::FlashBwdParams& params, const Operands& operands) {
     if (params.fwd.cu_seqlens_q == nullptr) poison(operands);
     void* workspace = nullptr;
+    Tensor memory;
     const Operands all =
-        with_workspace(operands, operands.read.front(),
-                       cuda::flash_bwd_workspace_bytes(params, device()), workspace);
+        with_workspace(operands, operands.first(),
+                       cuda::flash_bwd_workspace_bytes(params, device()), memory, workspace);
     const Visible visible(all);
     cuda::flash_bwd(params, device(), workspace, nullptr);
   }
@@ -114,7 +114,8 @@ struct EmulatedBackend {
   static void append_kv(const attention::AppendKvParams& params, const Operands& operands) {
     if (params.out != nullptr) {
       for (size_t i = operands.written.size() - 2; i < operands.written.size(); ++i) {
-        Tensor result = operands.written[i];
+        const Tensor& written = operands.written[i];
+        Tensor result = written;
         torch::stable::fill_(result, std::numeric_limits<double>::quiet_NaN());
       }
     }
@@ -156,7 +157,8 @@ int64_t paged_workspace_bytes(const Tensor& q, const Tensor& k_cache, const Tens
       EmulatedBackend::device());
 }
 
-// Thread blocks so far of kernels in sink_attention::cuda::<family>; all where family is empty.
+// The number of thread blocks run so far by kernels of sink_attention::cuda::<family>; of all
+// families if family is empty.
 int64_t blocks_run(const std::string& family) {
   int64_t sum = 0;
   for (const auto& [kernel, blocks] : emulator::settings().blocks_of) {

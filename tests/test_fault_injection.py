@@ -1,7 +1,7 @@
-"""Faults that the grid must notice.
+"""Fault injection: wrong kernels that the test matrix must notice.
 
-A suite that can't fail shows nothing: each planted fault here is one that people have made, and the
-comparison that every test of the grid uses must reject it, in float32 and in bfloat16.
+A suite that can't fail shows nothing. Each injected fault here is one that people have made. The
+comparison that every test of the matrix uses must reject it, in float32 and in bfloat16.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import oracle
 import pytest
 import tolerance
 import torch
+from backends import Backend
 from cases import DenseCase, Inputs
-from conftest import Backend
 from oracle import Results
 from torch import Tensor
 
@@ -274,11 +274,11 @@ def gradient_forgets_the_softcap(backend: Backend, case: DenseCase, inputs: Inpu
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_noticed(backend: Backend, name: str, dtype: torch.dtype) -> None:
-    case, plant = FAULTS[name]
+def test_an_injected_fault_is_noticed(backend: Backend, name: str, dtype: torch.dtype) -> None:
+    case, inject = FAULTS[name]
     case = replace(case, dtype=dtype)
     inputs = cases.make_dense(case, backend.device)
     expected = oracle.expected(case)
     tolerance.check(attend(backend, case, inputs), expected, case.softcap)
     with pytest.raises(AssertionError, match="worst at|mean error|max error|differ in"):
-        tolerance.check(plant(backend, case, inputs), expected, case.softcap)
+        tolerance.check(inject(backend, case, inputs), expected, case.softcap)

@@ -156,7 +156,7 @@ def test_every_bad_number_is_refused(name: str) -> None:
         at = names.index(argument)
         changed = [*args[:at], NUMBERS[argument], *args[at + 1 :]], kwargs
         for arguments in (changed, tree_map_only(Tensor, lambda x: x.to(META), changed)):
-            with pytest.raises(ValueError, match=argument):
+            with pytest.raises(ValueError, match=argument.replace("_", ".")):
                 op(*arguments[0], **arguments[1])
 
 

@@ -243,13 +243,15 @@ struct CacheOps : Ops<Backend> {
 
   static void reshape_and_cache(const Tensor& k, const Tensor& v, const Tensor& k_cache,
                                 const Tensor& v_cache, const Tensor& slot_mapping,
-                                const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
-    const attention::ReshapeAndCacheParams params =
+                                const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                                bool deterministic) {
+    attention::ReshapeAndCacheParams params =
         make_reshape_and_cache_params(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale);
+    params.deterministic = deterministic;
     if (k_scale) {
       check(k_scale->dim() < 3,
             "k_scale must have shape (), (1,) or (num_heads_kv,): scales of each token and head "
-            "are results, which reshape_and_cache.token_scales writes; got shape ",
+            "are results, reshape_and_cache.token_scales writes them; got shape ",
             shape_of(*k_scale));
     }
     const std::initializer_list<NamedTensor> operands{{"k", k},
@@ -270,9 +272,10 @@ struct CacheOps : Ops<Backend> {
   static void reshape_and_cache_token_scales(const Tensor& k, const Tensor& v,
                                              const Tensor& k_cache, const Tensor& v_cache,
                                              const Tensor& slot_mapping, const Tensor& k_scale,
-                                             const Tensor& v_scale) {
-    const attention::ReshapeAndCacheParams params =
+                                             const Tensor& v_scale, bool deterministic) {
+    attention::ReshapeAndCacheParams params =
         make_reshape_and_cache_params(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale);
+    params.deterministic = deterministic;
     check(k_scale.dim() == 3,
           "k_scale must have shape (num_pages, page_size, num_heads_kv) for "
           "reshape_and_cache.token_scales, got ",

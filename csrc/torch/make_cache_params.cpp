@@ -285,9 +285,9 @@ ReshapeAndCacheParams make_reshape_and_cache_params(const Tensor& k, const Tenso
   params.num_heads_kv = k.size(1);
   params.head_dim = k.size(2);
   params.head_dim_v = v.size(2);
-  check_page_size(k_cache);
   check_head_dim(params.head_dim, k, "k", "head_dim");
   check_head_dim(params.head_dim_v, v, "v", "head_dim_v");
+  check_page_size(k_cache);
   params.page_size = k_cache.size(1);
   params.num_pages = k_cache.size(0);
   check_shape(v, "v", {params.num_tokens, params.num_heads_kv, params.head_dim_v});

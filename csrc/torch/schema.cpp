@@ -70,10 +70,11 @@ STABLE_TORCH_LIBRARY(SA_OP_NAMESPACE, m) {
       "Tensor(f!) lse) -> ()");
   m.def(
       "reshape_and_cache(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor "
-      "slot_mapping, Tensor? k_scale, Tensor? v_scale) -> ()");
+      "slot_mapping, Tensor? k_scale, Tensor? v_scale, bool deterministic=False) -> ()");
   m.def(
       "reshape_and_cache.token_scales(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-      "Tensor slot_mapping, Tensor(c!) k_scale, Tensor(d!) v_scale) -> ()");
+      "Tensor slot_mapping, Tensor(c!) k_scale, Tensor(d!) v_scale, bool deterministic=False) -> "
+      "()");
   m.def("merge_attn_states(Tensor[] outs, Tensor[] lses, Tensor? s_aux) -> (Tensor, Tensor)");
   m.def("cpu_instruction_set() -> str");
   m.def("cpu_instruction_sets() -> str");

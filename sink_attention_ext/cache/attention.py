@@ -234,14 +234,15 @@ def write_tokens(
         scales = written_scales(k_scale, v_scale)
         if len(scales) == 2:
             op = ops.reshape_and_cache_token_scales
+    in_order = torch.are_deterministic_algorithms_enabled()
     if is_compiling or needs_rules(k, v, k_cache, v_cache, k_scale, v_scale):
         refuse_gradient(function, k, v, k_cache, v_cache, k_scale, v_scale)
-        op(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+        op(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, in_order)
         return
     check_written("k_cache", k_cache)
     check_written("v_cache", v_cache)
     for scale in scales:
         check_written("k_scale" if scale is k_scale else "v_scale", scale)
     with _BelowAutograd():
-        op(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+        op(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, in_order)
     _increment_version([k_cache, v_cache, *scales])  # not where the operator has refused

@@ -273,7 +273,7 @@ def _append_and_attend_out(
 
 def _reshape_and_cache(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor,
-    k_scale: Tensor | None, v_scale: Tensor | None,
+    k_scale: Tensor | None, v_scale: Tensor | None, deterministic: bool = False,
 ) -> None:  # fmt: skip
     check_write(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
     if k_scale is not None and k_scale.dim() == 3:
@@ -288,7 +288,7 @@ def _reshape_and_cache(
 
 def _reshape_and_cache_token_scales(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, k_scale: Tensor,
-    v_scale: Tensor,
+    v_scale: Tensor, deterministic: bool = False,
 ) -> None:  # fmt: skip
     check_write(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
     check_rank("k_scale", k_scale, 3, "(num_pages, page_size, num_heads_kv)")

@@ -24,7 +24,9 @@ def reshape_and_cache(
 
     Token t goes to slot ``slot_mapping[t] % page_size`` of page ``slot_mapping[t] // page_size``.
     What is written has memory of its own: no element in common with another argument, none that is
-    two of a cache's. Caches interleaved in one buffer are fine.
+    two of a cache's. Caches interleaved in one buffer are fine. Where two tokens share a slot, the
+    last one stays on the CPU and under torch.use_deterministic_algorithms(True); otherwise on CUDA
+    the slot then holds any mixture of their elements and scales.
 
     Args:
         k: (num_tokens, num_heads_kv, head_dim).

@@ -144,15 +144,30 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], list[str]]] = [
         ["q must have head_dim from 1 to 256", "300"],
     ),
     ("paged", {"q": randn(2, 1, 3, 8)}, ValueError, ["k_cache", "num_heads_q = 3", "got 2"]),
-    ("paged", {"k": randn(2, 1, 1, 8)}, ValueError, ["k must have shape (2, 1, 2, 8)", "(2, 1, 1, 8)"]),
-    ("paged", {"v": randn(2, 1, 2, 8)}, ValueError, ["v must have shape (2, 1, 2, 6)", "(2, 1, 2, 8)"]),
+    (
+        "paged", {"k": randn(2, 1, 1, 8)}, ValueError,
+        ["k must have shape (2, 1, 2, 8)", "(2, 1, 1, 8)"],
+    ),
+    (
+        "paged", {"v": randn(2, 1, 2, 8)}, ValueError,
+        ["v must have shape (2, 1, 2, 6)", "(2, 1, 2, 8)"],
+    ),
     # batch and lengths
     ("dense", {"k": randn(3, 7, 2, 8)}, ValueError, ["k must have batch = 2", "(3, 7, 2, 8)"]),
     ("dense", {"v": randn(2, 8, 2, 6)}, ValueError, ["v must have seqlen_k = 7", "(2, 8, 2, 6)"]),
     ("varlen", {"v": randn(8, 2, 6)}, ValueError, ["v must have total_k = 9", "(8, 2, 6)"]),
-    ("paged", {"k": randn(3, 1, 2, 8), "v": randn(3, 1, 2, 6)}, ValueError, ["k must have shape (2, 1"]),
-    ("paged", {"v": randn(2, 2, 2, 6)}, ValueError, ["v must have shape (2, 1, 2, 6)", "(2, 2, 2, 6)"]),
-    ("packed", {"k": randn(3, 2, 8), "v": randn(3, 2, 6)}, ValueError, ["k must have shape (4, 2, 8)"]),
+    (
+        "paged", {"k": randn(3, 1, 2, 8), "v": randn(3, 1, 2, 6)}, ValueError,
+        ["k must have shape (2, 1"],
+    ),
+    (
+        "paged", {"v": randn(2, 2, 2, 6)}, ValueError,
+        ["v must have shape (2, 1, 2, 6)", "(2, 2, 2, 6)"],
+    ),
+    (
+        "packed", {"k": randn(3, 2, 8), "v": randn(3, 2, 6)}, ValueError,
+        ["k must have shape (4, 2, 8)"],
+    ),
     ("paged", {"v_cache": randn(5, 4, 2, 6)}, ValueError, ["v_cache must have", "(5, 4, 2, 6)"]),
     ("paged", {"block_table": None}, ValueError, ["k_cache must have batch = 2", "block_table"]),
     ("paged", {"block_table": int32([0, 1])}, ValueError, ["block_table must have batch = 2"]),
@@ -162,7 +177,10 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], list[str]]] = [
         ["q must have stride 1", "(160, 32, 1, 4)", "contiguous"],
     ),
     ("paged", {"k_cache": randn(6, 4, 8, 2).transpose(2, 3)}, ValueError, ["k_cache", "stride 1"]),
-    ("paged", {"block_table": int32([0, 3], [1, 5]).t()}, ValueError, ["block_table", "stride 1", "2"]),
+    (
+        "paged", {"block_table": int32([0, 3], [1, 5]).t()}, ValueError,
+        ["block_table", "stride 1", "2"],
+    ),
     # sinks
     ("dense", {"s_aux": randn(2)}, ValueError, ["s_aux must have shape", "(4,)", "(2,)"]),
     ("dense", {"s_aux": randn(1, 4)}, ValueError, ["s_aux must have shape", "(4,)", "(1, 4)"]),

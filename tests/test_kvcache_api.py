@@ -260,8 +260,13 @@ def test_equals_varlen_over_gathered_keys() -> None:
     ends, k_ends = int32(0, 1, 3, 6), int32(0, 3, 12, 26)
     options = {"causal": True, "window_size": (6, 0), "s_aux": SINKS, "return_lse": True}
     paged = flash_attn_with_kvcache(
-        q, *caches, cache_seqlens=int32(*lengths), block_table=TABLE, cu_seqlens_q=ends,
-        max_seqlen_q=3, **options
+        q,
+        *caches,
+        cache_seqlens=int32(*lengths),
+        block_table=TABLE,
+        cu_seqlens_q=ends,
+        max_seqlen_q=3,
+        **options,
     )
     packed = flash_attn_varlen_func(
         q, torch.cat(keys), torch.cat(values), ends, k_ends, 3, 14, **options

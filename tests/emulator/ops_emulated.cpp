@@ -43,7 +43,7 @@ struct Visible {
 
 // Adds a workspace, filled with NaN, to the operands; it is visible while `workspace` lives.
 Operands with_workspace(Operands operands, const Tensor& like, int64_t bytes, Tensor& workspace,
-                         void*& data) {
+                        void*& data) {
   workspace = torch::stable::fill_(
       torch::stable::new_empty(like, {(bytes + 3) / 4 + 64}, ScalarType::Float),
       std::numeric_limits<double>::quiet_NaN());
@@ -83,7 +83,9 @@ struct EmulatedBackend {
     if (params.cu_seqlens_q == nullptr) poison(operands);
     void* workspace = nullptr;
     Tensor memory;
-    const Operands all = with_workspace(operands, operands.first(), cuda::flash_fwd_workspace_bytes(params, device()), memory, workspace);
+    const Operands all =
+        with_workspace(operands, operands.first(),
+                       cuda::flash_fwd_workspace_bytes(params, device()), memory, workspace);
     const Visible visible(all);
     cuda::flash_fwd(params, device(), workspace, nullptr);
   }

@@ -143,16 +143,31 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], list[str]]] = [
         "dense", {"q": randn(2, 5, 4, 300), "k": randn(2, 7, 2, 300)}, ValueError,
         ["q must have head_dim from 1 to 256", "300"],
     ),
-    ("paged", {"q": randn(2, 1, 3, 8)}, ValueError, ["k_cache", "num_heads", "got 3 and 2"]),
-    ("paged", {"k": randn(2, 1, 1, 8)}, ValueError, ["k must have shape (2, 1, 2, 8)", "(2, 1, 1, 8)"]),
-    ("paged", {"v": randn(2, 1, 2, 8)}, ValueError, ["v must have shape (2, 1, 2, 6)", "(2, 1, 2, 8)"]),
+    ("paged", {"q": randn(2, 1, 3, 8)}, ValueError, ["k_cache", "num_heads_q = 3", "got 2"]),
+    (
+        "paged", {"k": randn(2, 1, 1, 8)}, ValueError,
+        ["k must have shape (2, 1, 2, 8)", "(2, 1, 1, 8)"],
+    ),
+    (
+        "paged", {"v": randn(2, 1, 2, 8)}, ValueError,
+        ["v must have shape (2, 1, 2, 6)", "(2, 1, 2, 8)"],
+    ),
     # batch and lengths
     ("dense", {"k": randn(3, 7, 2, 8)}, ValueError, ["k must have batch = 2", "(3, 7, 2, 8)"]),
     ("dense", {"v": randn(2, 8, 2, 6)}, ValueError, ["v must have seqlen_k = 7", "(2, 8, 2, 6)"]),
     ("varlen", {"v": randn(8, 2, 6)}, ValueError, ["v must have total_k = 9", "(8, 2, 6)"]),
-    ("paged", {"k": randn(3, 1, 2, 8), "v": randn(3, 1, 2, 6)}, ValueError, ["k must have shape (2, 1"]),
-    ("paged", {"v": randn(2, 2, 2, 6)}, ValueError, ["v must have shape (2, 1, 2, 6)", "(2, 2, 2, 6)"]),
-    ("packed", {"k": randn(3, 2, 8), "v": randn(3, 2, 6)}, ValueError, ["k must have shape (4, 2, 8)"]),
+    (
+        "paged", {"k": randn(3, 1, 2, 8), "v": randn(3, 1, 2, 6)}, ValueError,
+        ["k must have shape (2, 1"],
+    ),
+    (
+        "paged", {"v": randn(2, 2, 2, 6)}, ValueError,
+        ["v must have shape (2, 1, 2, 6)", "(2, 2, 2, 6)"],
+    ),
+    (
+        "packed", {"k": randn(3, 2, 8), "v": randn(3, 2, 6)}, ValueError,
+        ["k must have shape (4, 2, 8)"],
+    ),
     ("paged", {"v_cache": randn(5, 4, 2, 6)}, ValueError, ["v_cache must have", "(5, 4, 2, 6)"]),
     ("paged", {"block_table": None}, ValueError, ["k_cache must have batch = 2", "block_table"]),
     ("paged", {"block_table": int32([0, 1])}, ValueError, ["block_table must have batch = 2"]),
@@ -162,7 +177,10 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], list[str]]] = [
         ["q must have stride 1", "(160, 32, 1, 4)", "contiguous"],
     ),
     ("paged", {"k_cache": randn(6, 4, 8, 2).transpose(2, 3)}, ValueError, ["k_cache", "stride 1"]),
-    ("paged", {"block_table": int32([0, 3], [1, 5]).t()}, ValueError, ["block_table", "stride 1", "2"]),
+    (
+        "paged", {"block_table": int32([0, 3], [1, 5]).t()}, ValueError,
+        ["block_table", "stride 1", "2"],
+    ),
     # sinks
     ("dense", {"s_aux": randn(2)}, ValueError, ["s_aux must have shape", "(4,)", "(2,)"]),
     ("dense", {"s_aux": randn(1, 4)}, ValueError, ["s_aux must have shape", "(4,)", "(1, 4)"]),
@@ -216,7 +234,7 @@ CASES: list[tuple[str, dict[str, Any], type[Exception], list[str]]] = [
     ("paged", {"v": None}, ValueError, ["v must be given where k is"]),
     ("paged", {"k": None}, ValueError, ["k must be given where v is"]),
     ("paged", {"cache_seqlens": None}, ValueError, ["cache_seqlens must be given", "None"]),
-    ("paged", {"cache_seqlens": int32(5)}, ValueError, ["cache_seqlens", "(2,)", "(1,)"]),
+    ("paged", {"cache_seqlens": int32(5)}, ValueError, ["cache_seqlens", "batch = 2", "(1,)"]),
     ("paged", {"cache_seqlens": torch.tensor([5, 7])}, TypeError, ["cache_seqlens", "int64"]),
     ("paged", {"cache_seqlens": 2.0}, TypeError, ["cache_seqlens must be an int", "2.0"]),
     ("paged", {"cache_seqlens": 9}, ValueError, ["cache_seqlens must be from 0 to 8", "9"]),

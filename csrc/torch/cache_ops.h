@@ -159,14 +159,14 @@ struct CacheOps : Ops<Backend> {
     run(call.q, params, append, scratch, std::move(operands), results);
   }
 
-#define SA_PAGED_CALL                                                               \
-  {q,                                                                                        \
-   k_cache,                                                                                  \
-   v_cache,                                                                                  \
-   s_aux,                                                                                    \
-   {block_table, cache_seqlens, cu_seqlens_q, k_scale, v_scale, max_seqlen_q,            \
-    max_seqlen_k, num_splits, tree_mask},                                                    \
-   {softmax_scale, causal, window_left, window_right, softcap, num_sink_tokens}}
+#define SA_PAGED_CALL                                                                          \
+  {                                                                                            \
+    q, k_cache, v_cache, s_aux, {block_table,  cache_seqlens, cu_seqlens_q, k_scale,  v_scale, \
+                                 max_seqlen_q, max_seqlen_k,  num_splits,   tree_mask},        \
+    {                                                                                          \
+      softmax_scale, causal, window_left, window_right, softcap, num_sink_tokens               \
+    }                                                                                          \
+  }
 
   static std::tuple<Tensor, Tensor> paged_attn(
       const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
@@ -188,8 +188,8 @@ struct CacheOps : Ops<Backend> {
                              const OptionalTensor& cu_seqlens_q, const OptionalTensor& s_aux,
                              const OptionalTensor& k_scale, const OptionalTensor& v_scale,
                              int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale,
-                             bool causal, int64_t window_left, int64_t window_right,
-                             double softcap, int64_t num_splits, int64_t num_sink_tokens,
+                             bool causal, int64_t window_left, int64_t window_right, double softcap,
+                             int64_t num_splits, int64_t num_sink_tokens,
                              const OptionalTensor& tree_mask, const Tensor& out,
                              const Tensor& lse) {
     const PagedCall call SA_PAGED_CALL;
@@ -224,14 +224,16 @@ struct CacheOps : Ops<Backend> {
     return {results.out, results.lse};
   }
 
-  static void append_and_attend_out(
-      const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,
-      const Tensor& v, const Tensor& cache_seqlens, const OptionalTensor& block_table,
-      const OptionalTensor& cu_seqlens_q, const OptionalTensor& s_aux,
-      const OptionalTensor& k_scale, const OptionalTensor& v_scale, int64_t max_seqlen_q,
-      int64_t max_seqlen_k, double softmax_scale, bool causal, int64_t window_left,
-      int64_t window_right, double softcap, int64_t num_splits, int64_t num_sink_tokens,
-      const OptionalTensor& tree_mask, const Tensor& out, const Tensor& lse) {
+  static void append_and_attend_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                    const Tensor& k, const Tensor& v, const Tensor& cache_seqlens,
+                                    const OptionalTensor& block_table,
+                                    const OptionalTensor& cu_seqlens_q, const OptionalTensor& s_aux,
+                                    const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                                    int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                    double softmax_scale, bool causal, int64_t window_left,
+                                    int64_t window_right, double softcap, int64_t num_splits,
+                                    int64_t num_sink_tokens, const OptionalTensor& tree_mask,
+                                    const Tensor& out, const Tensor& lse) {
     const PagedCall call SA_PAGED_CALL;
     const FlashFwdParams params = params_of(call);
     check_append_memory(call, k, v, out, lse);

@@ -69,7 +69,8 @@ void set_cache_scales(Params& params, DataType cache_dtype, const Tensor& k_cach
                                                                          {"v_scale", &v_scale}};
   for (const auto& [name, scale] : scales) {
     if (!attention::is_8_bit(cache_dtype)) {
-      check(!*scale, name, " must be None: it is only for float8_e4m3fn and int8 caches, got one of ",
+      check(!*scale, name,
+            " must be None: it is only for float8_e4m3fn and int8 caches, got one of ",
             dtype_name(k_cache.scalar_type()));
       continue;
     }
@@ -138,9 +139,8 @@ void set_pages(FlashFwdParams& params, const Tensor& k_cache,
   check_dtype(table, "block_table", ScalarType::Int);
   check_unit_last_stride(table, "block_table");
   check_same_device(table, "block_table", q);
-  check(table.size(0) == params.batch, "block_table must have batch = ", params.batch,
-        " rows, as ", params.cu_seqlens_q ? "cu_seqlens_q" : "q", " has; got shape ",
-        shape_of(table));
+  check(table.size(0) == params.batch, "block_table must have batch = ", params.batch, " rows, as ",
+        params.cu_seqlens_q ? "cu_seqlens_q" : "q", " has; got shape ", shape_of(table));
   check_page_size(k_cache);
   params.seqlen_k = table.size(1) * params.page_size;
   params.block_table_stride = table.stride(0);
@@ -201,8 +201,9 @@ FlashFwdParams make_paged_params(const Tensor& q, const Tensor& k_cache, const T
   } else {
     params.batch = q.size(0);
     params.seqlen_q = q.size(1);
-    check(paged.max_seqlen_q >= params.seqlen_q, "max_seqlen_q must be at least seqlen_q = ",
-          params.seqlen_q, ", got ", paged.max_seqlen_q);
+    check(paged.max_seqlen_q >= params.seqlen_q,
+          "max_seqlen_q must be at least seqlen_q = ", params.seqlen_q, ", got ",
+          paged.max_seqlen_q);
   }
   set_pages(params, k_cache, paged.block_table, q);
   params.seqused_k = int32_vector(paged.cache_seqlens, "cache_seqlens", params.batch, q);

@@ -85,7 +85,7 @@ struct Ops {
   static void forward_into(const Tensor& q, FlashFwdParams params, Operands operands,
                            Forward& results) {
     set_results(params, q, results.out, results.lse);
-    operands.written.insert(operands.written.end(), {results.out, results.lse});
+    operands.written = {results.out, results.lse};
     if (params.cu_seqlens_q != nullptr) Backend::fill_unused_rows(params, operands);
     Backend::flash_fwd(params, operands);
   }
@@ -94,7 +94,7 @@ struct Ops {
                                             Operands operands) {
     Forward results = new_results(q, params);
     set_new_results(params, results.out, results.lse);
-    operands.written.insert(operands.written.end(), {results.out, results.lse});
+    operands.written = {results.out, results.lse};
     if (params.cu_seqlens_q != nullptr) Backend::fill_unused_rows(params, operands);
     Backend::flash_fwd(params, operands);
     return {std::move(results.out), std::move(results.lse)};

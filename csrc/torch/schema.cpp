@@ -58,13 +58,15 @@ STABLE_TORCH_LIBRARY(SA_OP_NAMESPACE, m) {
   m.def(
       "append_and_attend(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, "
       "Tensor cache_seqlens, Tensor? block_table, Tensor? cu_seqlens_q, Tensor? s_aux, "
-      "Tensor(c!)? k_scale, Tensor(d!)? v_scale, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool causal, "
+      "Tensor(c!)? k_scale, Tensor(d!)? v_scale, SymInt max_seqlen_q, SymInt max_seqlen_k, float "
+      "softmax_scale, bool causal, "
       "SymInt window_left, SymInt window_right, float softcap, SymInt num_splits, SymInt "
       "num_sink_tokens, Tensor? tree_mask) -> (Tensor, Tensor)");
   m.def(
       "append_and_attend.out(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, "
       "Tensor cache_seqlens, Tensor? block_table, Tensor? cu_seqlens_q, Tensor? s_aux, "
-      "Tensor(c!)? k_scale, Tensor(d!)? v_scale, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool causal, "
+      "Tensor(c!)? k_scale, Tensor(d!)? v_scale, SymInt max_seqlen_q, SymInt max_seqlen_k, float "
+      "softmax_scale, bool causal, "
       "SymInt window_left, SymInt window_right, float softcap, SymInt num_splits, SymInt "
       "num_sink_tokens, Tensor? tree_mask, *, Tensor(e!) out, "
       "Tensor(f!) lse) -> ()");

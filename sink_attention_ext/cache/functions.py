@@ -154,7 +154,7 @@ def flash_attn_with_kvcache(
             causal=True. A token with n ancestors stands at position seqlen_k - seqlen_q + n, from
             which window_size counts: it sees what it would see if its path alone followed the
             other keys. On CUDA the bits are checked under set_debug_checks only.
-        out: where the result goes: its shape, the dtype of q, memory of its own. None: a new tensor.
+        out: where the result goes: its shape, the dtype of q, own memory. None: a new tensor.
         max_seqlen_k: at least the longest sequence, appended keys included; None is what
             block_table, or a dense cache, has room for. It bounds the splits and the workspace:
             give it where the table is wide (as servers' are) and sequences are short. A longer

@@ -1,4 +1,4 @@
-"""plan_kvcache: what the layers of one decode or prefill step share, checked once for all of them."""
+"""plan_kvcache: what the layers of one step share, checked once for all of them."""
 
 from __future__ import annotations
 
@@ -250,7 +250,8 @@ def check_plan(plan: Any, k_cache: Any, appends: bool, given: tuple[Any, ...]) -
             f"plan must be what plan_kvcache returned, or None; got {type(plan).__name__}"
         )
     if given.count(None) < len(REPLACED):
-        name, value = next(pair for pair in zip(REPLACED, given) if pair[1] is not None)
+        pairs = zip(REPLACED, given, strict=True)
+        name, value = next(pair for pair in pairs if pair[1] is not None)
         raise ValueError(f"{name} must not be given with plan, which has it; got {value!r}")
     if appends is not plan.appends:
         what = "be given with" if plan.appends else "be None with"

@@ -43,7 +43,7 @@ struct Visible {
 
 // Adds a workspace, filled with NaN, to the operands; it is visible while `workspace` lives.
 Operands with_workspace(Operands operands, const Tensor& like, int64_t bytes, Tensor& workspace,
-                         void*& data) {
+                        void*& data) {
   workspace = torch::stable::fill_(
       torch::stable::new_empty(like, {(bytes + 3) / 4 + 64}, ScalarType::Float),
       std::numeric_limits<double>::quiet_NaN());
@@ -116,7 +116,8 @@ struct EmulatedBackend {
   static void append_kv(const attention::AppendKvParams& params, const Operands& operands) {
     if (params.out != nullptr) {
       for (size_t i = operands.written.size() - 2; i < operands.written.size(); ++i) {
-        Tensor result = operands.written[i];
+        const Tensor& written = operands.written[i];
+        Tensor result = written;
         torch::stable::fill_(result, std::numeric_limits<double>::quiet_NaN());
       }
     }

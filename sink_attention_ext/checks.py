@@ -26,7 +26,7 @@ from sink_attention_ext.fake_checks import (
     wrong_softcap,
     wrong_softmax_scale,
 )
-from sink_attention_ext.tensor_kinds import check_kind
+from sink_attention_ext.tensor_kinds import STRIDED, check_kind
 
 CACHE_DTYPES = (*FLOAT_DTYPES, *QUANTISED_DTYPES)
 INT32_MAX = 2**31 - 1  # lengths are int32
@@ -276,13 +276,17 @@ PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 def local_sinks(s_aux: Any) -> Tensor | None:
     """s_aux as operators take it: contiguous, and of a DTensor what this rank holds."""
-    if s_aux is None or (type(s_aux) in PLAIN_TENSORS and s_aux.is_contiguous()):
+    if s_aux is None:
+        return None
+    if type(s_aux) in PLAIN_TENSORS and s_aux.layout is STRIDED and s_aux.is_contiguous():
         return s_aux
     if not isinstance(s_aux, Tensor):
         raise TypeError(
             f"s_aux must be None or a torch.Tensor (num_heads_q,); got {type(s_aux).__name__}"
         )
-    return local_s_aux(s_aux).contiguous()
+    s_aux = local_s_aux(s_aux)
+    check_kind("s_aux", s_aux)
+    return s_aux.contiguous()
 
 
 # ---- numbers ----

@@ -87,6 +87,16 @@ def check_shape(name: str, tensor: Tensor, expected: Sequence[Any], dims: str = 
         refuse_if(size != wanted, message)
 
 
+def check_same_shape(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    message = (
+        f"{name} must have the shape of {like_name}, {tuple(like.shape)}; got {tuple(tensor.shape)}"
+    )
+    if tensor.dim() != like.dim():
+        raise ValueError(message)
+    for size, wanted in zip(tensor.shape, like.shape, strict=True):
+        refuse_if(size != wanted, message)
+
+
 def check_dtype(name: str, tensor: Tensor, expected: torch.dtype) -> None:
     check_defined(name, tensor)
     if tensor.dtype != expected:
@@ -342,11 +352,11 @@ def check_gradients(
     check_results(q, v.shape[-1], out, lse)
     check_same_dtype("dout", dout, "q", q)
     check_device("dout", dout, q)
-    check_shape("dout", dout, out.shape)
+    check_same_shape("dout", dout, "out", out)
     if dlse is not None:
         check_dtype("dlse", dlse, lse.dtype)
         check_device("dlse", dlse, q)
-        check_shape("dlse", dlse, lse.shape)
+        check_same_shape("dlse", dlse, "lse", lse)
 
 
 def check_descales(q: Tensor, batch: Any, num_heads_kv: Any, *descales: Tensor | None) -> None:

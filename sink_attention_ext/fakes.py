@@ -17,6 +17,7 @@ from sink_attention_ext.fake_checks import (
     check_float,
     check_gradients,
     check_same_dtype,
+    check_same_shape,
     check_shape,
     check_sinks,
     check_varlen,
@@ -139,7 +140,7 @@ def _merge_attn_states(
         check_dtype(f"lses[{i}]", lse, lse_dtype(first.dtype))
         check_device(f"outs[{i}]", out, first)
         check_device(f"lses[{i}]", lse, first)
-        check_shape(f"outs[{i}]", out, first.shape, "of outs[0]")
+        check_same_shape(f"outs[{i}]", out, "outs[0]", first)
         check_shape(f"lses[{i}]", lse, lse_shape, f"{lse_dims}, heads before rows")
     check_sinks(s_aux, first.shape[-2], first)
     return first.new_empty(first.shape), lses[0].new_empty(lses[0].shape)

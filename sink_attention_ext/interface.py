@@ -135,8 +135,8 @@ def flash_attn_func(
         softmax_scale, softcap, num_sink_tokens
     )
     descales = (q_descale, k_descale, v_descale)
+    s_aux = checks.local_sinks(s_aux)
     try:
-        s_aux = checks.local_sinks(s_aux)
         if q.dtype == FLOAT8:
             scale = q.shape[-1] ** -0.5 if scale is None else scale
             checks.refuse_float8_gradient(q, k, v, *descales, s_aux)
@@ -242,8 +242,8 @@ def flash_attn_varlen_func(
         max_seqlen_k = checks.check_max_seqlen("max_seqlen_k", max_seqlen_k)
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_k)
     descales = (q_descale, k_descale, v_descale)
+    s_aux = checks.local_sinks(s_aux)
     try:
-        s_aux = checks.local_sinks(s_aux)
         if q.dtype == FLOAT8:
             scale = q.shape[-1] ** -0.5 if scale is None else scale
             checks.refuse_float8_gradient(q, k, v, *descales, s_aux)

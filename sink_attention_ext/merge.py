@@ -70,8 +70,8 @@ def merge_attn_states(
         out, lse = merge_attn_states([near[0], far[0]], [near[1], far[1]], s_aux)
     """
     outs, lses = _parts("outs", outs), _parts("lses", lses)
+    s_aux = checks.local_sinks(s_aux)
     try:
-        s_aux = checks.local_sinks(s_aux)
         if needs_autograd(*outs, *lses, s_aux):
             return ops.merge_attn_states(outs, lses, s_aux)
         with below_autograd():

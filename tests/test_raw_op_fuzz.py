@@ -15,6 +15,7 @@ import pytest
 import torch
 from op_samples import SAMPLES
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 pytestmark = pytest.mark.sanitize
 
@@ -164,6 +165,38 @@ def check_refused(op: Any, names: list[str], args: list[Any], kinds: set[str], w
         assert re.match(rf"({named})(\[\d+\])? (must|/ softcap must)", text), (what, text)
     for tensor, copy in zip(tensors_of(args), before, strict=True):
         assert torch.equal(bits(tensor), copy), f"it wrote: {what}"
+
+
+def outcome(op: Any, args: list[Any]) -> tuple[str, str] | None:
+    try:
+        op(*args)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def on_meta(tensor: Tensor) -> Tensor:
+    shape, strides = tensor.shape, tensor.stride()
+    return torch.empty_strided(shape, strides, dtype=tensor.dtype, device="meta")
+
+
+@pytest.mark.parametrize("sample", FUZZED)
+def test_fake_kernels_say_the_same(sample: str) -> None:
+    """The same exceptions in the same words, but of what tensors hold, for which they have none."""
+    op, make = SAMPLES[sample]
+    schema = op._schema.arguments
+    names, types = [a.name for a in schema], [str(a.type) for a in schema]
+    torch.manual_seed(0)
+    valid, _ = make(torch.float32, False)
+    for kind, name, change in changes_of(sample, names, types, list(valid)):
+        if kind in PYTHON_TYPES | {"meta"} or (kind == "values" and name in LENGTHS):
+            continue
+        args = list(valid)
+        args[names.index(name)] = change(args[names.index(name)])
+        real = outcome(op, args)
+        fake = outcome(op, tree_map_only(Tensor, on_meta, args))
+        if real is None or not re.match(r"(cu_seqlens_\w|seqused_k)\[|max_seqlen.*every", real[1]):
+            assert real == fake, (kind, name)
 
 
 @pytest.mark.parametrize("sample", FUZZED)

@@ -40,6 +40,9 @@ ScalarType scalar_type_of(const Tensor& tensor) {
       {aoti_torch_dtype_uint8(), ScalarType::Byte},
       {aoti_torch_dtype_int16(), ScalarType::Short},
       {aoti_torch_dtype_bool(), ScalarType::Bool},
+      {aoti_torch_dtype_uint16(), ScalarType::UInt16},
+      {aoti_torch_dtype_uint32(), ScalarType::UInt32},
+      {aoti_torch_dtype_uint64(), ScalarType::UInt64},
       {aoti_torch_dtype_float8_e5m2(), ScalarType::Float8_e5m2},
       {aoti_torch_dtype_complex32(), ScalarType::ComplexHalf},
       {aoti_torch_dtype_complex64(), ScalarType::ComplexFloat},
@@ -78,6 +81,12 @@ const char* dtype_name(ScalarType dtype) {
       return "torch.int64";
     case ScalarType::Bool:
       return "torch.bool";
+    case ScalarType::UInt16:
+      return "torch.uint16";
+    case ScalarType::UInt32:
+      return "torch.uint32";
+    case ScalarType::UInt64:
+      return "torch.uint64";
     case ScalarType::ComplexHalf:
       return "torch.complex32";
     case ScalarType::ComplexFloat:

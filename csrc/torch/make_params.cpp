@@ -9,10 +9,10 @@ namespace sink_attention::binding {
 namespace {
 
 using attention::FlashFwdParams;
+using attention::kMaxHeadDim;
 using attention::MergeParams;
 using attention::ReshapeAndCacheParams;
 
-constexpr int64_t kMaxHeadDim = 256;
 constexpr const char* kDense = "(batch, seqlen, num_heads, head_dim)";
 constexpr const char* kVarlen = "(total, num_heads, head_dim)";
 constexpr const char* kPaged = "(num_pages, page_size, num_heads_kv, head_dim)";

@@ -59,35 +59,37 @@ struct EmulatedBackend {
   static bool is_capturing(const Tensor&) { return pretends_to_capture; }
   static bool may_leave_rows(const attention::FlashFwdParams&, const Extent&) { return true; }
 
-  static cuda::Device device() { return {num_sms, arch, forced_cuda_family()}; }
+  static cuda::Device device() { return {num_sms, arch, forced_cuda_family(), build_archs()}; }
 
   static void check_flash_fwd(const attention::FlashFwdParams& params, const Tensor&) {
-    asked_for = cuda::flash_fwd_workspace_bytes(params, device());
+    asked_for = cuda::plan_flash_fwd(cuda::shape_of(params), device()).workspace_bytes;
   }
   static void flash_fwd(const attention::FlashFwdParams& params, const Operands& operands) {
     if (params.cu_seqlens_q == nullptr) poison(operands);
     void* workspace = nullptr;
-    asked_for = cuda::flash_fwd_workspace_bytes(params, device());
+    const auto plan = cuda::plan_flash_fwd(cuda::shape_of(params), device());
+    asked_for = plan.workspace_bytes;
     const Operands all = with_workspace(operands, operands.read.front(), asked_for, workspace);
     const Visible visible(all);
-    cuda::flash_fwd(params, device(), workspace, nullptr);
+    cuda::flash_fwd(params, plan, workspace, nullptr);
   }
   static bool takes_fp8(const attention::FlashFwdFp8Params& params, const Tensor&) {
-    return cuda::takes_flash_fwd_fp8(params, device());
+    return cuda::plan_flash_fwd_fp8(cuda::shape_of(params), device()).takes_call();
   }
   static void flash_fwd_fp8(const attention::FlashFwdFp8Params& params, const Operands& operands) {
     if (params.fwd.cu_seqlens_q == nullptr) poison(operands);
     const Visible visible(operands);
-    cuda::flash_fwd_fp8(params, device(), nullptr);
+    cuda::flash_fwd_fp8(params, cuda::plan_flash_fwd_fp8(cuda::shape_of(params), device()),
+                        nullptr);
   }
   static void flash_bwd(const attention::FlashBwdParams& params, const Operands& operands) {
     if (params.fwd.cu_seqlens_q == nullptr) poison(operands);
     void* workspace = nullptr;
+    const auto plan = cuda::plan_flash_bwd(cuda::shape_of(params), device());
     const Operands all =
-        with_workspace(operands, operands.read.front(),
-                       cuda::flash_bwd_workspace_bytes(params, device()), workspace);
+        with_workspace(operands, operands.read.front(), plan.workspace_bytes, workspace);
     const Visible visible(all);
-    cuda::flash_bwd(params, device(), workspace, nullptr);
+    cuda::flash_bwd(params, plan, workspace, nullptr);
   }
   static void reshape_and_cache(const attention::ReshapeAndCacheParams& params,
                                 const Operands& operands) {
@@ -113,6 +115,12 @@ void configure(int64_t seed, int64_t multiprocessors, int64_t architecture) {
   num_sms = static_cast<int>(multiprocessors);
   arch = static_cast<int>(architecture);
 }
+// "8.0;9.0a+PTX", as TORCH_CUDA_ARCH_LIST has it; empty: kernels that run on any device.
+void pretend_to_be_built_for(const std::string& archs) {
+  static std::string kept;
+  kept = archs;
+  build_archs() = kept.empty() ? nullptr : kept.c_str();
+}
 void pretend_to_capture(bool on) { pretends_to_capture = on; }
 
 // Bytes that the last check of a forward, or forward, wants as workspace.
@@ -132,12 +140,13 @@ int64_t blocks_run(const std::string& family) {
 STABLE_TORCH_LIBRARY_FRAGMENT(SA_OP_NAMESPACE, m) {
   m.def("configure(int seed, int multiprocessors, int arch) -> ()");
   m.def("pretend_to_capture(bool on) -> ()");
+  m.def("pretend_to_be_built_for(str archs) -> ()");
   m.def("blocks_run(str family) -> int");
   m.def("workspace_bytes() -> int");
 }
 STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("configure", TORCH_BOX(&configure));
-  m.impl("cuda_kernel_family", TORCH_BOX(&cuda_kernel_family));
+  m.impl("pretend_to_be_built_for", TORCH_BOX(&pretend_to_be_built_for));
   m.impl("pretend_to_capture", TORCH_BOX(&pretend_to_capture));
   m.impl("blocks_run", TORCH_BOX(&blocks_run));
   m.impl("workspace_bytes", TORCH_BOX(&workspace_bytes));

@@ -18,7 +18,7 @@ using attention::KeyRows;
 using attention::max_of;
 using attention::min_of;
 
-constexpr int64_t kMaxHeadDim = 256;
+using attention::kMaxHeadDim;
 
 // What the numbers of a key's row are multiplied with.
 SA_INLINE float scale_of_row(const KeyRows& rows, int64_t key) {

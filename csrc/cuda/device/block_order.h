@@ -37,9 +37,11 @@ struct BlockPlace {
 };
 
 // Sections of section_pairs, and a last one of at least last_pairs, which are no fewer. Throws
-// std::runtime_error if the blocks are more than one dimension of a grid can have.
-inline BlockOrder make_block_order(const attention::FlashFwdParams& params, int64_t blocks_per_pair,
-                                   int64_t section_pairs, int64_t last_pairs) {
+// std::runtime_error if the blocks are more than one dimension of a grid can have. Sizes: the params,
+// or the shape that a plan looks at.
+template <class Sizes>
+BlockOrder make_block_order(const Sizes& params, int64_t blocks_per_pair, int64_t section_pairs,
+                            int64_t last_pairs) {
   const int64_t pairs = params.batch * params.num_heads_kv;
   if (blocks_per_pair > 0 && pairs > INT32_MAX / blocks_per_pair) {
     throw std::runtime_error("sink_attention_ext: more rows or keys than one launch can take");
@@ -61,7 +63,8 @@ inline BlockOrder make_block_order(const attention::FlashFwdParams& params, int6
 // blocks on a multiprocessor, some 60 (L4) to 300 in all: of each pair about 4 or more. A section's
 // blocks, mostly 256 or more, are about as many as that, so its short ones fill the gaps that its
 // long ones leave at the end.
-inline BlockOrder bwd_block_order(const attention::FlashFwdParams& params, int block_keys) {
+template <class Sizes>
+BlockOrder bwd_block_order(const Sizes& params, int block_keys) {
   const int64_t key_blocks = (params.seqlen_k + block_keys - 1) / block_keys;
   const int64_t section_pairs = std::clamp<int64_t>(256 / std::max<int64_t>(key_blocks, 1), 8, 16);
   return make_block_order(params, key_blocks, section_pairs, section_pairs);
@@ -73,7 +76,8 @@ inline BlockOrder bwd_block_order(const attention::FlashFwdParams& params, int b
 // many: hardly more keys are in use at one time than with one pair after the other, so the rule
 // needs no size of L2. The last section has twice as many, so that besides its long tiles there are
 // enough short ones to fill the gaps that they leave at the end.
-inline BlockOrder fwd_block_order(const attention::FlashFwdParams& params, int block_rows) {
+template <class Sizes>
+BlockOrder fwd_block_order(const Sizes& params, int block_rows) {
   const int64_t rows = params.seqlen_q * (params.num_heads_q / params.num_heads_kv);
   const int64_t tiles = (rows + block_rows - 1) / block_rows;
   const int64_t section_pairs = std::max<int64_t>(256 / std::max<int64_t>(tiles, 1), 1);

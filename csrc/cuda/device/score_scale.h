@@ -42,4 +42,15 @@ inline ScoreScale score_scale(const attention::FlashFwdParams& params) {
           scale < 0 ? kNegated : kPlain};
 }
 
+// The backward's, whose kernels keep softmax_scale_log2 signed: no negated form.
+template <class KernelParams>
+void set_bwd_score_scale(const attention::FlashFwdParams& params, KernelParams& kernel_params) {
+  kernel_params.has_softcap = params.softcap > 0;
+  const double scale = params.softmax_scale;
+  kernel_params.to_tanh =
+      kernel_params.has_softcap ? static_cast<float>(scale / params.softcap) : 0.0f;
+  kernel_params.softmax_scale_log2 =
+      static_cast<float>((kernel_params.has_softcap ? params.softcap : scale) * attention::kLog2E);
+}
+
 }  // namespace sink_attention::cuda

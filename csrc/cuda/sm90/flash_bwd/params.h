@@ -1,5 +1,4 @@
-// What a backward kernel is given beside the problem itself, and its entries, one for each head_dim
-// class; hdim*.cu hold one each.
+// What a backward kernel is given beside the problem itself.
 #pragma once
 
 #include "attention/params.h"
@@ -29,14 +28,5 @@ struct FlashBwdKernelParams {
   float to_tanh;
   bool has_softcap;
 };
-
-using Stream = void*;
-
-void flash_bwd_hdim64(const FlashBwdKernelParams& params, Stream stream);
-void flash_bwd_hdim96(const FlashBwdKernelParams& params, Stream stream);
-void flash_bwd_hdim128(const FlashBwdKernelParams& params, Stream stream);
-void flash_bwd_hdim192(const FlashBwdKernelParams& params, Stream stream);
-void flash_bwd_hdim192_128(const FlashBwdKernelParams& params, Stream stream);
-void flash_bwd_hdim256(const FlashBwdKernelParams& params, Stream stream);
 
 }  // namespace sink_attention::cuda::sm90

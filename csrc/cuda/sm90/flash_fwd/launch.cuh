@@ -2,8 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <stdexcept>
 
+#include "cuda/sm90/flash_fwd/entry.h"
 #include "cuda/sm90/flash_fwd/kernel.cuh"
 #include "cuda/sm90/tensor_maps.h"
 #include "primitives/launch.h"
@@ -55,11 +55,8 @@ void launch_tiles(FlashFwdKernelParams kernel_params, int num_sms, Stream stream
   make_maps<Tiles, FlashFwdStorage<Element, Tiles>>(kernel_params);
   const int64_t rows = params.seqlen_q * (params.num_heads_q / params.num_heads_kv);
   kernel_params.num_tiles = static_cast<int>((rows + Tiles::kBlockM - 1) / Tiles::kBlockM);
-  const int64_t works = kernel_params.num_tiles * params.batch * params.num_heads_kv;
-  if (works > INT32_MAX) {
-    throw std::runtime_error("sink_attention_ext: more rows than one launch can take");
-  }
-  kernel_params.num_works = static_cast<int>(works);
+  kernel_params.num_works =
+      static_cast<int>(kernel_params.num_tiles * params.batch * params.num_heads_kv);
   kernel_params.section = section_of(params);
   const int blocks = num_sms < kernel_params.num_works ? num_sms : kernel_params.num_works;
   primitives::launch<FlashFwdKernel<Element, Tiles>>(kernel_params, {blocks, 1, 1}, stream);
@@ -67,15 +64,15 @@ void launch_tiles(FlashFwdKernelParams kernel_params, int num_sms, Stream stream
 
 // Bfloat16 or float16.
 template <int kHeadDim, int kHeadDimV>
-void launch_flash_fwd(const attention::FlashFwdParams& params, int num_sms, Stream stream) {
+void launch_flash_fwd(const FlashFwdCall& call) {
   using Tiles = FlashFwdTilesOf<kHeadDim, kHeadDimV>;
   FlashFwdKernelParams kernel_params{};
-  kernel_params.attn = params;
-  kernel_params.out_cols = static_cast<int>(params.head_dim_v);
-  if (params.dtype == attention::DataType::kBFloat16) {
-    launch_tiles<attention::BFloat16, Tiles>(kernel_params, num_sms, stream);
+  kernel_params.attn = call.params;
+  kernel_params.out_cols = static_cast<int>(call.params.head_dim_v);
+  if (call.params.dtype == attention::DataType::kBFloat16) {
+    launch_tiles<attention::BFloat16, Tiles>(kernel_params, call.plan.num_sms, call.stream);
   } else {
-    launch_tiles<attention::Float16, Tiles>(kernel_params, num_sms, stream);
+    launch_tiles<attention::Float16, Tiles>(kernel_params, call.plan.num_sms, call.stream);
   }
 }
 

@@ -1,5 +1,4 @@
-// What a forward kernel is given beside the problem itself, and its entries, one for each head_dim
-// class; hdim*.cu hold one each.
+// What a forward kernel is given beside the problem itself.
 #pragma once
 
 #include "attention/fp8_params.h"
@@ -28,15 +27,5 @@ struct FlashFwdKernelParams {
   int num_works;        // num_tiles * batch * num_heads_kv
   int section;          // sequences' kv heads whose tiles are worked on before those of others
 };
-
-using Stream = void*;
-
-// num_sms: thread blocks that run at once.
-void flash_fwd_hdim64(const attention::FlashFwdParams& params, int num_sms, Stream stream);
-void flash_fwd_hdim96(const attention::FlashFwdParams& params, int num_sms, Stream stream);
-void flash_fwd_hdim128(const attention::FlashFwdParams& params, int num_sms, Stream stream);
-void flash_fwd_hdim192(const attention::FlashFwdParams& params, int num_sms, Stream stream);
-void flash_fwd_hdim192_128(const attention::FlashFwdParams& params, int num_sms, Stream stream);
-void flash_fwd_hdim256(const attention::FlashFwdParams& params, int num_sms, Stream stream);
 
 }  // namespace sink_attention::cuda::sm90

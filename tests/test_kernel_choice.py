@@ -160,5 +160,31 @@ def test_the_smallest_bucket_that_fits(
     assert chosen["head_dim"] >= dims[0] and chosen["head_dim_v"] >= dims[1]
 
 
+# README's table of what runs where: its ops, and the tables of kernels that they go through.
+README_OPS = {
+    "flash_attn_fwd": {"flash_fwd", "flash_fwd_float32", "flash_fwd_float64"},
+    "flash_attn_bwd": {"flash_bwd", "flash_bwd_float32", "flash_bwd_float64"},
+    "flash_attn_fp8_fwd": {"flash_fwd_fp8"},
+    "paged_attn": {"decode", "flash_fwd", "flash_fwd_float32", "flash_fwd_float64"},
+}
+
+
+@pytest.mark.parametrize("op", README_OPS)
+def test_readme_names_the_families_of_an_op(bindings: ModuleType, op: str) -> None:
+    lines = (TABLE.parent.parent / "README.md").read_text().splitlines()
+    (begin,) = (i for i, line in enumerate(lines) if line.startswith(f"| `{op}`"))
+    listed: dict[str, str] = {}  # family -> what it is compiled for
+    for line in lines[begin:]:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if listed and cells[0]:
+            break
+        listed |= dict.fromkeys(cells[1].split(", "), cells[2])
+    rows = [row for row in bindings.kernel_table() if row["op"] in README_OPS[op]]
+    assert listed.keys() == {row["family"] for row in rows}
+    for row in rows:
+        archs = listed[row["family"]]
+        assert (archs == "9.0a") == (row["least_arch"] == row["greatest_arch"] == 90)
+
+
 if __name__ == "__main__":
     TABLE.write_text(table(bindings_module.build()))

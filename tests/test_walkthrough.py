@@ -103,6 +103,7 @@ def test_the_new_kernels_are_right(copy: Path, tmp_path: Path) -> None:
     """Compiled for the emulator, whose other parts are built already, and run against the
     reference."""
     tests = copy / "tests"
+    ninja = (EMULATOR / "build.ninja").read_text()
     sources = [
         *sorted((copy / "csrc/cuda").rglob("*hdim160.cu")),
         *sorted((copy / "csrc/cuda").rglob("*.cpp")),
@@ -116,9 +117,12 @@ def test_the_new_kernels_are_right(copy: Path, tmp_path: Path) -> None:
         objects.append(str(tmp_path / f"{len(objects)}.o"))
         command = ["g++", *flags, "-x", "c++", "-c", str(source), "-o", objects[-1]]
         subprocess.run(command, check=True)
-    built = EMULATOR / "tests" / "emulator"
-    objects += [str(o) for o in built.glob("*.o") if o.stem != "ops_emulated"]
-    objects.append(str(EMULATOR / "csrc/cuda/kernels/combine.o"))
+    link = re.search(r"^build _emulated.so: link (.*)$", ninja, re.MULTILINE)[1].split()
+    objects += [
+        str(EMULATOR / name)
+        for name in link
+        if (name.startswith("tests/") and "ops_" not in name) or name.endswith("/combine.o")
+    ]
     program = tmp_path / "new_bucket"
     subprocess.run(["g++", *objects, "-lpthread", "-o", str(program)], check=True)
     done = subprocess.run([str(program), "new_bucket"], capture_output=True, text=True)

@@ -79,8 +79,8 @@ CHOICES = [  # a call, a card, its kernel before and after
 def kernels(root: Path) -> list[str]:
     """Of CHOICES, by the tree's bindings; in a process of their own, which holds one module."""
     code = """if True:
-        import test_walkthrough as walk
-        bindings = walk.bindings_module.build()
+        import bindings_module, test_walkthrough as walk
+        bindings = bindings_module.build()
         for case, arch, *_ in walk.CHOICES:
             print(bindings.plan(case.op, case.shape(bindings), arch=arch)["kernel"])
     """

@@ -1,4 +1,4 @@
-"""What the benchmarks would measure on a GPU, without one: shapes, kernels, and which peers are there.
+"""What the benchmarks would measure on a GPU, without one: shapes, kernels, and peers.
 
 python -m gpu.plan [--quick]
 """
@@ -52,9 +52,9 @@ def kernels() -> list[tuple[str, str, str, str]]:
     ):
         names = [
             cuda_kernel(
-                seqlen, with_backward, arch=arch, dtype=dtype, kv_dtype=dtype, head_dim=layer.head_dim,
-                head_dim_v=layer.head_dim, num_heads_q=layer.num_heads_q,
-                num_heads_kv=layer.num_heads_kv, paged=paged, tree_mask=False,
+                seqlen, with_backward, arch=arch, dtype=dtype, kv_dtype=dtype,
+                head_dim=layer.head_dim, head_dim_v=layer.head_dim, paged=paged, tree_mask=False,
+                num_heads_q=layer.num_heads_q, num_heads_kv=layer.num_heads_kv,
             )
             for arch in CARDS
         ]  # fmt: skip

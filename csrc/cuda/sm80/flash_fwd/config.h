@@ -16,7 +16,7 @@
 // A row's sums run over blocks of kBlockN keys counted from key 0, and within a block in an order
 // that is the same for every row: with prefill tiles a row's bits do not depend on the tile that it
 // is in. Decode tiles divide the sums among warps and so round otherwise; num_splits = 1, the
-// batch-invariant mode, does without them (flash_fwd.cu).
+// batch-invariant mode, does without them (entry.h).
 //
 // Shared memory stays within 99 KB, what a block may have on compute capability 8.6, 8.9 and 12.0.
 #pragma once

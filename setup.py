@@ -20,6 +20,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Command, setup
@@ -73,15 +74,21 @@ HOPPER_ARCH = "9.0a"
 
 
 def cpp_sources(with_cuda: bool) -> list[Path]:
-    """csrc/torch and csrc/cpu, with those instruction sets that this machine's compiler has."""
+    """csrc/torch, csrc/cpu with those instruction sets that this machine's compiler has, and what
+    decides which CUDA kernel runs, so that a build without CUDA answers for one with it."""
     sources = sorted((CSRC / "torch").glob("*.cpp")) + sorted((CSRC / "cpu").glob("*.cpp"))
     sources += sorted((CSRC / "cpu" / "simd").glob("*.cpp"))
     return [
         source
-        for source in sources
+        for source in sources + plan_sources()
         if (with_cuda or source.stem != "ops_cuda")
         and (IS_X86_64 or source.stem == "kernels_portable" or source.parent.name != "simd")
     ]
+
+
+def plan_sources() -> list[Path]:
+    """The host's part of csrc/cuda, which decides what runs: no nvcc needed."""
+    return sorted((CSRC / "cuda").rglob("*.cpp"))
 
 
 def cuda_sources() -> list[Path]:
@@ -94,11 +101,6 @@ def archs_of(source: Path, archs: list[str]) -> list[str]:
     if not any(source.is_relative_to(folder) for folder in SM90):
         return archs
     return [HOPPER_ARCH] * any(arch.startswith("9.0") for arch in archs)
-
-
-def without_sm90(archs: list[str]) -> list[str]:
-    """The host code's flag for a list without Hopper: nothing may refer to its kernels."""
-    return [] if archs_of(SM90[0] / "any.cu", archs) else ["-DSINK_WITHOUT_SM90"]
 
 
 def choose_cuda() -> Path | None:
@@ -224,6 +226,11 @@ class NinjaBuild(BuildExtension):
         for source in cpp_sources(with_cuda=cuda_root is not None):
             objects.append(source.relative_to(CSRC).with_suffix(".o"))
             flags = INSTRUCTION_SET_FLAGS.get(source.stem, [])
+            if (
+                source.stem == "registry" and cuda_root
+            ):  # the plans' list of what there is machine code for
+                archs = ";".join(cuda_toolkit.choose_archs(cuda_root))
+                flags = [f'-DSINK_CUDA_ARCHS="{archs}"']
             lines += [
                 f"build {objects[-1]}: cxx {from_build(source)}",
                 f"  flags = {quoted(flags)}",
@@ -236,7 +243,7 @@ class NinjaBuild(BuildExtension):
                 if not archs:
                     continue
                 objects.append(source.relative_to(CSRC).with_suffix(".cu.o"))
-                flags = [*cuda_toolkit.gencode_flags(archs), *without_sm90(all_archs)]
+                flags = cuda_toolkit.gencode_flags(archs)
                 lines += [
                     f"build {objects[-1]}: nvcc {from_build(source)}",
                     f"  flags = {quoted(flags)}",
@@ -271,7 +278,6 @@ class CheckCuda(Command):
                 name = arch.replace(".", "").replace("+", "_")
                 targets.append(source.relative_to(CSRC / "cuda").with_suffix(f".sm_{name}.o"))
                 flags = ["-Xptxas", "-v", *cuda_toolkit.gencode_flags([arch])]
-                flags += without_sm90(archs)
                 lines += [
                     f"build {targets[-1]}: nvcc {from_build(source)}",
                     f"  flags = {quoted(flags)}",
@@ -300,6 +306,7 @@ class BuildEmulator(Command):
         cxx_flags, link_flags = torch_flags(self.distribution.ext_modules[0])
         cxx_flags += ["-DSA_EMULATE", "-DSA_OP_NAMESPACE=sink_attention_emulated", "-I../../tests"]
         sources = [s for s in (CSRC / "torch").glob("*.cpp") if not s.stem.startswith("ops_")]
+        sources += plan_sources()
         sources += [s for s in cuda_sources() if s.stem != "device"]  # the emulator is the device
         emulator = ROOT / "tests" / "emulator"
         sources += [s for s in emulator.glob("*.cpp") if not s.stem.startswith("test_")]
@@ -314,12 +321,48 @@ class BuildEmulator(Command):
         run_ninja(ROOT / "build" / "emulator", lines)
 
 
+class BuildBindings(Command):
+    """Compiles what decides which kernel runs, without torch and kernels, for tests in Python."""
+
+    description = "compile plans and masks for the tests into build/bindings/_bindings.so"
+    user_options = []
+
+    def initialize_options(self) -> None:
+        pass
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        try:
+            import pybind11
+        except ImportError:
+            raise SystemExit("build_bindings: pip install pybind11") from None
+        cxx_flags = ["-std=c++20", "-O0", "-fPIC", "-fvisibility=hidden", f"-I{SOURCE_DIR}"]
+        for folder in (pybind11.get_include(), sysconfig.get_paths()["include"]):
+            cxx_flags += ["-isystem", folder]
+        lines, objects = cxx_rules(cxx_flags, []), []
+        sources = [s for s in cpp_sources(with_cuda=False) if s.stem == "instruction_set"]
+        sources += [s for s in cpp_sources(with_cuda=False) if s.parent.name == "simd"]
+        sources += [*plan_sources(), *sorted((ROOT / "tests" / "bindings").glob("*.cpp"))]
+        for source in sources:
+            objects.append(source.relative_to(ROOT).with_suffix(".o"))
+            flags = INSTRUCTION_SET_FLAGS.get(source.stem, [])
+            lines += [
+                f"build {objects[-1]}: cxx ../../{source.relative_to(ROOT)}",
+                f"  flags = {quoted(flags)}",
+            ]
+        lines.append(f"build _bindings.so: link {' '.join(map(str, objects))}")
+        run_ninja(ROOT / "build" / "bindings", lines)
+
+
 setup(
     ext_modules=[
         CppExtension("sink_attention_ext._C", ["csrc/torch/schema.cpp"], py_limited_api=True)
     ],
     cmdclass={
         "build_ext": NinjaBuild,
+        "build_bindings": BuildBindings,
         "build_emulator": BuildEmulator,
         "check_cuda": CheckCuda,
     },

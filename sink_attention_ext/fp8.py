@@ -1,8 +1,9 @@
-"""Attention on float8_e4m3fn q, k and v: where there is no kernel for it, on dequantised numbers.
+"""Attention on float8_e4m3fn q, k and v: where no kernel takes it, on dequantised elements.
 
-``flash_attn_fp8_kernel`` has results on cards of compute capability 9.0, for rows in parts of 16
-bytes. Everything else is computed by the operators for wider numbers, on stored * descale: in
-float32 on the CPU, and elsewhere in bfloat16, to which the products with the descales are rounded.
+``flash_attn_fp8_is_native`` asks the plan: kernels take it on cards of compute capability 9.0, with
+16-byte aligned rows. Everything else is computed by the operators for wider elements, on
+stored * descale: in float32 on the CPU, and elsewhere in bfloat16, to which the products with the
+descales are rounded.
 
 Importing this registers it with torch, as what the operators do on tensors of each device.
 """
@@ -56,11 +57,9 @@ def _flash_attn_fp8_fwd(
     v_descale: Tensor | None, s_aux: Tensor | None, *options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     no_lengths = (None, None, None)
-    results = ops.flash_attn_fp8_kernel(
-        q, k, v, q_descale, k_descale, v_descale, *no_lengths, s_aux, 0, 0, *options
-    )
-    if results:
-        return tuple(results)
+    call = (q, k, v, q_descale, k_descale, v_descale, *no_lengths, s_aux, 0, 0, *options)
+    if ops.flash_attn_fp8_is_native(*call):
+        return ops.flash_attn_fp8_native(*call)
     *options, num_sink_tokens = options
     with torch.autocast(q.device.type, enabled=False):
         out, lse = ops.flash_attn_fwd(
@@ -74,11 +73,9 @@ def _flash_attn_fp8_varlen_fwd(
     q: Tensor, k: Tensor, v: Tensor, q_descale: Tensor | None, k_descale: Tensor | None,
     v_descale: Tensor | None, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    results = ops.flash_attn_fp8_kernel(
-        q, k, v, q_descale, k_descale, v_descale, cu_seqlens_q, cu_seqlens_k, *options
-    )
-    if results:
-        return tuple(results)
+    call = (q, k, v, q_descale, k_descale, v_descale, cu_seqlens_q, cu_seqlens_k, *options)
+    if ops.flash_attn_fp8_is_native(*call):
+        return ops.flash_attn_fp8_native(*call)
     *options, num_sink_tokens = options
     with torch.autocast(q.device.type, enabled=False):
         out, lse = ops.flash_attn_varlen_fwd(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from sink_attention_ext import checks, ops
+
+LEAST_ARCH = 80  # of the CUDA kernels
 
 
 @dataclass(frozen=True)
@@ -26,37 +30,52 @@ def _no(reason: str) -> Support:
 
 
 def cuda_arch(device: torch.device | None = None) -> int:
-    """10 * major + minor of the card's compute capability; 0 where there is none."""
+    """10 * major + minor of the card's compute capability; where there is none, of the oldest that
+    the kernels run on."""
     if not torch.cuda.is_available():
-        return 0
+        return LEAST_ARCH
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
-def cuda_kernels(
-    arch: int, *, dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, head_dim_v: int,
-    num_heads_q: int, num_heads_kv: int, paged: bool, backward: bool, tree_mask: bool,
+def cuda_kernel(
+    seqlen_q: int, backward: bool = False, *, arch: int, dtype: torch.dtype, kv_dtype: torch.dtype,
+    head_dim: int, head_dim_v: int, num_heads_q: int, num_heads_kv: int, paged: bool,
+    tree_mask: bool, num_splits: int = 0,
 ) -> str:  # fmt: skip
+    """The kernel that runs such a call on contiguous tensors, e.g. "sm90::flash_fwd_hdim64"; "" for
+    float8 q, k and v that are dequantised first. It is read of the plan that the call itself makes.
+
+    Raises:
+        RuntimeError: no kernel takes it on such a card, with the reasons.
+    """
+    empty = functools.partial(torch.empty, device="meta")
+    keys = (256, 16) if paged else (1, 4096)
+    return ops.cuda_plan(
+        empty(1, seqlen_q, num_heads_q, head_dim, dtype=dtype),
+        empty(*keys, num_heads_kv, head_dim, dtype=kv_dtype),
+        empty(*keys, num_heads_kv, head_dim_v, dtype=kv_dtype),
+        paged, tree_mask, num_splits, backward, arch,
+    )  # fmt: skip
+
+
+def cuda_families(backward: bool, **call: Any) -> str:
     """The families of kernels that run on such a card: "sm80", or where parts of a call go to
     different ones (a decode and a prefill, a forward and a backward) "sm90+sm80".
 
     Raises:
-        RuntimeError: SINK_ATTENTION_CUDA_KERNELS forces kernels that do not take it.
+        RuntimeError: as cuda_kernel.
     """
-    dtype_name, kv_name = (str(d).removeprefix("torch.") for d in (dtype, kv_dtype))
-
-    def family(seqlen_q: int, of_backward: bool) -> str:
-        return ops.cuda_kernel_family(
-            dtype_name, kv_name, seqlen_q, num_heads_q, num_heads_kv, head_dim, head_dim_v, paged,
-            0, tree_mask, of_backward, arch,
-        )  # fmt: skip
-
     long = 4096  # query positions: none of the kernels for a few rows
-    names = [family(1, False)] if paged else []
-    names.append(family(long, False))
+    if call["dtype"] == checks.FLOAT8:
+        if cuda_kernel(long, **call):
+            return "sm90-float8"
+        call |= {"dtype": torch.bfloat16, "kv_dtype": torch.bfloat16}
+    kernels = [cuda_kernel(1, **call)] if call["paged"] else []
+    kernels.append(cuda_kernel(long, **call))
     if backward:
-        names.append(family(long, True))
-    return "+".join(dict.fromkeys(names))
+        kernels.append(cuda_kernel(long, True, **call))
+    return "+".join(dict.fromkeys(kernel.partition("::")[0] for kernel in kernels))
 
 
 def supports(
@@ -103,8 +122,10 @@ def supports(
         cores, every card from compute capability 8.0 on), "cuda/sm90" (compute capability 9.0
         only), "cuda/sm90-float8" (there, on float8 q, k and v as they are; the others have them
         dequantised), or "cuda/sm90+sm80" where decode and prefill, or forward and backward, differ.
-        The card that `device` names decides, for contiguous tensors; where the machine has none,
-        the answer is that of a card without kernels of its own.
+        The card that `device` names decides, for contiguous tensors, and what the library was built
+        for: on a card below compute capability 8.0, or one that TORCH_CUDA_ARCH_LIST left out,
+        nothing is supported. Where the machine has none, the answer is that of compute capability
+        8.0.
 
     Arguments of a wrong type are not supported either; the reason names them.
 
@@ -175,11 +196,11 @@ def supports(
     if device_type == "cpu":
         return Support(True, f"cpu/{ops.cpu_instruction_set()}", None)
     try:
-        kernels = cuda_kernels(
-            cuda_arch(device), dtype=dtype, kv_dtype=kv_dtype, head_dim=head_dim,
+        families = cuda_families(
+            backward, arch=cuda_arch(device), dtype=dtype, kv_dtype=kv_dtype, head_dim=head_dim,
             head_dim_v=head_dim_v, num_heads_q=num_heads_q, num_heads_kv=num_heads_kv, paged=paged,
-            backward=backward, tree_mask=tree_mask,
+            tree_mask=tree_mask,
         )  # fmt: skip
-    except (AssertionError, RuntimeError) as error:  # no such card; forced kernels don't take it
+    except (AssertionError, RuntimeError) as error:  # no such card; no kernel takes it
         return _no(str(error))
-    return Support(True, f"cuda/{kernels}", None)
+    return Support(True, f"cuda/{families}", None)

@@ -75,21 +75,19 @@ class Backend:
             longest = max(case.seqlens_q, default=0)
         if stored is None:
             stored = cases.FLOAT8 if is_paged and case.float8 else case.dtype
-        family = ops.cuda_kernel_family
-        if self.name in EMULATED:  # while tests are collected too
-            family = emulated.operator("cuda_kernel_family")
-        dtype, kv_dtype = (str(d).removeprefix("torch.") for d in (case.dtype, stored))
         try:
-            chosen = family(
-                dtype, kv_dtype, longest, case.num_heads_q, case.num_heads_kv, case.head_dim,
-                case.dim_v, is_paged, case.num_splits if is_paged else 0, is_paged and case.tree,
-                False, self.arch,
+            chosen = support.cuda_kernel(
+                longest, arch=self.arch, dtype=case.dtype, kv_dtype=stored,
+                head_dim=case.head_dim, head_dim_v=case.dim_v, num_heads_q=case.num_heads_q,
+                num_heads_kv=case.num_heads_kv, paged=is_paged,
+                tree_mask=bool(is_paged and case.tree),
+                num_splits=case.num_splits if is_paged else 0,
             )  # fmt: skip
         except RuntimeError as error:  # of a family that is forced
             if NOT_TAKEN in str(error):
                 return False
             raise
-        return chosen == "sm90"
+        return chosen.startswith("sm90::")
 
     def fitting(self, case: CaseT, stored: torch.dtype | None = None) -> CaseT:
         """The case; on Hopper with head_dims that its kernels take. `stored` as above."""

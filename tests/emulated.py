@@ -20,8 +20,9 @@ from sink_attention_ext import fp8, ops
 LIBRARY = Path(__file__).resolve().parent.parent / "build" / "emulator" / "_emulated.so"
 MULTIPROCESSORS = 4  # of the emulated device: what the choice of splits goes by
 FAMILIES = ("sm80", "sm90", "simt")  # of kernels, by the folders of csrc/cuda
+FP8_KERNELS = ("flash_attn_fp8_is_native", "flash_attn_fp8_native")
 SETTINGS = (
-    "cuda_kernels", "set_cuda_kernels", "cuda_kernel_family", "debug_checks", "set_debug_checks",
+    "cuda_kernels", "set_cuda_kernels", "cuda_plan", "debug_checks", "set_debug_checks",
 )  # fmt: skip
 
 
@@ -41,15 +42,17 @@ def operator(name: str):
 
 @contextlib.contextmanager
 def emulated(
-    seed: int = 1, multiprocessors: int = MULTIPROCESSORS, arch: int = 80
+    seed: int = 1, multiprocessors: int = MULTIPROCESSORS, arch: int = 80, build_archs: str = ""
 ) -> Iterator[None]:
     """`seed` draws the order in which warps and lanes run; `arch` is the device's compute
-    capability, 10 * major + minor, by which the kernels are chosen."""
+    capability, 10 * major + minor, by which the kernels are chosen; `build_archs` what the library
+    counts as built for, as TORCH_CUDA_ARCH_LIST has it, or "" for every device."""
     torch.ops.sink_attention_emulated.configure(seed, multiprocessors, arch)
+    torch.ops.sink_attention_emulated.pretend_to_be_built_for(build_archs)
     library = torch.library.Library(ops.NAMESPACE, "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of every override
-        for name in (*(ops.FAKE_KERNELS.keys() - fp8.OPERATORS), "flash_attn_fp8_kernel"):
+        for name in (*(ops.FAKE_KERNELS.keys() - fp8.OPERATORS), *FP8_KERNELS):
             library.impl(name, operator(name), "CPU", allow_override=True)
         for name in SETTINGS:
             key = "CompositeExplicitAutograd"

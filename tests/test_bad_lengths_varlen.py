@@ -171,7 +171,7 @@ def test_float8(backend: Backend) -> None:
 
     def run(cu_q: list[int], cu_k: list[int], used: list[int] | None = None) -> Results:
         lengths = int32(cu_q), int32(cu_k), None if used is None else int32(used)
-        return ops.lookup("flash_attn_fp8_kernel")(
+        return ops.lookup("flash_attn_fp8_native")(
             q, k, v, descale, descale, descale, *lengths, torch.zeros(4), 80, 80, 0.2, True, 50, 0,
             0.0, 3,
         )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -136,7 +137,7 @@ def dirty_objects(folder: Path) -> set[str]:
     [
         ("cpu/flash_fwd.cpp", {"cpu/flash_fwd.o"}),
         ("cpu/simd/kernels_portable.cpp", {"cpu/simd/kernels_portable.o"}),
-        ("torch/make_problem.cpp", {"torch/make_problem.o"}),
+        ("torch/make_params.cpp", {"torch/make_problem.o"}),
         ("torch/executor.h", {"torch/ops_cpu.o"}),
     ],
 )
@@ -197,13 +198,11 @@ def setup_py(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_hopper_s_files_are_for_hopper_only(
     setup_py: dict[str, Any], archs: str, hopper: bool
 ) -> None:
-    sm90 = ROOT / "csrc/cuda/sm90/flash_fwd/hdim64.cu"
-    other = ROOT / "csrc/cuda/sm80/flash_fwd/hdim64.cu"
+    sm90 = ROOT / "csrc/cuda/instantiations/sm90/flash_fwd_hdim64.cu"
+    other = ROOT / "csrc/cuda/instantiations/sm80/flash_fwd_hdim64.cu"
     listed = archs.split(";")
     assert setup_py["archs_of"](sm90, listed) == (["9.0a"] if hopper else [])
     assert setup_py["archs_of"](other, listed) == listed
-    # Host code that would call what is not there is left out.
-    assert setup_py["without_sm90"](listed) == ([] if hopper else ["-DSINK_WITHOUT_SM90"])
 
 
 def test_a_build_without_hopper_lists_no_file_of_it(
@@ -218,13 +217,14 @@ def test_a_build_without_hopper_lists_no_file_of_it(
         text = "\n".join(lines_of(None, extension, Path("/cuda")))
         objects = re.findall(r"^build (cuda/\S+): nvcc .*\n  flags = (.*)$", text, re.MULTILINE)
         flags = dict(objects)
+        # What plans take the library to be built for.
+        registry = re.search(r"^build cuda/registry.o: cxx .*\n  flags = (.*)$", text, re.MULTILINE)
+        assert shlex.split(registry[1]) == [f'-DSINK_CUDA_ARCHS="{archs}"']
         if archs == "8.0":
             assert flags.keys() == {"cuda/flash_fwd.cu.o"}
-            assert "-DSINK_WITHOUT_SM90" in flags["cuda/flash_fwd.cu.o"]
         else:
             assert flags["cuda/sm90/hdim64.cu.o"] == "-gencode arch=compute_90a,code=sm_90a"
             assert "sm_90a" not in flags["cuda/flash_fwd.cu.o"]
-            assert "SINK_WITHOUT_SM90" not in text
 
 
 def test_missing_torch_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import torch
 from backends import BACKENDS, NOT_TAKEN
 
 import sink_attention_ext
-from sink_attention_ext import ops
+from sink_attention_ext import ops, support
 
 ROOT = Path(__file__).resolve().parent.parent
 # A build of the kernels for the emulator; cards with and without kernels of their own.
@@ -23,25 +23,25 @@ needs_emulator = pytest.mark.skipif("emulated-sm80" not in BACKENDS, reason="mak
 CARDS = (80, 86, 89, 90, 100, 120)
 
 FORWARD = {
-    "dtype": "bfloat16", "kv_dtype": "bfloat16", "seqlen_q": 300, "num_heads_q": 8,
+    "dtype": torch.bfloat16, "kv_dtype": torch.bfloat16, "seqlen_q": 300, "num_heads_q": 8,
     "num_heads_kv": 2, "head_dim": 64, "head_dim_v": 64, "paged": False, "num_splits": 0,
     "tree_mask": False, "backward": False,
 }  # fmt: skip
 CACHE = FORWARD | {"paged": True}
 DECODE = CACHE | {"seqlen_q": 1}
 BACKWARD = FORWARD | {"backward": True}
-QUANTISED = {"kv_dtype": "float8_e4m3fn"}
+QUANTISED = {"kv_dtype": torch.float8_e4m3fn}
 
 # (a call, whose kernels run it on Hopper; elsewhere sm80's do, or simt's)
 TABLE = [
     (FORWARD, "sm90"),
-    (FORWARD | {"dtype": "float16", "kv_dtype": "float16"}, "sm90"),
+    (FORWARD | {"dtype": torch.float16, "kv_dtype": torch.float16}, "sm90"),
     (FORWARD | {"head_dim": 256, "head_dim_v": 256}, "sm90"),
     (FORWARD | {"head_dim": 192, "head_dim_v": 128}, "sm90"),
     (FORWARD | {"head_dim": 32, "head_dim_v": 32}, "sm80"),
     (FORWARD | {"head_dim": 60, "head_dim_v": 60}, "sm80"),  # rows not in parts of 16 bytes
-    (FORWARD | {"dtype": "float32", "kv_dtype": "float32"}, "simt"),
-    (FORWARD | {"dtype": "float64", "kv_dtype": "float64"}, "simt"),
+    (FORWARD | {"dtype": torch.float32, "kv_dtype": torch.float32}, "simt"),
+    (FORWARD | {"dtype": torch.float64, "kv_dtype": torch.float64}, "simt"),
     (CACHE, "sm90"),
     (CACHE | {"num_splits": 1}, "sm90"),
     (CACHE | {"num_splits": 3}, "sm80"),  # in parts, and too many rows to decode
@@ -52,10 +52,10 @@ TABLE = [
     (DECODE | {"num_splits": 1}, "sm90"),
     (DECODE | {"num_splits": 1} | QUANTISED, "sm80"),  # prefill's kernels, as the next
     (DECODE | QUANTISED, "sm90"),
-    (DECODE | {"dtype": "float32", "kv_dtype": "float32"}, "simt"),
+    (DECODE | {"dtype": torch.float32, "kv_dtype": torch.float32}, "simt"),
     (BACKWARD, "sm90"),
     (BACKWARD | {"head_dim": 32, "head_dim_v": 32}, "sm80"),
-    (BACKWARD | {"dtype": "float64", "kv_dtype": "float64"}, "simt"),
+    (BACKWARD | {"dtype": torch.float64, "kv_dtype": torch.float64}, "simt"),
 ]
 
 
@@ -75,7 +75,7 @@ def set_cuda_kernels() -> Iterator[Callable[[str], None]]:
 
 
 def family(call: dict[str, Any], arch: int) -> str:
-    return ops.cuda_kernel_family(**call, arch=arch)
+    return support.cuda_kernel(**call, arch=arch).partition("::")[0]
 
 
 @needs_emulator
@@ -105,7 +105,11 @@ def test_the_card_and_the_call_choose(
     [
         (FORWARD, 80, "forward: they run on compute capability 9.0 only"),
         (BACKWARD, 120, "backward: they run on compute capability 9.0 only"),
-        (FORWARD | {"dtype": "float32", "kv_dtype": "float32"}, 90, "neither bfloat16 nor float16"),
+        (
+            FORWARD | {"dtype": torch.float32, "kv_dtype": torch.float32},
+            90,
+            "neither bfloat16 nor float16",
+        ),
         (FORWARD | {"head_dim": 60, "head_dim_v": 60}, 90, "aligned parts of 16 bytes"),
         (CACHE | {"tree_mask": True}, 90, "forward: there is a tree mask"),
         (CACHE | {"num_splits": 2}, 90, "forward: num_splits is above 1"),
@@ -150,6 +154,21 @@ CALLS: dict[str, Callable[[], None]] = {
     "decode in two parts": lambda: attend_cache(1, 2),
     "decode in prefill's order": lambda: attend_cache(1, 1),
 }
+
+
+@needs_emulator
+@pytest.mark.parametrize(("arch", "archs"), [(75, ""), (80, "9.0")])
+def test_a_card_without_kernels_is_told_by_their_names(arch: int, archs: str) -> None:
+    with emulated.emulated(arch=arch, build_archs=archs):
+        for backward in (False, True):
+            with pytest.raises(
+                RuntimeError, match=r"no CUDA kernel takes .* sm80::flash_fwd_hdim64: "
+            ):
+                attend(backward=backward)
+        with pytest.raises(RuntimeError, match="sm80::decode_hdim64: .*; simt::"):
+            attend_cache(1, 0)
+    with emulated.emulated(arch=80):
+        attend()
 
 
 @needs_emulator

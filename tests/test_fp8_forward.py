@@ -51,6 +51,7 @@ from sink_attention_ext import (
     fp8,
     ops,
     reference,
+    support,
     supports,
 )
 
@@ -308,14 +309,14 @@ def test_the_operator_checks_descales_too() -> None:
 
 @pytest.mark.no_sm90_blocks("it only asks")
 def test_which_kernel(backend: Backend) -> None:
-    def kernel(arch: int, head_dim: int = 64) -> str:
-        return ops.cuda_kernel_family(
-            "float8_e4m3fn", "float8_e4m3fn", 128, 8, 2, head_dim, head_dim, False, 0, False, False,
-            arch,
+    def families(arch: int, head_dim: int = 64) -> str:
+        return support.cuda_families(
+            False, arch=arch, dtype=FLOAT8, kv_dtype=FLOAT8, head_dim=head_dim,
+            head_dim_v=head_dim, num_heads_q=8, num_heads_kv=2, paged=False, tree_mask=False,
         )  # fmt: skip
 
     if backend.name in EMULATED:
-        assert [kernel(90), kernel(80), kernel(90, 40)] == ["sm90-float8", "sm80", "sm90"]
+        assert [families(90), families(80), families(90, 40)] == ["sm90-float8", "sm80", "sm90"]
     elif backend.device == "cpu":
         answer = supports(dtype=FLOAT8, head_dim=64)
         assert answer.kernel == f"cpu/{ops.cpu_instruction_set()}"

@@ -54,6 +54,9 @@ def test_the_plan_names_shapes_and_peers() -> None:
     assert sum(line.startswith("forward ") for line in lines) == 8  # 2 layers, dtypes, lengths
     assert sum(line.startswith("window ") for line in lines) == 8  # 2 dtypes, directions, lengths
     assert sum(line.startswith("decode ") for line in lines) == 8
+    kernels = [line for line in lines if line.startswith("kernel of ")]
+    assert any("9.0 sm90::flash_fwd_hdim64, 12.0 sm80::flash_fwd_hdim64" in k for k in kernels)
+    assert any("90::decode_hdim64" in k and k.startswith("kernel of decode") for k in kernels)
     for peer in ("flash-attn 2", "flash-attn 3", "flash-attn 4", "FlashInfer"):
         assert any(line.startswith(f"peers: {peer}: ") for line in lines)
 

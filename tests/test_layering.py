@@ -25,7 +25,7 @@ MAY_INCLUDE = {
     "cuda": ["cuda/", "attention/", "primitives/"],
     "cuda/kernels": [
         *("cuda/kernels/", "cuda/tile/", "cuda/device/", "attention/", "primitives/"),
-        *("cuda/backend.h", "cuda/bounded.h"),
+        *("cuda/backend.h", "cuda/bounded.h", "cuda/call_shape.h"),
     ],
     "cuda/tile": ["cuda/tile/", "cuda/device/", "attention/", "primitives/"],
     "cuda/device": ["cuda/device/", "attention/", "primitives/"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import emulated
 import pytest
 import torch
 from backends import BACKENDS
+from torch import Tensor
 
 from sink_attention_ext import __main__ as command
 from sink_attention_ext import checks, ops, supports
@@ -102,12 +104,12 @@ def test_supports_names_what_the_parts_of_a_call_run(
     card((9, 0))
     asked = []
 
-    def family(*call: Any) -> str:
-        seqlen_q, paged, backward, arch = call[2], call[7], call[10], call[11]
-        asked.append((seqlen_q > 1, paged, backward, arch))
-        return "sm80" if backward or seqlen_q == 1 else "sm90"
+    def plan(q: Tensor, *call: Any) -> str:
+        paged, backward, arch = call[2], call[5], call[6]
+        asked.append((q.shape[1] > 1, paged, backward, arch))
+        return "sm80::kernel" if backward or q.shape[1] == 1 else "sm90::kernel"
 
-    monkeypatch.setattr(ops, "cuda_kernel_family", family)
+    monkeypatch.setattr(ops, "cuda_plan", plan)
     shape = {"dtype": torch.bfloat16, "head_dim": 64, "device": "cuda"}
     assert supports(**shape).kernel == "cuda/sm90"
     assert supports(**shape, backward=True).kernel == "cuda/sm90+sm80"
@@ -119,6 +121,27 @@ def test_supports_names_what_the_parts_of_a_call_run(
         (False, True, False, 90),
         (True, True, False, 90),
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, checks.FLOAT8], ids=str)
+@pytest.mark.parametrize(
+    ("capability", "archs", "reason"),
+    [
+        ((7, 5), "", "on compute capability 7.5: .*they need compute capability 8.0 or later"),
+        ((8, 0), "9.0a", "8.0, built for 9.0a: .*this library was built without them"),
+        ((12, 0), "8.0;9.0", "12.0, built for 8.0;9.0: .*this library was built without them"),
+    ],
+)
+def test_supports_says_that_a_card_runs_no_kernel(
+    capability: tuple[int, int], archs: str, reason: str, dtype: torch.dtype, card: Card
+) -> None:
+    card(capability)
+    with emulated.emulated(build_archs=archs):
+        answer = supports(dtype=dtype, head_dim=64, device="cuda")
+    assert not answer and re.search(reason, answer.reason)
+    with emulated.emulated(build_archs="8.0+PTX"):
+        answer = supports(dtype=dtype, head_dim=64, device="cuda")
+    assert bool(answer) == (capability >= (8, 0))
 
 
 def test_supports_says_what_forced_kernels_do_not_take(card: Card) -> None:

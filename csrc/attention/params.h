@@ -8,6 +8,8 @@
 
 namespace sink_attention::attention {
 
+constexpr int64_t kMaxHeadDim = 256;  // of head_dim and head_dim_v, on every backend
+
 enum class DataType : int32_t { kFloat64, kFloat32, kFloat16, kBFloat16, kFloat8E4M3, kInt8 };
 
 // Forward attention. Dense, varlen and paged calls differ only in where a row lies:

@@ -6,14 +6,25 @@
 //     static SA_DEVICE void run(const Params& problem, char* shared);
 //   };
 //   void launch<Kernel>(const typename Kernel::Params& problem, Index3 grid, Stream stream)
-//        throws std::runtime_error if it cannot be started; an empty grid starts nothing
+//        throws std::runtime_error, with the kernel's name, grid, block and shared memory, if it
+//        cannot be started; an empty grid starts nothing
 #pragma once
+
+#include <string>
 
 #include "primitives/simt.h"
 
 namespace sink_attention::primitives {
 
 using Stream = void*;  // a cudaStream_t; the emulator has none
+
+// "sink_attention::cuda::..." out of "std::string name_of() [with Kernel = ...; ...]".
+template <class Kernel>
+std::string name_of() {
+  const std::string text = __PRETTY_FUNCTION__;
+  const size_t begin = text.find("Kernel = ") + 9;
+  return text.substr(begin, text.find_first_of(";]", begin) - begin);
+}
 
 }  // namespace sink_attention::primitives
 

@@ -8,6 +8,7 @@ namespace sink_attention::binding {
 namespace {
 
 using attention::FlashFwdParams;
+using attention::kMaxHeadDim;
 using attention::MergeParams;
 
 // Names in messages: of k and v and of their dimensions before (num_heads_kv, head_dim).

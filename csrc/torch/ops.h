@@ -6,9 +6,9 @@
 //                                       checked always, otherwise under the debug switch only
 //     is_capturing(tensor)              where it cannot: whether calls are being captured in a
 //                                       graph, so that nothing may wait for the device
-//     fill_unused_rows(problem, operands)  of packed results, before flash_fwd or flash_bwd:
+//     fill_unused_rows(params, operands)  of packed results, before flash_fwd or flash_bwd:
 //                                       out = 0, lse = -inf, gradients = 0 in rows of no sequence
-//     takes_fp8(problem, tensor)     whether it has kernels for float8 q, k and v
+//     takes_fp8(params, tensor)         whether a kernel takes float8 q, k and v as they are
 //     check_flash_fwd(problem, tensor)  throws what flash_fwd would, of a problem without results
 //     Scratch(tensor, count)            memory of the call for int32 values, with data() and
 //                                       add_to(operands)
@@ -209,26 +209,77 @@ struct Ops {
                     dlse, q, k, v, out, lse, s_aux, deterministic);
   }
 
-  // Dense, or varlen with cu_seqlens_q. No results where the backend has no kernels for it.
-  static std::vector<Tensor> flash_attn_fp8_kernel(
+  struct Fp8Args {
+    const Tensor& q;
+    const Tensor& k;
+    const Tensor& v;
+    DescaleArgs descales;
+    const OptionalTensor& cu_seqlens_q;
+    const OptionalTensor& cu_seqlens_k;
+    const OptionalTensor& seqused_k;
+    const OptionalTensor& s_aux;
+    int64_t max_seqlen_q;
+    int64_t max_seqlen_k;
+  };
+
+  // Dense, or varlen with cu_seqlens_q.
+  static attention::FlashFwdFp8Params checked_fp8_params(const Fp8Args& args,
+                                                         const MaskArgs& mask) {
+    check(args.cu_seqlens_q.has_value() == args.cu_seqlens_k.has_value() &&
+              (args.cu_seqlens_q || !args.seqused_k),
+          "cu_seqlens_q and cu_seqlens_k come together, and seqused_k with them");
+    const FlashFwdParams fwd =
+        args.cu_seqlens_q
+            ? checked_varlen_params(args.q, args.k, args.v, args.s_aux,
+                                    {*args.cu_seqlens_q, *args.cu_seqlens_k, args.seqused_k,
+                                     args.max_seqlen_q, args.max_seqlen_k},
+                                    mask, Numbers::kFloat8)
+            : make_dense_params(args.q, args.k, args.v, args.s_aux, mask, Numbers::kFloat8);
+    return make_fp8_params(fwd, args.q, args.descales);
+  }
+
+  // Whether a kernel runs such a call on float8 as it is. Refuses what flash_attn_fp8_native does.
+  static bool flash_attn_fp8_is_native(
       const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& q_descale,
       const OptionalTensor& k_descale, const OptionalTensor& v_descale,
       const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
       const OptionalTensor& seqused_k, const OptionalTensor& s_aux, int64_t max_seqlen_q,
       int64_t max_seqlen_k, double softmax_scale, bool causal, int64_t window_left,
       int64_t window_right, double softcap, int64_t num_sink_tokens) {
-    const MaskArgs mask{softmax_scale, causal, window_left, window_right, softcap, num_sink_tokens};
-    check(
-        cu_seqlens_q.has_value() == cu_seqlens_k.has_value() && (cu_seqlens_q || !seqused_k),
-        "cu_seqlens_q must be given where cu_seqlens_k or seqused_k is, and cu_seqlens_k with it");
-    attention::FlashFwdFp8Params params = make_fp8_params(
-        cu_seqlens_q ? checked_varlen_params(
-                           q, k, v, s_aux,
-                           {*cu_seqlens_q, *cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k},
-                           mask, Numbers::kFloat8)
-                     : make_dense_params(q, k, v, s_aux, mask, Numbers::kFloat8),
-        q, {q_descale, k_descale, v_descale});
-    if (!Backend::takes_fp8(params, q)) return {};
+    const Fp8Args args{q,
+                       k,
+                       v,
+                       {q_descale, k_descale, v_descale},
+                       cu_seqlens_q,
+                       cu_seqlens_k,
+                       seqused_k,
+                       s_aux,
+                       max_seqlen_q,
+                       max_seqlen_k};
+    return Backend::takes_fp8(checked_fp8_params(args, {softmax_scale, causal, window_left,
+                                                        window_right, softcap, num_sink_tokens}),
+                              q);
+  }
+
+  static std::tuple<Tensor, Tensor> flash_attn_fp8_native(
+      const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& q_descale,
+      const OptionalTensor& k_descale, const OptionalTensor& v_descale,
+      const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+      const OptionalTensor& seqused_k, const OptionalTensor& s_aux, int64_t max_seqlen_q,
+      int64_t max_seqlen_k, double softmax_scale, bool causal, int64_t window_left,
+      int64_t window_right, double softcap, int64_t num_sink_tokens) {
+    const Fp8Args args{q,
+                       k,
+                       v,
+                       {q_descale, k_descale, v_descale},
+                       cu_seqlens_q,
+                       cu_seqlens_k,
+                       seqused_k,
+                       s_aux,
+                       max_seqlen_q,
+                       max_seqlen_k};
+    attention::FlashFwdFp8Params params = checked_fp8_params(
+        args, {softmax_scale, causal, window_left, window_right, softcap, num_sink_tokens});
     Forward results = new_results(q, params.fwd);
     set_new_results(params.fwd, results.out, results.lse);
     const Operands operands{
@@ -267,7 +318,8 @@ struct Ops {
     m.impl("flash_attn_bwd", TORCH_BOX(&flash_attn_bwd));
     m.impl("flash_attn_varlen_fwd", TORCH_BOX(&flash_attn_varlen_fwd));
     m.impl("flash_attn_varlen_bwd", TORCH_BOX(&flash_attn_varlen_bwd));
-    m.impl("flash_attn_fp8_kernel", TORCH_BOX(&flash_attn_fp8_kernel));
+    m.impl("flash_attn_fp8_is_native", TORCH_BOX(&flash_attn_fp8_is_native));
+    m.impl("flash_attn_fp8_native", TORCH_BOX(&flash_attn_fp8_native));
     m.impl("merge_attn_states", TORCH_BOX(&merge_attn_states));
   }
 };

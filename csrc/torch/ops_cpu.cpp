@@ -38,7 +38,9 @@ struct CpuBackend {
     cpu::flash_fwd(params, TorchExecutor());
   }
   static bool takes_fp8(const attention::FlashFwdFp8Params&, const Tensor&) { return false; }
-  static void flash_fwd_fp8(const attention::FlashFwdFp8Params&, const Operands&) {}
+  static void flash_fwd_fp8(const attention::FlashFwdFp8Params&, const Operands&) {
+    check_state(false, "the CPU has no kernels for float8 q, k and v: flash_attn_fp8_is_native");
+  }
   static void flash_bwd(const attention::FlashBwdParams& params, const Operands&) {
     cpu::flash_bwd(params, TorchExecutor());
   }

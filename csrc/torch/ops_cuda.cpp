@@ -73,27 +73,28 @@ struct CudaBackend {
 
   static void check_flash_fwd(const attention::FlashFwdParams& params, const Tensor& tensor) {
     const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
-    cuda::flash_fwd_workspace_bytes(params, current_device());
+    cuda::plan_flash_fwd(cuda::shape_of(params), current_device());
   }
   static void flash_fwd(const attention::FlashFwdParams& params, const Operands& operands) {
     const Call call(operands);
-    const cuda::Device device = current_device();
-    const Tensor workspace = call.workspace(cuda::flash_fwd_workspace_bytes(params, device));
-    cuda::flash_fwd(params, device, workspace.mutable_data_ptr(), call.stream());
+    const auto plan = cuda::plan_flash_fwd(cuda::shape_of(params), current_device());
+    const Tensor workspace = call.workspace(plan.workspace_bytes);
+    cuda::flash_fwd(params, plan, workspace.mutable_data_ptr(), call.stream());
   }
   static bool takes_fp8(const attention::FlashFwdFp8Params& params, const Tensor& tensor) {
     const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
-    return cuda::takes_flash_fwd_fp8(params, current_device());
+    return cuda::plan_flash_fwd_fp8(cuda::shape_of(params), current_device()).takes_call();
   }
   static void flash_fwd_fp8(const attention::FlashFwdFp8Params& params, const Operands& operands) {
     const Call call(operands);
-    cuda::flash_fwd_fp8(params, current_device(), call.stream());
+    const auto plan = cuda::plan_flash_fwd_fp8(cuda::shape_of(params), current_device());
+    cuda::flash_fwd_fp8(params, plan, call.stream());
   }
   static void flash_bwd(const attention::FlashBwdParams& params, const Operands& operands) {
     const Call call(operands);
-    const cuda::Device device = current_device();
-    const Tensor workspace = call.workspace(cuda::flash_bwd_workspace_bytes(params, device));
-    cuda::flash_bwd(params, device, workspace.mutable_data_ptr(), call.stream());
+    const auto plan = cuda::plan_flash_bwd(cuda::shape_of(params), current_device());
+    const Tensor workspace = call.workspace(plan.workspace_bytes);
+    cuda::flash_bwd(params, plan, workspace.mutable_data_ptr(), call.stream());
   }
   static void reshape_and_cache(const attention::ReshapeAndCacheParams& params,
                                 const Operands& operands) {
@@ -115,10 +116,6 @@ struct CudaBackend {
 STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CUDA, m) {
   Ops<CudaBackend>::register_with(m);
   CacheOps<CudaBackend>::register_with(m);
-}
-
-STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CompositeExplicitAutograd, m) {
-  m.impl("cuda_kernel_family", TORCH_BOX(&cuda_kernel_family));
 }
 
 }  // namespace sink_attention::binding

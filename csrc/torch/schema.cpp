@@ -1,5 +1,5 @@
 // Every op's schema. flash_attn_fp8_fwd and its varlen twin are computed in Python
-// (sink_attention_ext/fp8.py), by flash_attn_fp8_kernel where that has results. Fake kernels,
+// (sink_attention_ext/fp8.py): by flash_attn_fp8_native where flash_attn_fp8_is_native. Fake kernels,
 // autograd and autocast rules are registered in Python (sink_attention_ext/ops.py).
 #include <torch/csrc/stable/library.h>
 
@@ -37,11 +37,17 @@ STABLE_TORCH_LIBRARY(SA_OP_NAMESPACE, m) {
       "SymInt window_left, SymInt window_right, float softcap, SymInt num_sink_tokens) -> (Tensor, "
       "Tensor)");
   m.def(
-      "flash_attn_fp8_kernel(Tensor q, Tensor k, Tensor v, Tensor? q_descale, Tensor? "
+      "flash_attn_fp8_is_native(Tensor q, Tensor k, Tensor v, Tensor? q_descale, Tensor? "
       "k_descale, Tensor? v_descale, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? "
       "seqused_k, Tensor? s_aux, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, "
       "bool causal, SymInt window_left, SymInt window_right, float softcap, SymInt "
-      "num_sink_tokens) -> Tensor[]");
+      "num_sink_tokens) -> bool");
+  m.def(
+      "flash_attn_fp8_native(Tensor q, Tensor k, Tensor v, Tensor? q_descale, Tensor? k_descale, "
+      "Tensor? v_descale, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? "
+      "s_aux, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool causal, SymInt "
+      "window_left, SymInt window_right, float softcap, SymInt num_sink_tokens) -> (Tensor, "
+      "Tensor)");
   m.def(
       "paged_attn(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? block_table, Tensor "
       "cache_seqlens, Tensor? cu_seqlens_q, Tensor? s_aux, Tensor? k_scale, Tensor? v_scale, "
@@ -84,9 +90,8 @@ STABLE_TORCH_LIBRARY(SA_OP_NAMESPACE, m) {
   m.def("cuda_kernels() -> str");
   m.def("set_cuda_kernels(str name) -> ()");
   m.def(
-      "cuda_kernel_family(str dtype, str kv_dtype, int seqlen_q, int num_heads_q, int "
-      "num_heads_kv, int head_dim, int head_dim_v, bool paged, int num_splits, bool tree_mask, "
-      "bool backward, int arch) -> str");
+      "cuda_plan(Tensor q, Tensor k, Tensor v, bool paged, bool tree_mask, int num_splits, bool "
+      "backward, int arch) -> str");
   m.def("debug_checks() -> bool");
   m.def("set_debug_checks(bool on) -> ()");
 }

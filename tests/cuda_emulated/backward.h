@@ -124,9 +124,9 @@ struct Visible {
 
 // Returns the kernels' workspace after the call.
 inline std::vector<char> run_emulated(const Scenario& s, Gradients& g, int arch) {
-  const cuda::Device device{2, arch};
   constexpr size_t kAlignment = 256;
-  const int64_t bytes = cuda::flash_bwd_workspace_bytes(g.params, device);
+  const cuda::FlashBwdPlan plan = cuda::plan_flash_bwd(cuda::shape_of(g.params), {2, arch});
+  const int64_t bytes = plan.workspace_bytes;
   const std::unique_ptr<void, decltype(&std::free)> workspace(
       std::aligned_alloc(kAlignment, (bytes + kAlignment) / kAlignment * kAlignment), std::free);
   std::memset(workspace.get(), 0xff, bytes);  // NaN
@@ -145,7 +145,7 @@ inline std::vector<char> run_emulated(const Scenario& s, Gradients& g, int arch)
   visible.add(g.ds_aux, true, "ds_aux");
   visible.add(workspace.get(), bytes, true, "workspace");
   const emulator::VisibleBuffers seen(visible.buffers);
-  cuda::flash_bwd(g.params, device, workspace.get(), nullptr);
+  cuda::flash_bwd(g.params, plan, workspace.get(), nullptr);
   const char* left = static_cast<const char*>(workspace.get());
   return {left, left + bytes};
 }
@@ -189,8 +189,8 @@ inline void check_backward(const Spec& spec, const Options& options, unsigned se
                      (options.aligned ? "" : " unaligned") + (options.with_dlse ? " dlse" : "") +
                      (options.deterministic ? " deterministic" : "");
   if (options.arch == 90) {
-    check(cuda::flash_bwd_family(got.params, {2, 90}) == cuda::Family::kSm90, name,
-          ": not Hopper's kernels");
+    const cuda::FlashBwdPlan plan = cuda::plan_flash_bwd(cuda::shape_of(got.params), {2, 90});
+    check(plan.kernel_name().rfind("sm90::", 0) == 0, name, ": not Hopper's kernels");
   }
   emulator::settings().seed = seed + 1;
   try {

@@ -78,7 +78,8 @@ void check_too_many_rows() {
     params.fwd.seqlen_k = params.fwd.total_k = 10;
     params.fwd.head_dim = params.fwd.head_dim_v = 64;
     try {
-      return std::to_string(cuda::flash_bwd_workspace_bytes(params, {4, arch, {}}) > 0);
+      const cuda::CallShape shape = cuda::shape_of(params);
+      return std::to_string(cuda::plan_flash_bwd(shape, {4, arch}).workspace_bytes > 0);
     } catch (const std::runtime_error& error) {
       return std::string(error.what());
     }

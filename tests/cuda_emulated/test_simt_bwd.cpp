@@ -5,7 +5,7 @@
 
 #include "buffers.h"
 #include "check.h"
-#include "cuda/simt/backend.h"
+#include "cuda/backend.h"
 #include "emulator/machine.h"
 #include "gradients.h"
 #include "reference.h"
@@ -26,13 +26,10 @@ void run_backward(const Scenario& s, const Gradients& g) {
   buffers.push_back(writable(g.dv, "dv"));
   buffers.push_back(writable(g.ds_aux, "ds_aux"));
   const emulator::VisibleBuffers visible(buffers);
-  if (p.dtype == DataType::kFloat32) {
-    cuda::flash_bwd_rows_float32(g.params, static_cast<float*>(delta.data()), nullptr);
-    cuda::flash_bwd_float32(g.params, static_cast<const float*>(delta.data()), nullptr);
-  } else {
-    cuda::flash_bwd_rows_float64(g.params, static_cast<double*>(delta.data()), nullptr);
-    cuda::flash_bwd_float64(g.params, static_cast<const double*>(delta.data()), nullptr);
-  }
+  const cuda::FlashBwdPlan plan = cuda::plan_flash_bwd(cuda::shape_of(g.params), {2, 80});
+  check(plan.workspace_bytes == delta.count() * attention::bytes_of(p.dtype),
+        "the workspace is delta");
+  cuda::flash_bwd(g.params, plan, delta.data(), nullptr);
 }
 
 void check_backward(Scenario& s, unsigned seed, const std::string& name) {

@@ -74,38 +74,39 @@ struct EmulatedBackend {
     cuda::fill_unused_rows(params, nullptr);
   }
 
-  static cuda::Device device() { return {num_sms, arch, forced_cuda_family()}; }
+  static cuda::Device device() { return {num_sms, arch, forced_cuda_family(), build_archs()}; }
 
   static void check_flash_fwd(const attention::FlashFwdParams& params, const Tensor&) {
-    cuda::flash_fwd_workspace_bytes(params, device());
+    cuda::plan_flash_fwd(cuda::shape_of(params), device());
   }
   static void flash_fwd(const attention::FlashFwdParams& params, const Operands& operands) {
     if (params.cu_seqlens_q == nullptr) poison(operands);
     void* workspace = nullptr;
     Tensor memory;
+    const auto plan = cuda::plan_flash_fwd(cuda::shape_of(params), device());
     const Operands all =
-        with_workspace(operands, operands.first(),
-                       cuda::flash_fwd_workspace_bytes(params, device()), memory, workspace);
+        with_workspace(operands, operands.first(), plan.workspace_bytes, memory, workspace);
     const Visible visible(all);
-    cuda::flash_fwd(params, device(), workspace, nullptr);
+    cuda::flash_fwd(params, plan, workspace, nullptr);
   }
   static bool takes_fp8(const attention::FlashFwdFp8Params& params, const Tensor&) {
-    return cuda::takes_flash_fwd_fp8(params, device());
+    return cuda::plan_flash_fwd_fp8(cuda::shape_of(params), device()).takes_call();
   }
   static void flash_fwd_fp8(const attention::FlashFwdFp8Params& params, const Operands& operands) {
     if (params.fwd.cu_seqlens_q == nullptr) poison(operands);
     const Visible visible(operands);
-    cuda::flash_fwd_fp8(params, device(), nullptr);
+    cuda::flash_fwd_fp8(params, cuda::plan_flash_fwd_fp8(cuda::shape_of(params), device()),
+                        nullptr);
   }
   static void flash_bwd(const attention::FlashBwdParams& params, const Operands& operands) {
     if (params.fwd.cu_seqlens_q == nullptr) poison(operands);
     void* workspace = nullptr;
     Tensor memory;
+    const auto plan = cuda::plan_flash_bwd(cuda::shape_of(params), device());
     const Operands all =
-        with_workspace(operands, operands.first(),
-                       cuda::flash_bwd_workspace_bytes(params, device()), memory, workspace);
+        with_workspace(operands, operands.first(), plan.workspace_bytes, memory, workspace);
     const Visible visible(all);
-    cuda::flash_bwd(params, device(), workspace, nullptr);
+    cuda::flash_bwd(params, plan, workspace, nullptr);
   }
   static void reshape_and_cache(const attention::ReshapeAndCacheParams& params,
                                 const Operands& operands) {
@@ -143,6 +144,12 @@ void configure(int64_t seed, int64_t multiprocessors, int64_t architecture) {
   num_sms = static_cast<int>(multiprocessors);
   arch = static_cast<int>(architecture);
 }
+// "8.0;9.0a+PTX", as TORCH_CUDA_ARCH_LIST has it; empty: kernels that run on any device.
+void pretend_to_be_built_for(const std::string& archs) {
+  static std::string kept;
+  kept = archs;
+  build_archs() = kept.empty() ? nullptr : kept.c_str();
+}
 void pretend_to_capture(bool on) { pretends_to_capture = on; }
 
 // What causal attention over a cache wants as workspace.
@@ -151,12 +158,12 @@ int64_t paged_workspace_bytes(const Tensor& q, const Tensor& k_cache, const Tens
                               int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t window_left,
                               int64_t num_splits) {
   const OptionalTensor none;
-  return cuda::flash_fwd_workspace_bytes(
+  const attention::FlashFwdParams params =
       make_paged_params(q, k_cache, v_cache, none,
                         {block_table, cache_seqlens, none, none, none, max_seqlen_q, max_seqlen_k,
                          num_splits, none},
-                        {0.1, true, window_left, 0, 0.0, 0}),
-      EmulatedBackend::device());
+                        {0.1, true, window_left, 0, 0.0, 0});
+  return cuda::plan_flash_fwd(cuda::shape_of(params), EmulatedBackend::device()).workspace_bytes;
 }
 
 // The number of thread blocks run so far by kernels of sink_attention::cuda::<family>; of all
@@ -183,6 +190,7 @@ int64_t launches(const std::string& text) {
 STABLE_TORCH_LIBRARY_FRAGMENT(SA_OP_NAMESPACE, m) {
   m.def("configure(int seed, int multiprocessors, int arch) -> ()");
   m.def("pretend_to_capture(bool on) -> ()");
+  m.def("pretend_to_be_built_for(str archs) -> ()");
   m.def("blocks_run(str family) -> int");
   m.def("launches(str text) -> int");
   m.def(
@@ -191,7 +199,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SA_OP_NAMESPACE, m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("configure", TORCH_BOX(&configure));
-  m.impl("cuda_kernel_family", TORCH_BOX(&cuda_kernel_family));
+  m.impl("pretend_to_be_built_for", TORCH_BOX(&pretend_to_be_built_for));
   m.impl("pretend_to_capture", TORCH_BOX(&pretend_to_capture));
   m.impl("blocks_run", TORCH_BOX(&blocks_run));
   m.impl("launches", TORCH_BOX(&launches));

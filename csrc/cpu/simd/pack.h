@@ -19,7 +19,7 @@ using attention::KeyRows;
 using attention::max_of;
 using attention::min_of;
 
-constexpr int64_t kMaxHeadDim = 256;
+using attention::kMaxHeadDim;
 
 // The scale that dequantises a key's row.
 SA_INLINE float scale_of_row(const KeyRows& rows, int64_t key) {

@@ -45,8 +45,10 @@ struct BlockCoord {
 
 // Sections of section_pairs pairs; the last has at least last_pairs >= section_pairs. Throws
 // std::runtime_error if there are more CTAs than a one-dimensional grid can have.
-inline BlockOrder make_block_order(const attention::FlashFwdParams& params, int64_t blocks_per_pair,
-                                   int64_t section_pairs, int64_t last_pairs) {
+// Sizes: the params, or the shape that a plan looks at.
+template <class Sizes>
+BlockOrder make_block_order(const Sizes& params, int64_t blocks_per_pair, int64_t section_pairs,
+                            int64_t last_pairs) {
   const int64_t pairs = params.batch * params.num_heads_kv;
   if (blocks_per_pair > 0 && pairs > INT32_MAX / blocks_per_pair) {
     throw std::runtime_error("sink_attention_ext: more rows or keys than one launch can take");
@@ -69,7 +71,8 @@ inline BlockOrder make_block_order(const attention::FlashFwdParams& params, int6
 // more of each pair run at once, on tiles near each other. Their Q, dO and dQ do not fit into most
 // L2s as a whole, but those tiles do. A section has mostly 256 CTAs or more, about as many as run
 // at once, so its short CTAs fill the gaps that its long ones leave at the end.
-inline BlockOrder bwd_block_order(const attention::FlashFwdParams& params, int block_keys) {
+template <class Sizes>
+BlockOrder bwd_block_order(const Sizes& params, int block_keys) {
   const int64_t key_blocks = (params.seqlen_k + block_keys - 1) / block_keys;
   const int64_t section_pairs = std::clamp<int64_t>(256 / std::max<int64_t>(key_blocks, 1), 8, 16);
   return make_block_order(params, key_blocks, section_pairs, section_pairs);
@@ -82,7 +85,8 @@ inline BlockOrder bwd_block_order(const attention::FlashFwdParams& params, int b
 // at once. So hardly more keys are in use at once than with one pair after the other, and the rule
 // needs no size of L2. The last section has twice as many CTAs, so that enough short tiles fill the
 // gaps that its long tiles leave at the end.
-inline BlockOrder fwd_block_order(const attention::FlashFwdParams& params, int block_rows) {
+template <class Sizes>
+BlockOrder fwd_block_order(const Sizes& params, int block_rows) {
   const int64_t rows = params.seqlen_q * (params.num_heads_q / params.num_heads_kv);
   const int64_t tiles = (rows + block_rows - 1) / block_rows;
   const int64_t section_pairs = std::max<int64_t>(256 / std::max<int64_t>(tiles, 1), 1);

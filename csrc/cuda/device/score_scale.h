@@ -53,4 +53,15 @@ SA_HOST_DEVICE Real clamp_exponent(Real exponent) {
   return exponent > Real(0) ? Real(0) : exponent;
 }
 
+// The backward's, whose kernels keep softmax_scale_log2 signed: no negated form.
+template <class KernelParams>
+void set_bwd_score_scale(const attention::FlashFwdParams& params, KernelParams& kernel_params) {
+  kernel_params.has_softcap = params.softcap > 0;
+  const double scale = params.softmax_scale;
+  kernel_params.to_tanh =
+      kernel_params.has_softcap ? static_cast<float>(scale / params.softcap) : 0.0f;
+  kernel_params.softmax_scale_log2 =
+      static_cast<float>((kernel_params.has_softcap ? params.softcap : scale) * attention::kLog2E);
+}
+
 }  // namespace sink_attention::cuda

@@ -11,25 +11,6 @@ using attention::FlashBwdParams;
 using attention::FlashFwdParams;
 using attention::Float16;
 
-constexpr int64_t kAlignment = 256;
-
-// Bump allocator over `memory`. With null memory it returns null and only counts bytes.
-class BumpAllocator {
- public:
-  explicit BumpAllocator(void* memory) : memory_(static_cast<char*>(memory)) {}
-  template <class T>
-  T* take(int64_t count) {
-    char* part = memory_ == nullptr ? nullptr : memory_ + used_;
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
-    return reinterpret_cast<T*>(part);
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* memory_;
-  int64_t used_ = 0;
-};
-
 BwdRowsParams rows_params(const FlashBwdParams& params, const BwdWorkspace& workspace) {
   const FlashFwdParams& fwd = params.fwd;
   BwdRowsParams rows{};
@@ -50,27 +31,6 @@ primitives::Index3 tiles_of(const FlashBwdParams& params, const BwdWorkspace& wo
 }
 
 }  // namespace
-
-int64_t lay_out(const FlashBwdParams& params, int tile_rows, int used_rows, int dq_cols,
-                void* memory, BwdWorkspace& workspace) {
-  const FlashFwdParams& fwd = params.fwd;
-  const int64_t qhead_per_khead = fwd.num_heads_q / fwd.num_heads_kv;
-  const int64_t num_tiles = fwd.total_q * qhead_per_khead / used_rows + fwd.batch;
-  const int64_t all_tiles = num_tiles * fwd.num_heads_kv;
-  BumpAllocator allocator(memory);
-  workspace.tile_rows = tile_rows;
-  workspace.used_rows = used_rows;
-  workspace.dq_cols = dq_cols;
-  workspace.num_tiles = static_cast<int>(num_tiles);
-  workspace.lse_log2 = allocator.take<float>(all_tiles * tile_rows);
-  workspace.delta = allocator.take<float>(all_tiles * tile_rows);
-  workspace.dq = allocator.take<float>(all_tiles * tile_rows * dq_cols);
-  workspace.sink_terms =
-      fwd.s_aux == nullptr ? nullptr : allocator.take<float>(num_tiles * fwd.num_heads_q);
-  workspace.dq_semaphores = params.deterministic ? allocator.take<int>(all_tiles) : nullptr;
-  workspace.first_tiles = fwd.cu_seqlens_q == nullptr ? nullptr : allocator.take<int>(fwd.batch);
-  return allocator.used();
-}
 
 void bwd_preprocess(const FlashBwdParams& params, const BwdWorkspace& workspace, void* stream) {
   const BwdRowsParams rows = rows_params(params, workspace);

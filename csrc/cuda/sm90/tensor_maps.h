@@ -126,12 +126,5 @@ inline MapPlan plan_pack_gqa(const attention::FlashFwdParams& params, const void
 inline bool rows_are_boxes(const attention::FlashFwdParams& params, int tile_rows) {
   return tile_rows % (params.num_heads_q / params.num_heads_kv) == 0;
 }
-// Of a tile's rows, those to use so that they are one box of each slab even where a group does not
-// divide the tile: whole positions. All of them where a quarter would have nothing to do.
-inline int rows_of_whole_positions(const attention::FlashFwdParams& params, int tile_rows) {
-  const int64_t qhead_per_khead = params.num_heads_q / params.num_heads_kv;
-  const int whole = static_cast<int>(tile_rows / qhead_per_khead * qhead_per_khead);
-  return 4 * whole >= 3 * tile_rows ? whole : tile_rows;
-}
 
 }  // namespace sink_attention::cuda::sm90

@@ -6,14 +6,6 @@
 
 namespace sink_attention::primitives {
 
-// "sink_attention::cuda::..." out of "std::string name_of() [with Kernel = ...; ...]".
-template <class Kernel>
-std::string name_of() {
-  const std::string text = __PRETTY_FUNCTION__;
-  const size_t begin = text.find("Kernel = ") + 9;
-  return text.substr(begin, text.find_first_of(";]", begin) - begin);
-}
-
 template <class Kernel>
 void launch(const typename Kernel::Params& params, Index3 grid, Stream) {
   using Config = typename Kernel::Config;

@@ -2,8 +2,6 @@
 
 namespace sink_attention::cuda::sm80 {
 
-void flash_bwd_hdim192_128(const FlashBwdKernelParams& params, Stream stream) {
-  launch_flash_bwd<192, 128>(params, stream);
-}
+template void launch_flash_bwd<FlashBwdTilesOf<192, 128>>(const FlashBwdCall& call);
 
 }  // namespace sink_attention::cuda::sm80

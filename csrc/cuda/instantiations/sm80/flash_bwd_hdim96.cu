@@ -2,8 +2,6 @@
 
 namespace sink_attention::cuda::sm80 {
 
-void flash_bwd_hdim96(const FlashBwdKernelParams& params, Stream stream) {
-  launch_flash_bwd<96, 96>(params, stream);
-}
+template void launch_flash_bwd<FlashBwdTilesOf<96, 96>>(const FlashBwdCall& call);
 
 }  // namespace sink_attention::cuda::sm80

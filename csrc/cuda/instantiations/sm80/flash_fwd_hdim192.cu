@@ -1,10 +1,8 @@
-#include "cuda/sm80/flash_fwd/entry.h"
 #include "cuda/sm80/flash_fwd/launch.cuh"
 
 namespace sink_attention::cuda::sm80 {
 
-void flash_fwd_hdim192(const FlashFwdKernelParams& params, bool decode, Stream stream) {
-  launch_flash_fwd<192, 192>(params, decode, stream);
-}
+template void launch_flash_fwd<Prefill<192, 192>>(const FlashFwdCall& call);
+template void launch_flash_fwd<Decode<192, 192>>(const FlashFwdCall& call);
 
 }  // namespace sink_attention::cuda::sm80

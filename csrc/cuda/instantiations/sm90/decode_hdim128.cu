@@ -2,8 +2,6 @@
 
 namespace sink_attention::cuda::sm90 {
 
-void decode_hdim128(const DecodeKernelParams& kernel_params, Stream stream) {
-  launch_decode<128, 128>(kernel_params, stream);
-}
+template void launch_decode<128, 128>(const FlashFwdCall& call);
 
 }  // namespace sink_attention::cuda::sm90

@@ -2,8 +2,6 @@
 
 namespace sink_attention::cuda::sm90 {
 
-void flash_bwd_hdim128(const FlashBwdKernelParams& params, Stream stream) {
-  launch_flash_bwd<128, 128>(params, stream);
-}
+template void launch_flash_bwd<128, 128>(const FlashBwdCall& call);
 
 }  // namespace sink_attention::cuda::sm90

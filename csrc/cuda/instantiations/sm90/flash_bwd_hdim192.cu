@@ -2,8 +2,6 @@
 
 namespace sink_attention::cuda::sm90 {
 
-void flash_bwd_hdim192(const FlashBwdKernelParams& params, Stream stream) {
-  launch_flash_bwd<192, 192>(params, stream);
-}
+template void launch_flash_bwd<192, 192>(const FlashBwdCall& call);
 
 }  // namespace sink_attention::cuda::sm90

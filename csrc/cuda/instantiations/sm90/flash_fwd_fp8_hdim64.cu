@@ -2,8 +2,6 @@
 
 namespace sink_attention::cuda::sm90 {
 
-void flash_fwd_fp8_hdim64(const attention::FlashFwdFp8Params& params, int num_sms, Stream stream) {
-  launch_flash_fwd_fp8<64>(params, num_sms, stream);
-}
+template void launch_flash_fwd_fp8<64>(const FlashFwdFp8Call& call);
 
 }  // namespace sink_attention::cuda::sm90

@@ -2,8 +2,6 @@
 
 namespace sink_attention::cuda::sm90 {
 
-void flash_fwd_hdim128(const attention::FlashFwdParams& params, int num_sms, Stream stream) {
-  launch_flash_fwd<128, 128>(params, num_sms, stream);
-}
+template void launch_flash_fwd<128, 128>(const FlashFwdCall& call);
 
 }  // namespace sink_attention::cuda::sm90

@@ -1,5 +1,4 @@
-// Arguments of the backward kernel, and its entries, one for each head-dim bucket
-// (instantiations/sm80/flash_bwd_hdim*.cu).
+// The backward kernel's parameters.
 #pragma once
 
 #include "attention/params.h"
@@ -27,15 +26,5 @@ struct FlashBwdKernelParams {
   float to_tanh;
   bool has_softcap;
 };
-
-using Stream = void*;
-
-void flash_bwd_hdim32(const FlashBwdKernelParams& params, Stream stream);
-void flash_bwd_hdim64(const FlashBwdKernelParams& params, Stream stream);
-void flash_bwd_hdim96(const FlashBwdKernelParams& params, Stream stream);
-void flash_bwd_hdim128(const FlashBwdKernelParams& params, Stream stream);
-void flash_bwd_hdim192(const FlashBwdKernelParams& params, Stream stream);
-void flash_bwd_hdim192_128(const FlashBwdKernelParams& params, Stream stream);
-void flash_bwd_hdim256(const FlashBwdKernelParams& params, Stream stream);
 
 }  // namespace sink_attention::cuda::sm80

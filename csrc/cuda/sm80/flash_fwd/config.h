@@ -16,7 +16,7 @@
 // Same bits: a row's sums run over blocks of kBlockN keys, counted from key 0, in an order that is
 // the same for every row. So with prefill tiles a row's bits do not depend on its tile. Decode
 // tiles divide the sums among warps, and so round differently. num_splits = 1, the batch-invariant
-// mode, never uses them (flash_fwd.cu).
+// mode, never uses them (entry.h).
 //
 // Shared memory is at most 99 KB, the limit of a CTA on compute capability 8.6, 8.9 and 12.0.
 #pragma once

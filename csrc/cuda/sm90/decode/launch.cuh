@@ -1,8 +1,10 @@
 // Chooses a decode kernel for a problem, makes its tensor maps, and starts it.
 #pragma once
 
+#include "cuda/kernels/combine.h"
+#include "cuda/sm90/decode/entry.h"
 #include "cuda/sm90/decode/kernel.cuh"
-#include "cuda/sm90/decode/launch.h"
+#include "cuda/sm90/decode/params.h"
 #include "cuda/sm90/tensor_maps.h"
 #include "primitives/launch.h"
 
@@ -31,32 +33,44 @@ void launch_kernel(const DecodeKernelParams& without_maps, Stream stream) {
 }
 
 template <class Element, class Stored, int kHeadDim, int kHeadDimV>
-void launch_rows(const DecodeKernelParams& kernel_params, Stream stream) {
+void launch_rows(const FlashFwdCall& call, const DecodeKernelParams& kernel_params) {
   constexpr int kBytes = static_cast<int>(sizeof(Stored));
-  if (num_pack_gqa_rows(kernel_params.attn) <= kFewRows) {
+  if (call.plan.shape.pack_gqa_rows() <= kFewRows) {
     launch_kernel<DecodeKernel<Element, Stored, FewRows<kHeadDim, kHeadDimV, kBytes>>>(
-        kernel_params, stream);
+        kernel_params, call.stream);
   } else {
     launch_kernel<DecodeKernel<Element, Stored, ManyRows<kHeadDim, kHeadDimV, kBytes>>>(
-        kernel_params, stream);
+        kernel_params, call.stream);
   }
 }
 
 // One head-dim bucket.
 template <int kHeadDim, int kHeadDimV>
-void launch_decode(const DecodeKernelParams& kernel_params, Stream stream) {
+void launch_decode(const FlashFwdCall& call) {
   using attention::BFloat16;
   using attention::DataType;
   using attention::Float16;
-  const attention::FlashFwdParams& params = kernel_params.attn;
+  const attention::FlashFwdParams& params = call.params;
+  const Partials partials = partials_in(call.workspace, call.plan.shape, call.plan.num_splits);
+  DecodeKernelParams kernel_params{};
+  kernel_params.attn = params;
+  kernel_params.scale = score_scale(params);
+  kernel_params.q_is_vectorised = rows_are_vectorised(
+      params.q, params.head_dim, params.q_stride_batch, params.q_stride_row, params.q_stride_head);
+  kernel_params.num_splits = call.plan.num_splits;
+  kernel_params.partial_state = partials.state;
+  kernel_params.partial_out = partials.out;
   if (params.kv_dtype == DataType::kFloat8E4M3) {
-    launch_rows<Float16, attention::Float8E4M3, kHeadDim, kHeadDimV>(kernel_params, stream);
+    launch_rows<Float16, attention::Float8E4M3, kHeadDim, kHeadDimV>(call, kernel_params);
   } else if (params.kv_dtype == DataType::kInt8) {
-    launch_rows<Float16, attention::Int8, kHeadDim, kHeadDimV>(kernel_params, stream);
+    launch_rows<Float16, attention::Int8, kHeadDim, kHeadDimV>(call, kernel_params);
   } else if (params.dtype == DataType::kBFloat16) {
-    launch_rows<BFloat16, BFloat16, kHeadDim, kHeadDimV>(kernel_params, stream);
+    launch_rows<BFloat16, BFloat16, kHeadDim, kHeadDimV>(call, kernel_params);
   } else {
-    launch_rows<Float16, Float16, kHeadDim, kHeadDimV>(kernel_params, stream);
+    launch_rows<Float16, Float16, kHeadDim, kHeadDimV>(call, kernel_params);
+  }
+  if (kernel_params.num_splits > 1) {
+    combine(params, call.plan.shape, kernel_params.num_splits, partials, call.stream);
   }
 }
 

@@ -1,48 +1,41 @@
-// Hopper's backward: dense and varlen.
+// Hopper's backward: dense and varlen. A forward of any family may have come before: all that
+// counts of it is out and lse.
 #pragma once
 
-#include "attention/params.h"
-#include "cuda/backend.h"
-#include "cuda/tile/copy.cuh"
+#include "cuda/registry.h"
+#include "cuda/sm90/flash_bwd/config.h"
 
 namespace sink_attention::cuda::sm90 {
 
-// Why a problem is not for these kernels; null if it is. Looks at shapes, strides and pointers'
-// alignment, at no memory. A forward of either family may have come before: all that counts of it
-// is out and lse.
-inline const char* why_not_flash_bwd(const attention::FlashBwdParams& params) {
-  using attention::DataType;
-  const attention::FlashFwdParams& fwd = params.fwd;
-  const int64_t larger = fwd.head_dim > fwd.head_dim_v ? fwd.head_dim : fwd.head_dim_v;
-  if (fwd.dtype != DataType::kBFloat16 && fwd.dtype != DataType::kFloat16) {
-    return "q is neither bfloat16 nor float16";
+// dq, dk, dv and ds_aux: kernels/bwd_rows runs from here, before and after. Only with num_heads_q
+// above 0; batch and lengths may be 0, and all gradients are then 0.
+template <int kHeadDim, int kHeadDimV>
+SA_LAUNCH launch_flash_bwd(const FlashBwdCall& call);
+
+constexpr const char* kUnalignedBackward =
+    "rows of q, k, v, dout, dk or dv are not in aligned parts of 16 bytes";
+
+inline const char* why_not_flash_bwd(const CallShape& shape) {
+  if (!shape.is_16_bit()) return "q is neither bfloat16 nor float16";
+  if (std::max(shape.head_dim, shape.head_dim_v) <= 32) {
+    return "head_dim and head_dim_v are at most 32";
   }
-  if (larger <= 32) return "head_dim and head_dim_v are at most 32";
-  const bool is_vectorised =
-      rows_are_vectorised(fwd.q, fwd.head_dim, fwd.q_stride_batch, fwd.q_stride_row,
-                          fwd.q_stride_head) &&
-      rows_are_vectorised(fwd.k, fwd.head_dim, fwd.k_stride_batch, fwd.k_stride_row,
-                          fwd.k_stride_head) &&
-      rows_are_vectorised(fwd.v, fwd.head_dim_v, fwd.v_stride_batch, fwd.v_stride_row,
-                          fwd.v_stride_head) &&
-      rows_are_vectorised(params.dout, fwd.head_dim_v, params.dout_stride_batch,
-                          params.dout_stride_row, params.dout_stride_head) &&
-      rows_are_vectorised(params.dk, fwd.head_dim, params.dk_stride_batch, params.dk_stride_row,
-                          params.dk_stride_head) &&
-      rows_are_vectorised(params.dv, fwd.head_dim_v, params.dv_stride_batch, params.dv_stride_row,
-                          params.dv_stride_head);
-  if (!is_vectorised) return "rows of q, k, v, dout, dk or dv are not in aligned parts of 16 bytes";
+  for (const RowLayout* layout : {&shape.q, &shape.k, &shape.dk}) {
+    if (!layout->is_vectorised(shape.head_dim, 2)) return kUnalignedBackward;
+  }
+  for (const RowLayout* layout : {&shape.v, &shape.dout, &shape.dv}) {
+    if (!layout->is_vectorised(shape.head_dim_v, 2)) return kUnalignedBackward;
+  }
   return nullptr;
 }
 
-// What flash_bwd needs for the same problem.
-int64_t flash_bwd_workspace_bytes(const attention::FlashBwdParams& params);
-
-// dq, dk, dv and ds_aux, as cuda::flash_bwd leaves them: common/bwd_rows runs from here, before and
-// after. Only for problems that are taken, with num_heads_q above 0 (batch and lengths may be 0,
-// and all gradients must then be right too) and device.arch == 90; `workspace` as backend.h says:
-// aligned to 256 bytes, contents not set. Throws std::runtime_error where a launch fails.
-void flash_bwd(const attention::FlashBwdParams& params, const Device& device, void* workspace,
-               Stream stream);
+// Of a tile's rows, those to use so that they are one TMA box of each slab even where a group of
+// query heads does not divide the tile: whole positions. All of them where a quarter would have
+// nothing to do.
+inline int rows_of_whole_positions(const CallShape& shape, int tile_rows) {
+  const int64_t qhead_per_khead = std::max<int64_t>(shape.qhead_per_khead(), 1);
+  const int whole = static_cast<int>(tile_rows / qhead_per_khead * qhead_per_khead);
+  return 4 * whole >= 3 * tile_rows ? whole : tile_rows;
+}
 
 }  // namespace sink_attention::cuda::sm90

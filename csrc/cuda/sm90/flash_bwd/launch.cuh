@@ -1,6 +1,8 @@
-// Starts the backward kernel of one head-dim bucket.
+// Starts the backward's kernels of one head-dim bucket.
 #pragma once
 
+#include "cuda/device/score_scale.h"
+#include "cuda/sm90/flash_bwd/entry.h"
 #include "cuda/sm90/flash_bwd/kernel.cuh"
 #include "cuda/sm90/flash_bwd/params.h"
 #include "cuda/sm90/tensor_maps.h"
@@ -31,9 +33,8 @@ void set_maps(FlashBwdKernelParams& params) {
           boxes, params.has_dout_map, params.dout_map);
 }
 
-// Bfloat16 or float16.
 template <int kHeadDim, int kHeadDimV>
-void launch_flash_bwd(FlashBwdKernelParams params, Stream stream) {
+void launch_key_blocks(FlashBwdKernelParams& params, Stream stream) {
   using Tiles = FlashBwdTilesOf<kHeadDim, kHeadDimV>;
   const attention::FlashFwdParams& fwd = params.bwd.fwd;
   params.order = bwd_block_order(fwd, Tiles::kBlockN);
@@ -45,6 +46,22 @@ void launch_flash_bwd(FlashBwdKernelParams params, Stream stream) {
   } else {
     primitives::launch<FlashBwdKernel<attention::Float16, Tiles>>(params, grid, stream);
   }
+}
+
+// Bfloat16 or float16.
+template <int kHeadDim, int kHeadDimV>
+void launch_flash_bwd(const FlashBwdCall& call) {
+  using Tiles = FlashBwdTilesOf<kHeadDim, kHeadDimV>;
+  const attention::FlashFwdParams& fwd = call.params.fwd;
+  FlashBwdKernelParams kernel_params{};
+  kernel_params.bwd = call.params;
+  lay_out(call.plan.shape, Tiles::kBlockM, rows_of_whole_positions(call.plan.shape, Tiles::kBlockM),
+          kHeadDim, call.workspace, kernel_params.workspace);
+  kernel_params.qhead_per_khead = static_cast<int>(fwd.num_heads_q / fwd.num_heads_kv);
+  set_bwd_score_scale(fwd, kernel_params);
+  bwd_preprocess(call.params, kernel_params.workspace, call.stream);
+  launch_key_blocks<kHeadDim, kHeadDimV>(kernel_params, call.stream);
+  bwd_postprocess(call.params, kernel_params.workspace, call.stream);
 }
 
 }  // namespace sink_attention::cuda::sm90

@@ -29,13 +29,4 @@ struct FlashBwdKernelParams {
   bool has_softcap;
 };
 
-using Stream = void*;
-
-void flash_bwd_hdim64(const FlashBwdKernelParams& params, Stream stream);
-void flash_bwd_hdim96(const FlashBwdKernelParams& params, Stream stream);
-void flash_bwd_hdim128(const FlashBwdKernelParams& params, Stream stream);
-void flash_bwd_hdim192(const FlashBwdKernelParams& params, Stream stream);
-void flash_bwd_hdim192_128(const FlashBwdKernelParams& params, Stream stream);
-void flash_bwd_hdim256(const FlashBwdKernelParams& params, Stream stream);
-
 }  // namespace sink_attention::cuda::sm90

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <stdexcept>
 
+#include "cuda/sm90/flash_fwd/entry.h"
 #include "cuda/sm90/flash_fwd/kernel.cuh"
 #include "cuda/sm90/tensor_maps.h"
 #include "primitives/launch.h"
@@ -55,11 +55,8 @@ void launch_tiles(FlashFwdKernelParams kernel_params, int num_sms, Stream stream
   make_maps<Tiles, FlashFwdStorage<Element, Tiles>>(kernel_params);
   const int64_t rows = params.seqlen_q * (params.num_heads_q / params.num_heads_kv);
   kernel_params.num_tiles = static_cast<int>((rows + Tiles::kBlockM - 1) / Tiles::kBlockM);
-  const int64_t work_tiles = kernel_params.num_tiles * params.batch * params.num_heads_kv;
-  if (work_tiles > INT32_MAX) {
-    throw std::runtime_error("sink_attention_ext: more rows than one launch can take");
-  }
-  kernel_params.num_work_tiles = static_cast<int>(work_tiles);
+  kernel_params.num_work_tiles =
+      static_cast<int>(kernel_params.num_tiles * params.batch * params.num_heads_kv);
   kernel_params.section = section_of(params);
   const int blocks =
       num_sms < kernel_params.num_work_tiles ? num_sms : kernel_params.num_work_tiles;
@@ -68,15 +65,15 @@ void launch_tiles(FlashFwdKernelParams kernel_params, int num_sms, Stream stream
 
 // Bfloat16 or float16.
 template <int kHeadDim, int kHeadDimV>
-void launch_flash_fwd(const attention::FlashFwdParams& params, int num_sms, Stream stream) {
+void launch_flash_fwd(const FlashFwdCall& call) {
   using Tiles = FlashFwdTilesOf<kHeadDim, kHeadDimV>;
   FlashFwdKernelParams kernel_params{};
-  kernel_params.attn = params;
-  kernel_params.out_cols = static_cast<int>(params.head_dim_v);
-  if (params.dtype == attention::DataType::kBFloat16) {
-    launch_tiles<attention::BFloat16, Tiles>(kernel_params, num_sms, stream);
+  kernel_params.attn = call.params;
+  kernel_params.out_cols = static_cast<int>(call.params.head_dim_v);
+  if (call.params.dtype == attention::DataType::kBFloat16) {
+    launch_tiles<attention::BFloat16, Tiles>(kernel_params, call.plan.num_sms, call.stream);
   } else {
-    launch_tiles<attention::Float16, Tiles>(kernel_params, num_sms, stream);
+    launch_tiles<attention::Float16, Tiles>(kernel_params, call.plan.num_sms, call.stream);
   }
 }
 

@@ -28,14 +28,4 @@ struct FlashFwdKernelParams {
   int section;          // (sequence, kv head) pairs of a section (work_tile.cuh)
 };
 
-using Stream = void*;
-
-// num_sms: thread blocks that run at once.
-void flash_fwd_hdim64(const attention::FlashFwdParams& params, int num_sms, Stream stream);
-void flash_fwd_hdim96(const attention::FlashFwdParams& params, int num_sms, Stream stream);
-void flash_fwd_hdim128(const attention::FlashFwdParams& params, int num_sms, Stream stream);
-void flash_fwd_hdim192(const attention::FlashFwdParams& params, int num_sms, Stream stream);
-void flash_fwd_hdim192_128(const attention::FlashFwdParams& params, int num_sms, Stream stream);
-void flash_fwd_hdim256(const attention::FlashFwdParams& params, int num_sms, Stream stream);
-
 }  // namespace sink_attention::cuda::sm90

@@ -22,15 +22,15 @@ inline attention::FlashFwdParams in_pairs(attention::FlashFwdParams params) {
 }
 
 template <int kHeadDim>
-void launch_flash_fwd_fp8(const attention::FlashFwdFp8Params& params, int num_sms, Stream stream) {
+void launch_flash_fwd_fp8(const FlashFwdFp8Call& call) {
   FlashFwdKernelParams kernel_params{};
-  kernel_params.attn = in_pairs(params.fwd);
-  kernel_params.out_cols = static_cast<int>(params.fwd.head_dim_v);
-  kernel_params.q_descale = params.q_descale;
-  kernel_params.k_descale = params.k_descale;
-  kernel_params.v_descale = params.v_descale;
-  launch_tiles<attention::Float8E4M3, FlashFwdFloat8TilesOf<kHeadDim>>(kernel_params, num_sms,
-                                                                       stream);
+  kernel_params.attn = in_pairs(call.params.fwd);
+  kernel_params.out_cols = static_cast<int>(call.params.fwd.head_dim_v);
+  kernel_params.q_descale = call.params.q_descale;
+  kernel_params.k_descale = call.params.k_descale;
+  kernel_params.v_descale = call.params.v_descale;
+  launch_tiles<attention::Float8E4M3, FlashFwdFloat8TilesOf<kHeadDim>>(
+      kernel_params, call.plan.num_sms, call.stream);
 }
 
 }  // namespace sink_attention::cuda::sm90

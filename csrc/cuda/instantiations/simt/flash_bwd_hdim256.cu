@@ -1,0 +1,8 @@
+#include "cuda/simt/flash_bwd/launch.cuh"
+
+namespace sink_attention::cuda::simt {
+
+template void launch_flash_bwd<FlashBwdTiles<float, 256>>(const FlashBwdCall& call);
+template void launch_flash_bwd<FlashBwdTiles<double, 256>>(const FlashBwdCall& call);
+
+}  // namespace sink_attention::cuda::simt

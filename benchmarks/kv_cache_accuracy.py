@@ -1,4 +1,4 @@
-"""What caches of 8-bit elements cost in accuracy, on the keys and values of a trained model.
+"""What 8-bit caches cost in accuracy, on the keys and values of a trained model.
 
     python benchmarks/kv_cache_accuracy.py        trains the demo's model (examples/small_model.py)
 

@@ -2,8 +2,9 @@
 
 On a GPU a call is timed by events around it, with an L2 cache that holds nothing of its inputs.
 
-The contenders alternate (A B C, A B C, ...), so a slow minute hits all of them, and a ratio is the
-median of the ratios within each turn. Before anything is timed, each contender's result is checked.
+The contenders are interleaved (A B C, A B C, ...), so a slow minute hits all of them, and a ratio
+is the median of the ratios within each turn. Before anything is timed, each contender's result is
+checked.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def measure(attention: str, seqlen: int) -> dict[str, float]:
 
 
 def start_of_peak() -> int:
-    """Restarts the high-water mark of resident memory where the system can; bytes in use now."""
+    """Resets the high-water mark of resident memory, if the system can; returns bytes in use."""
     if not STATUS.exists():
         return peak_bytes()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):

@@ -39,7 +39,7 @@ K_PACKED = ("total_k", "num_heads_kv", "head_dim")
 V_PACKED = ("total_k", "num_heads_kv", "head_dim_v")
 
 
-def _names(layout: Sequence[str]) -> str:
+def dim_names(layout: Sequence[str]) -> str:
     return f"({', '.join(layout)}{',' if len(layout) == 1 else ''})"
 
 
@@ -55,11 +55,11 @@ def is_dtensor(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
 
 
-def check_tensor(name: str, tensor: Any, layout: Sequence[str]) -> None:
-    """A tensor with the dimensions of `layout`."""
+def check_kind_of(name: str, tensor: Any, layout: Sequence[str]) -> None:
+    """A tensor of a kind that operators take, whatever its shape."""
     if not isinstance(tensor, Tensor):
         raise TypeError(
-            f"{name} must be a torch.Tensor {_names(layout)}; got {type(tensor).__name__}"
+            f"{name} must be a torch.Tensor {dim_names(layout)}; got {type(tensor).__name__}"
         )
     check_kind(name, tensor)
     if is_dtensor(tensor):
@@ -67,9 +67,14 @@ def check_tensor(name: str, tensor: Any, layout: Sequence[str]) -> None:
             f"{name} must be a plain tensor, what this rank holds of it; got a DTensor of global "
             f"shape {shape_text(tensor)}: pass {name}.to_local()"
         )
+
+
+def check_tensor(name: str, tensor: Any, layout: Sequence[str]) -> None:
+    """A tensor with the dimensions of `layout`."""
+    check_kind_of(name, tensor, layout)
     if tensor.dim() != len(layout):
         raise ValueError(
-            f"{name} must have {len(layout)} dimensions {_names(layout)}; got shape "
+            f"{name} must have {len(layout)} dimensions {dim_names(layout)}; got shape "
             f"{shape_text(tensor)}"
         )
 
@@ -201,23 +206,12 @@ def check_qkv(q: Any, k: Any, v: Any, layouts: Sequence[Sequence[str]]) -> None:
         check_size("v", v, 0, "total_k", k.shape[0], "as k has")
 
 
-def check_descales(q: Tensor, batch: int, num_heads_kv: int, **descales: Any) -> None:
-    """q_descale, k_descale and v_descale, None or (batch, num_heads_kv), with a float8 q only."""
-    for name, descale in descales.items():
-        if descale is None:
-            continue
-        if q.dtype != FLOAT8:
+def refuse_descales(q: Tensor, descales: Sequence[Any]) -> None:
+    """They are for float8 q, k and v, which these are not."""
+    for name, descale in zip(("q_descale", "k_descale", "v_descale"), descales, strict=True):
+        if descale is not None:
             raise TypeError(
                 f"{name} must be None unless q, k and v have dtype float8_e4m3fn; q has {q.dtype}"
-            )
-        check_tensor(name, descale, ("batch", "num_heads_kv"))
-        if descale.dtype != torch.float32:
-            raise TypeError(f"{name} must have dtype torch.float32; got {descale.dtype}")
-        check_device(name, descale, q.device)
-        if tuple(descale.shape) != (batch, num_heads_kv):
-            raise ValueError(
-                f"{name} must have shape (batch, num_heads_kv) = ({batch}, {num_heads_kv}); got "
-                f"{shape_text(descale)}"
             )
 
 
@@ -277,7 +271,51 @@ def _unsharded_sinks(s_aux: Tensor, num_heads_q: int) -> str:
     )
 
 
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def local_sinks(s_aux: Any) -> Tensor | None:
+    """s_aux as operators take it: contiguous, and of a DTensor what this rank holds."""
+    if s_aux is None or (type(s_aux) in PLAIN_TENSORS and s_aux.is_contiguous()):
+        return s_aux
+    if not isinstance(s_aux, Tensor):
+        raise TypeError(
+            f"s_aux must be None or a torch.Tensor (num_heads_q,); got {type(s_aux).__name__}"
+        )
+    return local_s_aux(s_aux).contiguous()
+
+
 # ---- numbers ----
+
+
+def check_bools(causal: Any, deterministic: Any, return_lse: Any) -> None:
+    if type(causal) is bool and type(deterministic) is bool and type(return_lse) is bool:
+        return
+    check_bool("causal", causal)
+    check_bool("deterministic", deterministic)
+    check_bool("return_lse", return_lse)
+
+
+def check_number_types(softmax_scale: Any, softcap: Any, num_sink_tokens: Any) -> tuple[Any, ...]:
+    """Types alone: a bool, a string or a tensor might pass for a number. Values are the operator's
+    to refuse."""
+    if softmax_scale is not None and type(softmax_scale) is not float:
+        if not _is_number(softmax_scale):
+            raise TypeError(f"softmax_scale must be None or a number; got {softmax_scale!r}")
+    if type(softcap) is not float and not _is_number(softcap):
+        raise TypeError(f"softcap must be a number; got {softcap!r}")
+    if type(num_sink_tokens) is not int:
+        num_sink_tokens = check_num_sink_tokens(num_sink_tokens)
+    return softmax_scale, softcap, num_sink_tokens
+
+
+def window_bounds(window_size: Any) -> tuple[int, int]:
+    """(left, right), None as -1. Their values are the operator's to refuse."""
+    if type(window_size) is tuple and len(window_size) == 2:
+        left, right = window_size
+        if type(left) is int and type(right) is int:
+            return left, right
+    return check_window(window_size, causal=False)
 
 
 def _is_number(value: Any) -> bool:
@@ -402,23 +440,3 @@ def within_int32(count: int | torch.SymInt) -> int | torch.SymInt:
     A number that torch.compile traces as a symbol is within int64 already.
     """
     return min(count, INT32_MAX) if isinstance(count, int) else count
-
-
-# ---- packed sequences ----
-
-
-def check_cu_seqlens(
-    cu_seqlens_q: Any, cu_seqlens_k: Any, seqused_k: Any, device: torch.device
-) -> None:
-    check_int32("cu_seqlens_q", cu_seqlens_q, ("batch + 1",), device)
-    check_int32("cu_seqlens_k", cu_seqlens_k, ("batch + 1",), device)
-    if cu_seqlens_q.shape[0] < 1:
-        raise ValueError("cu_seqlens_q must have batch + 1 entries, at least 1; got shape (0,)")
-    check_size(
-        "cu_seqlens_k", cu_seqlens_k, 0, "batch + 1", cu_seqlens_q.shape[0], "as cu_seqlens_q has"
-    )
-    if seqused_k is not None:
-        check_int32("seqused_k", seqused_k, ("batch",), device)
-        check_size(
-            "seqused_k", seqused_k, 0, "batch", cu_seqlens_q.shape[0] - 1, "see cu_seqlens_q"
-        )

@@ -246,6 +246,24 @@ def _without_gradient(name: str) -> Callable[..., Any]:
     return kernel
 
 
+# ---- calls that need no gradient ----
+
+below_autograd = torch._C._AutoDispatchBelowAutograd
+_are_transforms_active = torch._C._are_functorch_transforms_active
+
+
+def needs_autograd(*tensors: Any) -> bool:
+    """Whether an operator that has gradients must come through its kernel for autograd: one of the
+    tensors requires grad, a transform of torch.func or forward-mode AD runs, or a graph is traced.
+
+    Otherwise it may be called under below_autograd(), which costs less than half: autocast, modes,
+    fake tensors and profilers are seen as always.
+    """
+    if torch.compiler.is_compiling() or _are_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+
+
 # ---- registration ----
 
 

@@ -1,4 +1,4 @@
-"""What fake kernels (fakes.py) refuse: what csrc/torch/make_problem.cpp does, but for values in
+"""What fake kernels (fakes.py) refuse: what csrc/torch/make_params.cpp does, but for values in
 tensors.
 
 A call with one meta tensor among real ones comes to the fake kernel, and must not pass for one that
@@ -40,72 +40,108 @@ def is_known(condition: Any) -> bool:
 
 def refuse_if(wrong: Any, message: str) -> None:
     if is_known(wrong):
-        raise RuntimeError(message)
+        raise ValueError(message)
+
+
+def check_defined(name: str, tensor: Any, dims: str = "") -> None:
+    if tensor is None:
+        raise TypeError(f"{name} must be a torch.Tensor{' ' if dims else ''}{dims}; got None")
 
 
 def check_rank(name: str, tensor: Tensor, rank: int, dims: str) -> None:
+    check_defined(name, tensor, dims)
     if tensor.dim() != rank:
-        raise RuntimeError(
-            f"{name} must have {rank} dimensions {dims}, got shape {tuple(tensor.shape)}"
+        raise ValueError(
+            f"{name} must have {rank} dimension{'' if rank == 1 else 's'} {dims}; got shape "
+            f"{tuple(tensor.shape)}"
         )
 
 
 def check_size(name: str, tensor: Tensor, dim: int, expected: Any, what: str) -> None:
     refuse_if(
         tensor.shape[dim] != expected,
-        f"{name} must have {what} = {expected}, got shape {tuple(tensor.shape)}",
+        f"{name} must have {what} = {expected}; got shape {tuple(tensor.shape)}",
     )
 
 
-def check_shape(name: str, tensor: Tensor, expected: Sequence[Any]) -> None:
-    message = f"{name} must have shape {tuple(expected)}, got {tuple(tensor.shape)}"
+def check_like(
+    name: str, tensor: Tensor, dim: int, dim_name: str, expected: Any, like: str
+) -> None:
+    """The same of a size that comes from the argument `like`."""
+    refuse_if(
+        tensor.shape[dim] != expected,
+        f"{name} must have {dim_name} = {expected} (as {like} has); got shape "
+        f"{tuple(tensor.shape)}",
+    )
+
+
+def check_shape(name: str, tensor: Tensor, expected: Sequence[Any], dims: str = "") -> None:
+    check_defined(name, tensor, dims)
+    message = (
+        f"{name} must have shape {dims}{' = ' if dims else ''}{tuple(expected)}; got "
+        f"{tuple(tensor.shape)}"
+    )
     if tensor.dim() != len(expected):
-        raise RuntimeError(message)
+        raise ValueError(message)
     for size, wanted in zip(tensor.shape, expected, strict=True):
         refuse_if(size != wanted, message)
 
 
 def check_dtype(name: str, tensor: Tensor, expected: torch.dtype) -> None:
+    check_defined(name, tensor)
     if tensor.dtype != expected:
-        raise RuntimeError(f"{name} must be {expected}, got {tensor.dtype}")
+        raise TypeError(f"{name} must have dtype {expected}; got {tensor.dtype}")
+
+
+def check_same_dtype(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    check_defined(name, tensor)
+    if tensor.dtype != like.dtype:
+        raise TypeError(
+            f"{name} must have the dtype of {like_name}, {like.dtype}; got {tensor.dtype}: cast it"
+        )
 
 
 def check_float(name: str, tensor: Tensor) -> None:
+    check_defined(name, tensor)
     if tensor.dtype not in FLOAT_DTYPES:
-        raise RuntimeError(
-            f"{name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}"
+        raise TypeError(
+            f"{name} must have dtype float64, float32, float16 or bfloat16; got {tensor.dtype}"
         )
 
 
 def check_device(name: str, tensor: Tensor, first: Tensor) -> None:
     if tensor.device != first.device:
-        raise RuntimeError(
-            f"{name} must be on the device of the first argument, {first.device}, got "
-            f"{tensor.device}"
+        raise ValueError(
+            f"{name} must be on {first.device} like the other tensors; got {tensor.device}"
         )
 
 
 def check_last_stride(name: str, tensor: Tensor) -> None:
     is_read = not is_known(tensor.numel() == 0) and is_known(tensor.shape[-1] > 1)
     if is_read and is_known(tensor.stride(-1) != 1):
-        raise RuntimeError(
-            f"{name} must have stride 1 in its last dimension, got stride {tensor.stride(-1)}; "
-            "call .contiguous() on it"
+        raise ValueError(
+            f"{name} must have stride 1 in its last dimension; got strides "
+            f"{tuple(tensor.stride())}: pass {name}.contiguous()"
         )
 
 
-def check_head_dim(name: str, tensor: Tensor) -> None:
+def check_head_dim(name: str, tensor: Tensor, dim_name: str = "head_dim") -> None:
     size = tensor.shape[-1]
-    message = f"{name} must be in [1, {MAX_HEAD_DIM}], got {size}"
+    message = (
+        f"{name} must have {dim_name} from 1 to {MAX_HEAD_DIM}; got {size} (shape "
+        f"{tuple(tensor.shape)})"
+    )
     refuse_if(size < 1, message)
     refuse_if(size > MAX_HEAD_DIM, message)
 
 
 def check_vector(
-    name: str, tensor: Tensor, length: Any, first: Tensor, dtype: torch.dtype = torch.int32
-) -> None:
+    name: str, tensor: Tensor, length: Any, first: Tensor, dtype: torch.dtype = torch.int32,
+    length_name: str = "batch", like: str = "q",
+) -> None:  # fmt: skip
     check_dtype(name, tensor, dtype)
-    check_shape(name, tensor, (length,))
+    check_rank(name, tensor, 1, f"({length_name},)")
+    check_like(name, tensor, 0, length_name, length, like)
     check_last_stride(name, tensor)
     check_device(name, tensor, first)
 
@@ -114,34 +150,58 @@ def check_vector(
 
 
 def check_qkv(
-    q: Tensor, k: Tensor, v: Tensor, k_name: str = "k", v_name: str = "v"
-) -> None:  # set_qkv
+    q: Tensor, k: Tensor, v: Tensor, k_name: str = "k", v_name: str = "v",
+    dims: Sequence[str] = ("num_pages", "page_size"),
+) -> None:  # fmt: skip
+    """As set_qkv (csrc/torch/make_params.cpp). dims: of k and v, before the heads."""
     for name, tensor in ((k_name, k), (v_name, v)):
         check_device(name, tensor, q)
+    num_heads_q, num_heads_kv = q.shape[-2], k.shape[-2]
+    shape = tuple(q.shape)
+    refuse_if(num_heads_q < 1, f"q must have num_heads_q of at least 1; got shape {shape}")
+    message = (
+        f"{k_name} must have num_heads_kv that divides num_heads_q = {num_heads_q}; got "
+        f"{num_heads_kv} (shape {tuple(k.shape)})"
+    )
+    refuse_if(num_heads_kv < 1, message)
+    if not is_known(num_heads_kv < 1):
+        refuse_if(num_heads_q % num_heads_kv != 0, message)
+    check_like(v_name, v, -2, "num_heads_kv", num_heads_kv, k_name)
+    check_head_dim("q", q, "head_dim")
+    check_head_dim(v_name, v, "head_dim_v")
+    check_like(k_name, k, -1, "head_dim", q.shape[-1], "q")
     for name, tensor in (("q", q), (k_name, k), (v_name, v)):
         check_last_stride(name, tensor)
-    for dim in range(k.dim() - 1):
-        check_size(v_name, v, dim, k.shape[dim], f"{k_name}'s size of dimension {dim}")
-    check_size(k_name, k, -1, q.shape[-1], "q's head_dim")
-    check_head_dim("head_dim of q", q)
-    check_head_dim("head_dim of v", v)
-    num_heads_q, num_heads_kv = q.shape[-2], k.shape[-2]
-    message = (
-        f"num_heads of q must be a multiple of num_heads of {k_name}, got {num_heads_q} and "
-        f"{num_heads_kv}"
-    )
-    refuse_if(num_heads_q < 1, message)
-    refuse_if(num_heads_kv < 1, message)
-    refuse_if(num_heads_q % num_heads_kv != 0, message)
+    for dim, dim_name in enumerate(dims):
+        check_like(v_name, v, dim, dim_name, k.shape[dim], k_name)
 
 
 def check_sinks(s_aux: Tensor | None, num_heads: Any, first: Tensor) -> None:
     if s_aux is None:
         return
-    check_device("s_aux", s_aux, first)
     check_float("s_aux", s_aux)
-    check_shape("s_aux", s_aux, (num_heads,))
+    check_device("s_aux", s_aux, first)
+    message = (
+        f"s_aux must have shape (num_heads_q,) = ({num_heads},), one sink per query head; got "
+        f"shape {tuple(s_aux.shape)}{_unsharded_sinks(s_aux, num_heads)}"
+    )
+    if s_aux.dim() != 1:
+        raise ValueError(message)
+    refuse_if(s_aux.shape[0] != num_heads, message)
     check_last_stride("s_aux", s_aux)
+
+
+def _unsharded_sinks(s_aux: Tensor, num_heads: Any) -> str:
+    """What to do about sinks of all heads beside one tensor parallel rank's share of the heads."""
+    if s_aux.dim() != 1 or not isinstance(s_aux.shape[0], int) or not isinstance(num_heads, int):
+        return ""
+    num_sinks = s_aux.shape[0]
+    if num_heads == 0 or num_sinks <= num_heads or num_sinks % num_heads != 0:
+        return ""
+    return (
+        f". s_aux has {num_sinks} logits, q has {num_heads} heads: under tensor parallelism shard "
+        "the sinks with the heads (GPT_OSS_TP_PLAN or shard_s_aux of sink_attention_ext.parallel)"
+    )
 
 
 class FactorRange(NamedTuple):
@@ -169,7 +229,8 @@ def wrong_softmax_scale(softmax_scale: Any, dtype: torch.dtype) -> str | None:
         return None
     return (
         f"softmax_scale must be finite and not 0, its magnitude from {kept.text}; got "
-        f"{number_text(softmax_scale)}"
+        f"{number_text(softmax_scale)} (the argument after v is softmax_scale, not FlashAttention "
+        "2's dropout_p)"
     )
 
 
@@ -202,28 +263,41 @@ def check_mask(
     q: Tensor, softmax_scale: Any, causal: bool, window_left: Any, window_right: Any, softcap: Any,
     num_sink_tokens: Any,
 ) -> None:  # fmt: skip
+    if softmax_scale is None and isinstance(q.shape[-1], int):
+        softmax_scale = q.shape[-1] ** -0.5
     is_known_scale = isinstance(softmax_scale, (int, float))
     wrong = wrong_softmax_scale(softmax_scale, q.dtype) if is_known_scale else None
     if wrong is None and isinstance(softcap, (int, float)):
         wrong = wrong_softcap(softcap, softmax_scale if is_known_scale else None, q.dtype)
     if wrong is not None:
-        raise RuntimeError(wrong)
+        raise ValueError(wrong)
     for name, bound in (("window_left", window_left), ("window_right", window_right)):
-        refuse_if(bound < -1, f"{name} must be >= -1 (-1: unbounded), got {bound}")
-    refuse_if(num_sink_tokens < 0, f"num_sink_tokens must be >= 0, got {num_sink_tokens}")
+        refuse_if(
+            bound < -1,
+            "window_size must hold numbers of tokens from 0, or -1 for unbounded; got "
+            f"{name} = {bound}",
+        )
+    refuse_if(
+        num_sink_tokens < 0,
+        "num_sink_tokens must be at least 0, the first tokens that stay visible beside a sliding "
+        f"window; got {num_sink_tokens}",
+    )
 
 
 def check_at_least_0(**values: Any) -> None:
     for name, value in values.items():
-        refuse_if(value < 0, f"{name} must be >= 0, got {value}")
+        refuse_if(value < 0, f"{name} must be at least 0; got {value}")
 
 
 def check_dense(q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, *mask: Any) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        check_rank(name, tensor, 4, "(batch, seqlen, num_heads, head_dim)")
-        check_dtype(name, tensor, q.dtype)
-    check_qkv(q, k, v)
-    check_size("k", k, 0, q.shape[0], "q's batch size")
+    """q, whose dtype is right, with what goes with it."""
+    check_rank("q", q, 4, "(batch, seqlen_q, num_heads_q, head_dim)")
+    check_rank("k", k, 4, "(batch, seqlen_k, num_heads_kv, head_dim)")
+    check_rank("v", v, 4, "(batch, seqlen_k, num_heads_kv, head_dim_v)")
+    check_same_dtype("k", k, "q", q)
+    check_same_dtype("v", v, "q", q)
+    check_like("k", k, 0, "batch", q.shape[0], "q")
+    check_qkv(q, k, v, dims=("batch", "seqlen_k"))
     check_sinks(s_aux, q.shape[2], q)
     check_mask(q, *mask)
 
@@ -233,72 +307,24 @@ def check_varlen(
     seqused_k: Tensor | None, s_aux: Tensor | None, max_seqlen_q: Any, max_seqlen_k: Any,
     *mask: Any,
 ) -> None:  # fmt: skip
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        check_rank(name, tensor, 3, "(total, num_heads, head_dim)")
-        check_dtype(name, tensor, q.dtype)
-    check_qkv(q, k, v)
+    check_rank("q", q, 3, "(total_q, num_heads_q, head_dim)")
+    check_rank("k", k, 3, "(total_k, num_heads_kv, head_dim)")
+    check_rank("v", v, 3, "(total_k, num_heads_kv, head_dim_v)")
+    check_same_dtype("k", k, "q", q)
+    check_same_dtype("v", v, "q", q)
+    check_qkv(q, k, v, dims=("total_k",))
     check_sinks(s_aux, q.shape[1], q)
-    message = f"cu_seqlens_q must have shape (batch + 1,), got {tuple(cu_seqlens_q.shape)}"
-    if cu_seqlens_q.dim() != 1:
-        raise RuntimeError(message)
+    check_rank("cu_seqlens_q", cu_seqlens_q, 1, "(batch + 1,)")
     entries = cu_seqlens_q.shape[0]
-    refuse_if(entries < 1, message)
-    check_vector("cu_seqlens_q", cu_seqlens_q, entries, q)
-    check_vector("cu_seqlens_k", cu_seqlens_k, entries, q)
+    refuse_if(entries < 1, "cu_seqlens_q must have batch + 1 entries, at least 1; got shape (0,)")
+    check_vector("cu_seqlens_q", cu_seqlens_q, entries, q, length_name="batch + 1")
+    check_vector(
+        "cu_seqlens_k", cu_seqlens_k, entries, q, length_name="batch + 1", like="cu_seqlens_q"
+    )
     if seqused_k is not None:
-        check_vector("seqused_k", seqused_k, entries - 1, q)
+        check_vector("seqused_k", seqused_k, entries - 1, q, like="cu_seqlens_q")
     check_at_least_0(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
     check_mask(q, *mask)
-
-
-def check_scales(k_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
-    named = (("k_scale", k_scale), ("v_scale", v_scale))
-    if k_cache.dtype not in QUANTISED_DTYPES:
-        for name, scale in named:
-            if scale is not None:
-                raise RuntimeError(f"{name} is only for float8_e4m3fn and int8 caches")
-        return
-    num_heads_kv = k_cache.shape[2]
-    for name, scale in named:
-        if scale is None:
-            raise RuntimeError(f"{name} is needed for a {k_cache.dtype} cache")
-        check_device(name, scale, k_cache)
-        check_dtype(name, scale, torch.float32)
-    if (k_scale.dim() == 3) != (v_scale.dim() == 3):
-        raise RuntimeError(
-            "k_scale and v_scale must be of one kind, both for each token or neither, got shapes "
-            f"{tuple(k_scale.shape)} and {tuple(v_scale.shape)}"
-        )
-    for name, scale in named:
-        if scale.dim() == 3:
-            check_shape(name, scale, k_cache.shape[:3])
-            continue
-        message = (
-            f"{name} must have shape (), (1,), (num_heads_kv,) = ({num_heads_kv},) or, one for "
-            "each token and head, (num_pages, page_size, num_heads_kv), got "
-            f"{tuple(scale.shape)}"
-        )
-        if scale.dim() > 1:
-            raise RuntimeError(message)
-        if scale.dim() == 1 and not is_known(scale.shape[0] == 1):
-            refuse_if(scale.shape[0] != num_heads_kv, message)
-            check_last_stride(name, scale)
-    if k_scale.dim() < 3:
-        refuse_if(
-            k_scale.numel() != v_scale.numel(),
-            f"k_scale and v_scale must have one shape, got {tuple(k_scale.shape)} and "
-            f"{tuple(v_scale.shape)}",
-        )
-
-
-def check_caches(like_name: str, like: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-    """`like` are the numbers that go in, or the queries."""
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_rank(name, cache, 4, "(num_pages, page_size, num_heads_kv, head_dim)")
-    check_float(like_name, like)
-    if k_cache.dtype not in QUANTISED_DTYPES:
-        check_dtype("k_cache", k_cache, like.dtype)
-    check_dtype("v_cache", v_cache, k_cache.dtype)
 
 
 def check_results(q: Tensor, head_dim_v: Any, out: Tensor, lse: Tensor) -> None:
@@ -310,35 +336,11 @@ def check_results(q: Tensor, head_dim_v: Any, out: Tensor, lse: Tensor) -> None:
     check_shape("lse", lse, (*q.shape[:-3], q.shape[-2], q.shape[-3]))
 
 
-def check_tree_mask(
-    tree_mask: Tensor | None, q: Tensor, max_seqlen_q: Any, causal: bool, window_right: Any
-) -> None:
-    if tree_mask is None:
-        return
-    check_dtype("tree_mask", tree_mask, torch.int64)
-    check_device("tree_mask", tree_mask, q)
-    check_shape("tree_mask", tree_mask, q.shape[:-2])
-    check_last_stride("tree_mask", tree_mask)
-    if not causal:
-        refuse_if(
-            window_right != 0,
-            f"tree_mask needs causal (or window_right = 0), got window_right {window_right}",
-        )
-    rows = q.shape[-3]
-    longest = min(max_seqlen_q, rows) if q.dim() == 3 and isinstance(rows, int) else rows
-    if q.dim() == 4 or isinstance(rows, int):
-        refuse_if(
-            longest > MAX_DRAFT_TOKENS,
-            f"seqlen_q of q and max_seqlen_q must be at most {MAX_DRAFT_TOKENS} with tree_mask (a "
-            f"bit for each draft token), got {longest}",
-        )
-
-
 def check_gradients(
     dout: Tensor, dlse: Tensor | None, q: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> None:
     check_results(q, v.shape[-1], out, lse)
-    check_dtype("dout", dout, q.dtype)
+    check_same_dtype("dout", dout, "q", q)
     check_device("dout", dout, q)
     check_shape("dout", dout, out.shape)
     if dlse is not None:
@@ -352,26 +354,4 @@ def check_descales(q: Tensor, batch: Any, num_heads_kv: Any, *descales: Tensor |
         if descale is not None:
             check_device(name, descale, q)
             check_dtype(name, descale, torch.float32)
-            check_shape(name, descale, (batch, num_heads_kv))
-
-
-def check_write(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor,
-    k_scale: Tensor | None, v_scale: Tensor | None,
-) -> None:  # fmt: skip
-    check_rank("k", k, 3, "(num_tokens, num_heads_kv, head_dim)")
-    check_rank("v", v, 3, "(num_tokens, num_heads_kv, head_dim_v)")
-    check_caches("k", k, k_cache, v_cache)
-    check_dtype("v", v, k.dtype)
-    check_head_dim("head_dim of k", k)
-    check_head_dim("head_dim of v", v)
-    num_tokens, num_heads_kv, head_dim = k.shape
-    pages = k_cache.shape[:2]
-    check_shape("v", v, (num_tokens, num_heads_kv, v.shape[2]))
-    check_shape("k_cache", k_cache, (*pages, num_heads_kv, head_dim))
-    check_shape("v_cache", v_cache, (*pages, num_heads_kv, v.shape[2]))
-    check_vector("slot_mapping", slot_mapping, num_tokens, k, torch.int64)
-    for name, tensor in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
-        check_last_stride(name, tensor)
-        check_device(name, tensor, k)
-    check_scales(k_cache, k_scale, v_scale)
+            check_shape(name, descale, (batch, num_heads_kv), "(batch, num_heads_kv)")

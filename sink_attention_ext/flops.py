@@ -33,9 +33,9 @@ def _window(causal: bool, left: int, right: int, num_sink_tokens: int) -> Window
 
 
 def _sum_of_clamped(count: int, first: int, largest: int) -> int:
-    """Of ``first, first + 1, ...``, `count` numbers, each clamped to 0 ... largest."""
+    """The sum of `count` integers from first on, each clamped to 0 ... largest."""
 
-    def below(end: int) -> int:  # of all numbers from 0 on that are less than end
+    def below(end: int) -> int:  # the same sum over 0 ... end - 1
         if end <= 0:
             return 0
         rising = min(end, largest + 1)
@@ -46,16 +46,16 @@ def _sum_of_clamped(count: int, first: int, largest: int) -> int:
 
 def num_pairs(seqlen_q: int, seqlen_k: int, window: Window) -> int:
     """Pairs of a query and a key that count in one sequence and head."""
-    if not all(isinstance(number, int) for number in (seqlen_q, seqlen_k, *window)):
-        return seqlen_q * seqlen_k  # symbols: comparing them would make guards
+    if not all(isinstance(size, int) for size in (seqlen_q, seqlen_k, *window)):
+        return seqlen_q * seqlen_k  # symbolic sizes: a comparison would add a guard
     first = seqlen_k - seqlen_q  # the position of row 0
-    hides = 0 <= window.left < seqlen_k - 1  # left of the last row, which sees the fewest of them
-    if not hides and window.right <= 0:  # none, or causal
+    masks_left = 0 <= window.left < seqlen_k - 1  # some key left of the last row's window
+    if not masks_left and window.right <= 0:  # no mask, or causal
         return seqlen_q * seqlen_k
     pairs = seqlen_q * seqlen_k
     if window.right >= 0:
         pairs = _sum_of_clamped(seqlen_q, first + window.right + 1, seqlen_k)
-    if hides:
+    if masks_left:
         sink_tokens = min(window.num_sink_tokens, seqlen_k)
         pairs -= _sum_of_clamped(seqlen_q, first - window.left, seqlen_k)
         pairs += _sum_of_clamped(seqlen_q, first - window.left, sink_tokens)

@@ -46,8 +46,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sink_attention_ext import checks, ops, torch_context_parallel
+from sink_attention_ext import checks, explain, ops, torch_context_parallel
+from sink_attention_ext.dispatch_rules import below_autograd, needs_autograd
+from sink_attention_ext.fake_checks import FLOAT8
 from sink_attention_ext.reference import WindowSize
+
+NO_DESCALES = (None, None, None)
 
 
 def flash_attn_func(
@@ -125,28 +129,40 @@ def flash_attn_func(
         out.sum().backward()  # sinks.grad is the gradient of each head's sink
     """
     torch_context_parallel.refuse("flash_attn_func")
-    checks.check_qkv(q, k, v, (checks.Q_DENSE, checks.K_DENSE, checks.V_DENSE))
-    s_aux = checks.check_s_aux(s_aux, q.shape[2], q.device)
-    checks.check_bool("causal", causal)
-    checks.check_bool("deterministic", deterministic)
-    scale = checks.check_softmax_scale(softmax_scale, q.shape[-1], q.dtype)
-    options = (
-        scale,
-        causal,
-        *checks.check_window(window_size, causal),
-        checks.check_softcap(softcap, q.dtype, scale),
+    checks.check_bools(causal, deterministic, return_lse)
+    left, right = checks.window_bounds(window_size)
+    scale, softcap, num_sink_tokens = checks.check_number_types(
+        softmax_scale, softcap, num_sink_tokens
     )
-    num_sink_tokens = checks.check_num_sink_tokens(num_sink_tokens)
-    descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
-    checks.check_descales(q, q.shape[0], k.shape[2], **descales)
-    if q.dtype == checks.FLOAT8:
-        checks.refuse_float8_gradient(q, k, v, *descales.values(), s_aux)
-        out, lse = ops.flash_attn_fp8_fwd(
-            q, k, v, *descales.values(), s_aux, *options, num_sink_tokens
-        )
-    else:
-        out, lse = ops.flash_attn_fwd(q, k, v, s_aux, *options, deterministic, num_sink_tokens)
-    return (out, lse) if checks.check_bool("return_lse", return_lse) else out
+    descales = (q_descale, k_descale, v_descale)
+    try:
+        s_aux = checks.local_sinks(s_aux)
+        if q.dtype == FLOAT8:
+            scale = q.shape[-1] ** -0.5 if scale is None else scale
+            checks.refuse_float8_gradient(q, k, v, *descales, s_aux)
+            out, lse = ops.flash_attn_fp8_fwd(
+                q, k, v, *descales, s_aux, scale, causal, left, right, softcap, num_sink_tokens
+            )
+            return (out, lse) if return_lse else out
+        if descales != NO_DESCALES:
+            checks.refuse_descales(q, descales)
+        if needs_autograd(q, k, v, s_aux):
+            out, lse = ops.flash_attn_fwd(
+                q, k, v, s_aux, scale, causal, left, right, softcap, deterministic, num_sink_tokens
+            )
+        else:
+            with below_autograd():
+                out, lse = ops.flash_attn_fwd(
+                    q, k, v, s_aux, scale, causal, left, right, softcap, deterministic,
+                    num_sink_tokens,
+                )  # fmt: skip
+    except Exception:
+        explain.attention(
+            (q, k, v), explain.DENSE, s_aux, descales, scale, softcap,
+            (("window_size", left), ("window_size", right), ("num_sink_tokens", num_sink_tokens)),
+        )  # fmt: skip
+        raise
+    return (out, lse) if return_lse else out
 
 
 def flash_attn_varlen_func(
@@ -198,10 +214,11 @@ def flash_attn_varlen_func(
         total_q). dtypes, and accuracy with float8, as in flash_attn_func.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
-        RuntimeError: lengths inside cu_seqlens or seqused_k are out of range (checked by the
-            operator before it computes; on CUDA under set_debug_checks only), a second derivative
-            is taken, or a gradient with float8 q, k and v, or torch's context_parallel is on.
+        TypeError, ValueError: an argument does not fit, or lengths inside cu_seqlens or seqused_k
+            are out of range (looked at before anything is computed; on CUDA under set_debug_checks
+            only); the message names it.
+        RuntimeError: a second derivative is taken, or a gradient with float8 q, k and v, or torch's
+            context_parallel is on.
         NotImplementedError: under forward-mode AD, and torch.vmap over lengths.
 
     Example::
@@ -214,32 +231,46 @@ def flash_attn_varlen_func(
         )
     """
     torch_context_parallel.refuse("flash_attn_varlen_func")
-    checks.check_qkv(q, k, v, (checks.Q_PACKED, checks.K_PACKED, checks.V_PACKED))
-    checks.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, seqused_k, q.device)
-    s_aux = checks.check_s_aux(s_aux, q.shape[1], q.device)
-    checks.check_bool("causal", causal)
-    checks.check_bool("deterministic", deterministic)
-    scale = checks.check_softmax_scale(softmax_scale, q.shape[-1], q.dtype)
-    options = (
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seqused_k,
-        s_aux,
-        checks.check_max_seqlen("max_seqlen_q", max_seqlen_q),
-        checks.check_max_seqlen("max_seqlen_k", max_seqlen_k),
-        scale,
-        causal,
-        *checks.check_window(window_size, causal),
-        checks.check_softcap(softcap, q.dtype, scale),
+    checks.check_bools(causal, deterministic, return_lse)
+    left, right = checks.window_bounds(window_size)
+    scale, softcap, num_sink_tokens = checks.check_number_types(
+        softmax_scale, softcap, num_sink_tokens
     )
-    num_sink_tokens = checks.check_num_sink_tokens(num_sink_tokens)
-    descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
-    checks.check_descales(q, cu_seqlens_q.shape[0] - 1, k.shape[1], **descales)
-    if q.dtype == checks.FLOAT8:
-        checks.refuse_float8_gradient(q, k, v, *descales.values(), s_aux)
-        out, lse = ops.flash_attn_fp8_varlen_fwd(
-            q, k, v, *descales.values(), *options, num_sink_tokens
-        )
-    else:
-        out, lse = ops.flash_attn_varlen_fwd(q, k, v, *options, deterministic, num_sink_tokens)
-    return (out, lse) if checks.check_bool("return_lse", return_lse) else out
+    if type(max_seqlen_q) is not int:
+        max_seqlen_q = checks.check_max_seqlen("max_seqlen_q", max_seqlen_q)
+    if type(max_seqlen_k) is not int:
+        max_seqlen_k = checks.check_max_seqlen("max_seqlen_k", max_seqlen_k)
+    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_k)
+    descales = (q_descale, k_descale, v_descale)
+    try:
+        s_aux = checks.local_sinks(s_aux)
+        if q.dtype == FLOAT8:
+            scale = q.shape[-1] ** -0.5 if scale is None else scale
+            checks.refuse_float8_gradient(q, k, v, *descales, s_aux)
+            out, lse = ops.flash_attn_fp8_varlen_fwd(
+                q, k, v, *descales, *lengths, s_aux, max_seqlen_q, max_seqlen_k, scale, causal,
+                left, right, softcap, num_sink_tokens,
+            )  # fmt: skip
+            return (out, lse) if return_lse else out
+        if descales != NO_DESCALES:
+            checks.refuse_descales(q, descales)
+        if needs_autograd(q, k, v, s_aux):
+            out, lse = ops.flash_attn_varlen_fwd(
+                q, k, v, *lengths, s_aux, max_seqlen_q, max_seqlen_k, scale, causal, left, right,
+                softcap, deterministic, num_sink_tokens,
+            )  # fmt: skip
+        else:
+            with below_autograd():
+                out, lse = ops.flash_attn_varlen_fwd(
+                    q, k, v, *lengths, s_aux, max_seqlen_q, max_seqlen_k, scale, causal, left,
+                    right, softcap, deterministic, num_sink_tokens,
+                )  # fmt: skip
+    except Exception:
+        explain.attention(
+            (q, k, v), explain.PACKED, s_aux, descales, scale, softcap,
+            (("window_size", left), ("window_size", right), ("num_sink_tokens", num_sink_tokens),
+             ("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)),
+            lengths,
+        )  # fmt: skip
+        raise
+    return (out, lse) if return_lse else out

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sink_attention_ext import checks, ops
+from sink_attention_ext import checks, explain, ops
+from sink_attention_ext.dispatch_rules import below_autograd, needs_autograd
 from sink_attention_ext.tensor_kinds import check_kind
 
 _LAYOUTS = "(batch, seqlen, num_heads, head_dim) or (total, num_heads, head_dim)"
@@ -68,33 +69,36 @@ def merge_attn_states(
         far = flash_attn_func(q, k[:, :512], v[:, :512], return_lse=True)
         out, lse = merge_attn_states([near[0], far[0]], [near[1], far[1]], s_aux)
     """
-    for name, parts in (("outs", outs), ("lses", lses)):
-        if isinstance(parts, Tensor) or not isinstance(parts, Sequence):
-            raise TypeError(
-                f"{name} must be a list or tuple of tensors; got {type(parts).__name__}"
-            )
-    if len(outs) == 0 or len(outs) != len(lses):
-        raise ValueError(
-            f"outs and lses must have the same length of at least 1; got {len(outs)} outs and "
-            f"{len(lses)} lses"
-        )
-    for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
-        _check_part(f"outs[{i}]", out, f"lses[{i}]", lse)
-        if out.shape != outs[0].shape:
-            raise ValueError(
-                f"outs[{i}] must have the shape of outs[0], {tuple(outs[0].shape)}; got "
-                f"{tuple(out.shape)}"
-            )
-        if out.dtype != outs[0].dtype:
-            raise TypeError(
-                f"outs[{i}] must have the dtype of outs[0], {outs[0].dtype}; got {out.dtype}"
-            )
-        checks.check_device(f"outs[{i}]", out, outs[0].device)
-    checks.check_backend("outs[0]", outs[0])
-    s_aux = checks.check_s_aux(s_aux, outs[0].shape[-2], outs[0].device)
-    return ops.merge_attn_states(
-        [out.contiguous() for out in outs], [lse.contiguous() for lse in lses], s_aux
-    )
+    outs, lses = _parts("outs", outs), _parts("lses", lses)
+    try:
+        s_aux = checks.local_sinks(s_aux)
+        if needs_autograd(*outs, *lses, s_aux):
+            return ops.merge_attn_states(outs, lses, s_aux)
+        with below_autograd():
+            return ops.merge_attn_states(outs, lses, s_aux)
+    except Exception:
+        _explain_parts(outs, lses, s_aux)
+        raise
+
+
+def _parts(name: str, parts: Any) -> Sequence[Tensor]:
+    """As operators take them: a list or tuple. A tensor would pass for the list of its rows."""
+    if type(parts) is list or type(parts) is tuple:
+        return parts
+    if isinstance(parts, Tensor) or not isinstance(parts, Sequence):
+        raise TypeError(f"{name} must be a list or tuple of tensors; got {type(parts).__name__}")
+    return list(parts)
+
+
+def _explain_parts(outs: Sequence[Any], lses: Sequence[Any], s_aux: Any) -> None:
+    """Raises a TypeError about one of the arguments, if it is of a wrong kind."""
+    for i, out in enumerate(outs):
+        explain.tensor(f"outs[{i}]", out, ("...", "num_heads", "head_dim"))
+    for i, lse in enumerate(lses):
+        explain.tensor(f"lses[{i}]", lse, ("...", "num_heads", "rows"))
+    explain.optional_tensor("s_aux", s_aux, ("num_heads",))
+    if outs:
+        checks.check_backend("outs[0]", outs[0])
 
 
 def apply_sink(out: Tensor, lse: Tensor, s_aux: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,10 +13,12 @@ from typing import Any, NoReturn
 
 import torch
 
+from sink_attention_ext import fakes
+from sink_attention_ext.cache import fakes as cache_fakes
 from sink_attention_ext.fake_checks import lse_dtype as lse_dtype
-from sink_attention_ext.fakes import FAKE_KERNELS
 
 NAMESPACE = "sink_attention_ext"
+FAKE_KERNELS = fakes.FAKE_KERNELS | cache_fakes.FAKE_KERNELS
 
 
 def _load_library() -> Path | None:

@@ -187,13 +187,13 @@ def gather_pages(cache: Tensor, pages: Tensor, seqlen: int) -> Tensor:
 def quantise(
     tokens: Tensor, dtype: torch.dtype, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Keys or values as a cache of 8-bit elements holds them, to be read as stored * scale.
+    """Keys or values as an 8-bit cache holds them: value = stored * scale.
 
     Args:
         tokens: (..., num_heads_kv, head_dim), read as float32.
         dtype: float8_e4m3fn or int8.
         scale: float32 of shape (), (1,) or (num_heads_kv,); None: one for each token and head, its
-            largest finite magnitude over the largest number of dtype, 1 where that is 0.
+            largest finite magnitude over dtype's largest value, 1 where that is 0.
 
     Returns:
         stored, like tokens in `dtype`: tokens / scale, saturated to +-448 or +-127, ties to even;

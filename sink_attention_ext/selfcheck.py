@@ -44,9 +44,9 @@ def _max_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def _randn(*shape: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """The same numbers on every device: drawn on the CPU, moved to torch's default device."""
-    numbers = torch.randn(*shape, dtype=torch.float64, generator=generator, device="cpu")
-    return numbers.to(torch.get_default_device(), dtype)
+    """The same values on every device: drawn on the CPU, moved to torch's default device."""
+    values = torch.randn(*shape, dtype=torch.float64, generator=generator, device="cpu")
+    return values.to(torch.get_default_device(), dtype)
 
 
 def _qkv(
@@ -72,7 +72,7 @@ def _with_gradients(
     (out.double().sum() + lse[lse.isfinite()].double().sum()).backward()
     names = ("dq", "dk", "dv", "ds_aux")
     gradients = {n: t.grad for n, t in zip(names, (q, k, v, s_aux), strict=True)}
-    # ds_aux sums over every row: its error is judged by the number of them.
+    # ds_aux is a sum over all rows, so its tolerance grows with their number.
     gradients["ds_aux"] = gradients["ds_aux"] / (q.numel() / (NUM_HEADS_Q * HEAD_DIM))
     return {"out": out.detach(), "lse": lse.detach(), **gradients}
 

@@ -26,7 +26,7 @@ def check_kind(name: str, tensor: Tensor) -> None:
 
 
 def check_written_kind(name: str, tensor: Tensor) -> None:
-    """The same for a tensor that is written in place, whose bits must be its numbers. Dynamo cannot
+    """The same for a tensor that is written in place, whose bits must be its values. Dynamo cannot
     trace the question; the operator asks it again while the graph is traced."""
     if not torch.compiler.is_compiling() and (tensor.is_neg() or tensor.is_conj()):
         raise TypeError(

@@ -32,8 +32,8 @@ def _reaches_hopper(item: pytest.Item, params: dict[str, Any], case: Any) -> boo
     if not item.get_closest_marker("sm90") or item.get_closest_marker("not_on_sm90"):
         return False
     if not isinstance(case, cases.AttentionCase):
-        in_chunks = params.get("head_dim", 64) % 8 == 0 and params.get("layout") not in UNALIGNED
-        return in_chunks and params.get("dtype", torch.bfloat16) in cases.HALF_DTYPES
+        is_aligned = params.get("head_dim", 64) % 8 == 0 and params.get("layout") not in UNALIGNED
+        return is_aligned and params.get("dtype", torch.bfloat16) in cases.HALF_DTYPES
     if item.get_closest_marker("no_sm90_blocks"):
         return case.dtype in cases.HALF_DTYPES
     if getattr(case, "layout", None) in UNALIGNED:

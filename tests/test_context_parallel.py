@@ -323,7 +323,7 @@ def refused_before_a_message(rank: int) -> None:
         "q must have dtype float64, float32, .* got torch.float8": (float8, float8, float8),
         "q must have dtype": (q.long(), q.long(), q.long()),
         "v must": (q, q, q.double()),
-        "q must hold numbers": (q.to("meta"),) * 3,
+        "q must hold values": (q.to("meta"),) * 3,
         "k must have": (q, q[:, :3], q[:, :3]),
         "s_aux must have dtype": {"s_aux": sinks.to(torch.int8)},
         "softcap": {"softcap": -1.0},

@@ -47,7 +47,7 @@ def test_one_meta_tensor_among_real_ones_is_refused_and_nothing_written(name: st
     assert len(before) > 1
     for container, key, tensor in list(places(arguments)):
         container[key] = tensor.to(META)
-        with pytest.raises(RuntimeError, match="must be on the device of the first argument"):
+        with pytest.raises(ValueError, match="must be on .* like the other tensors"):
             op(*arguments[0], **arguments[1])
         container[key] = tensor
     for tensor, copy in zip(tensors(arguments), before, strict=True):
@@ -64,7 +64,7 @@ def test_one_real_tensor_among_meta_ones_is_refused(name: str) -> None:
         container[key] = tensor.to(META)
     for (container, key, tensor), other in zip(list(places(arguments)), real, strict=True):
         container[key] = other
-        with pytest.raises(RuntimeError, match="must be on the device of the first argument"):
+        with pytest.raises(ValueError, match="must be on .* like the other tensors"):
             op(*arguments[0], **arguments[1])
         container[key] = tensor
     op(*arguments[0], **arguments[1])  # all of them together are fine
@@ -159,7 +159,7 @@ def test_every_bad_number_is_refused(name: str) -> None:
             if is_unused:
                 op(*arguments[0], **arguments[1])
                 continue
-            with pytest.raises(RuntimeError, match=argument.replace("_", ".")):
+            with pytest.raises(ValueError, match=argument):
                 op(*arguments[0], **arguments[1])
 
 

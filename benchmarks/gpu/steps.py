@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
-# The reduced matrix: tests marked as small and of every kind.
+# The reduced grid: tests marked as small and of every kind.
 REDUCED = ["-m", "sanitize and not slow"]
 FAMILIES = ("sm90", "sm80")  # of kernels on tensor cores, between which a Hopper card chooses
 QUICK_SANITIZED = ["tests/test_dense.py", "tests/test_gradients.py", "tests/test_paged.py"]
@@ -167,11 +167,11 @@ def card_steps(out: Path, quick: bool) -> list[Step]:
 
 
 def dry_steps(out: Path, quick: bool) -> list[Step]:
-    """The same list, with an emulated step that needs no card where there is one."""
+    """The same list; steps that need a card are replaced by ones that do not, if there are any."""
     emulated = pytest(out, "emulated-tests", *matrix_files(), "-k", "emulated", *REDUCED)
     plan = python("-m", "gpu.plan") + (["--quick"] if quick else [])
     no_nvcc = None if cuda_program("nvcc") else "no nvcc on PATH or in CUDA_HOME"
-    emulated_steps = {
+    without_card = {
         "build": [
             Step("build", python("setup.py", "build_ext", "--inplace"), 15, {"SINK_CUDA": "0"}),
             Step("kernels", python("setup.py", "--quiet", "check_cuda"), 20, reason=no_nvcc),
@@ -188,8 +188,8 @@ def dry_steps(out: Path, quick: bool) -> list[Step]:
     for step in card_steps(out, quick):
         if step.name in ("environment", "self-check"):
             steps.append(step)
-        elif step.name in emulated_steps:
-            steps += emulated_steps[step.name]
+        elif step.name in without_card:
+            steps += without_card[step.name]
         if step.name not in ("environment", "build", "self-check"):
             steps.append(Step(step.name, [], 0, reason=step.reason or "needs a card"))
     return steps

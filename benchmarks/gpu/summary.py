@@ -73,7 +73,7 @@ def markdown(environment: dict, outcomes: list[Outcome], title: str) -> str:
 
 
 def write(out: Path, outcomes: list[Outcome], arguments: dict) -> None:
-    """Both files, rewritten: a run that is killed later leaves what it has."""
+    """Both files, after each step: a run that is killed later keeps its results so far."""
     try:
         environment = json.loads((out / "environment.json").read_text())
     except (OSError, ValueError):

@@ -1,5 +1,5 @@
-// Tensors that an op writes have memory of their own: no two elements in one place, none in common
-// with another tensor of the call.
+// The check that tensors which an op writes do not overlap: neither within themselves, nor with
+// another tensor of the call.
 #pragma once
 
 #include <initializer_list>
@@ -18,16 +18,16 @@ struct NamedTensor {
       : name(name), tensor(tensor ? &*tensor : nullptr) {}
 };
 
-// read: may share memory among each other. Costs next to nothing where byte ranges are apart.
+// Tensors in `read` may overlap each other. The check is cheap if byte ranges are disjoint.
 void check_memory(std::initializer_list<NamedTensor> written,
                   std::initializer_list<NamedTensor> read);
 
-// Whether values are the first columns of the keys, in the caches and in what is written to them,
-// as latent attention (MLA) has them: then both writes put the same bytes in the same places.
+// Whether values are the first columns of the keys, both in the caches and in the new tokens, as in
+// latent attention (MLA). Both writes then put the same bytes at the same addresses.
 bool values_are_part_of_keys(const Tensor& k, const Tensor& v, const Tensor& k_cache,
                              const Tensor& v_cache);
 
-// The second half of that alone: no element of `read` lies in one of `written`.
+// Only the second half of check_memory: no tensor of `read` overlaps one of `written`.
 void check_read_memory(std::initializer_list<NamedTensor> written,
                        std::initializer_list<NamedTensor> read);
 

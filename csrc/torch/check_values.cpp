@@ -14,13 +14,13 @@ using attention::FlashFwdParams;
 
 void check_cu_seqlens(const int32_t* cu_seqlens, const char* name, int64_t batch, int64_t rows,
                       const char* rows_name) {
-  check(cu_seqlens[0] == 0, name, "[0] must be 0, got ", cu_seqlens[0]);
+  check(cu_seqlens[0] == 0, name, "[0] must be 0; got ", cu_seqlens[0]);
   for (int64_t i = 1; i <= batch; ++i) {
-    check(cu_seqlens[i] >= cu_seqlens[i - 1], name, " must not fall, got ", name, "[", i,
+    check(cu_seqlens[i] >= cu_seqlens[i - 1], name, " must not fall; got ", name, "[", i,
           "] = ", cu_seqlens[i], " after ", cu_seqlens[i - 1]);
   }
   check(cu_seqlens[batch] <= rows, name, "[", batch, "] must be at most ", rows_name, " = ", rows,
-        ", got ", cu_seqlens[batch]);
+        "; got ", cu_seqlens[batch]);
 }
 
 void check_seqused_k(const FlashFwdParams& params) {
@@ -32,7 +32,7 @@ void check_seqused_k(const FlashFwdParams& params) {
       meaning = "the sequence's keys";
     }
     check(params.seqused_k[b] >= 0 && params.seqused_k[b] <= capacity, "seqused_k[", b,
-          "] must be in [0, ", capacity, "] (", meaning, "), got ", params.seqused_k[b]);
+          "] must be in [0, ", capacity, "] (", meaning, "); got ", params.seqused_k[b]);
   }
 }
 
@@ -46,7 +46,7 @@ void check_block_table(const FlashFwdParams& params, int64_t batch_idx, int64_t 
   for (int64_t idx = 0; idx < read.count(); ++idx) {
     const int64_t i = read.block(idx);
     check(pages[i] >= 0 && pages[i] < num_pages, "block_table[", batch_idx, ", ", i,
-          "] must be in [0, ", num_pages, ") (k_cache's pages), got ", pages[i]);
+          "] must be in [0, ", num_pages, ") (k_cache's pages); got ", pages[i]);
   }
 }
 
@@ -61,7 +61,7 @@ void check_scales(const Params& params) {
     const int64_t count = params.kv_scale_stride == 0 ? 1 : params.num_heads_kv;
     for (int64_t i = 0; i < count; ++i) {
       check(can_scale(scale[i]), name, "[", i,
-            "] must be finite, of a magnitude from 2**-126 to 2**126, got ", scale[i]);
+            "] must be finite, of a magnitude from 2**-126 to 2**126; got ", scale[i]);
     }
   }
 }
@@ -73,7 +73,7 @@ void check_tree_mask(const FlashFwdParams& params, int64_t batch_idx) {
   for (int64_t i = 0; i < info.seqlen_q; ++i) {
     check(static_cast<uint64_t>(tree[i]) >> i == 1, "tree_mask must have bit ", i,
           " set and none above it in the word of draft token ", i, " of sequence ", batch_idx,
-          ", got ", tree[i]);
+          "; got ", tree[i]);
   }
 }
 
@@ -96,10 +96,10 @@ void check_values(const FlashFwdParams& params, const Extent& extent) {
   for (int64_t b = 0; b < params.batch; ++b) {
     const attention::SeqlenInfo info = attention::seqlen_info(params, b);
     check(info.seqlen_q <= params.seqlen_q,
-          "max_seqlen_q must be at least every sequence's length, got ", params.seqlen_q,
+          "max_seqlen_q must be at least every sequence's length; got ", params.seqlen_q,
           " but sequence ", b, " has ", info.seqlen_q, " queries");
     check(info.seqlen_k <= params.seqlen_k,
-          "max_seqlen_k must be at least every sequence's length, got ", params.seqlen_k,
+          "max_seqlen_k must be at least every sequence's length; got ", params.seqlen_k,
           " but sequence ", b, " has ", info.seqlen_k, " keys");
     if (params.block_table != nullptr) check_block_table(params, b, extent.num_pages);
     if (params.tree_mask != nullptr) check_tree_mask(params, b);
@@ -112,7 +112,7 @@ void check_values(const attention::ReshapeAndCacheParams& params, int64_t num_pa
   for (int64_t token = 0; token < params.num_tokens; ++token) {
     const int64_t slot = params.slot_mapping[token];
     check(slot >= -1 && slot < num_slots, "slot_mapping[", token, "] must be -1 (skip) or in [0, ",
-          num_slots, ") (num_pages * page_size), got ", slot);
+          num_slots, ") (num_pages * page_size); got ", slot);
   }
 }
 

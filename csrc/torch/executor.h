@@ -1,4 +1,4 @@
-// The Executor that lends torch's own threads to the CPU backend.
+// An Executor on torch's own thread pool.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -11,10 +11,10 @@
 
 namespace sink_attention::binding {
 
-// torch's pool runs min(threads, tasks) workers, each of which takes tasks from one counter. Inside
-// another parallel region torch runs the first worker alone, which then takes every task. An
-// exception crosses torch's C interface as an error code without its message, so the first one is
-// carried around it; the others' remaining tasks are dropped.
+// torch's pool runs min(threads, tasks) workers, which take tasks from one counter. Inside another
+// parallel region torch runs only the first worker, which then takes every task. torch's C
+// interface turns an exception into an error code without its message. So the first exception is
+// kept and thrown again here; the remaining tasks are dropped.
 inline void run_on_torch_threads(void* context, int num_tasks,
                                  void (*task)(void* arg, int task_idx), void* arg) {
   if (num_tasks <= 0) return;

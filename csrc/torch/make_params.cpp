@@ -2,24 +2,20 @@
 
 #include <algorithm>
 
-#include "attention/mask.h"
-#include "attention/paged_kv.h"
+#include "torch/set_params.h"
 
 namespace sink_attention::binding {
 namespace {
 
 using attention::FlashFwdParams;
 using attention::MergeParams;
-using attention::ReshapeAndCacheParams;
 
-constexpr int64_t kMaxHeadDim = 256;
-constexpr const char* kDense = "(batch, seqlen, num_heads, head_dim)";
-constexpr const char* kVarlen = "(total, num_heads, head_dim)";
-constexpr const char* kPaged = "(num_pages, page_size, num_heads_kv, head_dim)";
+// Names in messages: of k and v and of their dimensions before (num_heads_kv, head_dim).
+constexpr KeyNames kDenseKeys{"k", "v", {"batch", "seqlen_k"}};
+constexpr KeyNames kPackedKeys{"k", "v", {"total_k", nullptr}};
 
-void check_dim_range(const char* name, int64_t value, int64_t largest) {
-  check(value >= 1 && value <= largest, name, " must be in [1, ", largest, "], got ", value);
-}
+// Wider than any sequence. Wider windows are clamped to it, so that no sum with a length overflows.
+constexpr int64_t kWidestWindow = int64_t{1} << 40;
 
 // Of what scores are multiplied with, which is computed in float32, in float64 for float64.
 struct FactorRange {
@@ -42,39 +38,21 @@ void check_factors(double softmax_scale, double softcap, DataType dtype) {
     return std::abs(value) >= range.least && std::abs(value) <= range.largest;
   };
   check(has_range(softmax_scale), "softmax_scale must be finite and not 0, its magnitude from ",
-        range.text, "; got ", softmax_scale);
+        range.text, "; got ", Float{softmax_scale},
+        " (the argument after v is softmax_scale, not FlashAttention 2's dropout_p)");
   if (softcap == 0) return;
   check(softcap > 0 && has_range(softcap), "softcap must be finite and at least 0, 0.0 (none) or ",
-        range.text, "; got ", softcap);
+        range.text, "; got ", Float{softcap});
   check(std::abs(softmax_scale) / softcap <= range.largest_ratio,
         "softmax_scale / softcap must have a magnitude of at most ", range.largest_ratio, "; got ",
-        softmax_scale, " / ", softcap);
+        Float{softmax_scale}, " / ", Float{softcap});
 }
 
-void set_mask(FlashFwdParams& params, const MaskArgs& mask) {
-  check_factors(mask.softmax_scale, mask.softcap, params.dtype);
-  check(mask.window_left >= -1, "window_left must be >= -1 (-1: unbounded), got ",
-        mask.window_left);
-  check(mask.window_right >= -1, "window_right must be >= -1 (-1: unbounded), got ",
-        mask.window_right);
-  check(mask.num_sink_tokens >= 0, "num_sink_tokens must be >= 0, got ", mask.num_sink_tokens);
-  params.softmax_scale = mask.softmax_scale;
-  params.softcap = mask.softcap;
-  params.num_sink_tokens = mask.num_sink_tokens;
-  // Wider than any sequence: clamped, so that no sum with a length overflows.
-  constexpr int64_t kWidest = int64_t{1} << 40;
-  params.window_left = std::min(mask.window_left, kWidest);
-  params.window_right = mask.causal ? 0 : std::min(mask.window_right, kWidest);
-}
-
-const void* sink_data(const std::optional<Tensor>& s_aux, int64_t num_heads, const Tensor& q,
-                      DataType& dtype) {
-  if (!s_aux) return nullptr;
-  check_same_device(*s_aux, "s_aux", q);
-  dtype = float_type(*s_aux, "s_aux");
-  check_shape(*s_aux, "s_aux", {num_heads});
-  check_unit_last_stride(*s_aux, "s_aux");
-  return s_aux->const_data_ptr();
+int64_t window_bound(int64_t bound, const char* name) {
+  check(bound >= -1,
+        "window_size must hold numbers of tokens from 0, or -1 for unbounded; got window_", name,
+        " = ", bound);
+  return std::min(bound, kWidestWindow);
 }
 
 DataType numbers_type(const Tensor& q, Numbers numbers) {
@@ -83,164 +61,117 @@ DataType numbers_type(const Tensor& q, Numbers numbers) {
   return DataType::kFloat8E4M3;
 }
 
-// Heads, head dims, dtypes and data of q, k and v; row and head are the dimensions that k and v
-// count from.
-void set_qkv(FlashFwdParams& params, const Tensor& q, const Tensor& k, const Tensor& v,
-             const char* k_name, const char* v_name, Numbers numbers = Numbers::kFloat) {
-  params.dtype = numbers_type(q, numbers);
-  params.kv_dtype = params.dtype;
-  check_same_device(k, k_name, q);
-  check_same_device(v, v_name, q);
-  check_unit_last_stride(q, "q");
-  check_unit_last_stride(k, k_name);
-  check_unit_last_stride(v, v_name);
-  const int64_t q_rank = q.dim(), k_rank = k.dim();
-  params.num_heads_q = q.size(q_rank - 2);
-  params.head_dim = q.size(q_rank - 1);
-  params.num_heads_kv = k.size(k_rank - 2);
-  params.head_dim_v = v.size(k_rank - 1);
-  for (int64_t i = 0; i < k_rank - 1; ++i) {
-    check(v.size(i) == k.size(i), v_name, " must have ", k_name, "'s shape ", shape_of(k),
-          " but for the last dimension, got ", shape_of(v));
-  }
-  check(k.size(k_rank - 1) == params.head_dim, k_name, " must have q's head_dim ", params.head_dim,
-        ", got ", k.size(k_rank - 1));
-  check_dim_range("head_dim of q", params.head_dim, kMaxHeadDim);
-  check_dim_range("head_dim of v", params.head_dim_v, kMaxHeadDim);
-  check(params.num_heads_kv >= 1 && params.num_heads_q >= 1 &&
-            params.num_heads_q % params.num_heads_kv == 0,
-        "num_heads of q must be a multiple of num_heads of ", k_name, ", got ", params.num_heads_q,
-        " and ", params.num_heads_kv);
-  params.q = q.const_data_ptr();
-  params.k = k.const_data_ptr();
-  params.v = v.const_data_ptr();
-  params.total_q = q_rank == 4 ? q.size(0) * q.size(1) : q.size(0);
-  params.q_stride_batch = q_rank == 4 ? q.stride(0) : 0;
-  params.q_stride_row = q.stride(q_rank - 3);
-  params.q_stride_head = q.stride(q_rank - 2);
-  params.k_stride_batch = k_rank == 4 ? k.stride(0) : 0;
-  params.k_stride_row = k.stride(k_rank - 3);
-  params.k_stride_head = k.stride(k_rank - 2);
-  params.v_stride_batch = k_rank == 4 ? v.stride(0) : 0;
-  params.v_stride_row = v.stride(k_rank - 3);
-  params.v_stride_head = v.stride(k_rank - 2);
-}
-
-// What a cache holds: float8, int8, or numbers of q's dtype.
-DataType cache_type(const Tensor& cache, const char* name, const Tensor& q, DataType q_type) {
-  if (cache.scalar_type() == ScalarType::Float8_e4m3fn) return DataType::kFloat8E4M3;
-  if (cache.scalar_type() == ScalarType::Char) return DataType::kInt8;
-  check_dtype(cache, name, q.scalar_type());
-  return q_type;
-}
-
-bool are_token_scales(const std::optional<Tensor>& scale) { return scale && scale->dim() == 3; }
-
-// Scales of k or v per tensor or kv head, float32 of shape (), (1,) or (num_heads_kv,).
-const float* cache_scale(const Tensor& scale, const char* name, const Tensor& cache) {
-  const int64_t num_heads_kv = cache.size(2);
-  const bool one = scale.dim() == 0 || (scale.dim() == 1 && scale.size(0) == 1);
-  check(one || (scale.dim() == 1 && scale.size(0) == num_heads_kv), name,
-        " must have shape (), (1,), (num_heads_kv,) = (", num_heads_kv,
-        ",) or, one for each token and head, (num_pages, page_size, num_heads_kv), got ",
-        shape_of(scale));
-  if (!one) check_unit_last_stride(scale, name);
-  return scale.const_data_ptr<float>();
-}
-
-template <class T>
-T* float_data(const Tensor& tensor) {
-  if constexpr (std::is_const_v<T>) {
-    return tensor.const_data_ptr<float>();
-  } else {
-    return static_cast<float*>(tensor.mutable_data_ptr());
-  }
-}
-
-// 8-bit caches come with both scales, of one kind; others with none. Token scales, as large as the
-// cache but for head_dim, are left in token_scales as T* (const where they are only read).
-template <class T, class Params>
-void set_cache_scales(Params& params, DataType cache_dtype, const Tensor& k_cache,
-                      const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
-  const std::pair<const char*, const std::optional<Tensor>*> scales[] = {{"k_scale", &k_scale},
-                                                                         {"v_scale", &v_scale}};
-  for (const auto& [name, scale] : scales) {
-    if (!attention::is_8_bit(cache_dtype)) {
-      check(!*scale, name, " is only for float8_e4m3fn and int8 caches");
-      continue;
-    }
-    check(scale->has_value(), name, " is needed for a ", dtype_name(k_cache.scalar_type()),
-          " cache");
-    check_same_device(**scale, name, k_cache);
-    check_dtype(**scale, name, ScalarType::Float);
-  }
-  if (!attention::is_8_bit(cache_dtype)) return;
-  check(are_token_scales(k_scale) == are_token_scales(v_scale),
-        "k_scale and v_scale must be of one kind, both for each token or neither, got shapes ",
-        shape_of(*k_scale), " and ", shape_of(*v_scale));
-  if (!are_token_scales(k_scale)) {
-    params.k_scale = cache_scale(*k_scale, "k_scale", k_cache);
-    params.v_scale = cache_scale(*v_scale, "v_scale", k_cache);
-    check(k_scale->numel() == v_scale->numel(), "k_scale and v_scale must have one shape, got ",
-          shape_of(*k_scale), " and ", shape_of(*v_scale));
-    params.kv_scale_stride = k_scale->numel() > 1 ? 1 : 0;
-    return;
-  }
-  for (const auto& [name, scale] : scales) {
-    check_shape(**scale, name, {k_cache.size(0), k_cache.size(1), k_cache.size(2)});
-  }
-  params.k_token_scales = float_data<T>(*k_scale);
-  params.k_scale_stride_page = k_scale->stride(0);
-  params.k_scale_stride_slot = k_scale->stride(1);
-  params.k_scale_stride_head = k_scale->stride(2);
-  params.v_token_scales = float_data<T>(*v_scale);
-  params.v_scale_stride_page = v_scale->stride(0);
-  params.v_scale_stride_slot = v_scale->stride(1);
-  params.v_scale_stride_head = v_scale->stride(2);
-}
-
-// int64, a word for each row of q; set_mask and the lengths come first.
-void set_tree_mask(FlashFwdParams& params, const std::optional<Tensor>& tree_mask,
-                   const Tensor& q) {
-  if (!tree_mask) return;
-  const bool packed = q.dim() == 3;
-  check_dtype(*tree_mask, "tree_mask", ScalarType::Long);
-  check_same_device(*tree_mask, "tree_mask", q);
-  if (packed) {
-    check_shape(*tree_mask, "tree_mask", {q.size(0)});
-  } else {
-    check_shape(*tree_mask, "tree_mask", {q.size(0), q.size(1)});
-  }
-  check_unit_last_stride(*tree_mask, "tree_mask");
-  check(params.window_right == 0, "tree_mask needs causal (or window_right = 0), got window_right ",
-        params.window_right);
-  check(params.seqlen_q <= attention::kMaxDraftTokens,
-        packed ? "max_seqlen_q must be at most " : "seqlen_q of q must be at most ",
-        attention::kMaxDraftTokens, " with tree_mask (a bit for each draft token), got ",
-        params.seqlen_q);
-  static const int64_t no_words = 0;  // an empty mask is still one
-  params.tree_mask = tree_mask->numel() > 0 ? tree_mask->const_data_ptr<int64_t>() : &no_words;
-  params.tree_mask_stride = packed ? 0 : tree_mask->stride(0);
+// What to do about sinks of all heads beside one tensor parallel rank's share of the heads.
+struct UnshardedSinks {
+  const Tensor& s_aux;
+  int64_t num_heads;
+};
+std::ostream& operator<<(std::ostream& text, const UnshardedSinks& hint) {
+  if (hint.s_aux.dim() != 1 || hint.num_heads == 0) return text;
+  const int64_t num_sinks = hint.s_aux.size(0);
+  if (num_sinks <= hint.num_heads || num_sinks % hint.num_heads != 0) return text;
+  return text << ". s_aux has " << num_sinks << " logits, q has " << hint.num_heads
+              << " heads: under tensor parallelism shard the sinks with the heads "
+                 "(GPT_OSS_TP_PLAN or shard_s_aux of sink_attention_ext.parallel)";
 }
 
 }  // namespace
+
+void check_head_dim(int64_t head_dim, const Tensor& tensor, const char* name,
+                    const char* dim_name) {
+  check(head_dim >= 1 && head_dim <= kMaxHeadDim, name, " must have ", dim_name, " from 1 to ",
+        kMaxHeadDim, "; got ", head_dim, " (shape ", shape_of(tensor), ")");
+}
+
+void set_mask(FlashFwdParams& params, const MaskArgs& mask) {
+  // As Python computes head_dim ** -0.5.
+  params.softmax_scale = mask.softmax_scale ? *mask.softmax_scale
+                                            : std::pow(static_cast<double>(params.head_dim), -0.5);
+  params.softcap = mask.softcap;
+  check_factors(params.softmax_scale, params.softcap, params.dtype);
+  params.window_left = window_bound(mask.window_left, "left");
+  const int64_t right = window_bound(mask.window_right, "right");
+  params.window_right = mask.causal ? 0 : right;
+  check(mask.num_sink_tokens >= 0,
+        "num_sink_tokens must be at least 0, the first tokens that stay visible beside a sliding "
+        "window; got ",
+        mask.num_sink_tokens);
+  params.num_sink_tokens = mask.num_sink_tokens;
+}
+
+const void* sink_data(const std::optional<Tensor>& s_aux, int64_t num_heads, const Tensor& q,
+                      DataType& dtype) {
+  if (!s_aux) return nullptr;
+  check(s_aux->dim() == 1 && s_aux->size(0) == num_heads,
+        "s_aux must have shape (num_heads_q,) = (", num_heads,
+        ",), one sink per query head; got shape ", shape_of(*s_aux),
+        UnshardedSinks{*s_aux, num_heads});
+  dtype = float_type(*s_aux, "s_aux");
+  check_same_device(*s_aux, "s_aux", q);
+  check_unit_last_stride(*s_aux, "s_aux");
+  return s_aux->const_data_ptr();
+}
+
+void set_qkv(FlashFwdParams& params, const Tensor& q, const Tensor& k, const Tensor& v,
+             const KeyNames& names, Numbers numbers) {
+  params.dtype = numbers_type(q, numbers);
+  params.kv_dtype = params.dtype;
+  check_same_device(k, names.k, q);
+  check_same_device(v, names.v, q);
+  const auto q_sizes = q.sizes(), k_sizes = k.sizes(), v_sizes = v.sizes();
+  const auto q_strides = q.strides(), k_strides = k.strides(), v_strides = v.strides();
+  const size_t q_rank = q_sizes.size(), k_rank = k_sizes.size();
+  params.num_heads_q = q_sizes[q_rank - 2];
+  params.head_dim = q_sizes[q_rank - 1];
+  params.num_heads_kv = k_sizes[k_rank - 2];
+  params.head_dim_v = v_sizes[k_rank - 1];
+  check(params.num_heads_q >= 1, "q must have num_heads_q of at least 1; got shape ", shape_of(q));
+  check(params.num_heads_kv >= 1 && params.num_heads_q % params.num_heads_kv == 0, names.k,
+        " must have num_heads_kv that divides num_heads_q = ", params.num_heads_q, "; got ",
+        params.num_heads_kv, " (shape ", shape_of(k), ")");
+  check_size(v, names.v, k_rank - 2, "num_heads_kv", params.num_heads_kv, names.k);
+  check_head_dim(params.head_dim, q, "q", "head_dim");
+  check_head_dim(params.head_dim_v, v, names.v, "head_dim_v");
+  check_size(k, names.k, k_rank - 1, "head_dim", params.head_dim, "q");
+  check_unit_last_stride(q, "q");
+  check_unit_last_stride(k, names.k);
+  check_unit_last_stride(v, names.v);
+  for (size_t i = 0; i + 2 < k_rank; ++i) {
+    check_size(v, names.v, i, names.dims[i], k_sizes[i], names.k);
+  }
+  params.q = q.const_data_ptr();
+  params.k = k.const_data_ptr();
+  params.v = v.const_data_ptr();
+  params.total_q = q_rank == 4 ? q_sizes[0] * q_sizes[1] : q_sizes[0];
+  params.q_stride_batch = q_rank == 4 ? q_strides[0] : 0;
+  params.q_stride_row = q_strides[q_rank - 3];
+  params.q_stride_head = q_strides[q_rank - 2];
+  params.k_stride_batch = k_rank == 4 ? k_strides[0] : 0;
+  params.k_stride_row = k_strides[k_rank - 3];
+  params.k_stride_head = k_strides[k_rank - 2];
+  params.v_stride_batch = k_rank == 4 ? v_strides[0] : 0;
+  params.v_stride_row = v_strides[k_rank - 3];
+  params.v_stride_head = v_strides[k_rank - 2];
+}
 
 FlashFwdParams make_dense_params(const Tensor& q, const Tensor& k, const Tensor& v,
                                  const std::optional<Tensor>& s_aux, const MaskArgs& mask,
                                  Numbers numbers) {
   FlashFwdParams params{};
-  check_rank(q, "q", 4, kDense);
-  check_rank(k, "k", 4, kDense);
-  check_rank(v, "v", 4, kDense);
-  check_dtype(k, "k", q.scalar_type());
-  check_dtype(v, "v", q.scalar_type());
-  set_qkv(params, q, k, v, "k", "v", numbers);
-  check(k.size(0) == q.size(0), "k must have q's batch size ", q.size(0), ", got ", k.size(0));
+  check_rank(q, "q", 4, "(batch, seqlen_q, num_heads_q, head_dim)");
+  check_rank(k, "k", 4, "(batch, seqlen_k, num_heads_kv, head_dim)");
+  check_rank(v, "v", 4, "(batch, seqlen_k, num_heads_kv, head_dim_v)");
+  numbers_type(q, numbers);  // what q cannot be comes before what k and v then should
+  check_same_dtype(k, "k", q, "q");
+  check_same_dtype(v, "v", q, "q");
+  const auto q_sizes = q.sizes(), k_sizes = k.sizes();
+  params.batch = q_sizes[0];
+  check_size(k, "k", 0, "batch", params.batch, "q");
+  set_qkv(params, q, k, v, kDenseKeys, numbers);
   params.s_aux = sink_data(s_aux, params.num_heads_q, q, params.s_aux_dtype);
-  params.batch = q.size(0);
-  params.seqlen_q = q.size(1);
-  params.seqlen_k = k.size(1);
-  params.total_k = k.size(0) * k.size(1);
+  params.seqlen_q = q_sizes[1];
+  params.seqlen_k = k_sizes[1];
+  params.total_k = k_sizes[0] * k_sizes[1];
   set_mask(params, mask);
   return params;
 }
@@ -249,26 +180,33 @@ FlashFwdParams make_varlen_params(const Tensor& q, const Tensor& k, const Tensor
                                   const std::optional<Tensor>& s_aux, const VarlenArgs& varlen,
                                   const MaskArgs& mask, Numbers numbers) {
   FlashFwdParams params{};
-  check_rank(q, "q", 3, kVarlen);
-  check_rank(k, "k", 3, kVarlen);
-  check_rank(v, "v", 3, kVarlen);
-  check_dtype(k, "k", q.scalar_type());
-  check_dtype(v, "v", q.scalar_type());
-  set_qkv(params, q, k, v, "k", "v", numbers);
+  check_rank(q, "q", 3, "(total_q, num_heads_q, head_dim)");
+  check_rank(k, "k", 3, "(total_k, num_heads_kv, head_dim)");
+  check_rank(v, "v", 3, "(total_k, num_heads_kv, head_dim_v)");
+  numbers_type(q, numbers);  // what q cannot be comes before what k and v then should
+  check_same_dtype(k, "k", q, "q");
+  check_same_dtype(v, "v", q, "q");
+  set_qkv(params, q, k, v, kPackedKeys, numbers);
   params.s_aux = sink_data(s_aux, params.num_heads_q, q, params.s_aux_dtype);
-  check(varlen.cu_seqlens_q.dim() == 1 && varlen.cu_seqlens_q.numel() >= 1,
-        "cu_seqlens_q must have shape (batch + 1,), got ", shape_of(varlen.cu_seqlens_q));
-  params.batch = varlen.cu_seqlens_q.numel() - 1;
-  params.cu_seqlens_q = int32_vector(varlen.cu_seqlens_q, "cu_seqlens_q", params.batch + 1, q);
-  params.cu_seqlens_k = int32_vector(varlen.cu_seqlens_k, "cu_seqlens_k", params.batch + 1, q);
-  if (varlen.seqused_k)
-    params.seqused_k = int32_vector(*varlen.seqused_k, "seqused_k", params.batch, q);
-  check(varlen.max_seqlen_q >= 0, "max_seqlen_q must be >= 0, got ", varlen.max_seqlen_q);
-  check(varlen.max_seqlen_k >= 0, "max_seqlen_k must be >= 0, got ", varlen.max_seqlen_k);
+  check_rank(varlen.cu_seqlens_q, "cu_seqlens_q", 1, "(batch + 1,)");
+  const int64_t num_bounds = varlen.cu_seqlens_q.size(0);
+  check_dtype(varlen.cu_seqlens_q, "cu_seqlens_q", ScalarType::Int);
+  check(num_bounds >= 1, "cu_seqlens_q must have batch + 1 entries, at least 1; got shape (0,)");
+  params.batch = num_bounds - 1;
+  params.cu_seqlens_q =
+      int32_vector(varlen.cu_seqlens_q, "cu_seqlens_q", num_bounds, q, "batch + 1");
+  params.cu_seqlens_k =
+      int32_vector(varlen.cu_seqlens_k, "cu_seqlens_k", num_bounds, q, "batch + 1", "cu_seqlens_q");
+  if (varlen.seqused_k) {
+    params.seqused_k =
+        int32_vector(*varlen.seqused_k, "seqused_k", params.batch, q, "batch", "cu_seqlens_q");
+  }
+  check_at_least(varlen.max_seqlen_q, "max_seqlen_q", 0);
+  check_at_least(varlen.max_seqlen_k, "max_seqlen_k", 0);
   // Callers may give a bound for all batches: none of this one's sequences is longer than all.
-  params.seqlen_q = std::min(varlen.max_seqlen_q, q.size(0));
-  params.seqlen_k = std::min(varlen.max_seqlen_k, k.size(0));
   params.total_k = k.size(0);
+  params.seqlen_q = std::min(varlen.max_seqlen_q, params.total_q);
+  params.seqlen_k = std::min(varlen.max_seqlen_k, params.total_k);
   set_mask(params, mask);
   return params;
 }
@@ -280,149 +218,49 @@ attention::FlashFwdFp8Params make_fp8_params(const FlashFwdParams& fwd, const Te
     if (!tensor) return {};
     check_same_device(*tensor, name, q);
     check_dtype(*tensor, name, ScalarType::Float);
-    check_shape(*tensor, name, {fwd.batch, fwd.num_heads_kv});
+    check_shape(*tensor, name, {fwd.batch, fwd.num_heads_kv}, "(batch, num_heads_kv)");
     return {tensor->const_data_ptr<float>(), tensor->stride(0), tensor->stride(1)};
   };
   return {fwd, descale(descales.q, "q_descale"), descale(descales.k, "k_descale"),
           descale(descales.v, "v_descale")};
 }
 
-FlashFwdParams make_paged_params(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                 const std::optional<Tensor>& s_aux, const PagedArgs& paged,
-                                 const MaskArgs& mask) {
-  FlashFwdParams params{};
-  if (paged.cu_seqlens_q) {
-    check_rank(q, "q", 3, "(total_q, num_heads, head_dim) with cu_seqlens_q");
-  } else {
-    check_rank(q, "q", 4, "(batch, seqlen_q, num_heads, head_dim) without cu_seqlens_q");
-  }
-  check_rank(k_cache, "k_cache", 4, kPaged);
-  check_rank(v_cache, "v_cache", 4, kPaged);
-  const DataType kv_dtype = cache_type(k_cache, "k_cache", q, float_type(q, "q"));
-  check_dtype(v_cache, "v_cache", k_cache.scalar_type());
-  set_qkv(params, q, k_cache, v_cache, "k_cache", "v_cache");
-  params.kv_dtype = kv_dtype;
-  set_cache_scales<const float>(params, kv_dtype, k_cache, paged.k_scale, paged.v_scale);
-  params.s_aux = sink_data(s_aux, params.num_heads_q, q, params.s_aux_dtype);
-
-  const Tensor& table = paged.block_table;
-  check_rank(table, "block_table", 2, "(batch, max_pages_per_seq)");
-  check_dtype(table, "block_table", ScalarType::Int);
-  check_unit_last_stride(table, "block_table");
-  check_same_device(table, "block_table", q);
-  params.batch = table.size(0);
-  params.page_size = k_cache.size(1);
-  params.num_pages = k_cache.size(0);
-  params.seqlen_k = table.size(1) * params.page_size;
-  params.block_table_stride = table.stride(0);
-  static const int32_t no_pages =
-      0;  // an empty table is still one: a null pointer would mean a dense problem
-  params.block_table = table.numel() > 0 ? table.const_data_ptr<int32_t>() : &no_pages;
-  params.seqused_k = int32_vector(paged.seqused_k, "seqused_k", params.batch, q);
-  if (paged.cu_seqlens_q) {
-    params.cu_seqlens_q = int32_vector(*paged.cu_seqlens_q, "cu_seqlens_q", params.batch + 1, q);
-    check(paged.max_seqlen_q >= 0, "max_seqlen_q must be >= 0, got ", paged.max_seqlen_q);
-    params.seqlen_q = std::min(paged.max_seqlen_q, q.size(0));
-  } else {
-    check(q.size(0) == params.batch, "q must have block_table's batch size ", params.batch,
-          ", got ", q.size(0));
-    params.seqlen_q = q.size(1);
-  }
-  check(paged.num_splits >= 0, "num_splits must be >= 0 (0: chosen), got ", paged.num_splits);
-  params.num_splits = paged.num_splits;
-  set_mask(params, mask);
-  set_tree_mask(params, paged.tree_mask, q);
-  return params;
-}
-
-ReshapeAndCacheParams make_reshape_and_cache_params(const Tensor& k, const Tensor& v,
-                                                    const Tensor& k_cache, const Tensor& v_cache,
-                                                    const Tensor& slot_mapping,
-                                                    const std::optional<Tensor>& k_scale,
-                                                    const std::optional<Tensor>& v_scale) {
-  ReshapeAndCacheParams params{};
-  check_rank(k, "k", 3, "(num_tokens, num_heads_kv, head_dim)");
-  check_rank(v, "v", 3, "(num_tokens, num_heads_kv, head_dim_v)");
-  check_rank(k_cache, "k_cache", 4, kPaged);
-  check_rank(v_cache, "v_cache", 4, kPaged);
-  params.dtype = float_type(k, "k");
-  check_dtype(v, "v", k.scalar_type());
-  params.cache_dtype = cache_type(k_cache, "k_cache", k, params.dtype);
-  check_dtype(v_cache, "v_cache", k_cache.scalar_type());
-  params.num_tokens = k.size(0);
-  params.num_heads_kv = k.size(1);
-  params.head_dim = k.size(2);
-  params.head_dim_v = v.size(2);
-  check_dim_range("head_dim of k", params.head_dim, kMaxHeadDim);
-  check_dim_range("head_dim of v", params.head_dim_v, kMaxHeadDim);
-  params.page_size = k_cache.size(1);
-  params.num_pages = k_cache.size(0);
-  check_shape(v, "v", {params.num_tokens, params.num_heads_kv, params.head_dim_v});
-  check_shape(k_cache, "k_cache",
-              {params.num_pages, params.page_size, params.num_heads_kv, params.head_dim});
-  check_shape(v_cache, "v_cache",
-              {params.num_pages, params.page_size, params.num_heads_kv, params.head_dim_v});
-  check_dtype(slot_mapping, "slot_mapping", ScalarType::Long);
-  check_shape(slot_mapping, "slot_mapping", {params.num_tokens});
-  const std::pair<const char*, const Tensor*> tensors[] = {{"k", &k},
-                                                           {"v", &v},
-                                                           {"k_cache", &k_cache},
-                                                           {"v_cache", &v_cache},
-                                                           {"slot_mapping", &slot_mapping}};
-  for (const auto& [name, tensor] : tensors) {
-    check_unit_last_stride(*tensor, name);
-    check_same_device(*tensor, name, k);
-  }
-  set_cache_scales<float>(params, params.cache_dtype, k_cache, k_scale, v_scale);
-  params.k = k.const_data_ptr();
-  params.v = v.const_data_ptr();
-  params.k_cache = k_cache.mutable_data_ptr();
-  params.v_cache = v_cache.mutable_data_ptr();
-  params.slot_mapping = slot_mapping.const_data_ptr<int64_t>();
-  params.k_stride_token = k.stride(0);
-  params.k_stride_head = k.stride(1);
-  params.v_stride_token = v.stride(0);
-  params.v_stride_head = v.stride(1);
-  params.k_cache_stride_page = k_cache.stride(0);
-  params.k_cache_stride_slot = k_cache.stride(1);
-  params.k_cache_stride_head = k_cache.stride(2);
-  params.v_cache_stride_page = v_cache.stride(0);
-  params.v_cache_stride_slot = v_cache.stride(1);
-  params.v_cache_stride_head = v_cache.stride(2);
-  return params;
-}
-
 MergeParams make_merge_params(const std::vector<Tensor>& outs, const std::vector<Tensor>& lses,
                               const std::optional<Tensor>& s_aux, MergeInputs& inputs) {
-  check(!outs.empty(), "outs must hold at least one partial result");
-  check(outs.size() == lses.size(), "outs and lses must be equally many, got ", outs.size(),
-        " and ", lses.size());
+  check(!outs.empty() && outs.size() == lses.size(),
+        "outs and lses must have the same length of at least 1; got ", outs.size(), " outs and ",
+        lses.size(), " lses");
   const Tensor& first = outs[0];
   const bool dense = first.dim() == 4;
-  check(dense || first.dim() == 3,
-        "outs[0] must be (batch, seqlen, num_heads, head_dim) or (total, num_heads, ",
-        "head_dim), got shape ", shape_of(first));
   MergeParams params{};
   params.dtype = float_type(first, "outs[0]");
+  check(dense || first.dim() == 3,
+        "outs[0] must have 4 dimensions (batch, seqlen, num_heads, head_dim) or 3 (total, "
+        "num_heads, head_dim); got shape ",
+        shape_of(first));
   params.num_parts = static_cast<int64_t>(outs.size());
   params.batch = dense ? first.size(0) : 1;
   params.seqlen = first.size(dense ? 1 : 0);
   params.num_heads = first.size(dense ? 2 : 1);
   params.head_dim = first.size(dense ? 3 : 2);
+  inputs.outs.reserve(outs.size());
+  inputs.lses.reserve(lses.size());
   for (size_t part = 0; part < outs.size(); ++part) {
     const std::string out_name = "outs[" + std::to_string(part) + "]",
                       lse_name = "lses[" + std::to_string(part) + "]";
     const Tensor &out = outs[part], &lse = lses[part];
-    check_dtype(out, out_name.c_str(), first.scalar_type());
+    check_same_dtype(out, out_name.c_str(), first, "outs[0]");
     check_dtype(lse, lse_name.c_str(), lse_scalar_type(first));
     check_same_device(out, out_name.c_str(), first);
     check_same_device(lse, lse_name.c_str(), first);
-    check(out.sizes().equals(first.sizes()), out_name, " must have the shape of outs[0] ",
-          shape_of(first), ", got ", shape_of(out));
+    check(out.sizes().equals(first.sizes()), out_name, " must have the shape of outs[0], ",
+          shape_of(first), "; got ", shape_of(out));
     if (dense) {
-      check_shape(lse, lse_name.c_str(), {params.batch, params.num_heads, params.seqlen});
+      check_shape(lse, lse_name.c_str(), {params.batch, params.num_heads, params.seqlen},
+                  "(batch, num_heads, seqlen), heads before rows");
     } else {
-      check_shape(lse, lse_name.c_str(), {params.num_heads, params.seqlen});
+      check_shape(lse, lse_name.c_str(), {params.num_heads, params.seqlen},
+                  "(num_heads, total), heads before rows");
     }
     inputs.outs.push_back(out.const_data_ptr());
     inputs.lses.push_back(lse.const_data_ptr());

@@ -10,8 +10,8 @@
 
 namespace sink_attention::binding {
 
-struct MaskArgs {  // what q, k scores go through, as the schemas order it
-  double softmax_scale;
+struct MaskArgs {                       // what q, k scores go through, as the schemas order it
+  std::optional<double> softmax_scale;  // none: head_dim ** -0.5
   bool causal;
   int64_t window_left;
   int64_t window_right;
@@ -73,6 +73,13 @@ attention::FlashFwdParams make_paged_params(const Tensor& q, const Tensor& k_cac
 // total_q) where q has three dimensions.
 void set_results(attention::FlashFwdParams& params, const Tensor& q, const Tensor& out,
                  const Tensor& lse);
+
+// The same for results made for the call, contiguous and of the right shape.
+void set_new_results(attention::FlashFwdParams& params, const Tensor& out, const Tensor& lse);
+
+// Of out, and of lse, for q of `dtype`, as aoti_torch_get_dtype spells them.
+int32_t result_dtype(DataType dtype);
+int32_t lse_dtype(DataType dtype);
 
 struct Gradients {
   Tensor dq, dk, dv;

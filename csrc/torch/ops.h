@@ -24,24 +24,39 @@
 #include "torch/check_values.h"
 #include "torch/debug_checks.h"
 #include "torch/make_params.h"
+#include "torch/new_tensor.h"
 
 namespace sink_attention::binding {
 
 using OptionalTensor = std::optional<Tensor>;
 
-// The tensors that a problem points into. All are on one device; there is at least one.
-struct Operands {
-  std::vector<Tensor> read;
-  std::vector<Tensor> written;
+// Refers to a tensor of the op's call, which outlives the backend's.
+class TensorRef {
+ public:
+  TensorRef(const Tensor& tensor) : tensor_(&tensor) {}
+  operator const Tensor&() const { return *tensor_; }
 
-  Operands(std::initializer_list<Tensor> read_tensors,
+ private:
+  const Tensor* tensor_;
+};
+
+// The tensors that a params struct points into. All are on one device; there is at least one.
+struct Operands {
+  std::vector<TensorRef> read;
+  std::vector<TensorRef> written;
+
+  Operands(std::initializer_list<TensorRef> read_tensors,
            std::initializer_list<const OptionalTensor*> optional,
-           std::initializer_list<Tensor> written_tensors)
-      : read(read_tensors), written(written_tensors) {
+           std::initializer_list<TensorRef> written_tensors)
+      : written(written_tensors) {
+    read.reserve(read_tensors.size() + optional.size());
+    read.insert(read.end(), read_tensors);
     for (const OptionalTensor* tensor : optional) {
       if (*tensor) read.push_back(**tensor);
     }
   }
+
+  const Tensor& first() const { return read.front(); }
 };
 
 template <class Backend>
@@ -54,15 +69,14 @@ struct Ops {
   };
 
   static Forward new_results(const Tensor& q, const FlashFwdParams& params) {
-    const ScalarType out_type = out_scalar_type(q), lse_type = lse_scalar_type(q);
-    if (q.dim() == 4) {
-      return {torch::stable::new_empty(
-                  q, {q.size(0), q.size(1), params.num_heads_q, params.head_dim_v}, out_type),
-              torch::stable::new_empty(q, {q.size(0), params.num_heads_q, q.size(1)}, lse_type)};
+    const int32_t out_type = result_dtype(params.dtype), lse_type = lse_dtype(params.dtype);
+    const int64_t heads = params.num_heads_q, head_dim = params.head_dim_v;
+    if (params.cu_seqlens_q == nullptr) {
+      return {new_tensor(q, {params.batch, params.seqlen_q, heads, head_dim}, out_type),
+              new_tensor(q, {params.batch, heads, params.seqlen_q}, lse_type)};
     }
-    return {
-        torch::stable::new_empty(q, {q.size(0), params.num_heads_q, params.head_dim_v}, out_type),
-        torch::stable::new_empty(q, {params.num_heads_q, q.size(0)}, lse_type)};
+    return {new_tensor(q, {params.total_q, heads, head_dim}, out_type),
+            new_tensor(q, {heads, params.total_q}, lse_type)};
   }
 
   // Rows of q beyond the last sequence: out = 0, lse = -inf. The backend writes those of sequences
@@ -74,25 +88,29 @@ struct Ops {
     torch::stable::fill_(results.lse, -std::numeric_limits<double>::infinity());
   }
 
+  // Into results that the caller has: they are checked.
   static void forward_into(const Tensor& q, FlashFwdParams params, Operands operands,
                            Forward& results) {
     set_results(params, q, results.out, results.lse);
-    fill_unused_rows(params, {q.size(0), 0, 0}, results);
+    fill_unused_rows(params, {params.total_q, 0, 0}, results);
     operands.written = {results.out, results.lse};
     Backend::flash_fwd(params, operands);
   }
 
-  static std::tuple<Tensor, Tensor> forward(const Tensor& q, const FlashFwdParams& params,
+  static std::tuple<Tensor, Tensor> forward(const Tensor& q, FlashFwdParams params,
                                             Operands operands) {
     Forward results = new_results(q, params);
-    forward_into(q, params, std::move(operands), results);
-    return {results.out, results.lse};
+    set_new_results(params, results.out, results.lse);
+    fill_unused_rows(params, {params.total_q, 0, 0}, results);
+    operands.written = {results.out, results.lse};
+    Backend::flash_fwd(params, operands);
+    return {std::move(results.out), std::move(results.lse)};
   }
 
   // Gradients and saved results come from autograd, with whatever strides it made.
   static Tensor with_unit_last_stride(const Tensor& tensor) {
-    return tensor.dim() == 0 || has_unit_last_stride(tensor) ? tensor
-                                                             : torch::stable::contiguous(tensor);
+    const bool readable = !tensor.defined() || tensor.dim() == 0 || has_unit_last_stride(tensor);
+    return readable ? tensor : torch::stable::contiguous(tensor);
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
@@ -107,24 +125,25 @@ struct Ops {
         fwd.cu_seqlens_q != nullptr &&
         (fwd.seqused_k != nullptr || Backend::may_leave_rows(fwd, {q.size(0), k.size(0), 0}));
     const auto like = [zero](const Tensor& x) {
-      return zero ? torch::stable::new_zeros(x, x.sizes()) : torch::stable::new_empty(x, x.sizes());
+      return zero ? new_zeros_like(x) : new_tensor_like(x);
     };
-    const Gradients gradients{like(q), like(k), like(v),
-                              s_aux ? torch::stable::new_zeros(*s_aux, s_aux->sizes())
-                                    : torch::stable::new_empty(q, {0}, ScalarType::Float)};
+    Gradients gradients{
+        like(q), like(k), like(v),
+        s_aux ? new_zeros_like(*s_aux) : new_tensor(q, {0}, aoti_torch_dtype_float32())};
     const attention::FlashBwdParams params =
         make_bwd_params(fwd, q, dense_out, dense_lse, dense_dout, dlse, gradients, deterministic);
     operands.read.insert(operands.read.end(), {dense_dout, dense_out, dense_lse});
     if (dlse) operands.read.push_back(*dlse);
     operands.written = {gradients.dq, gradients.dk, gradients.dv, gradients.ds_aux};
     Backend::flash_bwd(params, operands);
-    return {gradients.dq, gradients.dk, gradients.dv, gradients.ds_aux};
+    return {std::move(gradients.dq), std::move(gradients.dk), std::move(gradients.dv),
+            std::move(gradients.ds_aux)};
   }
 
   static std::tuple<Tensor, Tensor> flash_attn_fwd(
       const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& s_aux,
-      double softmax_scale, bool causal, int64_t window_left, int64_t window_right, double softcap,
-      bool /*deterministic: of the backward*/, int64_t num_sink_tokens) {
+      std::optional<double> softmax_scale, bool causal, int64_t window_left, int64_t window_right,
+      double softcap, bool /*deterministic: of the backward*/, int64_t num_sink_tokens) {
     return forward(q,
                    make_dense_params(q, k, v, s_aux,
                                      {softmax_scale, causal, window_left, window_right, softcap,
@@ -135,8 +154,8 @@ struct Ops {
   static std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attn_bwd(
       const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
       const Tensor& v, const Tensor& out, const Tensor& lse, const OptionalTensor& s_aux,
-      double softmax_scale, bool causal, int64_t window_left, int64_t window_right, double softcap,
-      bool deterministic, int64_t num_sink_tokens) {
+      std::optional<double> softmax_scale, bool causal, int64_t window_left, int64_t window_right,
+      double softcap, bool deterministic, int64_t num_sink_tokens) {
     const FlashFwdParams fwd = make_dense_params(
         q, k, v, s_aux,
         {softmax_scale, causal, window_left, window_right, softcap, num_sink_tokens});
@@ -171,7 +190,7 @@ struct Ops {
   static std::tuple<Tensor, Tensor> flash_attn_varlen_fwd(
       const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
       const Tensor& cu_seqlens_k, const OptionalTensor& seqused_k, const OptionalTensor& s_aux,
-      int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale, bool causal,
+      int64_t max_seqlen_q, int64_t max_seqlen_k, std::optional<double> softmax_scale, bool causal,
       int64_t window_left, int64_t window_right, double softcap,
       bool /*deterministic: of the backward*/, int64_t num_sink_tokens) {
     return forward(
@@ -186,7 +205,7 @@ struct Ops {
       const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
       const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q,
       const Tensor& cu_seqlens_k, const OptionalTensor& seqused_k, const OptionalTensor& s_aux,
-      int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale, bool causal,
+      int64_t max_seqlen_q, int64_t max_seqlen_k, std::optional<double> softmax_scale, bool causal,
       int64_t window_left, int64_t window_right, double softcap, bool deterministic,
       int64_t num_sink_tokens) {
     const FlashFwdParams fwd = checked_varlen_params(
@@ -206,7 +225,7 @@ struct Ops {
       int64_t window_right, double softcap, int64_t num_sink_tokens) {
     const MaskArgs mask{softmax_scale, causal, window_left, window_right, softcap, num_sink_tokens};
     check(cu_seqlens_q.has_value() == cu_seqlens_k.has_value() && (cu_seqlens_q || !seqused_k),
-          "cu_seqlens_q and cu_seqlens_k come together, and seqused_k with them");
+          "cu_seqlens_q must be given where cu_seqlens_k or seqused_k is, and cu_seqlens_k with it");
     attention::FlashFwdFp8Params params = make_fp8_params(
         cu_seqlens_q ? checked_varlen_params(
                            q, k, v, s_aux,
@@ -216,7 +235,7 @@ struct Ops {
         q, {q_descale, k_descale, v_descale});
     if (!Backend::takes_fp8(params, q)) return {};
     Forward results = new_results(q, params.fwd);
-    set_results(params.fwd, q, results.out, results.lse);
+    set_new_results(params.fwd, results.out, results.lse);
     fill_unused_rows(params.fwd, {q.size(0), 0, 0}, results);
     Backend::flash_fwd_fp8(params, {{q, k, v},
                                     {&q_descale, &k_descale, &v_descale, &cu_seqlens_q,
@@ -225,149 +244,17 @@ struct Ops {
     return {results.out, results.lse};
   }
 
-  static FlashFwdParams checked_paged_params(const Tensor& q, const Tensor& k_cache,
-                                             const Tensor& v_cache, const OptionalTensor& s_aux,
-                                             const PagedArgs& paged, const MaskArgs& mask) {
-    const FlashFwdParams params = make_paged_params(q, k_cache, v_cache, s_aux, paged, mask);
-    check_values_in(params, Extent{q.size(0), 0, k_cache.size(0)}, paged, q);
-    return params;
-  }
-
-  // What paged_attn would refuse, and nothing that it reads lies in the caches: for a caller that
-  // writes the caches first, and must not have where attention is then refused. cache_seqlens: what
-  // such a caller made seqused_k of.
-  static void check_paged_attn(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                               const Tensor& block_table, const Tensor& seqused_k,
-                               const OptionalTensor& cu_seqlens_q, const OptionalTensor& s_aux,
-                               const OptionalTensor& k_scale, const OptionalTensor& v_scale,
-                               int64_t max_seqlen_q, double softmax_scale, bool causal,
-                               int64_t window_left, int64_t window_right, double softcap,
-                               int64_t num_splits, int64_t num_sink_tokens,
-                               const OptionalTensor& tree_mask,
-                               const OptionalTensor& cache_seqlens) {
-    const FlashFwdParams params = checked_paged_params(
-        q, k_cache, v_cache, s_aux,
-        {block_table, seqused_k, cu_seqlens_q, k_scale, v_scale, max_seqlen_q, num_splits,
-         tree_mask},
-        {softmax_scale, causal, window_left, window_right, softcap, num_sink_tokens});
-    Backend::check_flash_fwd(params, q);
-    const std::initializer_list<NamedTensor> operands{{"q", q},
-                                                      {"block_table", block_table},
-                                                      {"seqused_k", seqused_k},
-                                                      {"cache_seqlens", cache_seqlens},
-                                                      {"cu_seqlens_q", cu_seqlens_q},
-                                                      {"s_aux", s_aux},
-                                                      {"tree_mask", tree_mask}};
-    check_read_memory({{"k_cache", k_cache}, {"v_cache", v_cache}}, operands);
-    if (k_scale && k_scale->dim() == 3) {
-      check_read_memory({{"k_scale", k_scale}, {"v_scale", v_scale}}, operands);
-    } else {
-      check_read_memory({{"k_cache", k_cache}, {"v_cache", v_cache}},
-                        {{"k_scale", k_scale}, {"v_scale", v_scale}});
-    }
-  }
-
-  static std::tuple<Tensor, Tensor> paged_attn(
-      const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
-      const Tensor& seqused_k, const OptionalTensor& cu_seqlens_q, const OptionalTensor& s_aux,
-      const OptionalTensor& k_scale, const OptionalTensor& v_scale, int64_t max_seqlen_q,
-      double softmax_scale, bool causal, int64_t window_left, int64_t window_right, double softcap,
-      int64_t num_splits, int64_t num_sink_tokens, const OptionalTensor& tree_mask) {
-    return forward(q,
-                   checked_paged_params(q, k_cache, v_cache, s_aux,
-                                        {block_table, seqused_k, cu_seqlens_q, k_scale, v_scale,
-                                         max_seqlen_q, num_splits, tree_mask},
-                                        {softmax_scale, causal, window_left, window_right, softcap,
-                                         num_sink_tokens}),
-                   {{q, k_cache, v_cache, block_table, seqused_k},
-                    {&cu_seqlens_q, &s_aux, &k_scale, &v_scale, &tree_mask},
-                    {}});
-  }
-
-  static void paged_attn_out(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                             const Tensor& block_table, const Tensor& seqused_k,
-                             const OptionalTensor& cu_seqlens_q, const OptionalTensor& s_aux,
-                             const OptionalTensor& k_scale, const OptionalTensor& v_scale,
-                             int64_t max_seqlen_q, double softmax_scale, bool causal,
-                             int64_t window_left, int64_t window_right, double softcap,
-                             int64_t num_splits, int64_t num_sink_tokens,
-                             const OptionalTensor& tree_mask, const Tensor& out,
-                             const Tensor& lse) {
-    check_memory({{"out", out}, {"lse", lse}}, {{"q", q},
-                                                {"k_cache", k_cache},
-                                                {"v_cache", v_cache},
-                                                {"block_table", block_table},
-                                                {"seqused_k", seqused_k},
-                                                {"cu_seqlens_q", cu_seqlens_q},
-                                                {"s_aux", s_aux},
-                                                {"k_scale", k_scale},
-                                                {"v_scale", v_scale},
-                                                {"tree_mask", tree_mask}});
-    Forward results{out, lse};
-    forward_into(q,
-                 checked_paged_params(
-                     q, k_cache, v_cache, s_aux,
-                     {block_table, seqused_k, cu_seqlens_q, k_scale, v_scale, max_seqlen_q,
-                      num_splits, tree_mask},
-                     {softmax_scale, causal, window_left, window_right, softcap, num_sink_tokens}),
-                 {{q, k_cache, v_cache, block_table, seqused_k},
-                  {&cu_seqlens_q, &s_aux, &k_scale, &v_scale, &tree_mask},
-                  {}},
-                 results);
-  }
-
-  static void reshape_and_cache(const Tensor& k, const Tensor& v, const Tensor& k_cache,
-                                const Tensor& v_cache, const Tensor& slot_mapping,
-                                const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
-    const attention::ReshapeAndCacheParams params =
-        make_reshape_and_cache_params(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale);
-    check(!k_scale || k_scale->dim() < 3,
-          "k_scale and v_scale of each token and head are results: reshape_and_cache.token_scales "
-          "writes them, reshape_and_cache takes shapes (), (1,) and (num_heads_kv,), got ",
-          k_scale ? shape_of(*k_scale) : Shape{nullptr, 0});
-    const std::initializer_list<NamedTensor> operands{{"k", k},
-                                                      {"v", v},
-                                                      {"slot_mapping", slot_mapping},
-                                                      {"k_scale", k_scale},
-                                                      {"v_scale", v_scale}};
-    if (values_are_part_of_keys(k, v, k_cache, v_cache)) {
-      check_memory({{"k_cache", k_cache}}, operands);
-    } else {
-      check_memory({{"k_cache", k_cache}, {"v_cache", v_cache}}, operands);
-    }
-    check_values_in(params, k_cache.size(0), CacheArgs{slot_mapping, k_scale, v_scale}, k);
-    Backend::reshape_and_cache(params,
-                               {{k, v, slot_mapping}, {&k_scale, &v_scale}, {k_cache, v_cache}});
-  }
-
-  static void reshape_and_cache_token_scales(const Tensor& k, const Tensor& v,
-                                             const Tensor& k_cache, const Tensor& v_cache,
-                                             const Tensor& slot_mapping, const Tensor& k_scale,
-                                             const Tensor& v_scale) {
-    const attention::ReshapeAndCacheParams params =
-        make_reshape_and_cache_params(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale);
-    check(k_scale.dim() == 3,
-          "k_scale must have shape (num_pages, page_size, num_heads_kv) for "
-          "reshape_and_cache.token_scales, got ",
-          shape_of(k_scale));
-    check_memory(
-        {{"k_cache", k_cache}, {"v_cache", v_cache}, {"k_scale", k_scale}, {"v_scale", v_scale}},
-        {{"k", k}, {"v", v}, {"slot_mapping", slot_mapping}});
-    check_values_in(params, k_cache.size(0), CacheArgs{slot_mapping, std::nullopt, std::nullopt},
-                    k);
-    Backend::reshape_and_cache(params,
-                               {{k, v, slot_mapping}, {}, {k_cache, v_cache, k_scale, v_scale}});
-  }
-
   static std::tuple<Tensor, Tensor> merge_attn_states(std::vector<Tensor> outs,
                                                       std::vector<Tensor> lses,
                                                       const OptionalTensor& s_aux) {
-    for (Tensor& out : outs) out = torch::stable::contiguous(out);
-    for (Tensor& lse : lses) lse = torch::stable::contiguous(lse);
+    for (std::vector<Tensor>* parts : {&outs, &lses}) {
+      for (Tensor& part : *parts) {
+        if (!part.is_contiguous()) part = torch::stable::contiguous(part);
+      }
+    }
     MergeInputs inputs;
     attention::MergeParams params = make_merge_params(outs, lses, s_aux, inputs);
-    const Tensor out = torch::stable::new_empty(outs[0], outs[0].sizes());
-    const Tensor lse = torch::stable::new_empty(lses[0], lses[0].sizes());
+    const Tensor out = new_tensor_like(outs[0]), lse = new_tensor_like(lses[0]);
     params.out = out.mutable_data_ptr();
     params.lse = lse.mutable_data_ptr();
     Operands operands{{}, {&s_aux}, {out, lse}};
@@ -385,11 +272,6 @@ struct Ops {
     m.impl("flash_attn_varlen_fwd", TORCH_BOX(&flash_attn_varlen_fwd));
     m.impl("flash_attn_varlen_bwd", TORCH_BOX(&flash_attn_varlen_bwd));
     m.impl("flash_attn_fp8_kernel", TORCH_BOX(&flash_attn_fp8_kernel));
-    m.impl("paged_attn", TORCH_BOX(&paged_attn));
-    m.impl("paged_attn.out", TORCH_BOX(&paged_attn_out));
-    m.impl("check_paged_attn", TORCH_BOX(&check_paged_attn));
-    m.impl("reshape_and_cache", TORCH_BOX(&reshape_and_cache));
-    m.impl("reshape_and_cache.token_scales", TORCH_BOX(&reshape_and_cache_token_scales));
     m.impl("merge_attn_states", TORCH_BOX(&merge_attn_states));
   }
 };

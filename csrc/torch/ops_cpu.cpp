@@ -1,8 +1,8 @@
 // The ops on CPU tensors.
 #include "cpu/backend.h"
+#include "torch/cache_ops.h"
 #include "torch/executor.h"
 #include "torch/op_namespace.h"
-#include "torch/ops.h"
 
 namespace sink_attention::binding {
 namespace {
@@ -43,7 +43,10 @@ void set_cpu_instruction_set(const std::string& name) { cpu::set_instruction_set
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CPU, m) { Ops<CpuBackend>::register_with(m); }
+STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CPU, m) {
+  Ops<CpuBackend>::register_with(m);
+  CacheOps<CpuBackend>::register_with(m);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("cpu_instruction_set", TORCH_BOX(&cpu_instruction_set));

@@ -3,9 +3,9 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "cuda/backend.h"
+#include "torch/cache_ops.h"
 #include "torch/kernel_family.h"
 #include "torch/op_namespace.h"
-#include "torch/ops.h"
 
 // In torch's CUDA library only: weak, so that this library also loads into a torch without CUDA.
 extern "C" __attribute__((weak)) AOTITorchError
@@ -33,7 +33,7 @@ cuda::Device current_device() {
 class Call {
  public:
   explicit Call(const Operands& operands)
-      : tensor_(operands.read.front()),
+      : tensor_(operands.first()),
         guard_(tensor_.get_device_index()),
         stream_(current_stream(tensor_)) {}
   cuda::Stream stream() const { return stream_; }
@@ -93,7 +93,10 @@ struct CudaBackend {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CUDA, m) { Ops<CudaBackend>::register_with(m); }
+STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CUDA, m) {
+  Ops<CudaBackend>::register_with(m);
+  CacheOps<CudaBackend>::register_with(m);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("cuda_kernel_family", TORCH_BOX(&cuda_kernel_family));

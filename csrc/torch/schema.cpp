@@ -7,23 +7,23 @@
 
 STABLE_TORCH_LIBRARY(SA_OP_NAMESPACE, m) {
   m.def(
-      "flash_attn_fwd(Tensor q, Tensor k, Tensor v, Tensor? s_aux, float softmax_scale, bool "
+      "flash_attn_fwd(Tensor q, Tensor k, Tensor v, Tensor? s_aux, float? softmax_scale, bool "
       "causal, SymInt window_left, SymInt window_right, float softcap, bool deterministic, SymInt "
       "num_sink_tokens) -> (Tensor, Tensor)");
   m.def(
       "flash_attn_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor "
-      "lse, Tensor? s_aux, float softmax_scale, bool causal, SymInt window_left, SymInt "
+      "lse, Tensor? s_aux, float? softmax_scale, bool causal, SymInt window_left, SymInt "
       "window_right, float softcap, bool deterministic, SymInt num_sink_tokens) -> (Tensor, "
       "Tensor, Tensor, Tensor)");
   m.def(
       "flash_attn_varlen_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor "
       "cu_seqlens_k, Tensor? seqused_k, Tensor? s_aux, SymInt max_seqlen_q, SymInt max_seqlen_k, "
-      "float softmax_scale, bool causal, SymInt window_left, SymInt window_right, float softcap, "
+      "float? softmax_scale, bool causal, SymInt window_left, SymInt window_right, float softcap, "
       "bool deterministic, SymInt num_sink_tokens) -> (Tensor, Tensor)");
   m.def(
       "flash_attn_varlen_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
       "Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_k, Tensor? s_aux, "
-      "SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool causal, SymInt "
+      "SymInt max_seqlen_q, SymInt max_seqlen_k, float? softmax_scale, bool causal, SymInt "
       "window_left, SymInt window_right, float softcap, bool deterministic, SymInt "
       "num_sink_tokens) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(

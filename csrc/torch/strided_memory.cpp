@@ -15,7 +15,7 @@ int64_t modulo(int64_t value, int64_t modulus) {
   return rest < 0 ? rest + modulus : rest;
 }
 
-// x with a * x = 1 modulo `modulus`; they have no common factor.
+// The inverse of a modulo `modulus`, which has no common factor with a.
 int64_t inverse(int64_t a, int64_t modulus) {
   int64_t r0 = modulus, r1 = modulo(a, modulus), x0 = 0, x1 = 1;
   while (r1 > 1) {
@@ -26,9 +26,9 @@ int64_t inverse(int64_t a, int64_t modulus) {
   return modulo(x1, modulus);
 }
 
-// Terms in rising order, as few as there can be: where the multiples of one reach to the next
-// multiple of another, both together are multiples of the smaller step. A dense dimension vanishes
-// so, and of usual layouts two or three terms are left.
+// Sorts and merges terms. If the multiples of a smaller step reach the next multiple of a larger
+// one, both terms together are multiples of the smaller step. So dense dimensions merge: of usual
+// layouts two or three terms are left.
 std::vector<Term> joined(std::vector<Term> terms) {
   std::sort(terms.begin(), terms.end(),
             [](const Term& a, const Term& b) { return a.step < b.step; });
@@ -47,8 +47,8 @@ std::vector<Term> joined(std::vector<Term> terms) {
   return result;
 }
 
-// Depth first from the largest step; a multiple is tried only if what is left is in reach of the
-// smaller steps and divided by what divides all of them.
+// Depth-first search from the largest step. A multiple is tried only if the smaller steps can reach
+// the rest, and their common divisor divides it.
 class Search {
  public:
   explicit Search(std::vector<Term> terms) : terms_(std::move(terms)) {
@@ -61,7 +61,7 @@ class Search {
 
   bool find(int64_t target) { return find(static_cast<int>(terms_.size()) - 1, target); }
 
-  // Layouts that someone has a use for take tens of steps.
+  // Realistic layouts take tens of steps.
   static constexpr int64_t kMostSteps = 100'000;
 
  private:
@@ -77,7 +77,7 @@ class Search {
     const int64_t fewest = rest <= 0 ? 0 : (rest + term.step - 1) / term.step;
     const int64_t most = std::min(term.most, target / term.step);
     if (fewest > most) return false;
-    // What the smaller steps add up to is a multiple of their divisor.
+    // Sums of the smaller steps are multiples of their divisor.
     const int64_t period = divisor_[last - 1] / divisor_[last];
     int64_t first = fewest;
     if (period > 1) {
@@ -96,8 +96,8 @@ class Search {
 
   int64_t num_steps_ = 0;
   std::vector<Term> terms_;
-  std::vector<int64_t> reach_;    // the largest sum of the first terms
-  std::vector<int64_t> divisor_;  // of all their steps
+  std::vector<int64_t> reach_;    // [i]: the largest sum of terms 0 ... i
+  std::vector<int64_t> divisor_;  // [i]: the greatest common divisor of their steps
   std::set<std::pair<int, int64_t>> tried_;
 };
 
@@ -107,7 +107,8 @@ bool is_sum_of(std::vector<Term> terms, int64_t target) {
   return Search(joined(std::move(terms))).find(target);
 }
 
-// An offset into a equals one into b. With those of b counted from its end that is a sum of both.
+// They overlap if an offset into a equals an offset into b. With b's offsets counted from its end,
+// that is a sum of terms of both.
 bool overlap(const StridedMemory& a, const StridedMemory& b) {
   const int64_t distance = static_cast<int64_t>(b.data - a.data);
   if (distance > a.last_byte || distance + b.last_byte < 0) return false;  // the common case
@@ -121,9 +122,9 @@ bool overlap(const StridedMemory& a, const StridedMemory& b) {
   return is_sum_of(std::move(terms), distance + b.last_byte);
 }
 
-// Two places differ by d_i elements in dimension i, -most_i <= d_i <= most_i, and are one where the
-// sum of d_i * step_i is 0. Let k be the last dimension in which they differ, by d_k >= 1; counted
-// from -most_i (from 1 in k) that is a sum of terms.
+// Two elements differ by d_i in dimension i, -most_i <= d_i <= most_i. They have one address if the
+// sum of d_i * step_i is 0. Let k be the last dimension in which they differ, by d_k >= 1. With d_i
+// counted from -most_i (d_k from 1), the condition is a sum of terms.
 bool overlaps_itself(const StridedMemory& memory) {
   if (memory.is_empty) return false;
   std::array<Term, StridedMemory::kMaxDims> dims = memory.dims;
@@ -132,7 +133,7 @@ bool overlaps_itself(const StridedMemory& memory) {
   int64_t reach = 0;  // of the smaller steps
   for (int k = 0; k < memory.num_dims; ++k) {
     if (dims[k].step == 0) return true;
-    if (dims[k].step <= reach) {  // else a step of this dimension leads beyond all of them
+    if (dims[k].step <= reach) {  // else one step exceeds all smaller steps together
       std::vector<Term> terms{{dims[k].step, dims[k].most - 1}};
       for (int i = 0; i < k; ++i) terms.push_back({dims[i].step, 2 * dims[i].most});
       if (is_sum_of(std::move(terms), reach - dims[k].step)) return true;

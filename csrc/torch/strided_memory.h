@@ -1,4 +1,4 @@
-// Which bytes a strided tensor has, and whether two have one in common: exact for every layout.
+// The bytes of a strided tensor, and an exact test for the overlap of two tensors of any layout.
 #pragma once
 
 #include <array>
@@ -7,7 +7,7 @@
 
 namespace sink_attention::binding {
 
-// 0, 1, ..., most times `step` bytes.
+// The multiples 0, 1, ..., most of `step` bytes.
 struct Term {
   int64_t step;
   int64_t most;
@@ -16,8 +16,8 @@ struct Term {
 // Whether `target` is a sum of one multiple of each term. Steps are positive.
 bool is_sum_of(std::vector<Term> terms, int64_t target);
 
-// The elements of a tensor: those of `data`, `item_bytes` each, at all combinations of multiples of
-// its dimensions (without those of one element).
+// The elements of a tensor, of item_bytes each, at data + any sum of one multiple of each
+// dimension. Dimensions of size 1 are left out.
 struct StridedMemory {
   static constexpr int kMaxDims = 8;
 
@@ -31,7 +31,7 @@ struct StridedMemory {
 
 bool overlap(const StridedMemory& a, const StridedMemory& b);
 
-// Whether two of the elements lie in one place.
+// Whether two elements have the same address.
 bool overlaps_itself(const StridedMemory& memory);
 
 }  // namespace sink_attention::binding

@@ -1,5 +1,6 @@
 """Key-value caches: the functions over them, and PagedKVCache.
 
+fakes.py          their fake kernels, for torch.compile
 functions.py      flash_attn_with_kvcache and reshape_and_cache, as users see them
 attention.py      what every function that attends over a cache runs
 slots.py          where new tokens go; on the device

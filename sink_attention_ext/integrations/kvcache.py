@@ -119,7 +119,7 @@ def kvcache_sink_attention(
         num_splits: as in flash_attn_with_kvcache, a keyword of the model too.
 
     Returns:
-        (batch, length, num_heads_q, head_dim_v), and None for the weights, which never exist.
+        (batch, length, num_heads_q, head_dim_v), and None in place of P, which never exists.
 
     Raises:
         ValueError: cache_step is missing, the cache's window of this layer is not the model's, or

@@ -215,7 +215,7 @@ def recognise_traced(
 def pattern_of_mask(mask: Tensor, batch: int, source: str = "attention_mask") -> MaskPattern:
     """The pattern of a mask (batch or 1, heads or 1, q_length, kv_length), read off its values.
 
-    bool (True: visible) or float (0: visible, the dtype's minimum or -inf: hidden).
+    bool (True: visible) or float (0: visible, the dtype's minimum or -inf: masked).
 
     Raises:
         ValueError: the values follow no rule that the kernels compute.
@@ -306,8 +306,8 @@ def _visible(mask: Tensor, batch: int, source: str) -> Tensor:
         visible = mask
     elif mask.is_floating_point():
         visible = mask == 0
-        hidden = mask <= torch.finfo(mask.dtype).min / 2
-        if not bool((visible | hidden).all()):
+        masked = mask <= torch.finfo(mask.dtype).min / 2
+        if not bool((visible | masked).all()):
             raise _refusal(source, "it holds values other than 0 and the minimum (a bias)")
     else:
         raise _refusal(source, f"its dtype is {mask.dtype}, neither bool nor float")

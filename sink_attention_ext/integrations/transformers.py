@@ -89,7 +89,7 @@ def sink_attention(
         kwargs: see sink_attention_ext.integrations.keywords.
 
     Returns:
-        (batch, q_length, num_heads_q, head_dim_v), and None for the weights, which never exist.
+        (batch, q_length, num_heads_q, head_dim_v), and None in place of P, which never exists.
 
     Raises:
         TypeError, ValueError: a mask or option that the kernels do not compute, or a keyword that

@@ -163,7 +163,7 @@ def context_parallel_attn_func(
         v: (batch, seqlen / world_size, num_heads_kv, head_dim_v).
         softmax_scale, causal, window_size, softcap, deterministic, return_lse: as in
             flash_attn_func, the window in tokens of the whole sequence.
-        s_aux: (num_heads_q,) sinks, any float dtype; the same numbers on every rank.
+        s_aux: (num_heads_q,) sinks, any float dtype; the same values on every rank.
         group: the ranks that share the sequence, in its order; None: all (the default group).
         layout: which rows a rank holds (shard_sequence cuts them out). "contiguous": the rank'th
             part of world_size. "zigzag": parts rank and 2 * world_size - 1 - rank of 2 *
@@ -251,7 +251,7 @@ def _check_shard(q: Any, k: Any, v: Any, s_aux: Any, layout: Any) -> Tensor | No
     """What can be said of this rank's tensors alone; the checked s_aux."""
     checks.check_qkv(q, k, v, (checks.Q_DENSE, checks.K_DENSE, checks.V_DENSE))
     if q.device.type == "meta":
-        raise ValueError("q must hold numbers, which ranks exchange; got a meta tensor")
+        raise ValueError("q must hold values, which ranks exchange; got a meta tensor")
     checks.check_float_dtype("q", q)  # and so k and v: float8 is for the forward of one process
     s_aux = checks.check_s_aux(s_aux, q.shape[2], q.device)
     if q.shape[0] < 1 or q.shape[1] < 1:

@@ -1,5 +1,5 @@
-// Numbers of any dtype in a heap block of exactly their size, so that AddressSanitizer sees every
-// step outside; and the random numbers to fill it.
+// An array of any dtype in a heap block of exactly its size, so that AddressSanitizer finds every
+// access out of bounds; and random values to fill it.
 #pragma once
 
 #include <cmath>
@@ -35,25 +35,25 @@ inline double load(const void* data, DataType dtype, int64_t index) {
 }
 
 inline void store(void* data, DataType dtype, int64_t index, double value) {
-  const float number = static_cast<float>(value);
+  const float rounded = static_cast<float>(value);
   switch (dtype) {
     case DataType::kFloat64:
       static_cast<double*>(data)[index] = value;
       break;
     case DataType::kFloat32:
-      static_cast<float*>(data)[index] = number;
+      static_cast<float*>(data)[index] = rounded;
       break;
     case DataType::kFloat16:
-      static_cast<attention::Float16*>(data)[index] = attention::to_float16(number);
+      static_cast<attention::Float16*>(data)[index] = attention::to_float16(rounded);
       break;
     case DataType::kBFloat16:
-      static_cast<attention::BFloat16*>(data)[index] = attention::to_bfloat16(number);
+      static_cast<attention::BFloat16*>(data)[index] = attention::to_bfloat16(rounded);
       break;
     case DataType::kFloat8E4M3:
-      static_cast<attention::Float8E4M3*>(data)[index] = attention::to_float8_e4m3(number);
+      static_cast<attention::Float8E4M3*>(data)[index] = attention::to_float8_e4m3(rounded);
       break;
     case DataType::kInt8:
-      static_cast<attention::Int8*>(data)[index] = attention::to_int8(number);
+      static_cast<attention::Int8*>(data)[index] = attention::to_int8(rounded);
       break;
   }
 }
@@ -74,7 +74,7 @@ class Random {
 class Array {
  public:
   Array() = default;
-  Array(DataType dtype, int64_t count)  // filled with NaN: what nobody wrote shows
+  Array(DataType dtype, int64_t count)  // filled with NaN, to find unwritten elements
       : dtype_(dtype), count_(count), bytes_(new char[count * attention::bytes_of(dtype)]) {
     fill(NAN);
   }

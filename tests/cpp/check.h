@@ -1,5 +1,5 @@
-// What the native tests need of a test framework: suites by name, checks that report where and for
-// which case.
+// A small test framework for the native tests: named suites, and checks that report the line and
+// the case.
 #pragma once
 
 #include <cstdio>

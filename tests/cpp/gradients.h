@@ -1,4 +1,4 @@
-// A backward problem for a scenario, with all that it points to.
+// A scenario's backward params, with the memory that they point to.
 #pragma once
 
 #include <vector>
@@ -16,7 +16,7 @@ struct Gradients {
 // with_dlse: a gradient through lse too.
 Gradients make_gradients(const Scenario& s, bool with_dlse, unsigned seed);
 
-// The forward's results as the definition has them, rounded to their dtypes.
+// The forward's results by the definition, rounded to their dtypes.
 void set_reference_results(Scenario& s);
 
 std::vector<double> values_of(const Array& array);

@@ -105,17 +105,17 @@ ReferenceForward reference_forward(const FlashFwdParams& p, int64_t q_rows) {
           if (is_visible(p, s, i, j)) logits[j] = score(p, s, b, i, j, head).logit;
           max = std::fmax(max, logits[j]);
         }
-        // The weights are exp(logit - max), the sink's among them; nothing is visible where max is
-        // -inf, and a sink of +inf leaves nothing to the keys.
+        // P is exp(logit - max), also for the sink. If max is -inf, no key is visible. A sink of
+        // +inf leaves P = 0 for all keys.
         double sum = sink == -INFINITY ? 0 : (sink == max ? 1 : std::exp(sink - max));
         double* out = &result.out[((s.first_q + i) * p.num_heads_q + head) * p.head_dim_v];
         for (int64_t d = 0; d < p.head_dim_v; ++d) out[d] = 0;
         for (int64_t j = 0; j < s.seqlen_k && std::isfinite(max); ++j) {
           if (logits[j] == -INFINITY) continue;
-          const double weight = std::exp(logits[j] - max);
-          sum += weight;
+          const double p_ij = std::exp(logits[j] - max);
+          sum += p_ij;
           for (int64_t d = 0; d < p.head_dim_v; ++d) {
-            out[d] += weight * value_element(p, s, b, j, kv_head_of(p, head), d);
+            out[d] += p_ij * value_element(p, s, b, j, kv_head_of(p, head), d);
           }
         }
         for (int64_t d = 0; d < p.head_dim_v && sum > 0; ++d) out[d] /= sum;
@@ -167,12 +167,12 @@ ReferenceBackward reference_backward(const FlashBwdParams& params, int64_t q_row
                         s.q_batch * params.dlse_stride_batch + head * params.dlse_stride_head +
                             row * params.dlse_stride_row);
         }
-        // Read as the kernels read it: a float64 sink beside float32 queries is a float32 number.
+        // Read as the kernels read it: a float64 sink with float32 queries is rounded to float32.
         const double exact_sink = sink_of(p, head);
         const double sink =
             p.dtype == DataType::kFloat64 ? exact_sink : static_cast<float>(exact_sink);
         if (sink == INFINITY) {
-          result.ds_aux[head] -= delta;  // the sink's weight is 1
+          result.ds_aux[head] -= delta;  // the sink's probability is 1
         } else if (sink != -INFINITY) {
           result.ds_aux[head] -= std::exp(sink - lse) * delta;
         }
@@ -181,13 +181,13 @@ ReferenceBackward reference_backward(const FlashBwdParams& params, int64_t q_row
         for (int64_t j = 0; j < s.seqlen_k; ++j) {
           if (!is_visible(p, s, i, j)) continue;
           const Score of_key = score(p, s, b, i, j, head);
-          const double weight = std::exp(of_key.logit - lse);
-          double dweight = 0;
+          const double p_ij = std::exp(of_key.logit - lse);
+          double dp = 0;
           for (int64_t d = 0; d < p.head_dim_v; ++d) {
-            dweight += dout(d) * value_element(p, s, b, j, kv_head, d);
-            dv_at(j, kv_head)[d] += weight * dout(d);
+            dp += dout(d) * value_element(p, s, b, j, kv_head, d);
+            dv_at(j, kv_head)[d] += p_ij * dout(d);
           }
-          const double dscore = weight * (dweight - delta) * of_key.slope * p.softmax_scale;
+          const double dscore = p_ij * (dp - delta) * of_key.slope * p.softmax_scale;
           for (int64_t d = 0; d < p.head_dim; ++d) {
             dq[d] += dscore * key_element(p, s, b, j, kv_head, d);
             dk_at(j, kv_head)[d] += dscore * query_element(p, s, i, head, d);

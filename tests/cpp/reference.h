@@ -1,5 +1,5 @@
-// The definition of attention with sinks, written out in float64: what the kernels are compared
-// with. It reads the problem struct, and shares no code with the backend.
+// The reference that kernels are compared with: attention with sinks by its definition, in float64.
+// It reads the params struct, and shares no code with the backends.
 #pragma once
 
 #include <cmath>
@@ -26,7 +26,7 @@ struct ReferenceBackward {
 // Rows are counted over the batch: dense row i of sequence b is b * seqlen + i.
 ReferenceForward reference_forward(const FlashFwdParams& params, int64_t q_rows);
 
-// From the forward's own out and lse in params.fwd, as the kernels have it.
+// Reads the forward's out and lse from params.fwd, as the kernels do.
 ReferenceBackward reference_backward(const FlashBwdParams& params, int64_t q_rows, int64_t k_rows);
 
 }  // namespace sink_attention::tests

@@ -245,7 +245,7 @@ std::vector<Spec> make_specs(Layout layout, DataType dtype) {
 
 void compare(const std::vector<double>& got, const std::vector<double>& expected, double tolerance,
              const std::string& what) {
-  check(got.size() == expected.size(), what, ": ", got.size(), " numbers, expected ",
+  check(got.size() == expected.size(), what, ": ", got.size(), " elements, expected ",
         expected.size());
   if (got.size() != expected.size()) return;
   double largest = 0;
@@ -265,7 +265,7 @@ void compare(const std::vector<double>& got, const std::vector<double>& expected
       worst = i;
     }
   }
-  check(!(worst_excess > 0), what, ": number ", worst, " is ", got.empty() ? 0 : got[worst],
+  check(!(worst_excess > 0), what, ": element ", worst, " is ", got.empty() ? 0 : got[worst],
         ", expected ", got.empty() ? 0 : expected[worst], " (tolerance ", tolerance * (1 + largest),
         ")");
 }

@@ -1,4 +1,4 @@
-// Attention problems with all that they point to: one for each combination worth trying.
+// Attention params with the memory that they point to, for each combination that is tested.
 #pragma once
 
 #include <string>
@@ -10,8 +10,8 @@ namespace sink_attention::tests {
 
 enum class Layout { kDense, kVarlen, kPaged };
 
-// What a problem is made from. Sequences beside the first are derived from its lengths, empty ones
-// among them.
+// The specification of a scenario. The lengths of the other sequences are derived from the first's;
+// some are empty.
 struct Spec {
   Layout layout = Layout::kDense;
   DataType dtype = DataType::kFloat32;
@@ -41,7 +41,7 @@ struct Scenario {
 
 Scenario make_scenario(const Spec& spec, unsigned seed);
 
-// Lengths that straddle tile edges x windows, with everything else varied along.
+// Lengths on both sides of tile edges x windows; all other options vary along.
 std::vector<Spec> make_specs(Layout layout, DataType dtype);
 
 // got[i] against expected[i]: NaN and infinities at the same places, and |difference| <= tolerance
@@ -53,7 +53,7 @@ double tolerance_of(DataType dtype);
 std::vector<double> out_of(const Scenario& scenario);  // [rows of q][num_heads_q][head_dim_v]
 std::vector<double> lse_of(const Scenario& scenario);  // [num_heads_q][rows of q]
 
-// Calls test(name) once with each instruction set that the machine has, in use.
+// Calls test(name) once for each instruction set that the machine has, after selecting it.
 template <class Test>
 void with_each_instruction_set(const Test& test);
 

@@ -14,8 +14,8 @@ namespace {
 constexpr DataType kDtypes[] = {DataType::kFloat64, DataType::kFloat32, DataType::kFloat16,
                                 DataType::kBFloat16};
 
-// Tokens skipped, and one slot written twice: the last one stays. What no token wrote stays as it
-// was.
+// Some tokens are skipped, and one slot is written twice: the last write stays. All other slots
+// keep their contents.
 void check_cache(DataType dtype, DataType cache_dtype, bool head_major, const std::string& isa) {
   constexpr int64_t kTokens = 7, kHeads = 3, kDim = 20, kDimV = 9, kPages = 4, kPageSize = 5;
   const std::vector<int64_t> slots{3, -1, 19, 0, 3, -1, 11};
@@ -73,9 +73,9 @@ void check_cache(DataType dtype, DataType cache_dtype, bool head_major, const st
             expected.push_back(untouched[0]);
             continue;
           }
-          const double number = tokens[(token * kHeads + head) * dim + d];
+          const double value = tokens[(token * kHeads + head) * dim + d];
           Array rounded(cache_dtype, 1);
-          rounded.set(0, scaled ? static_cast<float>(number) / scale[head] : number);
+          rounded.set(0, scaled ? static_cast<float>(value) / scale[head] : value);
           expected.push_back(rounded[0]);
         }
       }

@@ -1,5 +1,5 @@
-// The exponentials of weights, of every instruction set: the polynomials are the same ones, so that
-// AVX-512 BF16's can be looked at on any machine.
+// The softmax's exponentials, of every instruction set. All sets have the same polynomials, so that
+// of AVX-512 BF16 is tested on any machine.
 #include <cmath>
 
 #define SA_ISA isa_test
@@ -16,7 +16,7 @@ struct Errors {
   double mean = 0;
 };
 
-// Over one octave of arguments.
+// Over arguments of one octave.
 template <class Exp2>
 Errors relative_errors(const Exp2& exp2_of) {
   constexpr int kSteps = 1 << 16;
@@ -47,7 +47,7 @@ void check_exp2(const char* name, double most, double most_mean, const Exp2& exp
 
 SA_SUITE(exp2) {
   check_exp2("float32", 2.5e-7, 2e-8, [](Vec<float> x) { return exp2(x); });
-  check_exp2("bfloat16 weights", 3.6e-6, 2e-8, [](Vec<float> x) { return exp2_by(kExp2Fast, x); });
+  check_exp2("bfloat16 P", 3.6e-6, 2e-8, [](Vec<float> x) { return exp2_by(kExp2Fast, x); });
 }
 
 }  // namespace sink_attention::tests

@@ -1,4 +1,4 @@
-// What a mask says of intervals and blocks, against what it says of each query and key.
+// A mask's ranges and blocks, against its visibility of each query and key.
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -21,7 +21,7 @@ std::string describe(const Mask& mask) {
          " sink tokens" + (mask.tree == nullptr ? "" : ", tree");
 }
 
-// Exactly where the queries are a sequence; with a tree, some draft tokens may be seen by none.
+// Exact if the queries are a sequence. With a tree, some draft tokens may be visible to no query.
 void check_sets(const Mask& mask, int64_t q_begin, int64_t q_end) {
   const std::string name = describe(mask);
   const KeySet keys = mask.visible_keys(q_begin, q_end);

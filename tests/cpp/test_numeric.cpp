@@ -1,5 +1,5 @@
-// Conversions, over all of the small formats: each number survives the way to float and back, and
-// every float lands on the nearest number, ties to even.
+// Conversions of all values of the small formats: each survives the way to float and back, and
+// every float is rounded to the nearest value, ties to even.
 #include <cmath>
 
 #include "attention/numeric.h"
@@ -13,15 +13,15 @@ using attention::Float16;
 using attention::Float8E4M3;
 using attention::Int8;
 
-// Of the bit patterns [0, num_positive), ascending numbers: checks each, the middle to the next
-// one, and beside it.
-template <class Number, class Bits, class Round>
+// The bit patterns [0, num_positive) are ascending values. Checks each value, the middle to the
+// next one, and the floats beside the middle.
+template <class Format, class Bits, class Round>
 void check_rounding(const char* name, int num_positive, const Round& round) {
   for (int bits = 0; bits < num_positive; ++bits) {
-    const float value = attention::to_float(Number{static_cast<Bits>(bits)});
+    const float value = attention::to_float(Format{static_cast<Bits>(bits)});
     check(round(value).bits == bits, name, " ", bits, " -> ", value, " -> ", round(value).bits);
     if (bits + 1 == num_positive) break;
-    const float next = attention::to_float(Number{static_cast<Bits>(bits + 1)});
+    const float next = attention::to_float(Format{static_cast<Bits>(bits + 1)});
     check(value < next, name, " ", bits, " is not below its successor");
     const float middle = static_cast<float>((static_cast<double>(value) + next) / 2);
     check(round(middle).bits == bits + bits % 2, name, " tie after ", bits, " -> ",
@@ -39,24 +39,23 @@ void check_rounding(const char* name, int num_positive, const Round& round) {
 }  // namespace
 
 SA_SUITE(numeric) {
-  // In bfloat16 the floats between two numbers are float subnormals at the start: exact all the
-  // same.
+  // The floats between the smallest bfloat16 values are subnormal, and still exact.
   check_rounding<BFloat16, uint16_t>("bfloat16", 0x7f80,
                                      [](float x) { return attention::to_bfloat16(x); });
   check_rounding<Float16, uint16_t>("float16", 0x7c00,
                                     [](float x) { return attention::to_float16(x); });
   check_rounding<Float8E4M3, uint8_t>("float8_e4m3", 0x7f,
                                       [](float x) { return attention::to_float8_e4m3(x); });
-  for (int number = -127; number <= 127; ++number) {
-    const float value = static_cast<float>(number);
+  for (int integer = -127; integer <= 127; ++integer) {
+    const float value = static_cast<float>(integer);
     const float middle = value + 0.5f;
-    check(attention::to_float(Int8{static_cast<int8_t>(number)}) == value, "int8 ", number);
-    check(attention::to_int8(value).bits == number, "int8 ", number, " does not come back");
-    if (number == 127) break;
-    check(attention::to_int8(middle).bits == (number % 2 == 0 ? number : number + 1),
-          "int8 tie after ", number);
-    check(attention::to_int8(std::nextafter(middle, -1e9f)).bits == number, "int8 below the tie");
-    check(attention::to_int8(std::nextafter(middle, 1e9f)).bits == number + 1, "int8 above it");
+    check(attention::to_float(Int8{static_cast<int8_t>(integer)}) == value, "int8 ", integer);
+    check(attention::to_int8(value).bits == integer, "int8 ", integer, " does not come back");
+    if (integer == 127) break;
+    check(attention::to_int8(middle).bits == (integer % 2 == 0 ? integer : integer + 1),
+          "int8 tie after ", integer);
+    check(attention::to_int8(std::nextafter(middle, -1e9f)).bits == integer, "int8 below the tie");
+    check(attention::to_int8(std::nextafter(middle, 1e9f)).bits == integer + 1, "int8 above it");
   }
   check(attention::to_int8(1e30f).bits == 127 && attention::to_int8(INFINITY).bits == 127,
         "int8 saturates");

@@ -1,4 +1,4 @@
-// An Executor of plain threads, made anew for each call.
+// An Executor that starts new threads for each call.
 #pragma once
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// The CUDA backward, run by the emulator: dense and varlen, against the float64 reference. Kernels
-// see exactly the buffers that they are given; what they leave alone stays NaN.
+// The CUDA backward in the emulator, dense and varlen, against the float64 reference. Kernels may
+// access only the buffers that they are given; elements that they do not write stay NaN.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,7 @@ namespace sink_attention::tests {
 // What a case adds to a Spec.
 struct Options {
   int arch = 80;        // the device's compute capability
-  bool aligned = true;  // rows of 16-byte chunks; else one number more between heads
+  bool aligned = true;  // rows aligned to 16 bytes; else one element between heads
   bool with_dlse = false;
   bool deterministic = false;
   double softmax_scale = NAN;  // NaN: the usual one
@@ -90,7 +90,7 @@ inline Gradients make_gradients(const Scenario& s, const Options& options, unsig
   return g;
 }
 
-// The forward's results as the definition has them, rounded to their dtypes.
+// The forward's results by the definition, rounded to their dtypes.
 inline void set_reference_results(Scenario& s) {
   const FlashFwdParams& p = s.params;
   const ReferenceForward forward = reference_forward(p, s.q_rows);
@@ -122,7 +122,7 @@ struct Visible {
   }
 };
 
-// Returns what the kernels left in their workspace.
+// Returns the kernels' workspace after the call.
 inline std::vector<char> run_emulated(const Scenario& s, Gradients& g, int arch) {
   const cuda::Device device{2, arch};
   constexpr size_t kAlignment = 256;
@@ -150,7 +150,8 @@ inline std::vector<char> run_emulated(const Scenario& s, Gradients& g, int arch)
   return {left, left + bytes};
 }
 
-// Numbers [rows * heads][dim] of rows that are `stride` apart; what lies between them is untouched.
+// Elements [rows * heads][dim] of rows that are `stride` apart. Elements between rows are
+// unwritten.
 inline std::vector<double> values_of(const Array& array, int64_t stride, int64_t dim,
                                      const std::string& what) {
   std::vector<double> values;
@@ -166,8 +167,8 @@ inline std::vector<double> values_of(const Array& array, int64_t stride, int64_t
   return values;
 }
 
-// P, dS and the results are rounded once each, sums are float32: the bound is one unit in the last
-// place of the largest number, the results' own rounding half of it.
+// P, dS and the results are rounded once each; sums are float32. The bound is one unit in the last
+// place of the largest value; the results' own rounding is half of it.
 inline double gradient_tolerance(DataType dtype) {
   return dtype == DataType::kFloat16 ? 0x1p-11 : 0x1p-8;
 }

@@ -1,4 +1,4 @@
-// Names a problem's memory to the emulator: exactly what a kernel may touch.
+// Names the memory of params to the emulator: all that a kernel may access.
 #pragma once
 
 #include <string>
@@ -27,7 +27,7 @@ inline emulator::Buffer writable(const Array& array, std::string name) {
   return buffer(array, true, std::move(name));
 }
 
-// What a forward reads, and, where `results` says so, writes.
+// The buffers that a forward reads, and, with `results`, those that it writes.
 inline std::vector<emulator::Buffer> buffers_of(const Scenario& s, bool writes_results) {
   return {readable(s.q, "q"),
           readable(s.k, "k"),

@@ -13,8 +13,8 @@ namespace sink_attention::tests {
 namespace {
 
 using attention::FlashFwdParams;
+using cuda::BlockCoord;
 using cuda::BlockOrder;
-using cuda::BlockPlace;
 
 FlashFwdParams make_params(int64_t batch, int64_t num_heads_kv, int64_t rows, int64_t keys) {
   FlashFwdParams params{};
@@ -26,36 +26,36 @@ FlashFwdParams make_params(int64_t batch, int64_t num_heads_kv, int64_t rows, in
   return params;
 }
 
-// Every block of every pair once; a pair's in the order of their ranks; never more pairs begun and
-// not ended than `most_open`; and after the last rank 0 the other blocks of `last_pairs` pairs, or
-// of all where there are fewer.
+// Every block of every pair runs once, in the order of the pair's tile indices. At most `most_open`
+// pairs are begun and not ended. After the last pair's first tile there remain the other blocks of
+// `last_pairs` pairs, or of all pairs if there are fewer.
 void check_order(const BlockOrder& order, int64_t batch, int64_t heads, int64_t blocks_per_pair,
                  int64_t most_open, int64_t last_pairs) {
   const std::string name = "order of " + std::to_string(batch) + "x" + std::to_string(heads) +
                            " pairs, " + std::to_string(blocks_per_pair) + " blocks each: ";
   const int64_t pairs = batch * heads;
   check(order.num_blocks() == pairs * blocks_per_pair, name, order.num_blocks(), " blocks");
-  std::vector<int64_t> next_rank(pairs, 0);
+  std::vector<int64_t> next_tile(pairs, 0);
   std::set<int64_t> open;
   int64_t last_first = -1;
   size_t open_at_once = 0;
   bool in_turn = true;
   for (int block = 0; block < order.num_blocks(); ++block) {
-    const BlockPlace place = cuda::place_of_block(order, block);
-    if (place.batch_idx < 0 || place.batch_idx >= batch || place.kv_head < 0 ||
-        place.kv_head >= heads) {
+    const BlockCoord coord = cuda::block_coord(order, block);
+    if (coord.batch_idx < 0 || coord.batch_idx >= batch || coord.kv_head < 0 ||
+        coord.kv_head >= heads) {
       return check(false, name, "block ", block, " is of no pair");
     }
-    const int64_t pair = place.batch_idx * heads + place.kv_head;
-    in_turn = in_turn && place.rank == next_rank[pair]++;
-    if (place.rank == 0) {
+    const int64_t pair = coord.batch_idx * heads + coord.kv_head;
+    in_turn = in_turn && coord.tile_idx == next_tile[pair]++;
+    if (coord.tile_idx == 0) {
       last_first = block;
       open.insert(pair);
     }
     open_at_once = std::max(open_at_once, open.size());
-    if (place.rank == blocks_per_pair - 1) open.erase(pair);
+    if (coord.tile_idx == blocks_per_pair - 1) open.erase(pair);
   }
-  for (const int64_t count : next_rank) in_turn = in_turn && count == blocks_per_pair;
+  for (const int64_t count : next_tile) in_turn = in_turn && count == blocks_per_pair;
   check(in_turn, name, "a pair's blocks are not all there, in their order");
   check(static_cast<int64_t>(open_at_once) <= most_open, name, open_at_once, " pairs open");
   const int64_t after = order.num_blocks() - 1 - last_first;
@@ -107,7 +107,7 @@ SA_SUITE(cuda_block_order) {
   // Few pairs of very many blocks: nothing in between is larger than the number of all.
   const BlockOrder order = cuda::bwd_block_order(make_params(1, 1, 128, INT32_MAX), 1);
   check(order.num_blocks() == INT32_MAX, "one pair of ", order.num_blocks(), " blocks");
-  check(cuda::place_of_block(order, INT32_MAX - 1).rank == INT32_MAX - 1, "its last block");
+  check(cuda::block_coord(order, INT32_MAX - 1).tile_idx == INT32_MAX - 1, "its last block");
   constexpr int64_t kHalf = INT32_MAX / 2;
   check_too_many("backward", [](int64_t batch) {
     return cuda::bwd_block_order(make_params(batch, kHalf / 9, 128, 64 * 9), 64);

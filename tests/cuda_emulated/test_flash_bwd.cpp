@@ -34,7 +34,7 @@ void check_head_dims() {
   }
 }
 
-// Lengths x windows, dense and varlen, with all else varied along; small head_dims, for time.
+// Lengths x windows, dense and varlen; all other options vary along. Small head_dims save time.
 void check_grid(Layout layout, DataType dtype) {
   constexpr int64_t kDims[][2] = {{64, 64}, {1, 1}, {32, 32}, {5, 3}, {80, 40}, {16, 33}, {40, 64}};
   unsigned seed = 0;

@@ -29,8 +29,8 @@ std::string describe(const CacheCase& c) {
          std::to_string(c.dim) + "/" + std::to_string(c.dim_v) + " gap " + std::to_string(c.gap);
 }
 
-// Of all sizes, so that 8-bit numbers saturate, round and run into subnormals.
-Array numbers(DataType dtype, int64_t count, Random& random) {
+// Values of all magnitudes, so that 8-bit elements saturate, round and become subnormal.
+Array random_elements(DataType dtype, int64_t count, Random& random) {
   Array array(dtype, count);
   for (int64_t i = 0; i < count; ++i) {
     array.set(i, random.normal() * std::exp2(static_cast<double>(random.below(24)) - 12));
@@ -53,8 +53,8 @@ void check_cache(const CacheCase& c) {
   const int64_t pages = c.num_tokens / kPageSize + 2;
   const int64_t num_slots = pages * kPageSize;
   Random random(static_cast<unsigned>(c.num_tokens + c.dim));
-  const Array k = numbers(c.dtype, c.num_tokens * c.heads * (c.dim + c.gap), random);
-  const Array v = numbers(c.dtype, c.num_tokens * c.heads * (c.dim_v + c.gap), random);
+  const Array k = random_elements(c.dtype, c.num_tokens * c.heads * (c.dim + c.gap), random);
+  const Array v = random_elements(c.dtype, c.num_tokens * c.heads * (c.dim_v + c.gap), random);
   const DataType cache_dtype = c.cache_dtype;
   const int64_t k_count = num_slots * c.heads * c.dim, v_count = num_slots * c.heads * c.dim_v;
   const Array k_cache(cache_dtype, k_count), v_cache(cache_dtype, v_count);

@@ -10,8 +10,8 @@ Options hopper() {
   return options;
 }
 
-// Each head-dim bucket, full and partial, with lengths on both sides of a block's edge, groups of
-// which a tile is a multiple or not, and all else varied along.
+// Each head-dim bucket, full and partial, with lengths on both sides of a block's edge.
+// qhead_per_khead divides a tile's rows, or does not. All other options vary along.
 void check_head_dims() {
   constexpr int64_t kDims[][2] = {{64, 64},   {96, 96},   {128, 128}, {192, 128},
                                   {192, 192}, {256, 256}, {40, 64},   {72, 40},
@@ -39,7 +39,7 @@ void check_head_dims() {
   }
 }
 
-// Lengths x windows, sink tokens, dense and varlen, with all else varied along.
+// Lengths x windows, sink tokens, dense and varlen; all other options vary along.
 void check_grid(Layout layout, DataType dtype) {
   constexpr int64_t kDims[][2] = {{64, 64}, {40, 64}, {48, 8}, {80, 40}, {128, 128}};
   unsigned seed = 0;
@@ -74,8 +74,9 @@ void check_groups_and_scales() {
   }
 }
 
-// Groups that do not divide a tile: tiles of whole positions, or where those would leave too many
-// rows unused (22 of 64, 71) chunks. Packed sequences end within a tile, beside another's rows.
+// qhead_per_khead that does not divide a tile: tiles hold whole positions, or, where too many rows
+// would be unused (qhead_per_khead of 22 for 64 rows, 71), rows are copied by cp.async. Packed
+// sequences end within a tile, beside another's rows.
 void check_odd_groups() {
   unsigned seed = 600;
   constexpr int64_t kGroups[][2] = {{3, 64},  {5, 64},   {6, 128}, {7, 128}, {5, 128},
@@ -100,7 +101,8 @@ void check_odd_groups() {
   }
 }
 
-// The same under several orders of warps, with more blocks at once than there are turns to wait.
+// The same bits in several orders of warps, with more concurrent blocks than wait for the dq
+// semaphore.
 void check_seeds() {
   for (const int64_t dim : {64, 96, 128, 192, 256}) {
     Spec spec = make_spec(150, 300, 2, 1, dim, dim);
@@ -130,8 +132,8 @@ std::vector<double> gradients_of(const Gradients& g) {
   return all;
 }
 
-// Neighbours' NaNs reach nobody: those of keys without a query, of queries without a key, and of
-// keys that do not count, each of which follow rows in whose tiles they would lie.
+// NaNs of neighbouring rows do not spread: of keys without a query, queries without a key, and keys
+// beyond seqused_k. Each follows rows in whose tile it would be loaded.
 void check_neighbours(int64_t group) {
   for (const int64_t dim : {64, 128, 192}) {
     Spec spec = make_spec(75, 90, group, 1, dim, dim);

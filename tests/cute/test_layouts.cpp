@@ -1,5 +1,5 @@
-// CuTe's layouts as an independent witness of ours: which lane holds which element of a product's
-// operands, what ldmatrix brings where, and where a swizzled tile keeps it.
+// CuTe's layouts as an independent check of ours: the lane that holds each element of an operand,
+// the elements that ldmatrix loads, and their addresses in a swizzled tile.
 //
 // Compiled by tests/test_cute_oracle.py with the headers of the package nvidia-cutlass.
 #include <cute/atom/copy_traits_sm75.hpp>
@@ -19,7 +19,7 @@ struct Place {
   int col;
 };
 
-// What CuTe says of element `value` of `lane`: an index into the matrix, column-major.
+// CuTe's index of element `value` of `lane` in the column-major matrix.
 template <class Layout>
 Place place_of(const Layout& layout, int lane, int value, int rows) {
   const int i = static_cast<int>(layout(lane, value));
@@ -44,7 +44,7 @@ using BFloat16Traits = cute::MMA_Traits<cute::SM80_16x8x16_F32BF16BF16F32_TN>;
 using Float16Traits = cute::MMA_Traits<cute::SM80_16x8x16_F32F16F16F32_TN>;
 
 template <class Element>
-uint16_t bits_of_number(int value) {
+uint16_t bits_of_value(int value) {
   return static_cast<uint16_t>(pack<Element>(static_cast<float>(value), 0.0f));
 }
 uint16_t half_of(const uint32_t* registers, int value) {
@@ -71,8 +71,8 @@ void multiply(Fragments& fragments) {
   });
 }
 
-// One number 1 in one register of A or B, and its counterpart full of numbers of which no two are
-// the same along k: the product shows where the twin takes the 1 to be.
+// A single 1 in one register of A or B; the other operand's values are all different along k. The
+// product shows at which (row, col) the emulation has the 1.
 template <class Traits, class Element>
 void check_mma(const char* name) {
   const auto b_at = [](Place place) { return 1 + place.row + 16 * place.col; };
@@ -80,9 +80,9 @@ void check_mma(const char* name) {
   for (int lane = 0; lane < 32; ++lane) {
     for (int value = 0; value < 8; ++value) {
       Fragments fragments;
-      fragments.a[lane][value] = bits_of_number<Element>(1);
+      fragments.a[lane][value] = bits_of_value<Element>(1);
       for (int i = 0; i < 32 * 4; ++i) {
-        fragments.b[i / 4][i % 4] = bits_of_number<Element>(b_at(place_in_b<Traits>(i / 4, i % 4)));
+        fragments.b[i / 4][i % 4] = bits_of_value<Element>(b_at(place_in_b<Traits>(i / 4, i % 4)));
       }
       multiply<Element>(fragments);
       const Place one = place_in_a<Traits>(lane, value);
@@ -95,9 +95,9 @@ void check_mma(const char* name) {
     }
     for (int value = 0; value < 4; ++value) {
       Fragments fragments;
-      fragments.b[lane][value] = bits_of_number<Element>(1);
+      fragments.b[lane][value] = bits_of_value<Element>(1);
       for (int i = 0; i < 32 * 8; ++i) {
-        fragments.a[i / 8][i % 8] = bits_of_number<Element>(a_at(place_in_a<Traits>(i / 8, i % 8)));
+        fragments.a[i / 8][i % 8] = bits_of_value<Element>(a_at(place_in_a<Traits>(i / 8, i % 8)));
       }
       multiply<Element>(fragments);
       const Place one = place_in_b<Traits>(lane, value);
@@ -111,7 +111,7 @@ void check_mma(const char* name) {
   }
 }
 
-// ldmatrix: a lane's row is 128 bits, and CuTe's layouts say to which lane and bit each goes.
+// ldmatrix: a lane's row is 128 bits, and CuTe's layouts give the lane and bit of each.
 template <class Traits>
 void check_ldmatrix(const char* name,
                     void (*load)(uint32_t (&r)[4], const void* row, emulator::Site)) {
@@ -147,30 +147,30 @@ void check_accumulators() {
   }
 }
 
-// Two accumulators beside each other become an operand A.
+// Two neighbouring accumulators become an operand A.
 void check_accumulators_as_operand() {
   using Element = attention::BFloat16;
-  const auto number = [](int row, int col) { return row * 16 + col; };
+  const auto value_at = [](int row, int col) { return row * 16 + col; };
   run_warp([&](char*) {
     const int lane = lane_idx();
     cuda::Accumulators<1, 4> acc;
     for (int n = 0; n < 4; ++n) {
       for (int reg = 0; reg < 4; ++reg) {
         const Place place = place_in_c<BFloat16Traits>(lane, reg);
-        acc.c[0][n][reg] = static_cast<float>(number(place.row, place.col + n % 2 * 8) * (n / 2));
+        acc.c[0][n][reg] = static_cast<float>(value_at(place.row, place.col + n % 2 * 8) * (n / 2));
       }
     }
     uint32_t a[4];
     cuda::to_operand_a<Element>(acc, 0, 1, a);
     for (int value = 0; value < 8; ++value) {
       const Place place = place_in_a<BFloat16Traits>(lane, value);
-      check(half_of(a, value) == bits_of_number<Element>(number(place.row, place.col)),
+      check(half_of(a, value) == bits_of_value<Element>(value_at(place.row, place.col)),
             "accumulators as operand A: lane ", lane, ", value ", value);
     }
   });
 }
 
-// Where a tile keeps (row, col): CuTe's swizzle of the row-major layout, slab after slab.
+// The address of (row, col) in a tile: CuTe's swizzle of the row-major layout, slab after slab.
 template <int kCols, class Swizzle>
 void check_swizzle(const Swizzle& swizzle) {
   constexpr int kRows = 64;
@@ -189,17 +189,17 @@ void check_swizzle(const Swizzle& swizzle) {
   }
 }
 
-// What the kernels' loads bring from a tile into each register.
+// The elements that the kernels' loads put into each register.
 template <int kCols>
 void check_operand_loads() {
   constexpr int kRows = 32;
   using Tile = cuda::SmemTile<attention::BFloat16, kRows, kCols>;
-  const auto number = [](int row, int col) { return static_cast<uint16_t>(row * 256 + col); };
+  const auto value_at = [](int row, int col) { return static_cast<uint16_t>(row * 256 + col); };
   run_block(32, sizeof(Tile), [&](char* shared) {
     auto& tile = *reinterpret_cast<Tile*>(shared);
     const int lane = lane_idx();
     for (int col = 0; col < kCols; ++col) {
-      store_shared(reinterpret_cast<uint16_t*>(tile.at(lane, col)), number(lane, col));
+      store_shared(reinterpret_cast<uint16_t*>(tile.at(lane, col)), value_at(lane, col));
     }
     sync_warp();
     constexpr int kStart = 16;  // of rows, or of columns
@@ -219,13 +219,13 @@ void check_operand_loads() {
       }
     };
     cuda::load_operand_a(tile, kStart, 1, a);
-    check_a("load_operand_a", [&](int m, int k) { return number(kStart + m, 16 + k); });
+    check_a("load_operand_a", [&](int m, int k) { return value_at(kStart + m, 16 + k); });
     cuda::load_operand_a_trans(tile, kStart, 16, a);
-    check_a("load_operand_a_trans", [&](int m, int k) { return number(kStart + k, 16 + m); });
+    check_a("load_operand_a_trans", [&](int m, int k) { return value_at(kStart + k, 16 + m); });
     cuda::load_operand_b(tile, kStart, 1, b[0], b[1]);
-    check_b("load_operand_b", [&](int k, int n) { return number(kStart + n, 16 + k); });
+    check_b("load_operand_b", [&](int k, int n) { return value_at(kStart + n, 16 + k); });
     cuda::load_operand_b_trans(tile, kStart, 16, b[0], b[1]);
-    check_b("load_operand_b_trans", [&](int k, int n) { return number(kStart + k, 16 + n); });
+    check_b("load_operand_b_trans", [&](int k, int n) { return value_at(kStart + k, 16 + n); });
   });
 }
 

@@ -1,4 +1,4 @@
-// Where CuTe keeps the elements of a swizzled tile, against where a box of ours lands.
+// CuTe's addresses of a swizzled tile's elements, against those of our TMA box.
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 #include <cute/layout.hpp>
 #include <cute/swizzle.hpp>
@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kRows = 64;
 
-// A box of 64 rows, one swizzle row of 16-bit elements each, that number their elements.
+// A box of 64 rows of one swizzle row each; the value of each 16-bit element is its index.
 template <class Atom>
 void check_box(Swizzle swizzle, const char* name) {
   const int cols = 8 << static_cast<int>(swizzle);

@@ -1,5 +1,5 @@
-// CuTe's layouts of wgmma's operands and fragments as a witness of ours: what the emulator decodes
-// of a descriptor, the descriptors that kernels use for their tiles, and which lane holds what.
+// CuTe's layouts of wgmma's operands and fragments as an independent check of ours: the emulator's
+// decoding of descriptors, the kernels' descriptors of their tiles, and the lane of each element.
 //
 // Compiled by tests/test_cute_oracle.py with the headers of the package nvidia-cutlass.
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
@@ -35,8 +35,8 @@ auto tile_of() {
   }
 }
 
-// The index at which an element lies in shared memory that starts where the swizzle's pattern does.
-// (Such a layout by itself leaves the swizzle to the pointer.)
+// The index of an element in shared memory that starts at the start of a swizzle pattern. (Such a
+// layout leaves the swizzle to the pointer.)
 template <class Layout>
 int index_of(const Layout& layout, int mn, int k) {
   return static_cast<int>(cute::as_position_independent_swizzle_layout(layout)(mn, k));
@@ -59,7 +59,7 @@ uint64_t cute_descriptor(const Layout& layout, int mn, int k) {
   return of_tile + start / 16;
 }
 
-// Where the emulator finds each element of each operand of a tile, by CuTe's descriptors.
+// The emulator's address of each element of each operand of a tile, by CuTe's descriptors.
 template <Major kMajor, ElementType kType, class Element, class Atom, bool kMnFirst = true>
 void check_decoding(const char* name) {
   constexpr int kMn = 128;
@@ -84,8 +84,8 @@ void check_decoding(const char* name) {
   }
 }
 
-// The kernels' descriptors of a tile: the addresses that they stand for, and CuTe's own fields.
-// Both majors; of a K-major operand the tile's rows are mn, of an MN-major one they are k.
+// The kernels' descriptors of a tile: their addresses, and their fields against CuTe's, for both
+// majors. A tile's rows are mn in a K-major operand, and k in an MN-major one.
 template <int kRows, int kCols>
 void check_tile() {
   using Element = attention::BFloat16;
@@ -150,21 +150,21 @@ void check_tile() {
 }
 
 template <class Element>
-Element element_of(int number) {
+Element element_of(int value) {
   if constexpr (sizeof(Element) == 1) {
-    return attention::to_float8_e4m3(static_cast<float>(number));
+    return attention::to_float8_e4m3(static_cast<float>(value));
   } else {
-    return Element{static_cast<uint16_t>(pack<Element>(static_cast<float>(number), 0.0f))};
+    return Element{static_cast<uint16_t>(pack<Element>(static_cast<float>(value), 0.0f))};
   }
 }
 
-// A times a row of unit matrices, so that accumulators show A: (row, col % depth). A's numbers are
-// parts of its coordinates, which every format holds.
+// A times a row of unit matrices, so that the accumulators are A at (row, col % depth). A's values
+// are parts of its coordinates, which every format holds exactly.
 template <class Traits, class Element, bool kRegisters>
 void check_fragments(const char* name) {
   constexpr int kDepth = 32 / sizeof(Element);
   constexpr int kN = 64;
-  const auto number = [](int part, int row, int col) {
+  const auto value_at = [](int part, int row, int col) {
     return part == 0 ? row % 8 : part == 1 ? row / 8 : part == 2 ? col % 8 : col / 8;
   };
   for (int part = 0; part < 4; ++part) {
@@ -177,14 +177,14 @@ void check_fragments(const char* name) {
         const bool is_b = i >= 128;
         struct {
           alignas(16) Element elements[kPer];
-        } numbers;
+        } vector;
         for (int e = 0; e < kPer; ++e) {
           const int k = chunk * kPer + e;
-          numbers.elements[e] =
-              element_of<Element>(is_b ? (row % kDepth == k ? 1 : 0) : number(part, row, k));
+          vector.elements[e] =
+              element_of<Element>(is_b ? (row % kDepth == k ? 1 : 0) : value_at(part, row, k));
         }
         Bytes16 bytes;
-        memcpy(&bytes, &numbers, sizeof(bytes));
+        memcpy(&bytes, &vector, sizeof(bytes));
         store_shared(
             reinterpret_cast<Bytes16*>(shared + (is_b ? 2048 : 0) + chunk * 1024 + row * 16),
             bytes);
@@ -200,7 +200,7 @@ void check_fragments(const char* name) {
         Element elements[16 / sizeof(Element)];
         for (int value = 0; value < static_cast<int>(16 / sizeof(Element)); ++value) {
           const int i = static_cast<int>(typename Traits::ALayout{}(thread, value));
-          elements[value] = element_of<Element>(number(part, i % 64, i / 64));
+          elements[value] = element_of<Element>(value_at(part, i % 64, i / 64));
         }
         memcpy(registers, elements, sizeof(registers));
       }
@@ -215,7 +215,7 @@ void check_fragments(const char* name) {
       for (int value = 0; value < kN / 2; ++value) {
         const int i = static_cast<int>(typename Traits::CLayout{}(thread, value));
         const int row = i % 64, col = i / 64;
-        check(acc[value / 4][value % 4] == number(part, row, col % kDepth), name, ": thread ",
+        check(acc[value / 4][value % 4] == value_at(part, row, col % kDepth), name, ": thread ",
               thread, ", value ", value, " is ", acc[value / 4][value % 4], ", CuTe says (", row,
               ", ", col, ")");
       }

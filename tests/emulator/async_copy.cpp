@@ -36,7 +36,7 @@ void add(AsyncCopy& copy) {
   copy.done = true;
 }
 
-// The copy has read its part of shared memory.
+// The copy has read shared memory: its bytes may be written again.
 void let_go(AsyncCopy& copy) {
   if (!copy.held) return;
   const auto* values = reinterpret_cast<const float*>(copy.shared);
@@ -89,7 +89,7 @@ void start_bulk_add(float* global, const float* shared, int bytes, const Step& s
                        static_cast<int64_t>(reinterpret_cast<uintptr_t>(global)), step);
   if (bytes <= 0) fault(step, "a copy of " + std::to_string(bytes) + " bytes");
   check_range(global, bytes, Access::kWrite, step);
-  if (current().bulk.turn_is_unfenced)
+  if (current().bulk.semaphore_is_unfenced)
     fault(step, "no fence_proxy_async_global since semaphore_wait");
   begin_async_read(shared, bytes, AsyncReader::kThread, step);
   auto copy = std::make_shared<AsyncCopy>(AsyncCopy{
@@ -126,10 +126,10 @@ void wait_for_bulk(int pending) {
   }
 }
 
-void mark_release() { current().bulk.turn_is_unfenced = true; }
-void fence_turn() { current().bulk.turn_is_unfenced = false; }
+void mark_acquired() { current().bulk.semaphore_is_unfenced = true; }
+void fence_semaphore() { current().bulk.semaphore_is_unfenced = false; }
 
-void check_sums_are_made(const Step& step) {
+void check_bulk_sums_complete(const Step& step) {
   const BulkQueue& queue = current().bulk;
   const auto refuse = [&](const BulkQueue::Group& group) {
     if (group.empty()) return;
@@ -149,10 +149,10 @@ void check_end_of_copies(bool last_of_block) {
     fault(thread.bulk.open.front()->step, "the thread ended before bulk_commit");
   }
   if (!last_of_block) return;
-  const char* unseen = "the block ended, and nobody had waited for this copy";
-  for (const auto& copy : thread.block->copies.under_way) fault(copy->step, unseen);
+  const char* why = "the block ended, and nobody had waited for this copy";
+  for (const auto& copy : thread.block->copies.under_way) fault(copy->step, why);
   for (const MbarrierState& state : thread.block->mbarriers.states) {
-    if (state.copy_phase >= state.observed_phases) fault(state.copy, unseen);
+    if (state.copy_phase >= state.observed_phases) fault(state.copy, why);
   }
 }
 

@@ -1,7 +1,7 @@
-// The copy engine: copies between global and shared memory that run beside all threads.
+// The copy engine: asynchronous copies between global and shared memory.
 //
-// A copy ends at a random moment of the scheduler's, at the latest when nothing else can run. What
-// it reads it reads then.
+// The scheduler completes a copy at a random time, at the latest when nothing else can run. The
+// copy reads its source then.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +26,8 @@ struct AsyncCopy {
   int mbarrier = -1;
   TensorMapData map{};
   int at[kMaxRank] = {};
-  // Of kAdd: whether it has been done, and whether shared memory is still held for it. The floats
-  // are taken from `taken` if it is not.
+  // kAdd: whether the sum is done, and whether it still holds its shared memory. If not, its floats
+  // are in `taken`.
   bool done = false;
   bool held = false;
   std::vector<float> taken{};
@@ -42,8 +42,8 @@ struct BulkQueue {
   using Group = std::vector<std::shared_ptr<AsyncCopy>>;
   Group open;
   std::vector<Group> groups;  // oldest first
-  // Whether its turn has come, but sums that it starts may still come before those it waited for.
-  bool turn_is_unfenced = false;
+  // Whether semaphore_wait was not yet followed by fence_proxy_async_global.
+  bool semaphore_is_unfenced = false;
 };
 
 // ---- from a running thread ----
@@ -55,13 +55,12 @@ void start_bulk_add(float* global, const float* shared, int bytes, const Step& s
 void commit_bulk();
 void wait_for_bulk_reads(int pending);
 void wait_for_bulk(int pending);
-void mark_release();
-void fence_turn();
-// Faults if the thread tells other blocks that it is done (`step`) before bulk_wait has waited for
-// all its sums.
-void check_sums_are_made(const Step& step);
-// Faults if copies are left that nobody has waited for: of this thread, or, as it is its block's
-// last, of the block.
+void mark_acquired();
+void fence_semaphore();
+// Faults if the thread releases a semaphore (`step`) before bulk_wait has waited for all its sums.
+void check_bulk_sums_complete(const Step& step);
+// Faults if nobody has waited for a copy of this thread, or, if it is the block's last thread, of
+// the block.
 void check_end_of_copies(bool last_of_block);
 
 // ---- from the scheduler ----

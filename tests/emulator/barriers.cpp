@@ -25,7 +25,7 @@ void wake_others(Block& block, int warp) {
   }
 }
 
-// What the running lane, the last of its warp, and the others ask for.
+// Checks the arguments of the running lane, the last of its warp, against those of the others.
 void check_call(const Call& call, const Step& step) {
   Block& block = *current().block;
   if (call.id < 0 || call.id >= Barriers::kCount) {
@@ -45,7 +45,7 @@ void check_call(const Call& call, const Step& step) {
   }
 }
 
-// All have come: those that wait go on, but the running lane, which does so by itself.
+// The barrier is complete: wakes all waiting lanes. The running lane does not wait.
 void open(Block& block, int id) {
   Barrier& barrier = block.barriers.of[id];
   std::vector<int> warps;
@@ -66,7 +66,8 @@ void open(Block& block, int id) {
   barrier = Barrier{};
 }
 
-// The running lane's warp comes, whose other lanes wait. Returns whether it was the last.
+// The warp of the running lane arrives; its other lanes wait. Returns whether the barrier is
+// complete.
 bool come(const Call& call, bool waits, const Step& step) {
   check_call(call, step);
   const int thread = current().thread_idx;

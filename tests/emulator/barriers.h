@@ -1,6 +1,6 @@
-// A block's barriers: that of all threads, and the named ones (bar.sync, bar.arrive).
+// A block's barriers: barrier 0 (sync_threads) and the named ones (bar.sync, bar.arrive).
 //
-// Both instructions are a warp's (.aligned): its 32 lanes meet, and the warp comes to the barrier.
+// Both instructions are warp-wide (.aligned): the 32 lanes meet, and then the warp arrives.
 #pragma once
 
 #include <cstdint>
@@ -11,10 +11,10 @@
 namespace emulator {
 
 struct Barrier {
-  uint32_t came = 0;   // warps, a bit each
-  uint32_t waits = 0;  // those of them that wait
+  uint32_t came = 0;   // the warps that arrived, as bits
+  uint32_t waits = 0;  // the warps that wait, as bits
   int num_threads = 0;
-  // Of the warp that came first, its last lane.
+  // The last lane of the first warp to arrive.
   int first_thread = -1;
   Step first{};
 };
@@ -22,16 +22,16 @@ struct Barrier {
 struct Barriers {
   static constexpr int kCount = 16;
   Barrier of[kCount];
-  Arrivals went_on[kCount];  // of each barrier, those that did not wait
+  Arrivals went_on[kCount];  // of each barrier: the arrivals that did not wait
 
   void start();            // a new block
-  void check_end() const;  // by its last thread: a barrier that not all came to is a fault
+  void check_end() const;  // by its last thread: an incomplete barrier is a fault
 };
 
-// Barrier `id` of the block, for num_threads threads in whole warps. The lanes of a warp come from
-// the same place; at barrier 0 all warps do.
+// Waits at barrier `id` of the block, for num_threads threads in whole warps. The lanes of a warp
+// must have the same step; at barrier 0 all warps must.
 void barrier(int id, int num_threads, const Step& step);
-// The same arrival without the wait.
+// Arrives without waiting.
 void arrive_at_barrier(int id, int num_threads, const Step& step);
 
 }  // namespace emulator

@@ -5,7 +5,8 @@
 namespace emulator {
 
 void Knowledge::add(const Knowledge& more) {
-  for (int warp = 0; warp < kMaxWarps; ++warp) seen[warp] = std::max(seen[warp], more.seen[warp]);
+  for (int warp = 0; warp < kMaxWarps; ++warp)
+    warps[warp] = std::max(warps[warp], more.warps[warp]);
   size_t at = 0;
   for (const Entry& entry : more.others) {
     while (at < others.size() && others[at].actor < entry.actor) ++at;
@@ -34,14 +35,14 @@ int32_t Knowledge::clock_of(Actor actor) const {
   return 0;
 }
 
-// Where all lanes of a warp came, the warp's entry says it for all of them: what a lane did after
-// it came, and before the last one did, passes for earlier; what the last one does does not.
+// If all lanes of a warp arrived, the warp's entry stands for all of them. Accesses of a lane
+// between its own arrival and the last lane's then count as earlier; those of the last lane do not.
 void Arrivals::close() {
   for (int warp = 0; warp < kMaxWarps; ++warp) {
     for (int lane = 0; lanes[warp] != 0 && lane < 32; ++lane) {
       const int thread = warp * 32 + lane;
       if (lanes[warp] == ~uint32_t{0}) {
-        known.seen[warp] = std::max(known.seen[warp], clock[thread]);
+        known.warps[warp] = std::max(known.warps[warp], clock[thread]);
       } else if ((lanes[warp] >> lane & 1) != 0) {
         known.add(thread, clock[thread]);
       }
@@ -49,7 +50,7 @@ void Arrivals::close() {
     lanes[warp] = 0;
   }
   const auto told = [&](const Knowledge::Entry& entry) {
-    return entry.actor < kMaxThreads && entry.clock <= known.seen[entry.actor / 32];
+    return entry.actor < kMaxThreads && entry.clock <= known.warps[entry.actor / 32];
   };
   known.others.erase(std::remove_if(known.others.begin(), known.others.end(), told),
                      known.others.end());
@@ -59,43 +60,43 @@ void Clocks::start(int num_warps, int32_t base) {
   num_warps_ = num_warps;
   latest_ = base + 1;
   WarpClock clock{};
-  for (int32_t& seen : clock.seen) seen = base;
+  for (int32_t& known : clock.known) known = base;
   clock.lanes = latest_;
   clock.floor = base;
   warps_.assign(num_warps, clock);
-  for (int warp = 0; warp < num_warps; ++warp) warps_[warp].seen[warp] = latest_;
+  for (int warp = 0; warp < num_warps; ++warp) warps_[warp].known[warp] = latest_;
   if (single_threads_know_) threads_.clear();
   single_threads_know_ = false;
   std::fill_n(to_merge_, kMaxWarps, false);
   std::fill_n(tensor_clock_, kMaxWarps / kWarpgroupWarps, 0);
 }
 
-void Clocks::tick(int warp) { latest_ = std::max(latest_, ++warps_[warp].seen[warp]); }
+void Clocks::tick(int warp) { latest_ = std::max(latest_, ++warps_[warp].known[warp]); }
 
 bool Clocks::knows(Actor earlier, int32_t clock, int thread) const {
   if (earlier >= kMaxThreads && earlier == tensor_cores(thread / kWarpgroupThreads)) return true;
   const Knowledge& mine = threads_[thread];
-  if (earlier < kMaxThreads && clock <= mine.seen[earlier / 32]) return true;
+  if (earlier < kMaxThreads && clock <= mine.warps[earlier / 32]) return true;
   return clock <= mine.clock_of(earlier);
 }
 
-int32_t Clocks::seen(int warp, int thread) const {
+int32_t Clocks::known_clock(int warp, int thread) const {
   const WarpClock& mine = warps_[thread / 32];
-  const int32_t seen = warp == thread / 32 ? mine.lanes - 1 : mine.seen[warp];
-  return single_threads_know_ ? std::max(seen, threads_[thread].seen[warp]) : seen;
+  const int32_t known = warp == thread / 32 ? mine.lanes - 1 : mine.known[warp];
+  return single_threads_know_ ? std::max(known, threads_[thread].warps[warp]) : known;
 }
 
 void Clocks::order_lanes(int warp) {
   tick(warp);
   WarpClock& clock = warps_[warp];
-  clock.lanes = clock.seen[warp];
+  clock.lanes = clock.known[warp];
   if (!to_merge_[warp]) return;
   to_merge_[warp] = false;
   Knowledge all;
   for (int lane = 0; lane < 32; ++lane) all.add(threads_[warp * 32 + lane]);
   for (int lane = 0; lane < 32; ++lane) threads_[warp * 32 + lane] = all;
   for (int i = 0; i < num_warps_; ++i) {
-    if (i != warp) clock.seen[i] = std::max(clock.seen[i], all.seen[i]);
+    if (i != warp) clock.known[i] = std::max(clock.known[i], all.warps[i]);
   }
 }
 
@@ -103,7 +104,7 @@ void Clocks::order_warps(const std::vector<int>& warps, const Knowledge* more) {
   WarpClock joined{};
   for (const int warp : warps) {
     for (int i = 0; i < num_warps_; ++i) {
-      joined.seen[i] = std::max(joined.seen[i], warps_[warp].seen[i]);
+      joined.known[i] = std::max(joined.known[i], warps_[warp].known[i]);
     }
   }
   if (more != nullptr || single_threads_know_) {
@@ -112,7 +113,7 @@ void Clocks::order_warps(const std::vector<int>& warps, const Knowledge* more) {
     for (const int warp : warps) {
       release_tensor_cores(warp / kWarpgroupWarps, all);
       for (int lane = 0; lane < 32 && single_threads_know_; ++lane) {
-        // Mostly all lanes of a warp know the same since they last met.
+        // Unless to_merge_, all lanes of the warp have the same knowledge.
         if (lane == 0 || to_merge_[warp]) all.add(threads_[warp * 32 + lane]);
       }
     }
@@ -120,13 +121,13 @@ void Clocks::order_warps(const std::vector<int>& warps, const Knowledge* more) {
       for (int lane = 0; lane < 32; ++lane) acquire(warp * 32 + lane, all);
       to_merge_[warp] = false;
     }
-    for (int i = 0; i < num_warps_; ++i) joined.seen[i] = std::max(joined.seen[i], all.seen[i]);
+    for (int i = 0; i < num_warps_; ++i) joined.known[i] = std::max(joined.known[i], all.warps[i]);
   }
-  // The warps of a barrier go on at the same clock, so that a floor below it covers all they did.
+  // All warps of the barrier continue at the same clock, so that the floor covers their accesses.
   int32_t now = 0;
-  for (const int warp : warps) now = std::max(now, joined.seen[warp]);
-  for (const int warp : warps) joined.seen[warp] = now;
-  joined.floor = *std::min_element(joined.seen, joined.seen + num_warps_);
+  for (const int warp : warps) now = std::max(now, joined.known[warp]);
+  for (const int warp : warps) joined.known[warp] = now;
+  joined.floor = *std::min_element(joined.known, joined.known + num_warps_);
   for (const int warp : warps) warps_[warp] = joined;
   for (const int warp : warps) order_lanes(warp);
 }
@@ -135,11 +136,12 @@ void Clocks::arrive(int thread, Arrivals& arrivals) {
   const int warp = thread / 32;
   WarpClock& mine = warps_[warp];
   Knowledge& known = arrivals.known;
-  for (int i = 0; i < num_warps_; ++i) known.seen[i] = std::max(known.seen[i], seen(i, thread));
+  for (int i = 0; i < num_warps_; ++i)
+    known.warps[i] = std::max(known.warps[i], known_clock(i, thread));
   if (single_threads_know_) known.add(threads_[thread]);
   release_tensor_cores(warp / kWarpgroupWarps, known);
   arrivals.lanes[warp] |= uint32_t{1} << thread % 32;
-  arrivals.clock[thread] = mine.seen[warp];
+  arrivals.clock[thread] = mine.known[warp];
   tick(warp);
 }
 

@@ -1,5 +1,5 @@
-// A buffer of a kernel, with room around it that belongs to nobody: an access beside it hits no
-// neighbour that happens to be visible too.
+// A buffer of a kernel between guard bytes, so that an access out of bounds does not hit another
+// visible buffer.
 #pragma once
 
 #include <cstddef>

@@ -21,9 +21,9 @@ Context* left = nullptr;  // where the last switch came from
 
 #if defined(__x86_64__)
 
-// The System V ABI's callee-saved registers go onto the stack that is left, and come from the one
-// that is entered. A jump instead of a return: the processor predicts a return to go where the last
-// call came from, which is never where another fiber goes on.
+// Saves the System V ABI's callee-saved registers on the old stack and restores them from the new
+// one. It jumps instead of returning: the processor predicts a return to the last call, which
+// another fiber never resumes.
 asm(R"(
 .text
 .type sink_attention_emulator_switch, @function
@@ -54,7 +54,8 @@ void jump(Context& from, Context& to) {
 }
 void prepare(Context& context, void (*entry)()) {
   const uintptr_t top = reinterpret_cast<uintptr_t>(context.stack_bottom) + context.stack_bytes;
-  // Six registers, the address to go to, and the alignment that a function expects at its entry.
+  // Six registers, the entry's address, and the stack alignment that a function expects at its
+  // entry.
   void** frame = reinterpret_cast<void**>((top & ~uintptr_t{15}) - 8) - 7;
   for (int i = 0; i < 6; ++i) frame[i] = nullptr;
   frame[6] = reinterpret_cast<void*>(entry);
@@ -63,7 +64,7 @@ void prepare(Context& context, void (*entry)()) {
 }
 }  // namespace
 
-#else  // slower: a system call a switch
+#else  // slower: one system call per switch
 
 namespace {
 void jump(Context& from, Context& to) {
@@ -72,7 +73,7 @@ void jump(Context& from, Context& to) {
   swapcontext(&here, static_cast<ucontext_t*>(to.stack_pointer));
 }
 void prepare(Context& context, void (*entry)()) {
-  // The context itself lies at the bottom of its stack.
+  // The context itself is stored at the bottom of its stack.
   char* bottom = static_cast<char*>(const_cast<void*>(context.stack_bottom));
   auto* start = new (bottom) ucontext_t;
   getcontext(start);
@@ -91,7 +92,7 @@ Context make_context(char* bottom, size_t bytes, void (*entry)()) {
   context.stack_bottom = bottom;
   context.stack_bytes = bytes;
 #if defined(__SANITIZE_ADDRESS__)
-  // A fiber that was left for good, in a launch that failed, cleans up no red zones.
+  // A fiber that was abandoned in a failed launch has not cleaned up its red zones.
   __asan_unpoison_memory_region(bottom, bytes);
 #endif
   prepare(context, entry);

@@ -1,11 +1,11 @@
-// Fibers: each emulated thread runs on a stack of its own and gives up the processor by itself.
+// Fibers: each emulated thread has its own stack, and yields explicitly.
 #pragma once
 
 #include <cstddef>
 
 namespace emulator {
 
-// Where a stopped fiber, or the scheduler, goes on. Plain data: valid until it is resumed.
+// The saved state of a suspended fiber, or of the scheduler. Plain data, valid until it is resumed.
 struct Context {
   void* stack_pointer = nullptr;
   void* fake_stack = nullptr;  // AddressSanitizer's
@@ -17,10 +17,10 @@ struct Context {
 // not return.
 Context make_context(char* bottom, size_t bytes, void (*entry)());
 
-// Stops the running code in `from` and goes on in `to`.
+// Saves the running code to `from` and resumes `to`.
 void switch_context(Context& from, Context& to);
 
-// To be called first in an entry function.
+// An entry function calls this first.
 void on_entry();
 
 // Stacks with an unmapped page below each, so that an overflow stops the process at once.

@@ -1,4 +1,4 @@
-// What a kernel may read and write in global memory: the buffers that its caller names.
+// The buffers of global memory that a kernel may read and write, as named by its caller.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ struct Buffer {
   std::string name;
 };
 
-// The buffers of the launches to come, until it is destroyed.
+// The buffers of all launches during its lifetime.
 class VisibleBuffers {
  public:
   explicit VisibleBuffers(std::vector<Buffer> buffers);
@@ -28,7 +28,7 @@ class VisibleBuffers {
   std::vector<Buffer> before_;
 };
 
-// Without an alignment: that of an access of so many bytes, a power of 2.
+// The default alignment is that of an access of `bytes` bytes, a power of 2.
 bool is_accessible(const void* address, int64_t bytes, Access access, int64_t alignment = 0);
 // What is wrong with an access.
 std::string why_not_accessible(const void* address, int64_t bytes, Access access,

@@ -62,10 +62,10 @@ class Scheduler : public Machine {
   Context home_;
   std::mt19937_64 random_{settings().seed};
   std::string failure_;
-  int patience_ = 0;  // a copy ends every so many turns of a warp
+  int patience_ = 0;  // the mean number of warp switches between completed copies
 };
 
-// Kept from launch to launch: their shared memory's bookkeeping and stacks are large.
+// Kept between launches: the bookkeeping of shared memory and the stacks are large.
 std::vector<std::unique_ptr<RunningBlock>>* Scheduler::pool() {
   static std::vector<std::unique_ptr<RunningBlock>> blocks;
   return &blocks;
@@ -125,8 +125,8 @@ void Scheduler::start_block(RunningBlock& block, int64_t linear) {
     Thread& thread = block.threads[i];
     thread.thread_idx = i;
     thread.block = &block;
-    // Tops apart by a few cache lines, so that the frames of a warp's lanes do not all fall onto
-    // the same sets of the processor's cache.
+    // The stacks' tops differ by a few cache lines, so that the frames of a warp's lanes do not map
+    // to the same cache sets.
     thread.context =
         make_context(stacks().bottom(static_cast<size_t>(block.slot) * num_threads_ + i),
                      kStackBytes - i % kLanes * kStackSkewBytes, thread_main);
@@ -164,7 +164,7 @@ void Scheduler::run() {
   }
 }
 
-// Lets one warp, drawn among those that can run, go on until all its lanes wait or are done.
+// Runs one warp, drawn from those that can run, until all its lanes wait or are done.
 bool Scheduler::run_some_warp() {
   std::vector<Thread*> candidates;
   for (RunningBlock* block : resident_) {
@@ -176,10 +176,11 @@ bool Scheduler::run_some_warp() {
   Thread& first_lane = *candidates[random_() % candidates.size()];
   Warp& warp = warp_of(first_lane);
   while (warp.ready != 0 && failure_.empty()) {
-    // Some lane of those that are ready; from there on lanes hand over to each other.
-    const int turn = static_cast<int>(random_() % kLanes);
-    const uint32_t turned = warp.ready >> turn | (turn == 0 ? 0 : warp.ready << (kLanes - turn));
-    const int lane = (__builtin_ctz(turned) + turn) % kLanes;
+    // Starts with a random ready lane; then each lane switches to the next (yield).
+    const int shift = static_cast<int>(random_() % kLanes);
+    const uint32_t rotated =
+        warp.ready >> shift | (shift == 0 ? 0 : warp.ready << (kLanes - shift));
+    const int lane = (__builtin_ctz(rotated) + shift) % kLanes;
     running = &first_lane + lane;
     warp.ready &= ~(uint32_t{1} << lane);
     switch_context(home_, running->context);
@@ -187,7 +188,8 @@ bool Scheduler::run_some_warp() {
   return true;
 }
 
-// Called by a fiber that waits, or is done: goes to the next ready lane of its warp, else home.
+// Called by a fiber that waits or is done: switches to the next ready lane of its warp, else to the
+// scheduler.
 void Scheduler::yield() {
   Thread& me = *running;
   Warp& warp = warp_of(me);
@@ -205,13 +207,13 @@ void Scheduler::finish_thread() {
   while (true) yield();  // never resumed
 }
 
-// Threads that wait for another block's turn, and whose turn it is.
+// Wakes the threads in semaphore_wait whose semaphore has the value.
 bool Scheduler::wake_spinning() {
   bool woken = false;
   for (RunningBlock* block : resident_) {
     for (Thread& thread : block->threads) {
-      if (thread.waiting && thread.turn != nullptr && *thread.turn == thread.awaited) {
-        thread.turn = nullptr;
+      if (thread.waiting && thread.semaphore != nullptr && *thread.semaphore == thread.awaited) {
+        thread.semaphore = nullptr;
         wake(thread);
         woken = true;
       }
@@ -220,8 +222,8 @@ bool Scheduler::wake_spinning() {
   return woken;
 }
 
-// One of the copies that are under way in some block, if any are: surely, or once in a while. How
-// often that is depends on the seed, so that some seeds find copies late and some early.
+// Completes one pending copy of some block: always if `surely`, else with a probability that
+// depends on the seed, so that copies are late with some seeds and early with others.
 bool Scheduler::end_some_copy(bool surely) {
   size_t count = 0;
   for (const RunningBlock* block : resident_) count += block->copies.under_way.size();
@@ -307,8 +309,8 @@ void fault(const Step& step, const std::string& what) {
   throw Fault(text.str());
 }
 
-// Done apart, so that a lane that only arrives keeps nothing on its stack and goes on to the next
-// lane at once.
+// A separate function, so that a lane that only arrives keeps nothing on its stack and switches to
+// the next lane at once.
 [[gnu::noinline]] static void execute_for_warp(Thread* lanes, void (*execute)(void* const* lanes)) {
   if (execute != nullptr) {
     void* all[kLanes];
@@ -326,7 +328,7 @@ void fault(const Step& step, const std::string& what) {
                       difference(first.thread_idx, *first.step, me.thread_idx, *me.step));
 }
 
-// Whether the running lane is the last of its warp's; else it is at once made to wait.
+// Returns true in the last lane of the warp to arrive. Other lanes wait here, and get false.
 static inline bool last_of_warp(const Step& step, void* operands) {
   Thread& me = *running;
   Warp& warp = warp_of(me);
@@ -360,10 +362,10 @@ void warp_is_ordered() {
   block_of(*running).shared.clocks().order_lanes(running->thread_idx / kLanes);
 }
 
-void wait_until_equal(const int* turn, int value, const Step& step) {
+void wait_until_equal(const int* semaphore, int value, const Step& step) {
   Thread& me = *running;
-  if (*turn == value) return;
-  me.turn = turn;
+  if (*semaphore == value) return;
+  me.semaphore = semaphore;
   me.awaited = value;
   wait_here(step);
 }

@@ -1,13 +1,13 @@
-// The emulated GPU: blocks of threads, one fiber a thread, that meet at barriers and warp-wide
-// instructions.
+// The emulated GPU: thread blocks in which each thread is a fiber. Fibers wait for each other at
+// barriers and at warp-wide instructions.
 //
-// A fiber runs until it must wait for others. A warp-wide instruction is done once, by the lane
-// that arrives last, for all 32; lanes that meet at different instructions are a fault, as is a
-// barrier that some thread never reaches. The order of warps and lanes is drawn from a seed, so
-// that a kernel that needs a barrier and has none computes something else sooner or later; the
-// shared memory's own bookkeeping (shared_memory.h) sees most of those at once.
+// A fiber runs until it must wait. A warp-wide instruction is executed once, by the last lane to
+// arrive, for all 32. Lanes at different instructions are a fault, and so is a barrier that some
+// thread never reaches. The order of warps and lanes is drawn from a seed, so a missing barrier
+// changes the result with some seed. Most missing barriers are found at once, by the bookkeeping of
+// shared memory (shared_memory.h).
 //
-// A Fault says what happened, where, in which block and thread. run_grid throws it.
+// run_grid throws a Fault: what happened, where in the source, in which block and thread.
 #pragma once
 
 #include <cstdint>
@@ -43,10 +43,10 @@ struct Grid {
 
 struct Settings {
   uint64_t seed = 1;
-  int resident_blocks = 2;  // so many blocks run at once, in turns
+  int resident_blocks = 2;  // the number of blocks that run concurrently
   bool check_races = true;
   int64_t blocks_run = 0;                    // counted by run_grid
-  std::map<std::string, int64_t> blocks_of;  // blocks run to their end, by the kernel's C++ name
+  std::map<std::string, int64_t> blocks_of;  // completed blocks by the kernel's C++ name
 };
 Settings& settings();
 
@@ -54,7 +54,7 @@ Settings& settings();
 // index.
 void run_grid(Grid grid, int num_threads, int shared_bytes, const std::function<void(char*)>& body);
 
-// ---- for the twins of primitives, called from a running thread ----
+// ---- for the emulation of primitives, called from a running thread ----
 
 struct Block;
 class Machine;
@@ -64,13 +64,13 @@ struct Thread {
   Block* block = nullptr;
   Context context;
   bool done = false;
-  CopyQueue copies;  // its cp.async copies under way
+  CopyQueue copies;  // its incomplete cp.async copies
   BulkQueue bulk;    // its bulk_reduce_adds
-  // Waiting: at what (the step lies on the thread's own stack), and what for.
+  // While it waits: the step (on the thread's own stack), and what it waits for.
   const Step* step = nullptr;
   bool waiting = false;
   void* operands = nullptr;
-  const int* turn = nullptr;
+  const int* semaphore = nullptr;
   int awaited = 0;
   PackLog* packs = nullptr;  // once its warpgroup has used wgmma
 };
@@ -96,34 +96,34 @@ class Machine {
 };
 
 Thread& current();
-// The running thread gives up the processor until somebody wakes it.
+// Suspends the running thread until another one wakes it.
 void wait_here(const Step& step);
 void wake(Thread& thread);
 
-// One warp-wide instruction: all 32 lanes come here with the same step; `execute` is called once
-// with the operands of lane 0 .. 31.
+// A warp-wide instruction: all 32 lanes call with the same step. `execute` is called once, with the
+// operands of lanes 0 .. 31.
 void collective(const Step& step, void* operands, void (*execute)(void* const* lanes));
 // The same for a warpgroup: the 128 lanes of warps 4 w ... 4 w + 3.
 void warpgroup_collective(const Step& step, void* operands, void (*execute)(void* const* lanes));
-// What a warp-wide instruction that may have to wait for other warps begins with: true in the lane
-// that comes last, while the others wait; in those, false once somebody has woken them.
+// The start of a warp-wide instruction that may wait for other warps. Returns true in the last
+// lane, while the others wait. Returns false in the others, once they are woken.
 bool gather_warp(const Step& step, void* operands);
 WarpgroupProducts& warpgroup_products();
-PackLog* pack_log();  // the running thread's, if there is one and it uses wgmma
-// Orders the shared memory accesses of the warp's lanes; from within `execute`.
+PackLog* pack_log();  // the running thread's; null without one, or if it does not use wgmma
+// Orders the shared memory accesses of the warp's lanes. Called from `execute`.
 void warp_is_ordered();
-// Until *turn == value, which another block brings about.
-void wait_until_equal(const int* turn, int value, const Step& step);
+// Waits until another block has set *semaphore to value.
+void wait_until_equal(const int* semaphore, int value, const Step& step);
 
-// Accesses: bounds, alignment, and for shared memory unwritten bytes and races.
+// Accesses. Checked: bounds and alignment; in shared memory also unwritten bytes and races.
 void check_global(const void* address, int bytes, Access access, const Step& step);
 void read_shared(const void* address, int bytes, const Step& step);
 void write_shared(const void* address, int bytes, const Step& step);
 void start_copy(void* shared, const void* global, int bytes, bool valid, const Step& step);
-// The async proxy reads (shared_memory.h) for the running thread or its warpgroup: faults at bytes
-// out of bounds, not written, written without order or without the writer's fence_proxy_async.
-// Until the end of the read, a write to its bytes is a fault; then it counts as a read by the
-// reader now.
+// A read by the async proxy (shared_memory.h), for the running thread or its warpgroup. A fault:
+// bytes that are out of bounds, unwritten, written without a barrier in between, or without the
+// writer's fence_proxy_async. Until end_async_read a write to the bytes is a fault. Then the read
+// counts as an access of the reader at that time.
 void begin_async_read(const void* shared, int bytes, AsyncReader reader, const Step& step);
 void end_async_read(const void* shared, int bytes, AsyncReader reader, const Step& step);
 void fence_async_proxy();

@@ -26,7 +26,7 @@ void check_address(const void* barrier, const Step& step) {
   }
 }
 
-// The state of an mbarrier, or -1 where there is none.
+// The index of an mbarrier's state; -1 if there is no mbarrier at the address.
 int index_of(const void* barrier) {
   uint64_t word;
   memcpy(&word, barrier, sizeof(word));
@@ -36,7 +36,7 @@ int index_of(const void* barrier) {
   return static_cast<int>(index);
 }
 
-// The state of an mbarrier that this thread may use.
+// The index of an mbarrier's state, if this thread may use it; else a fault.
 int find(const void* barrier, const Step& step, bool for_copy) {
   check_address(barrier, step);
   const int index = index_of(barrier);

@@ -1,13 +1,12 @@
-// The ops on CPU tensors, computed by the CUDA kernels in the emulator. tests/emulated.py puts them
-// in the place of the CPU's.
+// The ops on CPU tensors, computed by the CUDA kernels in the emulator. tests/emulated.py
+// substitutes them for the CPU's ops.
 //
-// What a kernel must write is NaN before, and a kernel may touch nothing but its operands'
-// elements.
+// Results are NaN before a kernel runs. A kernel may access only the elements of its operands.
 #include "cuda/backend.h"
 #include "emulator/machine.h"
+#include "torch/cache_ops.h"
 #include "torch/kernel_family.h"
 #include "torch/op_namespace.h"
-#include "torch/ops.h"
 
 namespace sink_attention::binding {
 namespace {
@@ -25,7 +24,7 @@ emulator::Buffer buffer_of(const Tensor& tensor, bool writable, const std::strin
   return {begin, begin + elements * tensor.element_size(), writable, name};
 }
 
-// Names the operands to the emulator for the length of a call.
+// Names the operands to the emulator during a call.
 struct Visible {
   explicit Visible(const Operands& operands) : buffers(list(operands)) {}
   static std::vector<emulator::Buffer> list(const Operands& operands) {
@@ -43,9 +42,10 @@ struct Visible {
   emulator::VisibleBuffers buffers;
 };
 
-// Workspace full of NaN, visible too.
-Operands with_workspace(Operands operands, const Tensor& like, int64_t bytes, void*& data) {
-  const Tensor workspace = torch::stable::fill_(
+// Adds a workspace, filled with NaN, to the operands; it is visible while `workspace` lives.
+Operands with_workspace(Operands operands, const Tensor& like, int64_t bytes, Tensor& workspace,
+                         void*& data) {
+  workspace = torch::stable::fill_(
       torch::stable::new_empty(like, {(bytes + 3) / 4 + 64}, ScalarType::Float),
       std::numeric_limits<double>::quiet_NaN());
   const uintptr_t address = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
@@ -67,8 +67,9 @@ struct EmulatedBackend {
   static void flash_fwd(const attention::FlashFwdParams& params, const Operands& operands) {
     if (params.cu_seqlens_q == nullptr) poison(operands);
     void* workspace = nullptr;
+    Tensor memory;
     asked_for = cuda::flash_fwd_workspace_bytes(params, device());
-    const Operands all = with_workspace(operands, operands.read.front(), asked_for, workspace);
+    const Operands all = with_workspace(operands, operands.first(), asked_for, memory, workspace);
     const Visible visible(all);
     cuda::flash_fwd(params, device(), workspace, nullptr);
   }
@@ -83,9 +84,10 @@ struct EmulatedBackend {
   static void flash_bwd(const attention::FlashBwdParams& params, const Operands& operands) {
     if (params.fwd.cu_seqlens_q == nullptr) poison(operands);
     void* workspace = nullptr;
+    Tensor memory;
     const Operands all =
-        with_workspace(operands, operands.read.front(),
-                       cuda::flash_bwd_workspace_bytes(params, device()), workspace);
+        with_workspace(operands, operands.first(),
+                       cuda::flash_bwd_workspace_bytes(params, device()), memory, workspace);
     const Visible visible(all);
     cuda::flash_bwd(params, device(), workspace, nullptr);
   }
@@ -115,10 +117,11 @@ void configure(int64_t seed, int64_t multiprocessors, int64_t architecture) {
 }
 void pretend_to_capture(bool on) { pretends_to_capture = on; }
 
-// Bytes that the last check of a forward, or forward, wants as workspace.
+// The workspace bytes of the last forward, or check of a forward.
 int64_t workspace_bytes() { return asked_for; }
 
-// Thread blocks so far of kernels in sink_attention::cuda::<family>; all where family is empty.
+// The number of thread blocks run so far by kernels of sink_attention::cuda::<family>; of all
+// families if family is empty.
 int64_t blocks_run(const std::string& family) {
   int64_t sum = 0;
   for (const auto& [kernel, blocks] : emulator::settings().blocks_of) {
@@ -142,6 +145,9 @@ STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("blocks_run", TORCH_BOX(&blocks_run));
   m.impl("workspace_bytes", TORCH_BOX(&workspace_bytes));
 }
-STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CPU, m) { Ops<EmulatedBackend>::register_with(m); }
+STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CPU, m) {
+  Ops<EmulatedBackend>::register_with(m);
+  CacheOps<EmulatedBackend>::register_with(m);
+}
 
 }  // namespace sink_attention::binding

@@ -1,6 +1,6 @@
-// What accumulators hold while a product into them is under way: a NaN whose low bits number the
-// step that started it. Arithmetic keeps a NaN's bits, so what is computed from one shows them too;
-// the primitives that numbers leave a thread's registers by refuse it.
+// The contents of accumulators whose product is incomplete: a NaN whose low bits are the id of the
+// step that started the product. Arithmetic keeps a NaN's bits, so results computed from it carry
+// them too. Every primitive by which a value leaves a thread's registers faults at such a value.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace emulator {
 
-constexpr uint32_t kPoison = 0x7fea5000u;  // quiet; neither a widened bfloat16 nor float16
+constexpr uint32_t kPoison = 0x7fea5000u;  // quiet; no upcast bfloat16 or float16 equals it
 constexpr uint32_t kPoisonMask = 0x7ffff000u;
 
 inline uint32_t poison_of(uint16_t step) { return kPoison | step; }
@@ -25,12 +25,12 @@ inline void refuse_poison(float value, const char* name, Site site) {
   if (is_poison(bits)) poison_found(bits, {name, site});
 }
 
-// Floats: one, or a struct of them with a member x. Words of other types may hold anything, two
-// 16-bit elements too, which were refused when they were packed.
+// A float, or a struct of floats with a member x. Words of other types may hold anything; 16-bit
+// elements were checked when they were packed.
 template <class T>
 concept Floats = std::is_same_v<T, float> || std::is_same_v<decltype(T::x), float>;
 
-// A value that is stored or goes to another lane.
+// For a value that is stored or shuffled.
 template <class T>
 void refuse_poison_in(const T& value, const char* name, Site site) {
   if constexpr (Floats<T>) {

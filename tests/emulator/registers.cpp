@@ -36,7 +36,7 @@ void change(int count, const Step& step) {
   mine.step = step;
 }
 
-// Warps that wait, and for which there are enough now.
+// Gives registers to the waiting warps for which enough are free.
 void grant(Block& block) {
   for (size_t warp = 0; warp < block.registers.warps.size(); ++warp) {
     Registers::Warp& waits = block.registers.warps[warp];
@@ -77,7 +77,7 @@ std::string Registers::describe_waiting() const {
   return text;
 }
 
-// All lanes of a warp come; one of them says the new number of registers.
+// All lanes of a warp call; lane 0's count is used.
 static void change_registers(int count, const Step& step,
                              void (*set)(Registers::Warp&, int, const Step&)) {
   struct Call {

@@ -1,4 +1,4 @@
-// How many registers the warps of a block have (setmaxnreg).
+// The number of registers of each warp of a block (setmaxnreg).
 #pragma once
 
 #include <string>
@@ -15,19 +15,19 @@ struct Thread;
 struct Registers {
   struct Warp {
     int count;       // of each thread
-    int wanted = 0;  // waits for so many
+    int wanted = 0;  // the number that it waits for; 0: it does not wait
     bool changed = false;
-    Step step{};  // where
+    Step step{};  // of the change
   };
   std::vector<Warp> warps;
-  int all = 0;  // what the block was launched with; what is over of the file is nobody's
+  int all = 0;  // the registers of the launch; the rest of the register file is unused
 
   void start(int num_warps);
   int in_use() const;
   std::string describe_waiting() const;  // for the report of a deadlock
 };
 
-// From all lanes of a warp. A warp that takes waits until there are so many.
+// Called by all lanes of a warp. warpgroup_reg_alloc waits until enough registers are free.
 void warpgroup_reg_dealloc(int count, const Step& step);
 void warpgroup_reg_alloc(int count, const Step& step);
 // Faults if some warps of a warpgroup changed their registers and others did not.

@@ -40,7 +40,7 @@ bool SharedMemory::check_not_held(const Units& units) {
   return true;
 }
 
-// Whether the writer's fence comes between its write of the unit and what `thread` does now.
+// Whether the writer's fence_proxy_async is ordered between its write of the unit and `thread` now.
 bool SharedMemory::check_fenced(int unit, int thread) {
   const int writer = writer_[unit];
   if (writer >= kMaxThreads) return true;  // through the async proxy itself
@@ -53,7 +53,7 @@ bool SharedMemory::check_fenced(int unit, int thread) {
                 ", and no fence_proxy_async of that thread comes in between");
 }
 
-// Whether what the tensor cores have read comes before a write of `thread`.
+// Whether the tensor cores' reads are ordered before a write of `thread` now.
 bool SharedMemory::check_tensor_reads(const Units& units, int thread) {
   for (int warpgroup = 0; check_races && warpgroup < kMaxWarps / kWarpgroupWarps; ++warpgroup) {
     const TensorReads& reads = tensor_reads_[warpgroup];
@@ -95,7 +95,7 @@ bool SharedMemory::begin_async_read(const void* address, int bytes, AsyncReader 
   return true;
 }
 
-// Whether the 16 bytes from this unit on are of one write.
+// Whether the 16 bytes from this unit on come from one write.
 bool SharedMemory::written_alike(int unit) const {
   const int32_t* clock = write_clock_.data() + unit;
   const int32_t* fences = fences_at_write_.data() + unit;
@@ -107,7 +107,7 @@ bool SharedMemory::written_alike(int unit) const {
   return different == 0;
 }
 
-// A write that was found to come before a reader once does so later, too: threads only learn more.
+// A write that is ordered before a reader once stays so: a thread's knowledge only grows.
 SharedMemory::KnownWrite SharedMemory::write_known_by(int unit, int reader, bool all) const {
   return {write_clock_[unit], fences_at_write_[unit], writer_[unit],
           static_cast<int16_t>(all ? reader : ~reader)};

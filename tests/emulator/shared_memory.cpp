@@ -40,7 +40,7 @@ void SharedMemory::start(int bytes, int num_warps) {
   const int32_t latest = clocks_.latest();
   const bool afresh = bytes > bytes_ || num_warps > num_warps_ || latest > kClockLimit;
   if (afresh) clear(bytes, num_warps);
-  // Copies that a failed block left under way, and those of an earlier block.
+  // Incomplete copies of a failed block, and copies of an earlier block.
   const auto of_a_copy = [](int32_t clock) { return clock >= kCopyClock; };
   std::replace_if(write_clock_.begin(), write_clock_.end(), of_a_copy, 0);
   if (async_) std::replace_if(read_clock_.begin(), read_clock_.end(), of_a_copy, 0);
@@ -83,7 +83,7 @@ std::string SharedMemory::writer_of(int unit) const {
   return thread_name(writer_[unit]) + " in " + place;
 }
 
-// Whether all units hold a value whose write comes before what `thread` does now.
+// Whether all units hold a value whose write is ordered before `thread` now.
 inline bool SharedMemory::all_written_before(const Units& units, int thread) const {
   for (int unit = units.first; unit < units.first + units.count; ++unit) {
     const int32_t clock = write_clock_[unit];
@@ -137,11 +137,11 @@ bool SharedMemory::check_unit_to_write(int unit, int thread) {
   return true;
 }
 
-// Whether all reads of one warp come before a write of `thread`.
+// Whether all reads of one warp are ordered before a write of `thread` now.
 bool SharedMemory::check_reads_before_write(const Units& units, int warp, int thread) {
   const Reads& reads = reads_[warp];
   const bool mine = warp == warp_of(thread);
-  const int32_t before = clocks_.seen(warp, thread);
+  const int32_t before = clocks_.known_clock(warp, thread);
   const int32_t* clock = reads.clock.data() + units.first;
   int32_t last = 0;
   for (int i = 0; i < units.count; ++i) last = clock[i] > last ? clock[i] : last;
@@ -162,7 +162,8 @@ bool SharedMemory::check_reads_before_write(const Units& units, int warp, int th
   return true;
 }
 
-// Both are in every access's way, and called from shared_async.cpp too.
+// mark_read_here and mark_written_here are inlined into every access; shared_async.cpp calls the
+// versions without `_here`.
 [[gnu::always_inline]] inline void SharedMemory::mark_read_here(const Units& units, int thread,
                                                                 uint16_t step) {
   Reads& reads = reads_[warp_of(thread)];
@@ -185,7 +186,7 @@ bool SharedMemory::read(const void* address, int bytes, int thread, const Step& 
   if (!find("a read", address, bytes, units)) return false;
   const WarpClock& clock = clocks_.of_warp(warp_of(thread));
   const int32_t* written = write_clock_.data() + units.first;
-  // Most reads follow a barrier of the whole block.
+  // Fast path: most reads follow a barrier of the whole block.
   int doubtful = 0;
   for (int i = 0; i < units.count; ++i) {
     doubtful |= static_cast<int>(written[i] <= base_) | static_cast<int>(written[i] > clock.floor);
@@ -255,7 +256,7 @@ void SharedMemory::mark_written(const Units& units, int32_t clock, int thread, u
 }
 
 bool SharedMemory::start_copy(const Copy& copy, int thread) {
-  // It may write from now on.
+  // The copy may write from now on.
   if (!write(copy.shared, copy.bytes, thread, copy.step)) return false;
   Units units;
   find("a copy", copy.shared, copy.bytes, units);

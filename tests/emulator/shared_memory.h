@@ -1,15 +1,15 @@
-// A block's shared memory and what is known of each of its bytes.
+// A block's shared memory, with bookkeeping for each of its units (2 bytes).
 //
-// It starts as NaNs that nobody has written; reading such a byte is a fault. So is a read or write
-// beside which another thread's access stands that no barrier orders, if one of the two writes.
-// Order is kept as vector clocks (clocks.h).
+// Shared memory starts as NaN. Reading a byte that nobody wrote is a fault. A race is a fault, too:
+// two accesses of different threads, at least one of them a write, that no barrier orders. Order is
+// kept as vector clocks (clocks.h).
 //
-// A cp.async copy writes when it is waited for. From its start until then its bytes are nobody's to
-// touch.
+// A cp.async copy writes when it is waited for. From its start until then nobody may access its
+// bytes.
 //
-// wgmma and the copy engine reach shared memory through the async proxy (shared_async.cpp). What a
-// thread has written through the generic one is there for them once it has called
-// fence_proxy_async; bytes that they are reading are nobody's to write.
+// wgmma and the copy engine access shared memory through the async proxy (shared_async.cpp). They
+// see what a thread wrote through the generic proxy only after that thread's fence_proxy_async.
+// Nobody may write bytes that they are reading.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@
 
 namespace emulator {
 
-constexpr int kUnitBytes = 2;  // the grain of the bookkeeping
+constexpr int kUnitBytes = 2;  // the granularity of the bookkeeping
 
 struct Copy {
   char* shared;
@@ -32,11 +32,11 @@ struct Copy {
 struct CopyQueue {
   std::vector<Copy> copies;  // oldest first
   int open = 0;              // started since the last commit
-  std::vector<int> groups;   // sizes of the committed groups under way, oldest first
+  std::vector<int> groups;   // sizes of the incomplete committed groups, oldest first
 };
 
-// For whom the async proxy reads: for one thread (bulk_reduce_add), or for the four warps of its
-// warpgroup, all of whose lanes have come to the instruction (wgmma).
+// The reader behind an async proxy read: one thread (bulk_reduce_add), or a warpgroup, all of whose
+// lanes are at the instruction (wgmma).
 enum class AsyncReader { kThread, kWarpgroup };
 
 class SharedMemory {
@@ -44,37 +44,37 @@ class SharedMemory {
   void start(int bytes, int num_warps);  // for a new block: all bytes unwritten
   char* data() { return data_; }
   int size() const { return limit_; }
-  // Each returns whether all is well; what is wrong is then error().
+  // Each returns whether the access is valid; if not, error() says why.
   bool read(const void* address, int bytes, int thread, const Step& step);
   bool write(const void* address, int bytes, int thread, const Step& step);
   bool start_copy(const Copy& copy, int thread);
   void finish_copy(const Copy& copy, int thread);
   const std::string& error() const { return error_; }
 
-  // The async proxy. Addresses and bytes are multiples of 16. From begin to end of a read its bytes
-  // are not to be written; as many reads of a byte may be under way as there are ends to come.
+  // The async proxy. Addresses and bytes are multiples of 16. From begin to end of a read nobody
+  // may write its bytes. Several reads of a byte may overlap.
   bool begin_async_read(const void* address, int bytes, AsyncReader reader, int thread,
                         const Step& step);
   void end_async_read(const void* address, int bytes, AsyncReader reader, int thread,
                       const Step& step);
   void fence_async_proxy(int thread);
 
-  // An asynchronous write: from begin to end its bytes are nobody's. Then they are the copies' of
-  // an mbarrier, at a clock that a thread must know to read them.
+  // An asynchronous write. From begin to end nobody may access its bytes. Then a thread may read
+  // them if it knows the given clock of the actor: an mbarrier's copies.
   bool begin_async_write(void* address, int bytes, int thread, const Step& step);
   void end_async_write(void* address, int bytes, Actor actor, int32_t clock);
-  // Bytes that are no data from now on.
+  // Marks 8 bytes as an mbarrier, which ordinary accesses may not touch.
   bool begin_mbarrier(void* address, int thread, const Step& step);
   int64_t offset_of(const void* address) const { return static_cast<const char*>(address) - data_; }
 
   Clocks& clocks() { return clocks_; }
   bool check_races = true;
 
-  // Clocks from this one on are of copies.
+  // Clocks from this one on belong to copies.
   static constexpr int32_t kCopyClock = 1 << 30;
 
  private:
-  // Write clocks: where a copy is under way, and where there is an mbarrier.
+  // Special write clocks: of bytes with an incomplete copy, and of an mbarrier's bytes.
   static constexpr int32_t kCopying = INT32_MAX;
   static constexpr int32_t kBarrier = INT32_MAX - 1;
 
@@ -119,37 +119,37 @@ class SharedMemory {
   int limit_ = 0;      // of this block
   int num_warps_ = 0;  // likewise
   int block_warps_ = 0;
-  int32_t base_ = 0;  // clocks up to this one are of earlier blocks
+  int32_t base_ = 0;  // clocks up to this one belong to earlier blocks
   Clocks clocks_;
   std::string error_;
-  // Of each unit: its last write, or the copy under way into it.
+  // For each unit: its last write, or the incomplete copy into it.
   std::vector<int32_t> write_clock_;
   std::vector<int16_t> writer_;  // a thread
   std::vector<uint16_t> write_step_;
   std::vector<int32_t> read_clock_;  // the last of all warps
-  // Of each warp and unit, the last clock at which it read, which of its lanes did then, and where
-  // the last of them did.
+  // For each warp and unit: the last clock at which the warp read it, the lanes that read then, and
+  // the step of the last of them.
   struct Reads {
     std::vector<int32_t> clock;
     std::vector<uint32_t> lanes;
     std::vector<uint16_t> step;
   };
   Reads reads_[kMaxWarps];
-  // Of the async proxy: only kept from its first use in a block on.
+  // The async proxy's bookkeeping, kept from its first use in a block on.
   bool async_ = false;
-  std::vector<uint16_t> held_;            // of each unit, its reads under way
-  std::vector<uint16_t> held_step_;       // and the latest of them
-  std::vector<int32_t> fences_at_write_;  // how many fences its last writer had called before
+  std::vector<uint16_t> held_;            // for each unit: its incomplete reads
+  std::vector<uint16_t> held_step_;       // the step of the latest of them
+  std::vector<int32_t> fences_at_write_;  // the number of its last writer's fences before the write
   static constexpr int kChunkUnits = 16 / kUnitBytes;
   static constexpr size_t kKnownWrites = 1024;
-  std::vector<KnownWrite> known_writes_;  // that come before a reader, some of them
-  // Of each warpgroup and unit, the clock at which its tensor cores last read, and where.
+  std::vector<KnownWrite> known_writes_;  // a cache of writes that are ordered before a reader
+  // For each warpgroup and unit: the clock and the step of its tensor cores' last read.
   struct TensorReads {
     std::vector<int32_t> clock;
     std::vector<uint16_t> step;
   };
   TensorReads tensor_reads_[kMaxWarps / kWarpgroupWarps];
-  std::vector<std::vector<int32_t>> fences_;  // of each thread, the clocks of its fences
+  std::vector<std::vector<int32_t>> fences_;  // for each thread: the clocks of its fences
 };
 
 }  // namespace emulator

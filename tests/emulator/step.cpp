@@ -29,8 +29,7 @@ std::string difference(int thread, const Step& step, int other_thread, const Ste
          std::to_string(other_thread) + " at " + describe(other_step);
 }
 
-// Steps are told apart by their addresses: that the same text at two of them gets two numbers does
-// no harm.
+// Steps are compared by address. The same text at two addresses gets two ids, which does no harm.
 uint16_t number_of(const Step& step) {
   const size_t hash = reinterpret_cast<uintptr_t>(step.site.file) +
                       reinterpret_cast<uintptr_t>(step.name) * 7 +
@@ -44,8 +43,8 @@ uint16_t number_of(const Step& step) {
   return kUnknownStep;
 }
 
-std::string describe(uint16_t number) {
-  return number == kUnknownStep ? "a place of no number" : describe(steps[number]);
+std::string describe(uint16_t step_id) {
+  return step_id == kUnknownStep ? "an unknown step" : describe(steps[step_id]);
 }
 
 }  // namespace emulator

@@ -1,4 +1,4 @@
-// What a thread does, and where in the kernel's source.
+// A thread's step: an instruction, and the line of the kernel that calls it.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@ struct Site {
   const char* file;
   int line;
 };
-// As the default of a function's last argument: where that function is called.
+// As the default of a function's last argument: the site of the call.
 constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   return {file, line};
 }
@@ -20,7 +20,7 @@ struct Step {
   Site site;
 };
 
-// By addresses; the same text may lie at two.
+// Compares addresses; the same text may be at two addresses.
 inline bool identical(const Step& a, const Step& b) {
   return a.name == b.name && a.site.file == b.site.file && a.site.line == b.site.line;
 }
@@ -30,10 +30,10 @@ std::string describe(const Step& step);  // "sync_threads at kernel.cuh:40"
 // "thread 3 is at any at a.cuh:1, thread 4 at shfl at b.cuh:2"
 std::string difference(int thread, const Step& step, int other_thread, const Step& other_step);
 
-// A small number for each step that ever was asked for, so that shared memory can keep one for each
-// of its bytes. Numbers run out at some 4000 steps; the later ones share kUnknownStep.
+// A 16-bit id of a step, which shared memory keeps for each of its units. After some 4000 steps ids
+// run out, and later steps share kUnknownStep.
 constexpr uint16_t kUnknownStep = 0;
 uint16_t number_of(const Step& step);
-std::string describe(uint16_t number);
+std::string describe(uint16_t step_id);
 
 }  // namespace emulator

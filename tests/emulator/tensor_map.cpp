@@ -95,7 +95,7 @@ RowPart row_part(const TensorMapData& map, const int (&at)[kMaxRank], int row) {
           static_cast<int>((end - begin) * map.element_bytes)};
 }
 
-// The swizzle by addresses: bits 4 .. of a byte's offset, exclusive-or its bits 7 .. .
+// The swizzle by addresses: bits 4 ... of a byte's offset are xored with its bits 7 ... .
 void load_box(const TensorMapData& map, const int (&at)[kMaxRank], char* shared) {
   const int row_bytes = map.row_bytes();
   const int mask = (1 << map.swizzle) - 1;

@@ -19,17 +19,17 @@ std::string thread_name(int lane) { return "thread " + std::to_string(threads_be
 // PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16", accumulator D:
 //   row = groupID          for d_i where i / 2 % 2 == 0, else groupID + 8
 //   col = i / 4 * 8 + threadID_in_group * 2 + i % 2
-// of a warp; warp w holds rows 16 w .... Visits pairs of a lane's numbers and their neighbours
-// among the sums.
+// of a warp; warp w holds rows 16 w ... 16 w + 15. Visits each pair of a lane's accumulators
+// together with the same two elements of the sums.
 template <class Sum, class Visit>
 void for_each_pair(float* const* lanes, Sum* sums, int n, Visit visit) {
   for (int thread = 0; thread < kWarpgroupThreads; ++thread) {
     const int row = thread / 32 * 16 + thread % 32 / 4;
-    float* number = lanes[thread];
+    float* values = lanes[thread];
     Sum* sum = sums + row * n + thread % 4 * 2;
-    for (int col = 0; col < n; col += 8, number += 4, sum += 8) {
-      visit(number, sum);
-      visit(number + 2, sum + 8 * n);
+    for (int col = 0; col < n; col += 8, values += 4, sum += 8) {
+      visit(values, sum);
+      visit(values + 2, sum + 8 * n);
     }
   }
 }
@@ -99,8 +99,8 @@ void WarpgroupProducts::check_accumulators_fenced(const ProductOperands& first) 
   }
 }
 
-// Whether there is a thread that packed none of its operand A, or not all of it, since the fence:
-// one number may have been packed for something else.
+// Faults if every thread has packed its whole operand A since the fence. A single equal value may
+// have been packed for another purpose.
 void WarpgroupProducts::check_operand_fenced(void* const* lanes) const {
   for (int lane = 0; lane < kWarpgroupThreads; ++lane) {
     for (int i = 0; i < 4; ++i) {
@@ -137,22 +137,22 @@ WarpgroupProducts::Accumulation& WarpgroupProducts::accumulation_for(void* const
   for (int lane = 0; lane < kWarpgroupThreads; ++lane) mine.lanes[lane] = of(lanes, lane).acc;
   const bool accumulate = first.accumulate;
   const uint32_t poison[2] = {mine.poison, mine.poison};
-  for_each_pair(mine.lanes, mine.sums.data(), mine.n, [&](float* number, float* sum) {
-    if (accumulate) memcpy(sum, number, 2 * sizeof(float));
-    memcpy(number, poison, sizeof(poison));
+  for_each_pair(mine.lanes, mine.sums.data(), mine.n, [&](float* values, float* sum) {
+    if (accumulate) memcpy(sum, values, 2 * sizeof(float));
+    memcpy(values, poison, sizeof(poison));
   });
   return mine;
 }
 
 void WarpgroupProducts::start(void* const* lanes) {
-  static Numbers a, b;  // one product at a time
+  static OperandValues a, b;  // one product at a time
   const Step& step = *current().step;
   const char* memory = current().block->shared.data();
   const ProductOperands& first = of(lanes, 0);
   check_lanes_agree(lanes);
   Product product{step, &accumulation_for(lanes), nullptr, {}};
   const auto unpack = [&](const char* name, uint64_t descriptor, bool mn_major, int count,
-                          Numbers& numbers) {
+                          OperandValues& values) {
     const OperandLayout layout(descriptor, mn_major, first.type);
     if (const char* why = layout.refusal(count)) {
       fault(step, std::string("the descriptor of ") + name + " " + why);
@@ -165,7 +165,7 @@ void WarpgroupProducts::start(void* const* lanes) {
       const auto [begin, bytes] = product.shared[i];
       begin_async_read(memory + begin, bytes, AsyncReader::kWarpgroup, step);
     }
-    unpack_shared(layout, first.type, count, memory, numbers);
+    unpack_shared(layout, first.type, count, memory, values);
   };
   if (first.a == nullptr) {
     unpack("A", first.a_descriptor, first.a_mn_major, kProductRows, a);
@@ -234,9 +234,9 @@ void WarpgroupProducts::give_back(const Accumulation& accumulation) {
   const uint32_t poison[2] = {accumulation.poison, accumulation.poison};
   const float* changed = nullptr;
   for_each_pair(accumulation.lanes, accumulation.sums.data(), accumulation.n,
-                [&](float* number, const float* sum) {
-                  if (memcmp(number, poison, sizeof(poison)) != 0) changed = number;
-                  memcpy(number, sum, 2 * sizeof(float));
+                [&](float* values, const float* sum) {
+                  if (memcmp(values, poison, sizeof(poison)) != 0) changed = values;
+                  memcpy(values, sum, 2 * sizeof(float));
                 });
   if (changed == nullptr) return;
   int lane = 0;
@@ -258,7 +258,7 @@ void check_end_of_products() {
   }
 }
 
-// Done apart, so that a lane that only arrives keeps nothing on its stack.
+// A separate function, so that a lane that only arrives keeps nothing on its stack.
 [[gnu::noinline]] static void execute_for_warpgroup(Thread* lanes,
                                                     void (*execute)(void* const* lanes)) {
   void* all[kWarpgroupThreads];
@@ -293,9 +293,9 @@ void warpgroup_collective(const Step& step, void* operands, void (*execute)(void
 }
 
 void poison_found(uint32_t bits, const Step& step) {
-  const auto number = static_cast<uint16_t>(bits & ~kPoisonMask);
-  const bool uncommitted = warpgroup_products().is_uncommitted(number);
-  fault(step, "uses accumulators of " + describe(number) + ", a product that was not waited for" +
+  const auto step_id = static_cast<uint16_t>(bits & ~kPoisonMask);
+  const bool uncommitted = warpgroup_products().is_uncommitted(step_id);
+  fault(step, "uses accumulators of " + describe(step_id) + ", a product that was not waited for" +
                   (uncommitted ? " (no wgmma_commit closed its group)" : ""));
 }
 

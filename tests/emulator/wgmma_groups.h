@@ -1,8 +1,8 @@
-// A warpgroup's products (wgmma) that are under way: which accumulators, registers and shared
-// memory are theirs until they are waited for.
+// A warpgroup's incomplete products (wgmma), and the accumulators, registers and shared memory that
+// they own until the wait.
 //
-// A product is computed when it starts. Its sums are kept here, and the accumulators hold poison
-// (poison.h) until the wait that ends the last product into them writes the sums there.
+// A product is computed when it starts, and its sums are kept here. The accumulators hold poison
+// (poison.h) until the wait for their last product, which writes the sums there.
 #pragma once
 
 #include <cstdint>
@@ -18,20 +18,20 @@ namespace emulator {
 
 struct Thread;
 
-// What one lane brings to a product.
+// One lane's operands of a product.
 struct ProductOperands {
   ElementType type;
   int n;
   bool a_mn_major;
   bool b_mn_major;
   bool accumulate;
-  uint64_t a_descriptor;  // where a is nullptr
+  uint64_t a_descriptor;  // if a is nullptr
   uint64_t b_descriptor;
   const uint32_t* a;  // 4 registers
   float* acc;         // [n / 8][4]
 };
 
-// The registers that a thread packed since its last warpgroup_arrive, the latest of them.
+// The latest registers that a thread packed since its last warpgroup_arrive.
 struct PackLog {
   static constexpr int kSize = 64;
   uint32_t values[kSize];
@@ -40,7 +40,7 @@ struct PackLog {
   bool has(uint32_t value) const;
 };
 
-// Each but the last two is called once for all lanes of the warpgroup, by one of them.
+// One lane calls each function once for the whole warpgroup, except the last two.
 class WarpgroupProducts {
  public:
   void clear();  // a new block
@@ -48,7 +48,7 @@ class WarpgroupProducts {
   void start(void* const* lanes);  // of ProductOperands
   void commit();
   void wait(int pending);
-  // The oldest product under way; nullptr without one.
+  // The oldest incomplete product; nullptr without one.
   const Step* under_way() const;
   // Whether a product of that step is in no group yet.
   bool is_uncommitted(uint16_t step) const;
@@ -91,13 +91,12 @@ class WarpgroupProducts {
   std::deque<int> groups_;        // sizes of the committed groups, oldest first
   int open_ = 0;                  // products in no group
   bool was_fenced_ = false;
-  std::vector<Range>
-      unfenced_;  // accumulators of lane 0 that a wait gave back since the last fence
+  std::vector<Range> unfenced_;  // lane 0's accumulators that a wait released since the last fence
   std::vector<PackLog> logs_;
 };
 
 struct Warpgroup {
-  int arrived = 0;  // lanes at an instruction
+  int arrived = 0;  // the number of lanes at the instruction
   Thread* first = nullptr;
   WarpgroupProducts products;
 
@@ -107,7 +106,7 @@ struct Warpgroup {
   }
 };
 
-// At the end of a thread: a product under way is a fault.
+// At the end of a thread: an incomplete product is a fault.
 void check_end_of_products();
 
 }  // namespace emulator

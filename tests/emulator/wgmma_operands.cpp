@@ -12,7 +12,7 @@ using namespace sink_attention;
 
 constexpr int kChunkBytes = 16;
 
-// The compilers' vector extension: an operation is on all four.
+// GCC's and Clang's vector extension: operators work on all four elements.
 using FourFloats = float __attribute__((vector_size(16)));
 
 FourFloats load(const float* four) {
@@ -25,13 +25,13 @@ void add_to(float* four, FourFloats sum) {
   memcpy(four, &all, sizeof(all));
 }
 
-// Without branches, so that the loop over a chunk becomes vectors.
+// Without branches, so that the loop over a chunk is vectorised.
 float upcast(attention::Float16 value) {
   const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16;
   const uint32_t magnitude = uint32_t{value.bits & 0x7fffu} << 13;
-  const uint32_t number = attention::bits_of(attention::float_of(magnitude) * 0x1p112f);
+  const uint32_t finite = attention::bits_of(attention::float_of(magnitude) * 0x1p112f);
   const uint32_t infinite = 0u - static_cast<uint32_t>(magnitude >= 0x0f800000u);  // or NaN
-  return attention::float_of(sign | number | (infinite & 0x7f800000u));
+  return attention::float_of(sign | finite | (infinite & 0x7f800000u));
 }
 float upcast(attention::BFloat16 value) { return attention::to_float(value); }
 float upcast(attention::Float8E4M3 value) { return attention::to_float(value); }
@@ -40,21 +40,21 @@ template <class Element>
 constexpr int kPerChunk = kChunkBytes / static_cast<int>(sizeof(Element));
 
 template <class Element>
-void upcast_vector(const void* chunk, float* numbers) {
+void upcast_vector(const void* chunk, float* values) {
   Element elements[kPerChunk<Element>];
   memcpy(elements, chunk, kChunkBytes);
-  for (int i = 0; i < kPerChunk<Element>; ++i) numbers[i] = upcast(elements[i]);
+  for (int i = 0; i < kPerChunk<Element>; ++i) values[i] = upcast(elements[i]);
 }
 
 template <class Element>
 void unpack_shared_of(const OperandLayout& layout, int count, const char* memory,
-                      Numbers& numbers) {
+                      OperandValues& values) {
   constexpr int kPer = kPerChunk<Element>;
   constexpr int kDepth = 2 * kPer;
   if (layout.mn_major) {
     for (int k = 0; k < kDepth; ++k) {
       for (int mn = 0; mn < count; mn += kPer) {
-        upcast_vector<Element>(memory + layout.address(mn, k), &numbers.rows[k][mn]);
+        upcast_vector<Element>(memory + layout.address(mn, k), &values.rows[k][mn]);
       }
     }
     return;
@@ -63,19 +63,20 @@ void unpack_shared_of(const OperandLayout& layout, int count, const char* memory
     for (int k = 0; k < kDepth; k += kPer) {
       float chunk[kPer];
       upcast_vector<Element>(memory + layout.address(mn, k), chunk);
-      for (int i = 0; i < kPer; ++i) numbers.rows[k + i][mn] = chunk[i];
+      for (int i = 0; i < kPer; ++i) values.rows[k + i][mn] = chunk[i];
     }
   }
 }
 
 // PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16" and "...k32", matrix A:
-//   row = groupID          for a_i where i / kPair % 2 == 0, else groupID + 8
-//   col = threadID_in_group * kPair + i % kPair            for the first half of them, else + depth
-//   / 2
-// where a register holds kPair elements (2 or 4), groupID = lane / 4 and threadID_in_group = lane %
-// 4 in a warp; warp w holds rows 16 w ....
+//
+//   row = groupID                                for a_i where i / kPair % 2 == 0, else groupID + 8
+//   col = threadID_in_group * kPair + i % kPair  for the first half of the a_i, else + depth / 2
+//
+// A register holds kPair elements (2 or 4). In a warp, groupID = lane / 4 and
+// threadID_in_group = lane % 4. Warp w holds rows 16 w ... 16 w + 15.
 template <class Element>
-void unpack_registers_of(const uint32_t* const* lanes, Numbers& numbers) {
+void unpack_registers_of(const uint32_t* const* lanes, OperandValues& values) {
   constexpr int kPair = 4 / static_cast<int>(sizeof(Element));
   for (int thread = 0; thread < 128; ++thread) {
     Element elements[4 * kPair];
@@ -85,7 +86,7 @@ void unpack_registers_of(const uint32_t* const* lanes, Numbers& numbers) {
     for (int i = 0; i < 4 * kPair; ++i) {
       const int row = thread / 32 * 16 + group + (i / kPair % 2 == 0 ? 0 : 8);
       const int col = in_group * kPair + i % kPair + (i < 2 * kPair ? 0 : 4 * kPair);
-      numbers.rows[col][row] = upcast(elements[i]);
+      values.rows[col][row] = upcast(elements[i]);
     }
   }
 }
@@ -108,13 +109,14 @@ OperandLayout::OperandLayout(uint64_t descriptor, bool mn_major, ElementType typ
 
 // PTX ISA, "Strides": the canonical layouts, in chunks of T = 16 / element_bytes elements, with
 // LBO = leading and SBO = stride:
+//
 //                      K-major  (mn), (k)              MN-major  (mn), (k)
 //   no swizzle     ((8,m),(T,2)):((1T,SBO),(1,LBO))    ((T,1,m),(8,2)):((1,T,SBO),(1T,LBO))
 //   32 bytes       ((8,m),(T,2)):((2T,SBO),(1,T))      ((T,2,m),(8,2)):((1,T,LBO),(2T,SBO))
 //   64 bytes       ((8,m),(T,2)):((4T,SBO),(1,T))      ((T,4,m),(8,2)):((1,T,LBO),(4T,SBO))
 //   128 bytes      ((8,m),(T,2)):((8T,SBO),(1,T))      ((T,8,m),(8,2)):((1,T,LBO),(8T,SBO))
-// A swizzle then exchanges chunks: of the address, bits 4 ... are xored with bits 7 ..., as many as
-// make the number of chunks.
+// A swizzle then permutes chunks: the address's bits 4 ... are xored with its bits 7 ...,
+// log2(row_chunks) of them.
 int OperandLayout::address(int mn, int k) const {
   const int per_chunk = kChunkBytes / element_bytes;
   const int row_bytes = row_chunks * kChunkBytes;
@@ -146,7 +148,7 @@ const char* OperandLayout::refusal(int count) const {
 bool append_ranges(const OperandLayout& layout, int count, std::vector<ByteRange>& ranges) {
   constexpr int kWordBits = 64;
   constexpr int kWords = (1 << 18) / kChunkBytes / kWordBits;
-  uint64_t touched[kWords] = {};  // chunks
+  uint64_t touched[kWords] = {};  // one bit per chunk
   const int per_chunk = kChunkBytes / layout.element_bytes;
   const int depth = 2 * per_chunk;
   const int mn_step = layout.mn_major ? per_chunk : 1;
@@ -172,30 +174,30 @@ bool append_ranges(const OperandLayout& layout, int count, std::vector<ByteRange
 }
 
 void unpack_shared(const OperandLayout& layout, ElementType type, int count, const char* memory,
-                   Numbers& numbers) {
+                   OperandValues& values) {
   switch (type) {
     case ElementType::kBFloat16:
-      return unpack_shared_of<attention::BFloat16>(layout, count, memory, numbers);
+      return unpack_shared_of<attention::BFloat16>(layout, count, memory, values);
     case ElementType::kFloat16:
-      return unpack_shared_of<attention::Float16>(layout, count, memory, numbers);
+      return unpack_shared_of<attention::Float16>(layout, count, memory, values);
     case ElementType::kFloat8E4M3:
-      return unpack_shared_of<attention::Float8E4M3>(layout, count, memory, numbers);
+      return unpack_shared_of<attention::Float8E4M3>(layout, count, memory, values);
   }
 }
 
-void unpack_registers(ElementType type, const uint32_t* const* lanes, Numbers& numbers) {
+void unpack_registers(ElementType type, const uint32_t* const* lanes, OperandValues& values) {
   switch (type) {
     case ElementType::kBFloat16:
-      return unpack_registers_of<attention::BFloat16>(lanes, numbers);
+      return unpack_registers_of<attention::BFloat16>(lanes, values);
     case ElementType::kFloat16:
-      return unpack_registers_of<attention::Float16>(lanes, numbers);
+      return unpack_registers_of<attention::Float16>(lanes, values);
     case ElementType::kFloat8E4M3:
-      return unpack_registers_of<attention::Float8E4M3>(lanes, numbers);
+      return unpack_registers_of<attention::Float8E4M3>(lanes, values);
   }
 }
 
-// Blocks of 4 rows and 8 columns: 8 sums, which stay in the processor's registers.
-void multiply(const Numbers& a, const Numbers& b, int depth, int n, float* acc) {
+// Tiles of 4 rows and 8 columns: 8 vectors of sums, which stay in registers.
+void multiply(const OperandValues& a, const OperandValues& b, int depth, int n, float* acc) {
   for (int col = 0; col < n; col += 8) {
     for (int row = 0; row < kProductRows; row += 4) {
       FourFloats sums[4][2] = {};

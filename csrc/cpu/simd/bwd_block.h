@@ -87,8 +87,8 @@ struct BwdBlock {
     add_dq(q_begin, rows, begin, end);
   }
 
-  // Tiles come last to first. Every kPieceRows rows a piece of dK's and dV's sums ends
-  // (banked_sum.h).
+  // Tiles come last to first. A piece of dK's and dV's sums (banked_sum.h) ends every kPieceRows
+  // rows.
   void bank_piece_from(int64_t q_begin) {
     const int64_t tiles = max_of(1, kPieceRows / (plan.tile_positions * qhead_per_khead));
     if (q_begin > 0 && q_begin / plan.tile_positions % tiles == 0) bank_dk_dv();

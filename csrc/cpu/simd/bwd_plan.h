@@ -33,8 +33,8 @@ SplitLse<Real> split_lse(Real lse) {
           static_cast<Real>(std::exp2(-whole))};
 }
 
-// A thread's scratch for one block of keys. score_stride is a block and one vector, so that a column
-// of P does not map to few cache sets.
+// A thread's scratch for one block of keys. score_stride is a block and one vector, so that a
+// column of P does not map to few cache sets.
 template <class Arithmetic>
 struct BwdScratch {
   using Real = typename Arithmetic::Real;

@@ -37,8 +37,7 @@ double sink_gradient(Real sink, const Real* lse, const Real* delta, int64_t rows
   return sum;
 }
 
-// For one head of one sequence: writes delta = <dout, out> - dlse of every row, and returns its
-// part of
+// One head of one sequence: writes delta = <dout, out> - dlse of every row. Returns its part of
 //   ds_aux = sum over rows of exp(s_aux - lse) * (dlse - <dout, out>).
 template <class Arithmetic>
 double bwd_preprocess(const FlashBwdParams& bwd, int64_t batch_idx, int64_t head_idx,

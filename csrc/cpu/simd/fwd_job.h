@@ -62,7 +62,7 @@ class StripsInPlace {
   using Geo = Geometry<Arithmetic>;
 
   // Keys that all heads process before the next chunk, which is prefetched meanwhile. Two chunks
-  // fit in L2; a chunk is long enough to hide one load and store of each head's O.
+  // fit in L2; a chunk is long enough to amortise one load and store of each head's O.
   static constexpr int64_t kChunkKeys = 64;
 
  public:
@@ -168,8 +168,7 @@ class StripsInPlace {
                                 head * plan_.tile_scratch_bytes);
   }
 
-  // Computes S of the keys [key, key + count) for all heads, from column `column` of their scores
-  // on.
+  // S of the keys [key, key + count) for all heads, at `column` of their scores.
   void score_chunk(int64_t key, int64_t count, int64_t column, RowPrefetcher& ahead) const {
     constexpr int kKeys = std::min(kMaxScoreKeys, Geo::kPanel);
     Chunk chunk;

@@ -1,4 +1,4 @@
-// Single numbers of every dtype, to and from the type that is computed with.
+// Conversions of single elements between every dtype and the compute type Real.
 #pragma once
 
 #include <type_traits>
@@ -36,7 +36,7 @@ SA_DEVICE Real load_as(const void* base, int64_t idx) {
   return to_real<Real>(primitives::load_global(static_cast<const Element*>(base) + idx));
 }
 
-// Number idx of an array in global memory whose dtype is known at run time only.
+// Element idx of an array in global memory whose dtype is known at run time only.
 template <class Real>
 SA_DEVICE Real load_element(const void* base, attention::DataType dtype, int64_t idx) {
   switch (dtype) {

@@ -1,28 +1,17 @@
-// A head's sink, of whatever dtype, as a natural logarithm in float32; -inf where there is none.
+// A query head's attention sink: a natural-log logit in the softmax's denominator, without a value.
 #pragma once
 
-#include "attention/numeric.h"
 #include "attention/online_softmax.h"
 #include "attention/params.h"
-#include "primitives/memory.h"
+#include "cuda/device/element.cuh"
 
 namespace sink_attention::cuda {
 
-SA_DEVICE float load_sink(const attention::FlashFwdParams& params, int head) {
-  using primitives::load_global;
-  if (params.s_aux == nullptr) return attention::negative_infinity<float>();
-  switch (params.s_aux_dtype) {
-    case attention::DataType::kFloat64:
-      return static_cast<float>(load_global(static_cast<const double*>(params.s_aux) + head));
-    case attention::DataType::kFloat32:
-      return load_global(static_cast<const float*>(params.s_aux) + head);
-    case attention::DataType::kFloat16:
-      return attention::to_float(
-          load_global(static_cast<const attention::Float16*>(params.s_aux) + head));
-    default:
-      return attention::to_float(
-          load_global(static_cast<const attention::BFloat16*>(params.s_aux) + head));
-  }
+// s_aux[head], of whatever dtype, as Real; -inf without s_aux.
+template <class Real = float>
+SA_DEVICE Real load_sink(const attention::FlashFwdParams& params, int head) {
+  if (params.s_aux == nullptr) return attention::negative_infinity<Real>();
+  return load_element<Real>(params.s_aux, params.s_aux_dtype, head);
 }
 
 }  // namespace sink_attention::cuda

@@ -1,11 +1,12 @@
-// The rows of a kv head: all (query position, query head of its group) pairs, position-major, so
-// that one tile of K and V serves the whole group.
+// PackGQA: the rows of a kv head are all (query position, query head) pairs, position-major. So one
+// tile of K and V serves all query heads of the kv head.
 //
-//     row r  =  position r / group,  query head kv_head * group + r % group
+//     row r  =  position r / qhead_per_khead,
+//               query head kv_head * qhead_per_khead + r % qhead_per_khead
 //
-// With one query position (decode) a group of 8 fills half of a 16-row product instead of a
-// sixteenth; with many, a tile of 128 rows spans 16 positions, so that few keys beside a causal or
-// window edge are multiplied in vain.
+// With 8 query heads per kv head:
+//   decode    one query position fills half of a 16-row product instead of a sixteenth
+//   prefill   a tile of 128 rows spans 16 positions, so few masked keys are multiplied at an edge
 #pragma once
 
 #include "attention/mask.h"
@@ -17,7 +18,7 @@ struct PackGqa {
   attention::SeqlenInfo info;
   int qhead_per_khead;
   int kv_head;
-  int num_rows;  // seqlen_q * group
+  int num_rows;  // seqlen_q * qhead_per_khead
 
   SA_HOST_DEVICE int position(int row) const { return row / qhead_per_khead; }
   SA_HOST_DEVICE int head(int row) const {

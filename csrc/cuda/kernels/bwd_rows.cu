@@ -13,7 +13,7 @@ using attention::Float16;
 
 constexpr int64_t kAlignment = 256;
 
-// Gives out parts of a piece of memory, or only counts where there is none.
+// Bump allocator over `memory`. With null memory it returns null and only counts bytes.
 class BumpAllocator {
  public:
   explicit BumpAllocator(void* memory) : memory_(static_cast<char*>(memory)) {}
@@ -67,7 +67,7 @@ int64_t lay_out(const FlashBwdParams& params, int tile_rows, int used_rows, int 
   workspace.dq = allocator.take<float>(all_tiles * tile_rows * dq_cols);
   workspace.sink_terms =
       fwd.s_aux == nullptr ? nullptr : allocator.take<float>(num_tiles * fwd.num_heads_q);
-  workspace.turns = params.deterministic ? allocator.take<int>(all_tiles) : nullptr;
+  workspace.dq_semaphores = params.deterministic ? allocator.take<int>(all_tiles) : nullptr;
   workspace.first_tiles = fwd.cu_seqlens_q == nullptr ? nullptr : allocator.take<int>(fwd.batch);
   return allocator.used();
 }

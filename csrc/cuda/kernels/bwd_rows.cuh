@@ -1,9 +1,11 @@
-// The backward's row-wise parts: delta, ds_aux and zeros before, dQ's rounding after.
+// The backward's row-wise kernels: preprocess (delta, ds_aux, zeros) and postprocess (dQ).
 //
 //   delta  = <dout, out> - dlse
-//   ds_aux = sum over rows of exp(s_aux - lse) * -delta       without atomics: a block leaves its
-//            tile's part for each head, and one block a head sums the parts in a fixed order
-//   dq     = accumulator * softmax_scale
+//   ds_aux = sum over rows of exp(s_aux - lse) * -delta
+//   dq     = accumulator * softmax_scale, rounded
+//
+// ds_aux needs no atomics. A CTA stores its tile's part of each head's sum. One CTA a head then
+// adds the parts in a fixed order.
 #pragma once
 
 #include "attention/numeric.h"
@@ -22,7 +24,7 @@ namespace sink_attention::cuda {
 struct BwdRowsParams {
   attention::FlashBwdParams bwd;
   BwdWorkspace workspace;
-  // Whether each row can be read or written 16 bytes at a time.
+  // Whether each row can be accessed in 16-byte vectors.
   bool out_is_vectorised;
   bool dout_is_vectorised;
   bool dq_is_vectorised;
@@ -31,12 +33,12 @@ struct BwdRowsParams {
 constexpr int kBwdRowsThreads = 128;
 constexpr int kMaxTileRows = 128;
 
-// A tile's place in the workspace, and the rows that it holds.
+// A tile of the workspace and the PackGQA rows in it.
 struct BwdRowTile {
-  int64_t tile_idx;  // over all kv heads
+  int64_t tile_idx;  // in the workspace, over all kv heads
   PackGqa rows;
   int row_begin;
-  int num_rows;  // 0: no row falls into this tile
+  int num_rows;  // 0 for an unused tile
 };
 
 SA_DEVICE BwdRowTile bwd_row_tile(const BwdRowsParams& params) {
@@ -57,8 +59,8 @@ SA_DEVICE BwdRowTile bwd_row_tile(const BwdRowsParams& params) {
   return result;
 }
 
-// Where packed sequences start in the workspace. One block: thread t sums the tiles of some
-// neighbouring sequences, then learns what comes before them.
+// Computes first_tiles: where packed sequences start in the workspace. One CTA. Thread t counts the
+// tiles of a few neighbouring sequences; a prefix sum over the threads gives their start.
 struct BwdFirstTiles {
   using Params = BwdRowsParams;
   struct Config {
@@ -77,12 +79,12 @@ struct BwdFirstTiles {
     const int64_t end = attention::min_of(begin + share, batch);
     int64_t own = 0;
     for (int64_t i = begin; i < end; ++i) own += tiles_of(params, i);
-    int64_t sum = own;  // of this thread's sequences and all before
+    int64_t sum = own;  // inclusive prefix sum over the threads
     for (int step = 1; step < Config::kThreads; step *= 2) {
       primitives::store_shared(sums + thread, sum);
-      primitives::sync_threads();  // all sums are there
+      primitives::sync_threads();  // all sums are stored
       if (thread >= step) sum += primitives::load_shared(sums + thread - step);
-      primitives::sync_threads();  // read: they may be overwritten
+      primitives::sync_threads();  // all sums are read: the next round overwrites them
     }
     int64_t next = sum - own;
     for (int64_t i = begin; i < end; ++i) {
@@ -100,7 +102,8 @@ struct BwdFirstTiles {
   }
 };
 
-// One block a tile and kv head. 8 lanes share a row: lane i of them takes chunks i, i + 8, ...
+// One CTA per tile and kv head. 8 lanes share a row: lane i of them takes 16-byte vectors i, i + 8,
+// and so on.
 template <class Element>
 struct BwdPreprocess {
   using Params = BwdRowsParams;
@@ -117,8 +120,8 @@ struct BwdPreprocess {
     float* sink_terms = reinterpret_cast<float*>(shared);  // [tile_rows]
     const BwdRowTile tile = bwd_row_tile(params);
     const int thread = primitives::thread_idx();
-    if (workspace.turns != nullptr && thread == 0) {
-      primitives::store_global(workspace.turns + tile.tile_idx, 0);
+    if (workspace.dq_semaphores != nullptr && thread == 0) {
+      primitives::store_global(workspace.dq_semaphores + tile.tile_idx, 0);
     }
     if (tile.num_rows > 0) {
       const int dq_floats = workspace.tile_rows * workspace.dq_cols;
@@ -127,8 +130,8 @@ struct BwdPreprocess {
         primitives::store_global(reinterpret_cast<primitives::Float4*>(dq + i),
                                  primitives::Float4{0, 0, 0, 0});
       }
-      // tile_rows is a multiple of kRowsPerPass. All lanes go round together, as the compiler sees:
-      // they come to shuffles.
+      // tile_rows is a multiple of kRowsPerPass. The number of rounds is uniform, as the compiler
+      // can see: the loop body has shuffles.
       for (int pass = 0; pass < workspace.tile_rows; pass += kRowsPerPass) {
         const int row = pass + thread / kLanesPerRow;
         const float dot = dot_of_row(params, tile, row);
@@ -136,22 +139,22 @@ struct BwdPreprocess {
       }
     }
     if (workspace.sink_terms == nullptr) return;
-    primitives::sync_threads();  // the terms of all rows are there
+    primitives::sync_threads();  // the terms of all rows are stored
     store_sink_terms(params, tile, sink_terms);
   }
 
-  // <dout, out> in all lanes of the row.
+  // <dout, out> of a row, in all lanes of the row.
   static SA_DEVICE float dot_of_row(const Params& params, const BwdRowTile& tile, int row) {
     const attention::FlashBwdParams& bwd = params.bwd;
     const attention::FlashFwdParams& fwd = bwd.fwd;
     float dot = 0;
     if (row < tile.num_rows) {
-      const int packed_row = tile.row_begin + row;
-      const Element* out = static_cast<const Element*>(fwd.out) +
-                           tile.rows.offset(packed_row, fwd.out_stride_batch, fwd.out_stride_row,
-                                            fwd.out_stride_head);
+      const int gqa_row = tile.row_begin + row;
+      const Element* out =
+          static_cast<const Element*>(fwd.out) +
+          tile.rows.offset(gqa_row, fwd.out_stride_batch, fwd.out_stride_row, fwd.out_stride_head);
       const Element* dout = static_cast<const Element*>(bwd.dout) +
-                            tile.rows.offset(packed_row, bwd.dout_stride_batch, bwd.dout_stride_row,
+                            tile.rows.offset(gqa_row, bwd.dout_stride_batch, bwd.dout_stride_row,
                                              bwd.dout_stride_head);
       const int cols = static_cast<int>(fwd.head_dim_v);
       const int first = primitives::thread_idx() % kLanesPerRow * kChunkElems;
@@ -189,28 +192,29 @@ struct BwdPreprocess {
     const attention::FlashBwdParams& bwd = params.bwd;
     const attention::FlashFwdParams& fwd = bwd.fwd;
     constexpr float kLog2E = static_cast<float>(attention::kLog2E);
-    // A row that is not there, or whose lse is -inf for want of a key: +inf makes its weights 0.
+    // lse_log2 = +inf gives P = 0. It is used beyond the last row, and for rows without visible
+    // keys, whose lse is -inf.
     float lse_log2 = -attention::negative_infinity<float>();
     float delta = 0;
     float term = 0;
     if (row < tile.num_rows) {
-      const int packed_row = tile.row_begin + row;
+      const int gqa_row = tile.row_begin + row;
       const float lse = primitives::load_global(
           static_cast<const float*>(fwd.lse) +
-          tile.rows.lse_offset(packed_row, fwd.lse_stride_batch, fwd.lse_stride_head));
+          tile.rows.lse_offset(gqa_row, fwd.lse_stride_batch, fwd.lse_stride_head));
       if (lse != attention::negative_infinity<float>()) lse_log2 = lse * kLog2E;
       delta = dot;
       if (bwd.dlse != nullptr) {
         delta -=
             primitives::load_global(static_cast<const float*>(bwd.dlse) +
-                                    tile.rows.offset(packed_row, bwd.dlse_stride_batch,
+                                    tile.rows.offset(gqa_row, bwd.dlse_stride_batch,
                                                      bwd.dlse_stride_row, bwd.dlse_stride_head));
       }
-      const float sink = load_sink(fwd, tile.rows.head(packed_row));
+      const float sink = load_sink(fwd, tile.rows.head(gqa_row));
       if (sink != attention::negative_infinity<float>()) {
-        // Equal where both are +inf, and where the row has no key.
-        const float weight = lse == sink ? 1.0f : primitives::exp2_approx((sink - lse) * kLog2E);
-        term = -weight * delta;
+        // They are equal where both are +inf, and for a row without visible keys.
+        const float p_sink = lse == sink ? 1.0f : primitives::exp2_approx((sink - lse) * kLog2E);
+        term = -p_sink * delta;
       }
     }
     const int64_t at = tile.tile_idx * params.workspace.tile_rows + row;
@@ -219,8 +223,8 @@ struct BwdPreprocess {
     primitives::store_shared(sink_term, term);
   }
 
-  // Thread t sums the rows of heads t, t + kThreads, ... of the group, in ascending order. A tile
-  // without rows leaves zeros.
+  // Thread t sums the rows of query heads t, t + kThreads, ... of the kv head, in ascending order.
+  // An unused tile stores zeros.
   static SA_DEVICE void store_sink_terms(const Params& params, const BwdRowTile& tile,
                                          const float* sink_terms) {
     const BwdWorkspace& workspace = params.workspace;
@@ -239,8 +243,8 @@ struct BwdPreprocess {
   }
 };
 
-// ds_aux of head block_idx().x. Thread t sums tiles t, t + kThreads, ...; then halves are folded
-// onto each other.
+// ds_aux of head block_idx().x. Thread t sums tiles t, t + kThreads, ...; a tree reduction over the
+// threads follows.
 struct BwdSinkGradient {
   using Params = BwdRowsParams;
   struct Config {
@@ -261,34 +265,34 @@ struct BwdSinkGradient {
     }
     for (int half = Config::kThreads / 2; half > 0; half /= 2) {
       if (thread < 2 * half) primitives::store_shared(sums + thread, sum);
-      primitives::sync_threads();  // both halves are there
+      primitives::sync_threads();  // both halves are stored
       if (thread < half) sum += primitives::load_shared(sums + thread + half);
-      primitives::sync_threads();  // read: the next round may overwrite them
+      primitives::sync_threads();  // they are read: the next round overwrites them
     }
     if (thread == 0) store(params.bwd, head, sum);
   }
 
   static SA_DEVICE void store(const attention::FlashBwdParams& bwd, int head, double value) {
     using primitives::store_global;
-    const float number = static_cast<float>(value);
+    const float rounded = static_cast<float>(value);
     switch (bwd.fwd.s_aux_dtype) {
       case attention::DataType::kFloat64:
         return store_global(static_cast<double*>(bwd.ds_aux) + head, value);
       case attention::DataType::kFloat32:
-        return store_global(static_cast<float*>(bwd.ds_aux) + head, number);
+        return store_global(static_cast<float*>(bwd.ds_aux) + head, rounded);
       case attention::DataType::kFloat16:
         return store_global(static_cast<attention::Float16*>(bwd.ds_aux) + head,
-                            attention::to_float16(number));
+                            attention::to_float16(rounded));
       default:
         return store_global(static_cast<attention::BFloat16*>(bwd.ds_aux) + head,
-                            attention::to_bfloat16(number));
+                            attention::to_bfloat16(rounded));
     }
   }
 };
 
-// One block a tile and kv head; a thread takes 8 columns of a row at a time. In the accumulator's
-// fragment they are the registers of 4 neighbouring lanes: their even columns, and 32 floats
-// further their odd ones.
+// One CTA per tile and kv head. A thread takes 8 columns of a row at a time. In the accumulator
+// these are registers of 4 neighbouring lanes of a fragment: 4 floats of even columns, and 4 floats
+// of odd columns 32 floats later.
 template <class Element>
 struct BwdPostprocess {
   using Params = BwdRowsParams;
@@ -314,14 +318,14 @@ struct BwdPostprocess {
       const float* even_cols = accumulator + fragment * 128 + row % 16 / 8 * 64 + row % 8 * 4;
       const auto even = primitives::load_global(reinterpret_cast<const Float4*>(even_cols));
       const auto odd = primitives::load_global(reinterpret_cast<const Float4*>(even_cols + 32));
-      const primitives::Bytes16 numbers{{primitives::pack<Element>(even.x * scale, odd.x * scale),
-                                         primitives::pack<Element>(even.y * scale, odd.y * scale),
-                                         primitives::pack<Element>(even.z * scale, odd.z * scale),
-                                         primitives::pack<Element>(even.w * scale, odd.w * scale)}};
+      const primitives::Bytes16 vector{{primitives::pack<Element>(even.x * scale, odd.x * scale),
+                                        primitives::pack<Element>(even.y * scale, odd.y * scale),
+                                        primitives::pack<Element>(even.z * scale, odd.z * scale),
+                                        primitives::pack<Element>(even.w * scale, odd.w * scale)}};
       Element* dq = static_cast<Element*>(bwd.dq) +
                     tile.rows.offset(tile.row_begin + row, bwd.dq_stride_batch, bwd.dq_stride_row,
                                      bwd.dq_stride_head);
-      store_chunk(dq, chunk * kChunkElems, cols, params.dq_is_vectorised, numbers);
+      store_chunk(dq, chunk * kChunkElems, cols, params.dq_is_vectorised, vector);
     }
   }
 

@@ -9,7 +9,7 @@ namespace sink_attention::cuda {
 namespace {
 
 constexpr int64_t kAlignment = 256;
-constexpr int kManySplits = 8;  // what one warp has under way at once
+constexpr int kManySplits = 8;  // splits that one warp loads at once
 
 int64_t round_up(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 

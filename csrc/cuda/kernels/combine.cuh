@@ -1,9 +1,12 @@
-// Joins the partial results of a forward whose keys were split, and folds the sink in, once.
+// Combines the partial results of a split-KV forward, and folds the sink in, once.
 //
-// A warp takes one row of one head, or, where there are many splits, the block's four warps take
-// one, each a quarter of its splits: what counts is how many loads are under way. A lane has the
-// states of every 32nd split, and every 32nd column of the outputs. A split that saw no key has the
-// state (-inf, 0) and is passed over: its output is never read.
+// The speed depends on how many loads are in flight:
+//
+//     few splits     one warp per row and query head
+//     many splits    one CTA per row and query head; each of its 4 warps takes a quarter of them
+//
+// A lane holds the states of every 32nd split, and every 32nd column of the outputs. A split
+// without visible keys has the state (-inf, 0). Its output is never read.
 #pragma once
 
 #include "attention/online_softmax.h"
@@ -19,7 +22,7 @@ namespace sink_attention::cuda {
 
 struct CombineParams {
   attention::FlashFwdParams attn;
-  int num_tiles;  // of the longest sequence and one kv head, kRowsPerBlock or one row each
+  int num_tiles;  // CTAs for the longest sequence of a kv head, kRowsPerBlock rows or one each
   int num_splits;
   bool block_per_row;
   Partials partials;
@@ -38,8 +41,7 @@ struct CombineKernel {
   };
   static constexpr int kRowsPerBlock = kWarps;
 
-  // Block (x, y): x counts the tiles of rows (pack_gqa.cuh) within the sequences; y is the kv
-  // head.
+  // CTA (x, y): x = sequence * num_tiles + tile of PackGQA rows (pack_gqa.cuh); y = kv head.
   static SA_DEVICE void run(const Params& parts, char* shared) {
     const attention::FlashFwdParams& params = parts.attn;
     const PackGqa rows =
@@ -67,7 +69,7 @@ struct CombineKernel {
         static_cast<Element*>(params.out) +
         rows.offset(row, params.out_stride_batch, params.out_stride_row, params.out_stride_head);
     if (!parts.block_per_row) {
-      for (int first = 0; first < cols; first += 2 * kWarpSize) {  // the same for all lanes
+      for (int first = 0; first < cols; first += 2 * kWarpSize) {  // uniform: shuffles follow
         const int col = first + lane;
         float sums[2];
         add_outputs(parts, index, factors, 0, parts.num_splits, col, sums);
@@ -86,7 +88,7 @@ struct CombineKernel {
       primitives::store_shared(&partial[warp][col], sums[0]);
       primitives::store_shared(&partial[warp][col + kWarpSize], sums[1]);
     }
-    primitives::sync_threads();  // the warps' sums are there
+    primitives::sync_threads();  // the sums of all warps are stored
     for (int col = primitives::thread_idx(); col < cols; col += Config::kThreads) {
       float sum = 0.0f;
       SA_UNROLL
@@ -98,17 +100,17 @@ struct CombineKernel {
  private:
   static constexpr int kStatesPerLane = kMaxSplits / kWarpSize;
   static_assert(kStatesPerLane == 2, "add_outputs chooses between two");
-  static constexpr float kNone = -1.0f;  // the factor of a split that saw no key
-  static constexpr int kTogether = 8;    // splits whose outputs are loaded at once
+  static constexpr float kNone = -1.0f;  // factor of a split without visible keys
+  static constexpr int kTogether = 8;    // splits whose outputs are loaded before any is used
 
-  static SA_DEVICE void store(Element* out, int col, int cols, float number) {
+  static SA_DEVICE void store(Element* out, int col, int cols, float value) {
     if (col >= cols) return;
-    const uint32_t pair = primitives::pack<Element>(number, 0.0f);
+    const uint32_t pair = primitives::pack<Element>(value, 0.0f);
     primitives::store_global(out + col, Element{static_cast<uint16_t>(pair)});
   }
 
-  // The state over all splits, in all lanes; factors[i] is what split lane + 32 i's output is to be
-  // multiplied with. `index` is the row's in the first split.
+  // The state over all splits, in all lanes. factors[i] is the factor of the output of split
+  // lane + 32 i. `index` is the row's index in the first split.
   static SA_DEVICE attention::RowState<float> merge_states(const Params& parts, int64_t index,
                                                            float (&factors)[kStatesPerLane]) {
     const int64_t split_stride = parts.attn.num_heads_q * parts.attn.total_q;
@@ -145,7 +147,7 @@ struct CombineKernel {
     return {max, sum};
   }
 
-  // Columns col and col + 32 of the outputs of splits [begin, end), summed. All lanes call.
+  // Sums columns col and col + 32 of the outputs of splits [begin, end). All lanes call.
   static SA_DEVICE void add_outputs(const Params& parts, int64_t index,
                                     const float (&factors)[kStatesPerLane], int begin, int end,
                                     int col, float (&sums)[2]) {
@@ -155,7 +157,7 @@ struct CombineKernel {
     sums[0] = sums[1] = 0.0f;
     for (int together = begin; together < end; together += kTogether) {
       float factor[kTogether];
-      float numbers[kTogether][2];
+      float values[kTogether][2];
       SA_UNROLL
       for (int j = 0; j < kTogether; ++j) {
         const int split = together + j;
@@ -164,17 +166,17 @@ struct CombineKernel {
         factor[j] = split >= end ? kNone : split < kWarpSize ? low : high;
         SA_UNROLL
         for (int i = 0; i < 2; ++i) {
-          numbers[j][i] = 0.0f;
+          values[j][i] = 0.0f;
           if (factor[j] != kNone && col + i * kWarpSize < cols) {
-            numbers[j][i] = primitives::load_global(first + split * stride + i * kWarpSize);
+            values[j][i] = primitives::load_global(first + split * stride + i * kWarpSize);
           }
         }
       }
       SA_UNROLL
       for (int j = 0; j < kTogether; ++j) {
         if (factor[j] == kNone) continue;
-        sums[0] += numbers[j][0] * factor[j];
-        sums[1] += numbers[j][1] * factor[j];
+        sums[0] += values[j][0] * factor[j];
+        sums[1] += values[j][1] * factor[j];
       }
     }
   }

@@ -1,4 +1,5 @@
-// Brings the parts' pointers into the kernel's argument, in as many launches as that takes.
+// Launches the merge kernel. The parts' pointers are kernel arguments, so many parts need several
+// launches.
 #include <algorithm>
 #include <stdexcept>
 
@@ -13,13 +14,13 @@ namespace {
 using attention::DataType;
 using attention::MergeParams;
 
-template <class Element, int kPieceElems>
+template <class Element, int kVectorElems>
 void start(MergeParts& parts, Stream stream) {
-  using Kernel = MergeAttnStatesKernel<Element, kPieceElems>;
+  using Kernel = MergeAttnStatesKernel<Element, kVectorElems>;
   const MergeParams& params = parts.params;
   parts.lanes_per_row = 1;
   while (parts.lanes_per_row < primitives::kWarpSize &&
-         parts.lanes_per_row * kPieceElems < params.head_dim) {
+         parts.lanes_per_row * kVectorElems < params.head_dim) {
     parts.lanes_per_row *= 2;
   }
   const int64_t threads = params.batch * params.num_heads * params.seqlen * parts.lanes_per_row;
@@ -31,14 +32,14 @@ void start(MergeParts& parts, Stream stream) {
 
 template <class Element>
 void start(MergeParts& parts, Stream stream) {
-  constexpr int kPieceElems = 16 / static_cast<int>(sizeof(Element));
-  bool in_pieces = parts.params.head_dim % kPieceElems == 0 &&
-                   reinterpret_cast<uintptr_t>(parts.params.out) % 16 == 0;
+  constexpr int kVectorElems = 16 / static_cast<int>(sizeof(Element));
+  bool is_vectorised = parts.params.head_dim % kVectorElems == 0 &&
+                       reinterpret_cast<uintptr_t>(parts.params.out) % 16 == 0;
   for (int part = 0; part < static_cast<int>(parts.params.num_parts); ++part) {
-    in_pieces = in_pieces && reinterpret_cast<uintptr_t>(parts.outs[part]) % 16 == 0;
+    is_vectorised = is_vectorised && reinterpret_cast<uintptr_t>(parts.outs[part]) % 16 == 0;
   }
-  if (in_pieces) {
-    start<Element, kPieceElems>(parts, stream);
+  if (is_vectorised) {
+    start<Element, kVectorElems>(parts, stream);
   } else {
     start<Element, 1>(parts, stream);
   }
@@ -59,8 +60,8 @@ void start(MergeParts& parts, Stream stream) {
 
 }  // namespace
 
-// Each launch but the first has the result of those before as its last part: a sum over many parts
-// is one of sums over a launch's, no chain over all. Only the last one knows of the sink.
+// Each launch but the first has the result so far as its last part, so the sum over all parts is a
+// sum of each launch's sum. Only the last launch folds the sink in.
 void merge_attn_states(const MergeParams& params, Stream stream) {
   int64_t merged = 0;
   do {

@@ -1,11 +1,13 @@
-// Merging partial results into one, and the sink into it:
+// Merges partial attention results into one, and folds the sink in:
 //
 //   lse = log(sum_p exp(lse_p) + exp(s_aux))     out = sum_p exp(lse_p - lse) * out_p
 //
-// A row (sequence position, head) is cut into pieces of 16 bytes (or single numbers, where an
-// address does not allow that). It belongs to some lanes of one warp, which take its pieces in
-// turns; each lane finds the weights of the parts for itself. Rows are counted in the order of lse,
-// positions of one head after each other, so that a warp's rows read neighbouring lse.
+// A row is a (sequence position, head). lanes_per_row lanes of a warp share it. Lane i takes its
+// 16-byte vectors i, i + lanes_per_row, ...; a vector is one element if an address is not aligned.
+// Each lane computes the factors of all parts itself.
+//
+// Rows are counted in the order of lse, with positions innermost, so that the rows of a warp read
+// neighbouring lse.
 #pragma once
 
 #include "attention/online_softmax.h"
@@ -18,19 +20,19 @@ namespace sink_attention::cuda {
 constexpr int kMaxMergeParts = 64;  // of one launch: their pointers are part of its argument
 
 struct MergeParts {
-  attention::MergeParams params;  // num_parts <= kMaxMergeParts; outs and lses are not the
-                                  // device's to read
+  // num_parts <= kMaxMergeParts. params.outs and params.lses are host memory: not read here.
+  attention::MergeParams params;
   const void* outs[kMaxMergeParts];
   const void* lses[kMaxMergeParts];
   int lanes_per_row;  // a power of two, at most a warp
 };
 
-template <class Element, int kPieceElems>
+template <class Element, int kVectorElems>
 struct MergeAttnStatesKernel {
   using Params = MergeParts;
   using Real = std::conditional_t<std::is_same_v<Element, double>, double, float>;
-  struct alignas(kPieceElems * sizeof(Element)) Piece {
-    Element number[kPieceElems];
+  struct alignas(kVectorElems * sizeof(Element)) Vector {
+    Element element[kVectorElems];
   };
   struct Config {
     static constexpr int kThreads = 128;
@@ -47,29 +49,29 @@ struct MergeAttnStatesKernel {
     const bool exists = row < params.batch * params.num_heads * params.seqlen;
     Real lse = Real(0);
     if (exists) lse = merge_row(parts, row, lane);
-    // One of the parts may be the result of an earlier launch, in the place of this one's: lse is
-    // written when no lane of the row reads it any more.
+    // A part may be an earlier launch's result, in the same memory as this launch's. So lse is
+    // written only after all lanes of the row have read it.
     primitives::sync_warp();
     if (exists && lane == 0) {
       primitives::store_global(static_cast<Real*>(params.lse) + row, lse);
     }
   }
 
-  // The lane's pieces of a row; returns the row's lse.
+  // Writes the lane's vectors of a row; returns the row's lse.
   static SA_DEVICE Real merge_row(const Params& parts, int64_t row, int lane) {
     const attention::MergeParams& params = parts.params;
     const int64_t position = row % params.seqlen;
     const int64_t head = row / params.seqlen % params.num_heads;
     const int64_t batch_idx = row / params.seqlen / params.num_heads;
     const int64_t out_row = (batch_idx * params.seqlen + position) * params.num_heads + head;
-    const attention::RowState<Real> state = sum_weights(parts, row);
+    const attention::RowState<Real> state = sum_factors(parts, row);
     const Real sink = params.s_aux == nullptr
                           ? attention::negative_infinity<Real>()
                           : load_element<Real>(params.s_aux, params.s_aux_dtype, head);
     const attention::RowResult<Real> result = attention::fold_sink(state, sink);
-    const int num_pieces = static_cast<int>(params.head_dim) / kPieceElems;
-    for (int piece = lane; piece < num_pieces; piece += parts.lanes_per_row) {
-      merge_piece(parts, row, out_row * num_pieces + piece, state.max, result.scale);
+    const int num_vectors = static_cast<int>(params.head_dim) / kVectorElems;
+    for (int vector = lane; vector < num_vectors; vector += parts.lanes_per_row) {
+      merge_vector(parts, row, out_row * num_vectors + vector, state.max, result.scale);
     }
     return result.lse;
   }
@@ -80,9 +82,9 @@ struct MergeAttnStatesKernel {
     return lse == static_cast<Real>(INFINITY) ? -lse : lse * static_cast<Real>(attention::kLog2E);
   }
 
-  // The largest lse of the parts, and the sum of their weights, exp2(lse_p - max). A NaN reaches
+  // max: the largest lse of the parts, base 2. sum: the sum of exp2(lse_p - max). NaN propagates to
   // the sum.
-  static SA_DEVICE attention::RowState<Real> sum_weights(const Params& parts, int64_t row) {
+  static SA_DEVICE attention::RowState<Real> sum_factors(const Params& parts, int64_t row) {
     const int num_parts = static_cast<int>(parts.params.num_parts);
     attention::RowState<Real> state{attention::negative_infinity<Real>(), Real(0)};
     for (int part = 0; part < num_parts; ++part) {
@@ -95,23 +97,23 @@ struct MergeAttnStatesKernel {
     return state;
   }
 
-  static SA_DEVICE void merge_piece(const Params& parts, int64_t row, int64_t piece_idx, Real max,
-                                    Real scale) {
-    Real sum[kPieceElems] = {};
+  static SA_DEVICE void merge_vector(const Params& parts, int64_t row, int64_t vector_idx, Real max,
+                                     Real scale) {
+    Real sum[kVectorElems] = {};
     for (int part = 0; part < static_cast<int>(parts.params.num_parts); ++part) {
-      const Real weight = attention::rebase_factor(part_lse(parts, part, row), max);
-      if (weight == Real(0)) continue;  // an empty part may hold anything
-      const Piece piece =
-          primitives::load_global(static_cast<const Piece*>(parts.outs[part]) + piece_idx);
+      const Real factor = attention::rebase_factor(part_lse(parts, part, row), max);
+      if (factor == Real(0)) continue;  // an empty part may hold anything
+      const Vector vector =
+          primitives::load_global(static_cast<const Vector*>(parts.outs[part]) + vector_idx);
       SA_UNROLL
-      for (int i = 0; i < kPieceElems; ++i) sum[i] += weight * to_real<Real>(piece.number[i]);
+      for (int i = 0; i < kVectorElems; ++i) sum[i] += factor * to_real<Real>(vector.element[i]);
     }
-    Piece merged;
+    Vector merged;
     SA_UNROLL
-    for (int i = 0; i < kPieceElems; ++i) {
-      merged.number[i] = from_real<Element>(sum[i] * scale);
+    for (int i = 0; i < kVectorElems; ++i) {
+      merged.element[i] = from_real<Element>(sum[i] * scale);
     }
-    primitives::store_global(static_cast<Piece*>(parts.params.out) + piece_idx, merged);
+    primitives::store_global(static_cast<Vector*>(parts.params.out) + vector_idx, merged);
   }
 };
 

@@ -1,5 +1,5 @@
-// How many parts of a row's keys are worth having. By what the host knows: shapes, and the longest
-// sequence that there can be.
+// Limits of the number of splits of a split-KV forward. They depend only on what the host knows:
+// shapes, and an upper bound of the sequence lengths.
 #pragma once
 
 #include <algorithm>
@@ -9,15 +9,15 @@
 
 namespace sink_attention::cuda {
 
-// Most kernels' block of keys: with more parts than blocks some have none, and would take as much
-// memory as any other.
+// Keys per block in most kernels. With more splits than blocks some splits would be empty, and take
+// as much memory as others.
 constexpr int64_t kSplitKeys = 64;
 
-// What all partial results may take together. On a card of 132 multiprocessors and with head_dim_v
-// of 128, all that the backend chooses by itself takes less than 100 MiB.
+// Most bytes of partial results. On a card of 132 SMs with head_dim_v 128, the splits that the
+// backend chooses itself take less than 100 MiB.
 constexpr int64_t kMaxPartialBytes = int64_t{256} << 20;
 
-// Keys of a sequence that its rows may see.
+// An upper bound of the keys that are visible to the rows of a sequence.
 inline int64_t most_keys(const attention::FlashFwdParams& params) {
   const int64_t keys = params.seqlen_k;
   if (params.window_left < 0) return keys;
@@ -26,7 +26,7 @@ inline int64_t most_keys(const attention::FlashFwdParams& params) {
                             std::min(params.num_sink_tokens, keys));
 }
 
-// `wanted` parts (at least 1), or as many as there may be keys and memory for.
+// `wanted` splits, clamped to [1, kMaxSplits] and to what keys and memory allow.
 inline int limit_splits(const attention::FlashFwdParams& params, int64_t wanted) {
   const int64_t blocks = (most_keys(params) + kSplitKeys - 1) / kSplitKeys;
   const int64_t part_bytes = params.num_heads_q * params.total_q * (2 + params.head_dim_v) *

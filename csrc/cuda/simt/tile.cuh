@@ -1,16 +1,15 @@
-// Tiles of float or double in shared memory, and products of them by plain multiplications.
+// Tiles of float or double in shared memory, and their products by FMAs.
 //
-// A block has 128 threads, 8 x 16: thread t is at (y, x) = (t / 16, t % 16). Of a matrix of rows
-// and columns it owns the rows y + 8 i, and, where columns are keys (or, in the backward, queries),
+// A CTA has 128 threads, 8 x 16: thread t is at (y, x) = (t / 16, t % 16). It owns rows y + 8 i of
+// a matrix, and these columns:
 //
-//     the columns x + 16 j                        of a matrix of scores,
-//     kVector neighbours from kVector * x on      of each chunk of columns of an output.
+//     scores    x + 16 j
+//     output    [kVector * x, kVector * x + kVector)  of each column chunk
 //
-// Everything that a row's owners share is shared by the 16 lanes of one half of a warp.
+// The 16 lanes of a half warp share a row.
 //
-// All loads from shared memory are of 16 bytes: kVector numbers. The rows of a tile lie 16 bytes
-// further apart than they are long, a multiple of 128 bytes, so that eight of them read at the same
-// column fall into different banks.
+// Loads from shared memory are 16-byte vectors of kVector elements. Rows are a multiple of 128
+// bytes long and padded by 16 bytes, so that 8 rows read at the same column are in different banks.
 #pragma once
 
 #include "primitives/memory.h"
@@ -28,13 +27,13 @@ SA_DEVICE int thread_x() { return primitives::thread_idx() % kThreadCols; }
 template <class Real>
 constexpr int kVector = 16 / static_cast<int>(sizeof(Real));
 
-// Columns of an output that the threads of a row cover together: 64 of float, 32 of double.
+// Columns of a chunk, one vector per thread of a row: 64 of float, 32 of double.
 template <class Real>
 constexpr int kChunkCols = kThreadCols * kVector<Real>;
 
 template <class Real>
 struct alignas(16) Vector {
-  Real number[kVector<Real>];
+  Real element[kVector<Real>];
 };
 
 template <class Real_, int kRows_, int kCols_>
@@ -43,12 +42,13 @@ struct Tile {
   static constexpr int kRows = kRows_;
   static constexpr int kCols = kCols_;
   static constexpr int kStride = kCols + kVector<Real>;
-  static_assert(kCols * sizeof(Real) % 128 == 0, "rows then start in banks 16 bytes apart");
+  static_assert(kCols * sizeof(Real) % 128 == 0,
+                "padded rows then start 16 bytes apart in the banks");
 
   alignas(16) Real data[kRows * kStride];
 
   SA_DEVICE Real* at(int row, int col) { return data + row * kStride + col; }
-  // The kVector numbers from column col on, a multiple of kVector.
+  // Elements [col, col + kVector) of a row. col is a multiple of kVector.
   SA_DEVICE Vector<Real> load(int row, int col) const {
     return primitives::load_shared(
         reinterpret_cast<const Vector<Real>*>(data + row * kStride + col));
@@ -73,7 +73,7 @@ SA_DEVICE void add_dots(Real (&s)[kRows][kCols], const TileA& a_tile, int a_col,
       SA_UNROLL
       for (int i = 0; i < kRows; ++i) {
         SA_UNROLL
-        for (int j = 0; j < kCols; ++j) s[i][j] += a[i].number[e] * b[j].number[e];
+        for (int j = 0; j < kCols; ++j) s[i][j] += a[i].element[e] * b[j].element[e];
       }
     }
   }
@@ -81,9 +81,9 @@ SA_DEVICE void add_dots(Real (&s)[kRows][kCols], const TileA& a_tile, int a_col,
 
 // acc[i][e] += sum over rows k < depth of  w(y + 8 i, k) * b(k, kVector * x + e).
 //
-// In float32 the sum starts from zero and is added once. Were it added number by number, the sums
-// over n blocks would be chains of n times as many additions, each of which rounds a number as
-// large as the result. Float64 has digits to spare, and needs the registers.
+// In float32 the block's sum starts from zero and is added to acc once. Adding each product to acc
+// would round at the magnitude of the result every time, and over n blocks n times as often.
+// Float64 has precision to spare, and needs the registers.
 template <class Real, int kRows, class TileW, class TileB>
 SA_DEVICE void add_products(Real (&acc)[kRows][kVector<Real>], const TileW& w_tile,
                             const TileB& b_tile, int depth) {
@@ -102,7 +102,7 @@ SA_DEVICE void add_products(Real (&acc)[kRows][kVector<Real>], const TileW& w_ti
       SA_UNROLL
       for (int i = 0; i < kRows; ++i) {
         SA_UNROLL
-        for (int n = 0; n < kVector<Real>; ++n) sum[i][n] += w[i].number[e] * b.number[n];
+        for (int n = 0; n < kVector<Real>; ++n) sum[i][n] += w[i].element[e] * b.element[n];
       }
     }
   }
@@ -127,7 +127,7 @@ SA_DEVICE void clear(Real (&acc)[kChunks][kRows][kVector<Real>]) {
   }
 }
 
-// Puts a matrix of scores, or of what became of them, where add_products can read it.
+// Stores a matrix of scores, P or dS in shared memory, for add_products.
 template <class Real, int kRows, int kCols, class TileW>
 SA_DEVICE void store_scores(const Real (&s)[kRows][kCols], TileW& tile) {
   SA_UNROLL
@@ -157,40 +157,39 @@ SA_DEVICE Real sum_over_row(Real value) {
   return value;
 }
 
-// After as many blocks sums in float32 go from registers to the result's own memory, and start from
-// zero again, so that of 131072 numbers no chain of additions is longer than 128. Blocks are
-// counted from the first key (or row): which numbers are summed first does not depend on a walk's
-// begin.
+// After every 16 blocks float32 sums are added to the result in global memory, and start from zero
+// again. So no chain of additions is longer than 128 for 131072 elements. Blocks are counted from
+// key (or row) 0, so the grouping does not depend on where the key-block range begins.
 constexpr int kBlocksOfSum = 16;
 
-// Which of the sums a block belongs to.
+// Index of the sum that a block belongs to.
 template <class Real>
 SA_DEVICE int sum_of_block(int block) {
   return sizeof(Real) == 4 ? block / kBlocksOfSum : 0;
 }
 
-// Writes a thread's numbers of one row and chunk: those from column col on that are below dim. With
-// `adds` to what it has written there before, times `kept`.
+// Writes values * factor of one row and chunk to columns [col, col + kVector) below dim. If `adds`,
+// adds them to kept * the elements that are there.
 template <class Real>
-SA_DEVICE void store_numbers(Real* row, int col, int dim, bool in_vectors,
-                             const Real (&numbers)[kVector<Real>], Real factor, bool adds,
-                             Real kept) {
-  if (in_vectors && col + kVector<Real> <= dim) {
-    auto* place = reinterpret_cast<Vector<Real>*>(row + col);
+SA_DEVICE void store_vector(Real* row, int col, int dim, bool is_vectorised,
+                            const Real (&values)[kVector<Real>], Real factor, bool adds,
+                            Real kept) {
+  if (is_vectorised && col + kVector<Real> <= dim) {
+    auto* target = reinterpret_cast<Vector<Real>*>(row + col);
     Vector<Real> vector{};
-    if (adds) vector = primitives::load_global(place);
+    if (adds) vector = primitives::load_global(target);
     SA_UNROLL
     for (int e = 0; e < kVector<Real>; ++e) {
-      vector.number[e] = (adds ? vector.number[e] * kept : Real(0)) + numbers[e] * factor;
+      vector.element[e] = (adds ? vector.element[e] * kept : Real(0)) + values[e] * factor;
     }
-    primitives::store_global(place, vector);
+    primitives::store_global(target, vector);
     return;
   }
   SA_UNROLL
   for (int e = 0; e < kVector<Real>; ++e) {
     if (col + e >= dim) continue;
     const Real before = adds ? primitives::load_global(row + col + e) * kept : Real(0);
-    primitives::store_global(row + col + e, before + numbers[e] * factor);
+    primitives::store_global(row + col + e, before + values[e] * factor);
   }
 }
 

@@ -1,10 +1,10 @@
-// A block of keys or values into shared memory, by one warp: box by box where all of the block's
-// keys may be read, else chunk by chunk with zeros for the others.
+// One warp loads a block of keys or values into shared memory. It uses TMA where all of the block's
+// keys may be read; otherwise cp.async, 16 bytes at a time, with zeros for the other keys.
 //
-// What no query of a sequence sees, beyond its keys or before all windows, may be anything, NaNs
-// too, or pages that are gone, and must not reach a product: a weight of 0 does not hide it. TMA
-// writes zeros only for what lies outside of the tensor. The forward's scores are the exception,
-// which a mask replaces whatever they are.
+// Masked keys may hold garbage: keys past the sequence's end or before all windows may be NaN, and
+// their pages may be gone. They must not reach a product, since P = 0 times NaN is NaN. TMA
+// zero-fills only what lies outside of the tensor. The forward's scores are the exception: the mask
+// replaces them, whatever they are.
 #pragma once
 
 #include "cuda/tile/copy.cuh"
@@ -14,33 +14,35 @@
 
 namespace sink_attention::cuda::sm90 {
 
-// The arrivals that load_keys makes at a `full` barrier: one a lane.
+// Arrivals of load_keys at a `full` barrier: one a lane.
 constexpr int kLoadArrivals = 32;
 
-// How the boxes of a sequence's keys are found (tensor_maps.h).
-struct KeyBoxes {
-  const primitives::TensorMap* map;  // null: none
-  int rows;                          // keys of a box
+// Where TMA finds the keys of a sequence (tensor_maps.h).
+struct TmaKeySource {
+  const primitives::TensorMap* map;  // null: TMA is not used
+  int rows;                          // keys of a TMA box
   int first_row;                     // of key 0; 0 with a block table
   int kv_head;
-  int batch_idx;                 // meaningless with a block table
-  bool to_the_end;               // no key lies beyond the sequence's but outside of the tensor
-  bool may_be_anything = false;  // the unseen keys' products, if the tensor has them, are replaced
+  int batch_idx;               // ignored with a block table
+  bool tail_is_out_of_bounds;  // keys past seqlen_k lie outside of the tensor: TMA zero-fills them
+  bool masked_keys_may_hold_garbage = false;  // the caller replaces all products of masked keys
 
-  // Whether all keys of a block may be asked for: some query sees each of them.
+  // Whether TMA may load a block: each of its keys is visible to some query, is zero-filled, or may
+  // hold garbage.
   template <bool kValues>
-  SA_DEVICE bool hold(const KeySource<kValues>& source, int first_key, int keys) const {
+  SA_DEVICE bool can_load(const KeySource<kValues>& source, int first_key, int keys) const {
     if (map == nullptr) return false;
-    if (may_be_anything) return true;
+    if (masked_keys_may_hold_garbage) return true;
     const int end = first_key + keys;
     return end <= source.sink_end ||
-           (source.begin <= first_key && (to_the_end || end <= source.end));
+           (source.begin <= first_key && (tail_is_out_of_bounds || end <= source.end));
   }
 };
 
 template <bool kValues>
-SA_DEVICE KeyBoxes key_boxes(const KeySource<kValues>& source, const primitives::TensorMap* map,
-                             int rows, int k_row, int k_batch, int kv_head) {
+SA_DEVICE TmaKeySource tma_key_source(const KeySource<kValues>& source,
+                                      const primitives::TensorMap* map, int rows, int k_row,
+                                      int k_batch, int kv_head) {
   const attention::FlashFwdParams& params = source.params;
   const bool paged = params.block_table != nullptr;
   return {
@@ -51,86 +53,88 @@ SA_DEVICE KeyBoxes key_boxes(const KeySource<kValues>& source, const primitives:
 template <class Tile>
 constexpr int kSlabs = Tile::kCols / Tile::kSlabCols;
 
-// Starts the copies of the boxes of keys [first_key, first_key + kRows), and arrives.
+// Starts the TMA loads of keys [first_key, first_key + kRows), and arrives at `full`.
 template <class Tile, bool kValues>
-SA_DEVICE void start_boxes(Tile& tile, const KeySource<kValues>& source, const KeyBoxes& boxes,
-                           int first_key, primitives::Mbarrier* full, int lane) {
+SA_DEVICE void start_tma_load(Tile& tile, const KeySource<kValues>& source, const TmaKeySource& tma,
+                              int first_key, primitives::Mbarrier* full, int lane) {
   if (lane == 0) {
     primitives::mbarrier_arrive_expect_tx(full, static_cast<int>(sizeof(tile.data)));
   } else {
     primitives::mbarrier_arrive(full);
   }
-  if (source.pages == nullptr) {  // one box of each slab
+  if (source.pages == nullptr) {  // one box a slab
     if (lane < kSlabs<Tile>) {
-      const int at[4] = {lane * Tile::kSlabCols, boxes.first_row + first_key, boxes.kv_head,
-                         boxes.batch_idx};
-      primitives::tma_load<4>(tile.data + lane * Tile::kRows * Tile::kSlabCols, boxes.map, full,
-                              at);
+      const int at[4] = {lane * Tile::kSlabCols, tma.first_row + first_key, tma.kv_head,
+                         tma.batch_idx};
+      primitives::tma_load<4>(tile.data + lane * Tile::kRows * Tile::kSlabCols, tma.map, full, at);
     }
     return;
   }
-  // Of a page that the cache does not have, the copy engine makes zeros.
+  // TMA zero-fills a page that the cache does not have.
   const int page_size = static_cast<int>(source.params.page_size);
   SA_ROLLED
-  for (int row = lane * boxes.rows; row < Tile::kRows; row += primitives::kWarpSize * boxes.rows) {
+  for (int row = lane * tma.rows; row < Tile::kRows; row += primitives::kWarpSize * tma.rows) {
     const int key = first_key + row;
     const int page = key / page_size;
-    int at[4] = {0, key - page * page_size, boxes.kv_head,
+    int at[4] = {0, key - page * page_size, tma.kv_head,
                  primitives::load_global(source.pages + page)};
     SA_ROLLED
     for (int slab = 0; slab < kSlabs<Tile>; ++slab) {
       at[0] = slab * Tile::kSlabCols;
-      primitives::tma_load<4>(tile.data + (slab * Tile::kRows + row) * Tile::kSlabCols, boxes.map,
+      primitives::tma_load<4>(tile.data + (slab * Tile::kRows + row) * Tile::kSlabCols, tma.map,
                               full, at);
     }
   }
 }
 
-// Starts the copies of all rows of a tile by one warp, in few registers; the caller commits and
-// waits. row_of(r): where row r lies, or null for zeros.
+// Starts the cp.async of all rows of a tile by one warp, in few registers. The caller commits and
+// waits. row_of(r) points to row r, or is null for zeros.
 template <class Tile, class RowOf>
-SA_DEVICE void copy_rows(Tile& tile, int cols, int lane, RowOf row_of) {
+SA_DEVICE void cp_async_rows(Tile& tile, int cols, int lane, RowOf row_of) {
   SA_ROLLED
   for (int row = lane / Tile::kSlabChunks; row < Tile::kRows;
        row += primitives::kWarpSize / Tile::kSlabChunks) {
-    const typename Tile::Element* numbers = row_of(row);
+    const typename Tile::Element* source_row = row_of(row);
     SA_ROLLED
     for (int chunk = lane % Tile::kSlabChunks; chunk < Tile::kChunks; chunk += Tile::kSlabChunks) {
-      const bool valid = numbers != nullptr && chunk * kChunkElems < cols;
+      const bool valid = source_row != nullptr && chunk * kChunkElems < cols;
       primitives::cp_async_16(tile.chunk(row, chunk),
-                              valid ? numbers + chunk * kChunkElems : numbers, valid);
+                              valid ? source_row + chunk * kChunkElems : source_row, valid);
     }
   }
 }
 
-// Starts the copies of keys [first_key, first_key + kRows), whose rows are chunks
-// (rows_are_vectorised). The stage is empty; all lanes of the warp call. Those that may not be read
-// become zeros. Returns whether it has arrived, which is so with boxes; else finish_chunks does.
+// Starts the loads of keys [first_key, first_key + kRows). Keys that may not be read become zeros.
+// Requires an empty stage, 16-byte aligned rows (rows_are_vectorised) and all lanes of the warp.
+// Returns whether the lane has arrived at `full`: true with TMA. Otherwise the caller calls
+// finish_cp_async.
 template <class Tile, bool kValues>
-SA_DEVICE bool start_keys(Tile& tile, const KeySource<kValues>& source, const KeyBoxes& boxes,
-                          int first_key, primitives::Mbarrier* full, int lane) {
-  if (boxes.hold(source, first_key, Tile::kRows)) {
-    start_boxes(tile, source, boxes, first_key, full, lane);
+SA_DEVICE bool start_load_keys(Tile& tile, const KeySource<kValues>& source,
+                               const TmaKeySource& tma, int first_key, primitives::Mbarrier* full,
+                               int lane) {
+  if (tma.can_load(source, first_key, Tile::kRows)) {
+    start_tma_load(tile, source, tma, first_key, full, lane);
     return true;
   }
-  copy_rows(tile, source.dim(), lane,
-            [&](int row) { return source.template row<typename Tile::Element>(first_key + row); });
+  cp_async_rows(tile, source.dim(), lane, [&](int row) {
+    return source.template row<typename Tile::Element>(first_key + row);
+  });
   primitives::cp_async_commit();
   return false;
 }
 
-// Waits for all chunks that this lane copies, and arrives.
-SA_DEVICE void finish_chunks(primitives::Mbarrier* full) {
+// Waits for this lane's cp.async, and arrives at `full`.
+SA_DEVICE void finish_cp_async(primitives::Mbarrier* full) {
   primitives::cp_async_wait<0>();
   primitives::fence_proxy_async();
   primitives::mbarrier_arrive(full);
 }
 
-// Both.
+// start_load_keys, then finish_cp_async where needed.
 template <class Tile, bool kValues>
-SA_DEVICE void load_keys(Tile& tile, const KeySource<kValues>& source, const KeyBoxes& boxes,
+SA_DEVICE void load_keys(Tile& tile, const KeySource<kValues>& source, const TmaKeySource& tma,
                          int first_key, primitives::Mbarrier* full, int lane) {
-  if (!start_keys(tile, source, boxes, first_key, full, lane)) finish_chunks(full);
+  if (!start_load_keys(tile, source, tma, first_key, full, lane)) finish_cp_async(full);
 }
 
 }  // namespace sink_attention::cuda::sm90

@@ -1,8 +1,8 @@
-// A ring of buffers between a warp that fills them and warps that use them.
+// A ring of shared-memory stages between producer and consumer warps.
 //
-// Each stage has two barriers: `full`, which ends when its contents are there, and `empty`, when
-// all users are done with them. Both sides go through the stages in the same order; a Place counts
-// how often they have come around.
+// Each stage has two mbarriers. `full` completes when the stage's contents are there. `empty`
+// completes when all consumers have read them. Both sides visit the stages in the same order; a
+// PipelineState holds the stage and the parity of its current phase.
 #pragma once
 
 #include "primitives/mbarrier.h"
@@ -15,16 +15,16 @@ struct Ring {
   primitives::Mbarrier full[kStages];
   primitives::Mbarrier empty[kStages];
 
-  // By one thread.
-  SA_DEVICE void init(int fillers, int users) {
+  // By one thread. producers, consumers: arrivals that complete `full` and `empty`.
+  SA_DEVICE void init(int producers, int consumers) {
     SA_UNROLL
     for (int stage = 0; stage < kStages; ++stage) {
-      primitives::mbarrier_init(&full[stage], fillers);
-      primitives::mbarrier_init(&empty[stage], users);
+      primitives::mbarrier_init(&full[stage], producers);
+      primitives::mbarrier_init(&empty[stage], consumers);
     }
   }
 
-  struct Place {
+  struct PipelineState {
     int stage = 0;
     int parity = 0;
     SA_DEVICE void advance() {
@@ -33,17 +33,17 @@ struct Ring {
         parity ^= 1;
       }
     }
-    SA_DEVICE Place previous() const {
-      return stage == 0 ? Place{kStages - 1, parity ^ 1} : Place{stage - 1, parity};
+    SA_DEVICE PipelineState previous() const {
+      return stage == 0 ? PipelineState{kStages - 1, parity ^ 1} : PipelineState{stage - 1, parity};
     }
   };
 
-  SA_DEVICE void wait_until_full(const Place& at) {
-    primitives::mbarrier_wait(&full[at.stage], at.parity);
+  SA_DEVICE void wait_until_full(const PipelineState& state) {
+    primitives::mbarrier_wait(&full[state.stage], state.parity);
   }
-  // A new ring is empty: the first round's wait returns at once.
-  SA_DEVICE void wait_until_empty(const Place& at) {
-    primitives::mbarrier_wait(&empty[at.stage], at.parity ^ 1);
+  // A new ring is empty: in the first round the wait returns at once.
+  SA_DEVICE void wait_until_empty(const PipelineState& state) {
+    primitives::mbarrier_wait(&empty[state.stage], state.parity ^ 1);
   }
 };
 

@@ -1,8 +1,8 @@
-// A warp's accumulators to rows of global memory, without shared memory.
+// Stores a warp's accumulators to rows of global memory, without shared memory.
 //
-// A quad holds of a row 2 columns of each tile of 8 a lane. Four tiles of a quad are transposed by
-// shuffles, after which a lane has all 8 columns of one of them: 16 bytes, and the quad 64 bytes in
-// a row, two whole sectors.
+// Of each accumulator tile of 8 columns, the 4 lanes of a quad hold 2 columns each. Shuffles
+// transpose four such tiles within a quad. A lane then holds all 8 columns of one tile: 16 bytes.
+// The quad stores 64 contiguous bytes of a row: two whole sectors.
 #pragma once
 
 #include "cuda/tile/copy.cuh"
@@ -12,30 +12,30 @@
 
 namespace sink_attention::cuda::sm90 {
 
-// pairs[n]: this lane's pair of tile n. Returns tile (lane % 4)'s pairs of the quad's four lanes.
+// pairs[n]: this lane's two columns of tile n. Returns all 8 columns of tile lane % 4.
 SA_DEVICE primitives::Bytes16 transpose_in_quad(uint32_t (&pairs)[4], int lane) {
   const bool odd = (lane & 1) != 0;
   SA_UNROLL
   for (int i = 0; i < 4; i += 2) {
-    const uint32_t got = primitives::shfl_xor(odd ? pairs[i] : pairs[i + 1], 1);
-    (odd ? pairs[i] : pairs[i + 1]) = got;
+    const uint32_t received = primitives::shfl_xor(odd ? pairs[i] : pairs[i + 1], 1);
+    (odd ? pairs[i] : pairs[i + 1]) = received;
   }
   const bool high = (lane & 2) != 0;
   SA_UNROLL
   for (int i = 0; i < 2; ++i) {
-    const uint32_t got = primitives::shfl_xor(high ? pairs[i] : pairs[i + 2], 2);
-    (high ? pairs[i] : pairs[i + 2]) = got;
+    const uint32_t received = primitives::shfl_xor(high ? pairs[i] : pairs[i + 2], 2);
+    (high ? pairs[i] : pairs[i + 2]) = received;
   }
   return {{pairs[0], pairs[1], pairs[2], pairs[3]}};
 }
 
-// Writes the accumulators times scale[half] to row_of(half), of `cols` numbers; null rows are left
-// out. half 0: the lane's row lane / 4 of the warp's 16, half 1: 8 below. Column 0 of the
+// Stores the accumulators times scale[half] to row_of(half), which has `cols` elements. A null row
+// is skipped. half 0 is row lane / 4 of the warp's 16 rows; half 1 is 8 rows below. Column 0 of the
 // accumulators is column first_col of the row.
 template <class Element, int kTilesN, class RowOf>
 SA_DEVICE void store_rows(const Accumulators<1, kTilesN>& acc, const float (&scale)[2],
                           int first_col, int cols, bool is_vectorised, int lane, RowOf row_of) {
-  static_assert(kTilesN % 4 == 0, "four tiles are transposed together");
+  static_assert(kTilesN % 4 == 0, "four tiles are transposed at a time");
   SA_UNROLL
   for (int half = 0; half < 2; ++half) {
     Element* row = row_of(half);
@@ -47,9 +47,9 @@ SA_DEVICE void store_rows(const Accumulators<1, kTilesN>& acc, const float (&sca
         pairs[i] = primitives::pack<Element>(acc.c[0][n + i][2 * half] * scale[half],
                                              acc.c[0][n + i][2 * half + 1] * scale[half]);
       }
-      const primitives::Bytes16 chunk = transpose_in_quad(pairs, lane);
+      const primitives::Bytes16 vector = transpose_in_quad(pairs, lane);
       const int col = first_col + 8 * n + 8 * (lane % 4);
-      if (row != nullptr && col < cols) store_chunk(row, col, cols, is_vectorised, chunk);
+      if (row != nullptr && col < cols) store_chunk(row, col, cols, is_vectorised, vector);
     }
   }
 }

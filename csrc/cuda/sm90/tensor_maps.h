@@ -1,13 +1,15 @@
-// Tensor maps of q, k and v, made on the host: what a box is, and which tensors have one.
+// TMA tensor maps of Q, K and V, made on the host: their dimensions, and which tensors have one.
 //
-// A box is a slab's width (64 columns, or 32) times some rows. Keys: 4 dimensions,
+// A TMA box is one slab wide (64 columns, or 32) and some rows high. Maps of K and V have 4
+// dimensions:
 //
-//     (column, key, kv head, sequence)      packed sequences: key counts all keys, sequence is 0
+//     (column, key, kv head, sequence)      packed sequences: `key` counts all keys, sequence is 0
 //     (column, slot, kv head, page)         with a block table
 //
-// Packed rows of queries (tile/pack_gqa.cuh): 5 dimensions, of which a box takes whole groups,
+// Maps of PackGQA rows (device/pack_gqa.cuh) have 5 dimensions. A box holds all qhead_per_khead
+// heads of each of its positions:
 //
-//     (column, head of the group, position, kv head, sequence)
+//     (column, query head of the kv head, position, kv head, sequence)
 #pragma once
 
 #include "attention/paged_kv.h"
@@ -23,7 +25,7 @@ using primitives::TensorMapShape;
 constexpr int64_t kMaxMapStride = int64_t{1} << 40;
 constexpr int64_t kMaxMapSize = int64_t{1} << 31;  // coordinates are ints
 
-// One dimension of a map. Where there is one element only, its stride is of no meaning.
+// One dimension of a map. A dimension of size 1 has no meaningful stride.
 struct MapDim {
   int64_t size;
   int64_t stride;  // elements
@@ -67,7 +69,8 @@ struct MapPlan {
   }
 };
 
-// Boxes of `box_rows` keys; a box never leaves a page.
+// The map of K, or of V where `values`, in TMA boxes of `box_rows` keys. A box never crosses a
+// page.
 inline MapPlan plan_keys(const attention::FlashFwdParams& params, bool values, int slab_cols,
                          int box_rows) {
   MapPlan plan{};
@@ -90,8 +93,8 @@ inline MapPlan plan_keys(const attention::FlashFwdParams& params, bool values, i
   return plan;
 }
 
-// How many keys a box of a paged cache has: the largest power of 2 that divides the page, at most
-// max_rows. Below 16 copies row by row do as well.
+// Keys of a TMA box of a paged cache: the largest power of 2 that divides page_size, at most
+// max_rows. TMA is not used below kMinBoxRows, where cp.async by rows is as fast.
 inline int rows_of_box(int64_t page_size, int max_rows) {
   int rows = 1;
   while (2 * rows <= max_rows && page_size % (2 * rows) == 0) rows *= 2;
@@ -99,7 +102,8 @@ inline int rows_of_box(int64_t page_size, int max_rows) {
 }
 constexpr int kMinBoxRows = 16;
 
-// Boxes of a tensor like q: of a tile of tile_rows packed rows, those of whole positions.
+// The map of a tensor like q. A box holds the whole positions among a tile's tile_rows PackGQA
+// rows.
 inline MapPlan plan_pack_gqa(const attention::FlashFwdParams& params, const void* base,
                              int64_t stride_batch, int64_t stride_row, int64_t stride_head,
                              int64_t cols, int slab_cols, int tile_rows) {
@@ -118,7 +122,7 @@ inline MapPlan plan_pack_gqa(const attention::FlashFwdParams& params, const void
   plan.dim[4] = {packed ? 1 : params.batch, stride_batch, 1};
   return plan;
 }
-// Whether a tile of packed rows is one box of each slab.
+// Whether one TMA box a slab fills a tile of PackGQA rows.
 inline bool rows_are_boxes(const attention::FlashFwdParams& params, int tile_rows) {
   return tile_rows % (params.num_heads_q / params.num_heads_kv) == 0;
 }

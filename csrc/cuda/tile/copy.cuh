@@ -1,8 +1,8 @@
-// Rows between global memory and a tile in shared memory.
+// Copies of rows between global memory and a tile in shared memory.
 //
-// A block copies a tile chunk by chunk: thread t takes chunks t, t + kThreads, ... in row-major
-// order, so that neighbouring threads read neighbouring 16 bytes. Columns beyond the row's `cols`
-// numbers, and rows that are not there (row_of gives null), become zeros.
+// The unit is a chunk: a 16-byte vector of 8 elements. Thread t copies chunks t, t + kThreads, ...
+// in row-major order, so that neighbouring threads access neighbouring vectors. Loads fill with
+// zeros: columns from `cols` on, and rows for which row_of returns null.
 #pragma once
 
 #include "attention/numeric.h"
@@ -12,15 +12,15 @@
 
 namespace sink_attention::cuda {
 
-// Whether every row may be read and written 16 bytes at a time: addresses and strides are multiples
-// of 16 bytes, and cols of 8 numbers.
+// Whether every row may be accessed in 16-byte vectors: base and strides are multiples of 16 bytes,
+// and cols is a multiple of 8.
 SA_HOST_DEVICE bool rows_are_vectorised(const void* base, int64_t cols, int64_t stride_a,
                                         int64_t stride_b, int64_t stride_c) {
   return reinterpret_cast<uintptr_t>(base) % 16 == 0 &&
          (cols | stride_a | stride_b | stride_c) % kChunkElems == 0;
 }
 
-// Eight numbers of a row, whatever its alignment; zeros beyond cols.
+// Elements [first, first + 8) of a row of any alignment; zeros from cols on.
 template <class Element>
 SA_DEVICE primitives::Bytes16 gather_chunk(const Element* row, int first, int cols) {
   primitives::Bytes16 chunk{};
@@ -34,9 +34,9 @@ SA_DEVICE primitives::Bytes16 gather_chunk(const Element* row, int first, int co
   return chunk;
 }
 
-// The chunks of a tile that this thread copies: visit(row, chunk) for each. Where the threads make
-// up whole rows, a thread keeps its chunk and goes down the rows in steps of a multiple of 8, so
-// that its swizzled addresses are constants apart.
+// Calls visit(row, chunk) for each chunk of a tile that this thread copies. Where kThreads covers
+// whole rows, a thread keeps its column and its rows are a multiple of 8 apart. Then its swizzled
+// addresses differ by constants.
 template <int kThreads, class Tile, class Visit>
 SA_DEVICE void for_each_chunk(Visit visit, unsigned thread) {
   constexpr unsigned kCount = Tile::kRows * Tile::kChunks;
@@ -54,7 +54,7 @@ SA_DEVICE void for_each_chunk(Visit visit, unsigned thread) {
   }
 }
 
-// Stores what make(row, chunk) returns, 16 bytes, in each chunk of a tile.
+// Fills a tile with make(row, chunk), 16 bytes each.
 template <int kThreads, class Tile, class Make>
 SA_DEVICE void store_chunks(Tile& tile, Make make, int thread) {
   for (int i = thread; i < Tile::kRows * Tile::kChunks; i += kThreads) {
@@ -65,8 +65,9 @@ SA_DEVICE void store_chunks(Tile& tile, Make make, int thread) {
   }
 }
 
-// Starts the copy of all rows of a tile; the caller commits and waits. row_of(r): where row r lies,
-// or null. Where is_vectorised is false the rows are copied at once, number by number.
+// Starts the copy of all rows of a tile by cp.async; the caller commits and waits. row_of(r) is the
+// address of row r, or null. If is_vectorised is false, the rows are copied synchronously, element
+// by element.
 template <int kThreads, class Tile, class RowOf>
 SA_DEVICE void load_tile(Tile& tile, int cols, bool is_vectorised, RowOf row_of,
                          int thread = primitives::thread_idx()) {
@@ -92,7 +93,7 @@ SA_DEVICE void load_tile(Tile& tile, int cols, bool is_vectorised, RowOf row_of,
   }
 }
 
-// Writes the numbers first ... first + 7 of a row, those below cols.
+// Writes elements [first, first + 8) of a row; those from cols on are left out.
 template <class Element>
 SA_DEVICE void store_chunk(Element* row, int first, int cols, bool is_vectorised,
                            const primitives::Bytes16& chunk) {
@@ -109,7 +110,8 @@ SA_DEVICE void store_chunk(Element* row, int first, int cols, bool is_vectorised
   }
 }
 
-// Writes rows of a tile out. row_of(r): where row r goes, or null.
+// Writes the rows of a tile to global memory. row_of(r) is the address of row r, or null to skip
+// it.
 template <int kThreads, class Tile, class RowOf>
 SA_DEVICE void store_tile(const Tile& tile, int cols, bool is_vectorised, RowOf row_of,
                           int thread = primitives::thread_idx()) {

@@ -1,25 +1,28 @@
 // Which lane of a warp holds which element of a matrix product's operands (mma.m16n8k16).
 //
-//   accumulator C, 16 x 8, float c[4]        lane = 4 * (row % 8) + col / 2,  reg = 2 * (row / 8) +
-//   col % 2
+//   accumulator C, 16 x 8, float c[4]
+//     lane = 4 * (row % 8) + col / 2,  reg = 2 * (row / 8) + col % 2
 //
 //            col 0   1   2   3   4   5   6   7
-//     row 0   lane 0   |   1   |   2   |   3        c[0], c[1] of each
+//     row 0   lane 0   |   1   |   2   |   3        c[0], c[1] of each lane
 //     row 1        4   |   5   |   6   |   7
 //     ...
 //     row 7       28   |  29   |  30   |  31
 //     row 8        0   |   1   |   2   |   3        c[2], c[3]
 //     ...
 //
-//   operand A, 16 x 16, uint32_t a[4] of two 16-bit elements (row, col), (row, col + 1), the first
-//   low:
-//     a[0] (row, col)  a[1] (row + 8, col)  a[2] (row, col + 8)  a[3] (row + 8, col + 8)
-//     with row = lane / 4, col = 2 * (lane % 4)
-//   operand B, 16 x 8 (k x n), uint32_t b[2]: b[0] (k, n), (k + 1, n)   b[1] (k + 8, n), (k + 9, n)
-//     with k = 2 * (lane % 4), n = lane / 4
+//   operand A, 16 x 16, uint32_t a[4], with row = lane / 4, col = 2 * (lane % 4)
+//     a[0]   (row,     col    ), (row,     col + 1)       the first in the low half of the word
+//     a[1]   (row + 8, col    ), (row + 8, col + 1)
+//     a[2]   (row,     col + 8), (row,     col + 9)
+//     a[3]   (row + 8, col + 8), (row + 8, col + 9)
 //
-// So two neighbouring accumulators, 16 x 16 numbers, are an operand A once they are packed: the
-// weights of the softmax never leave their registers on the way into the second product.
+//   operand B, 16 x 8 (k x n), uint32_t b[2], with k = 2 * (lane % 4), n = lane / 4
+//     b[0]   (k,     n), (k + 1, n)
+//     b[1]   (k + 8, n), (k + 9, n)
+//
+// So two neighbouring accumulators, 16 x 16 elements, are an operand A once they are packed to 16
+// bits. P therefore stays in registers between Q K^T and P V.
 #pragma once
 
 #include "attention/host_device.h"
@@ -31,7 +34,7 @@ namespace sink_attention::cuda {
 SA_HOST_DEVICE constexpr int accumulator_row(int lane, int reg) { return lane / 4 + reg / 2 * 8; }
 SA_HOST_DEVICE constexpr int accumulator_col(int lane, int reg) { return lane % 4 * 2 + reg % 2; }
 
-// A warp's accumulators: kTilesM x kTilesN of 16 x 8.
+// A warp's accumulators: kTilesM x kTilesN fragments of 16 x 8.
 template <int kTilesM_, int kTilesN_>
 struct Accumulators {
   static constexpr int kTilesM = kTilesM_;
@@ -50,11 +53,11 @@ struct Accumulators {
     }
   }
   SA_DEVICE void clear() {
-    for_each([](float& number) { number = 0.0f; });
+    for_each([](float& value) { value = 0.0f; });
   }
 };
 
-// Operand A of rows 16 m ... and columns 16 k ..., from the accumulators that hold them.
+// Operand A for rows [16 m, 16 m + 16) and columns [16 k, 16 k + 16) of `from`, rounded to Element.
 template <class Element, int kTilesM, int kTilesN>
 SA_DEVICE void to_operand_a(const Accumulators<kTilesM, kTilesN>& from, int m, int k,
                             uint32_t (&a)[4]) {

@@ -1,10 +1,10 @@
 // A warp's matrix products on tiles in shared memory.
 //
-// `lane` is lane_idx() or rematerialise_lane_idx(): addresses depend on nothing else that a thread has, and
-// a kernel short of registers has them computed at each product.
+// `lane` is lane_idx() or rematerialise_lane_idx(). Addresses depend on nothing else of a thread,
+// so the second makes the compiler recompute them at each product, which saves registers.
 //
-// Both operands of a 16-deep step come by ldmatrix. For operand B one ldmatrix.x4 brings two tiles
-// of 8 columns, so the number of accumulator columns is a multiple of 16.
+// Both operands of a step (16 along k) are loaded by ldmatrix. For operand B one ldmatrix.x4 loads
+// two fragments of 8 columns, so the number of accumulator columns is a multiple of 16.
 #pragma once
 
 #include "cuda/tile/fragment.cuh"
@@ -14,25 +14,25 @@
 
 namespace sink_attention::cuda {
 
-// Operand A: rows [row, row + 16), columns [16 k, 16 k + 16) of a tile. Lanes 0 - 15 name the rows
-// of the left half, 16 - 31 those of the right.
+// Operand A: rows [row, row + 16), columns [16 k, 16 k + 16) of a tile. Lanes 0 to 15 give the row
+// addresses of the left half, lanes 16 to 31 those of the right half.
 template <class Tile>
 SA_DEVICE void load_operand_a(const Tile& tile, int row, int k, uint32_t (&a)[4],
                               int lane = primitives::lane_idx()) {
   primitives::ldmatrix_x4(a, tile.chunk(row + lane % 16, 2 * k + lane / 16));
 }
 
-// Operand A of a tile that holds its transpose: A(m, k) = tile(row + k, col + m), 16 x 16.
+// Operand A from a tile that holds A transposed: A(m, k) = tile(row + k, col + m), 16 x 16.
 template <class Tile>
 SA_DEVICE void load_operand_a_trans(const Tile& tile, int row, int col, uint32_t (&a)[4],
                                     int lane = primitives::lane_idx()) {
-  // Matrices in the order of a[0 .. 3]: (m, k), (m + 8, k), (m, k + 8), (m + 8, k + 8).
+  // The four 8 x 8 matrices in the order of a[]: (m, k), (m + 8, k), (m, k + 8), (m + 8, k + 8).
   primitives::ldmatrix_x4_trans(
       a, tile.chunk(row + lane % 8 + lane / 16 * 8, col / kChunkElems + lane / 8 % 2));
 }
 
-// Two operands B of a tile whose rows are B's columns (K in Q K^T): columns n = row ... row + 15,
-// k = 16 k ... 16 k + 15.
+// Two operands B from a tile whose rows are B's columns (K in Q K^T): columns n in
+// [row, row + 16), k in [16 k, 16 k + 16).
 template <class Tile>
 SA_DEVICE void load_operand_b(const Tile& tile, int row, int k, uint32_t (&b0)[2],
                               uint32_t (&b1)[2], int lane = primitives::lane_idx()) {
@@ -44,8 +44,8 @@ SA_DEVICE void load_operand_b(const Tile& tile, int row, int k, uint32_t (&b0)[2
   b1[1] = r[3];
 }
 
-// Two operands B of a tile whose rows are B's rows (V in P V): k = row ... row + 15, columns
-// n = col ... col + 15.
+// Two operands B from a tile whose rows are B's rows (V in P V): k in [row, row + 16), columns n in
+// [col, col + 16).
 template <class Tile>
 SA_DEVICE void load_operand_b_trans(const Tile& tile, int row, int col, uint32_t (&b0)[2],
                                     uint32_t (&b1)[2], int lane = primitives::lane_idx()) {
@@ -57,8 +57,8 @@ SA_DEVICE void load_operand_b_trans(const Tile& tile, int row, int col, uint32_t
   b1[1] = r[3];
 }
 
-// acc += A B^T:  A rows [a_row, a_row + 16 kTilesM), B rows [b_row, b_row + 8 kTilesN), summed over
-// all columns of both.
+// acc += A B^T with A rows [a_row, a_row + 16 kTilesM) and B rows [b_row, b_row + 8 kTilesN). The
+// sum runs over all columns of both.
 template <int kTilesM, int kTilesN, class TileA, class TileB>
 SA_DEVICE void gemm_abt(Accumulators<kTilesM, kTilesN>& acc, const TileA& a_tile, int a_row,
                         const TileB& b_tile, int b_row, int lane = primitives::lane_idx()) {
@@ -83,12 +83,12 @@ SA_DEVICE void gemm_abt(Accumulators<kTilesM, kTilesN>& acc, const TileA& a_tile
   }
 }
 
-// acc += W B:  W, the warp's weights, still in the accumulators of an earlier product; B rows
+// acc += P B with P in the accumulators of an earlier product, and B rows
 // [b_row, b_row + 8 kTilesK), all columns.
 template <int kTilesM, int kTilesK, int kTilesN, class TileB>
-SA_DEVICE void gemm_weights(Accumulators<kTilesM, kTilesN>& acc,
-                            const Accumulators<kTilesM, kTilesK>& weights, const TileB& b_tile,
-                            int b_row, int lane = primitives::lane_idx()) {
+SA_DEVICE void gemm_pv(Accumulators<kTilesM, kTilesN>& acc,
+                       const Accumulators<kTilesM, kTilesK>& weights, const TileB& b_tile,
+                       int b_row, int lane = primitives::lane_idx()) {
   static_assert(TileB::kCols == 8 * kTilesN, "all columns");
   static_assert(kTilesN % 2 == 0 && kTilesK % 2 == 0, "operands come in pairs of tiles");
   SA_UNROLL

@@ -1,5 +1,4 @@
-// More products of a warp (gemm.cuh): operand A in registers already, or a tile that holds it
-// transposed.
+// More products of a warp (gemm.cuh), with operand A in registers or in a transposed tile.
 #pragma once
 
 #include "cuda/tile/fragment.cuh"
@@ -9,16 +8,16 @@
 
 namespace sink_attention::cuda {
 
-// Operand A, 16 kTilesM x 16 kTilesK.
+// Operand A of 16 kTilesM x 16 kTilesK elements, in registers.
 template <int kTilesM, int kTilesK>
 struct OperandsA {
   uint32_t a[kTilesM][kTilesK][4];
 
-  // Where the numbers c[2 half] and c[2 half + 1] of accumulator (m, n) go (fragment.cuh).
+  // The word that holds c[2 half] and c[2 half + 1] of accumulator (m, n) (fragment.cuh).
   SA_DEVICE uint32_t& pair(int m, int n, int half) { return a[m][n / 2][n % 2 * 2 + half]; }
 };
 
-// A's rows [row, row + 16 kTilesM) of a tile, all columns.
+// Loads rows [row, row + 16 kTilesM) of a tile, all columns.
 template <int kTilesM, int kTilesK, class Tile>
 SA_DEVICE void load_operands_a(OperandsA<kTilesM, kTilesK>& operands, const Tile& tile, int row,
                                int lane) {
@@ -30,7 +29,7 @@ SA_DEVICE void load_operands_a(OperandsA<kTilesM, kTilesK>& operands, const Tile
   }
 }
 
-// Writes operands to rows [row, ...), columns [col, ...) of a tile, which then holds A.
+// Stores A in rows [row, row + 16 kTilesM), columns [col, col + 16 kTilesK) of a tile.
 template <int kTilesM, int kTilesK, class Tile>
 SA_DEVICE void store_operands_a(OperandsA<kTilesM, kTilesK>& operands, Tile& tile, int row, int col,
                                 int lane) {
@@ -48,7 +47,7 @@ SA_DEVICE void store_operands_a(OperandsA<kTilesM, kTilesK>& operands, Tile& til
   }
 }
 
-// acc += A B^T:  B rows [b_row, b_row + 8 kTilesN), summed over all columns.
+// acc += A B^T with B rows [b_row, b_row + 8 kTilesN). The sum runs over all columns.
 template <int kTilesM, int kTilesN, int kTilesK, class TileB>
 SA_DEVICE void gemm_abt(Accumulators<kTilesM, kTilesN>& acc,
                         const OperandsA<kTilesM, kTilesK>& operands, const TileB& b_tile, int b_row,
@@ -70,7 +69,8 @@ SA_DEVICE void gemm_abt(Accumulators<kTilesM, kTilesN>& acc,
   }
 }
 
-// acc += A B of one 16-deep step: B rows [b_row, b_row + 16), columns [b_col, b_col + 8 kTilesN).
+// One step of acc += A B, 16 along k: B rows [b_row, b_row + 16), columns
+// [b_col, b_col + 8 kTilesN).
 template <int kTilesM, int kTilesN, class TileB>
 SA_DEVICE void multiply_step(Accumulators<kTilesM, kTilesN>& acc, const uint32_t (&a)[kTilesM][4],
                              const TileB& b_tile, int b_row, int b_col, int lane) {
@@ -87,7 +87,7 @@ SA_DEVICE void multiply_step(Accumulators<kTilesM, kTilesN>& acc, const uint32_t
   }
 }
 
-// acc += A B:  A in registers, B all rows, columns [b_col, b_col + 8 kTilesN).
+// acc += A B with A in registers, and all rows of B, columns [b_col, b_col + 8 kTilesN).
 template <int kTilesM, int kTilesN, int kTilesK, class TileB>
 SA_DEVICE void gemm_ab(Accumulators<kTilesM, kTilesN>& acc,
                        const OperandsA<kTilesM, kTilesK>& operands, const TileB& b_tile, int b_col,
@@ -105,7 +105,7 @@ SA_DEVICE void gemm_ab(Accumulators<kTilesM, kTilesN>& acc,
   }
 }
 
-// acc += A B:  A rows [a_row, a_row + 16 kTilesM) of a tile.
+// acc += A B with A rows [a_row, a_row + 16 kTilesM) of a tile.
 template <int kTilesM, int kTilesN, class TileA, class TileB>
 SA_DEVICE void gemm_ab(Accumulators<kTilesM, kTilesN>& acc, const TileA& a_tile, int a_row,
                        const TileB& b_tile, int b_col, int lane) {
@@ -119,7 +119,7 @@ SA_DEVICE void gemm_ab(Accumulators<kTilesM, kTilesN>& acc, const TileA& a_tile,
   }
 }
 
-// acc += A B:  A columns [a_col, a_col + 16 kTilesM) of a tile, transposed.
+// acc += A^T B with A columns [a_col, a_col + 16 kTilesM) of a tile.
 template <int kTilesM, int kTilesN, class TileA, class TileB>
 SA_DEVICE void gemm_atb(Accumulators<kTilesM, kTilesN>& acc, const TileA& a_tile, int a_col,
                         const TileB& b_tile, int b_col, int lane) {

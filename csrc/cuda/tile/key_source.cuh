@@ -1,5 +1,4 @@
-// The keys or values of a sequence, wherever they lie, and 8-bit numbers of a cache made 16-bit
-// ones.
+// Addresses of a sequence's keys or values, contiguous or paged, and the upcast of 8-bit caches.
 #pragma once
 
 #include <cstring>
@@ -11,7 +10,7 @@
 
 namespace sink_attention::cuda {
 
-// Eight 8-bit numbers of a row; zeros beyond cols.
+// 8-bit elements [first, first + 8) of a row; zeros from cols on.
 SA_DEVICE uint64_t load_8_bit_chunk(const uint8_t* row, int first, int cols, bool is_vectorised) {
   uint64_t chunk = 0;
   if (is_vectorised) {
@@ -27,41 +26,41 @@ SA_DEVICE uint64_t load_8_bit_chunk(const uint8_t* row, int first, int cols, boo
   return chunk;
 }
 
-SA_DEVICE float upcast(attention::Int8 number) { return attention::to_float(number); }
+SA_DEVICE float upcast(attention::Int8 element) { return attention::to_float(element); }
 
-// float8 bits at a float's place stand for 2^-120 of the number; so do subnormals, with which a GPU
-// computes as it does with others.
-SA_DEVICE float upcast(attention::Float8E4M3 number) {
-  const uint32_t extended = static_cast<uint32_t>(static_cast<int8_t>(number.bits));
+// The float8 bits, shifted to a float's exponent and mantissa, give value * 2^-120. That holds for
+// subnormals too, since GPUs compute with them at full precision. 0x7f and 0xff are NaN.
+SA_DEVICE float upcast(attention::Float8E4M3 element) {
+  const uint32_t extended = static_cast<uint32_t>(static_cast<int8_t>(element.bits));
   const float value = attention::float_of((extended << 20) & 0x87f00000u) * 0x1p120f;
-  return (number.bits & 0x7fu) == 0x7fu ? attention::float_of(0x7fc00000u) : value;
+  return (element.bits & 0x7fu) == 0x7fu ? attention::float_of(0x7fc00000u) : value;
 }
 
-// Eight stored numbers times their scale, rounded to Element; where the scale is 1 nothing is lost.
+// Dequantises eight elements: value * scale, rounded to Element. Exact where the scale is 1.
 template <class Element, class Stored>
 SA_DEVICE primitives::Bytes16 upcast_vector(uint64_t stored, float scale) {
   primitives::Bytes16 chunk;
-  Stored numbers[kChunkElems];
-  memcpy(numbers, &stored, sizeof(numbers));
+  Stored elements[kChunkElems];
+  memcpy(elements, &stored, sizeof(elements));
   SA_UNROLL
   for (int i = 0; i < kChunkElems; i += 2) {
     chunk.word[i / 2] =
-        primitives::pack<Element>(upcast(numbers[i]) * scale, upcast(numbers[i + 1]) * scale);
+        primitives::pack<Element>(upcast(elements[i]) * scale, upcast(elements[i + 1]) * scale);
   }
   return chunk;
 }
 
-// The keys (or values) of one sequence and kv head. Kept small, since it lives in registers as long
-// as the kernel runs: strides and sizes are read from the problem, which lies in constant memory,
-// anew.
+// The keys (or values) of one sequence and kv head. It stays in registers for the whole kernel, so
+// it is small: strides and sizes are read from the params, in constant memory, at each use.
 template <bool kValues>
 struct KeySource {
   const attention::FlashFwdParams& params;
-  const char* base;      // of key 0, or of page 0 slot 0 with a block table
+  const char* base;      // address of key 0; with a block table, of page 0 slot 0
   const int32_t* pages;  // the sequence's row of the block table, or null
-  const float* scales;   // of page 0 slot 0 where each token has its own, or null
-  int sink_end;          // keys that may be read: [0, sink_end) and [begin, end); the others count
-  int begin;             // as zeros
+  const float* scales;   // address of the scale of page 0 slot 0, if tokens have scales; or null
+  // Keys [0, sink_end) and [begin, end) may be read. The others count as zeros.
+  int sink_end;
+  int begin;
   int end;
 
   SA_DEVICE int dim() const {
@@ -87,11 +86,11 @@ struct KeySource {
   SA_DEVICE const Stored* origin() const {
     return reinterpret_cast<const Stored*>(base);
   }
-  // Whether the cache has a page that a block table names: nobody has looked at it on the host.
+  // Whether a page number of the block table is in range. The host has not checked it.
   SA_DEVICE bool has_page(int page) const {
     return static_cast<uint32_t>(page) < static_cast<uint32_t>(params.num_pages);
   }
-  // Null where the cache does not have the page: the key counts as zeros.
+  // The key's address, or null if its page is out of range: the key counts as zeros.
   template <class Stored>
   SA_DEVICE const Stored* row_in_page(int key) const {
     const int page_size = static_cast<int>(params.page_size);
@@ -107,8 +106,8 @@ struct KeySource {
   }
 };
 
-// What a kv head's stored numbers are to be multiplied with; 1 but for 8 bits with one scale for
-// all of its tokens, which scores and results are multiplied with instead.
+// The scale of an 8-bit cache per tensor or kv head, which is applied to scores and outputs. 1
+// without one.
 SA_DEVICE float cache_scale(const float* scales, const attention::FlashFwdParams& params,
                             int kv_head) {
   return scales == nullptr ? 1.0f

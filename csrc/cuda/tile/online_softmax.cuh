@@ -1,8 +1,9 @@
-// Scores into weights: softcap, mask, running maximum, exponentials, all on a warp's accumulators.
+// The online softmax on a warp's accumulators: softcap, mask, running maximum, S -> P, running sum.
 //
-// A thread holds, of each 16-row tile m, two rows (half 0: row lane / 4, half 1: 8 below), and of
-// each of them two columns in every 8-column tile. Maxima are shared by the 4 lanes of a quad at
-// every block of keys; each lane sums its own weights, and the quad's sums meet once, at the end.
+// In each 16-row tile m a thread holds two rows: lane / 4 (half 0) and lane / 4 + 8 (half 1). In
+// each of them it holds two columns of every 8-column fragment. The 4 lanes of a quad share their
+// rows. They reduce the maximum at every key block. Each lane sums its own part of P; the quad
+// reduces the sums once, at the end.
 #pragma once
 
 #include "attention/mask.h"
@@ -19,7 +20,7 @@ SA_DEVICE float tanh_by_exp2(float x) {
   return 1.0f - 2.0f * primitives::reciprocal_approx(power + 1.0f);
 }
 
-// Brings scores into the form in which score * softmax_scale_log2 is the logit.
+// Applies softcap or negation in place. Afterwards score * softmax_scale_log2 is the logit, base 2.
 template <int kTilesM, int kTilesN>
 SA_DEVICE void transform_scores(Accumulators<kTilesM, kTilesN>& s, int form, float to_tanh) {
   if (form == kSoftcap) {
@@ -29,9 +30,8 @@ SA_DEVICE void transform_scores(Accumulators<kTilesM, kTilesN>& s, int form, flo
   }
 }
 
-// Hides the scores of keys that a row does not see. The accumulators' first row is packed row
-// `first_row` of groups of `group` query heads (pack_gqa.cuh), their first column key
-// `first_key`. Not with a tree mask.
+// Sets the scores of masked keys to -inf. The accumulators begin at PackGQA row `first_row`
+// (pack_gqa.cuh) and key `first_key`. For calls without a tree mask.
 template <int kTilesM, int kTilesN>
 SA_DEVICE void mask_scores(Accumulators<kTilesM, kTilesN>& s, const attention::Mask& mask,
                            int first_row, int qhead_per_khead, int first_key) {
@@ -59,21 +59,21 @@ SA_DEVICE void mask_scores(Accumulators<kTilesM, kTilesN>& s, const attention::M
   }
 }
 
-// The lowest `count` bits of a word.
+// A word whose lowest `count` bits are set.
 SA_DEVICE uint64_t lowest_bits(int count) {
   if (count <= 0) return 0;
   return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
 }
 
-// The same with a tree mask. Rows beyond the last, which nobody stores, see what the last one does.
-// What a row sees becomes one word, a bit for each key from the thread's first column on: kernels
-// without a tree mask have this branch too, and it shall cost them no registers.
+// The same with a tree mask. Rows beyond the last, which are never stored, use the last row's mask.
+// A row's visible keys are one word, a bit for each key from the thread's first column on. That
+// keeps registers low, since calls without a tree mask run kernels that contain this branch.
 template <int kTilesM, int kTilesN>
 SA_DEVICE void mask_tree_scores(Accumulators<kTilesM, kTilesN>& s, const attention::Mask& mask,
                                 int first_row, int qhead_per_khead, int first_key) {
-  static_assert(8 * kTilesN <= 64, "a bit for each key");
+  static_assert(8 * kTilesN <= 64, "one bit of the word for each key");
   const int first_col = first_key + accumulator_col(primitives::lane_idx(), 0);
-  const int context = static_cast<int>(mask.context()) - first_col;  // bits before the drafts'
+  const int context = static_cast<int>(mask.context()) - first_col;  // bit of the first draft
   const int sink_tokens = static_cast<int>(mask.num_sink_tokens) - first_col;
   SA_UNROLL
   for (int m = 0; m < kTilesM; ++m) {
@@ -82,18 +82,18 @@ SA_DEVICE void mask_tree_scores(Accumulators<kTilesM, kTilesN>& s, const attenti
       const int row = first_row + 16 * m + accumulator_row(primitives::lane_idx(), 2 * half);
       const int64_t position = attention::min_of(row / qhead_per_khead, mask.seqlen_q - 1);
       const attention::Range window = mask.window_keys(position);
-      uint64_t seen =
+      uint64_t visible =
           lowest_bits(context) &
           (~lowest_bits(static_cast<int>(window.begin) - first_col) | lowest_bits(sink_tokens));
       const uint64_t drafts = mask.visible_drafts(position);
-      if (0 <= context && context < 64) seen |= drafts << context;
-      if (-64 < context && context < 0) seen |= drafts >> -context;
-      seen &= lowest_bits(static_cast<int>(window.end) - first_col);
+      if (0 <= context && context < 64) visible |= drafts << context;
+      if (-64 < context && context < 0) visible |= drafts >> -context;
+      visible &= lowest_bits(static_cast<int>(window.end) - first_col);
       SA_UNROLL
       for (int n = 0; n < kTilesN; ++n) {
         SA_UNROLL
         for (int col = 0; col < 2; ++col) {
-          if (((seen >> (8 * n + col)) & 1) == 0) {
+          if (((visible >> (8 * n + col)) & 1) == 0) {
             s.c[m][n][2 * half + col] = attention::negative_infinity<float>();
           }
         }
@@ -102,8 +102,8 @@ SA_DEVICE void mask_tree_scores(Accumulators<kTilesM, kTilesN>& s, const attenti
   }
 }
 
-// The softmax of a thread's rows so far: the largest score (not yet times softmax_scale_log2), and this lane's
-// part of the sum of weights.
+// Running state of a thread's rows. `max` is the row's largest score, before softmax_scale_log2.
+// `sum` is this lane's part of the sum of P.
 template <int kTilesM>
 struct RowStates {
   float max[kTilesM][2];
@@ -120,15 +120,14 @@ struct RowStates {
     }
   }
 
-  // The whole row's state, in base 2, as fold_sink takes it; in all lanes of the quad.
+  // The row's state in base 2, as fold_sink takes it. All lanes of the quad call and get it.
   SA_DEVICE attention::RowState<float> whole(int m, int half, float softmax_scale_log2) const {
     return {max[m][half] * softmax_scale_log2, quad_sum(sum[m][half])};
   }
 };
 
-// Scores to weights in place. What the sums so far, and the output so far, are to be multiplied
-// with to be re-based on the new maxima: rescale; the sums are. Weights, and so the sums, are
-// 2^kShift times as large as the maxima say.
+// In place S -> P = 2^kShift * exp2(S * softmax_scale_log2 - max). Updates max and sum; sum is
+// already rescaled. Returns in `rescale` the factor that the caller applies to O.
 template <int kShift = 0, int kTilesM, int kTilesN>
 SA_DEVICE void online_softmax(Accumulators<kTilesM, kTilesN>& s, RowStates<kTilesM>& states,
                               float softmax_scale_log2, float (&rescale)[kTilesM][2]) {
@@ -148,8 +147,7 @@ SA_DEVICE void online_softmax(Accumulators<kTilesM, kTilesN>& s, RowStates<kTile
       }
       max = quad_max(max);
       states.max[m][half] = max;
-      // A row that has seen no key keeps the maximum -inf; subtracting 0 gives weights of 0, not
-      // NaN.
+      // A row without visible keys so far has max = -inf. Subtracting 0 then gives P = 0, not NaN.
       const float base =
           max == attention::negative_infinity<float>() ? 0.0f : max * softmax_scale_log2;
       rescale[m][half] =
@@ -183,7 +181,7 @@ SA_DEVICE void rescale_rows(Accumulators<kTilesM, kTilesV>& out,
   }
 }
 
-// Scores to weights in place; out is re-based on the new maxima.
+// online_softmax, and O rescaled to the new maxima.
 template <int kTilesM, int kTilesN, int kTilesV>
 SA_DEVICE void online_softmax_rescale(Accumulators<kTilesM, kTilesN>& s, RowStates<kTilesM>& states,
                                       Accumulators<kTilesM, kTilesV>& out,

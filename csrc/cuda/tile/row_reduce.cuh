@@ -1,5 +1,4 @@
-// Sums and maxima along the rows of accumulators. A row lies in the 4 lanes of a quad
-// (fragment.cuh).
+// Sums and maxima along the rows of accumulators. The 4 lanes of a quad hold a row (fragment.cuh).
 #pragma once
 
 #include "cuda/tile/fragment.cuh"

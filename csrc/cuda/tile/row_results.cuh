@@ -1,4 +1,4 @@
-// Where a row's results go, and rows whose keys were divided among the warps of a block.
+// Writes a row's results, final or partial, and merges rows whose keys were divided among warps.
 #pragma once
 
 #include "attention/online_softmax.h"
@@ -10,40 +10,40 @@
 
 namespace sink_attention::cuda {
 
-// KernelParams has `params`, num_splits, partial_state and partial_out (combine.cuh).
+// KernelParams has `attn`, num_splits, partial_state and partial_out (combine.cuh).
 template <class KernelParams>
 struct RowResults {
   const KernelParams& kernel_params;
   const PackGqa& rows;
   int split;
-  float value_scale;  // what outputs are to be multiplied with: a cache's scale
+  float value_scale;  // factor of the outputs: the scale of an 8-bit cache of values
 
-  SA_DEVICE bool is_row(int packed_row) const { return packed_row < rows.num_rows; }
+  SA_DEVICE bool is_row(int gqa_row) const { return gqa_row < rows.num_rows; }
 
-  // Index of a row among partial results.
-  SA_DEVICE int64_t partial_index(int packed_row) const {
+  // Index of a row in partial_state and partial_out.
+  SA_DEVICE int64_t partial_index(int gqa_row) const {
     const attention::FlashFwdParams& params = kernel_params.attn;
     const int64_t row =
-        rows.info.q_batch * params.seqlen_q + rows.info.q_row + rows.position(packed_row);
-    return (split * params.num_heads_q + rows.head(packed_row)) * params.total_q + row;
+        rows.info.q_batch * params.seqlen_q + rows.info.q_row + rows.position(gqa_row);
+    return (split * params.num_heads_q + rows.head(gqa_row)) * params.total_q + row;
   }
 
   template <class Element>
-  SA_DEVICE Element* out_row(int packed_row) const {
+  SA_DEVICE Element* out_row(int gqa_row) const {
     const attention::FlashFwdParams& params = kernel_params.attn;
-    return static_cast<Element*>(params.out) + rows.offset(packed_row, params.out_stride_batch,
+    return static_cast<Element*>(params.out) + rows.offset(gqa_row, params.out_stride_batch,
                                                            params.out_stride_row,
                                                            params.out_stride_head);
   }
 
-  // Folds the sink in and writes lse. Returns what the row's output is to be multiplied with.
-  SA_DEVICE float finish_row(int packed_row, attention::RowState<float> state, bool writes) const {
+  // Folds the sink in and, if `writes`, stores lse. Returns the factor of the row's output.
+  SA_DEVICE float finish_row(int gqa_row, attention::RowState<float> state, bool writes) const {
     const attention::FlashFwdParams& params = kernel_params.attn;
-    const float sink = load_sink(params, rows.head(packed_row));
+    const float sink = load_sink(params, rows.head(gqa_row));
     const attention::RowResult<float> result = attention::fold_sink(state, sink);
     if (writes) {
       float* lse = static_cast<float*>(params.lse) +
-                   rows.lse_offset(packed_row, params.lse_stride_batch, params.lse_stride_head);
+                   rows.lse_offset(gqa_row, params.lse_stride_batch, params.lse_stride_head);
       primitives::store_global(lse, result.lse);
     }
     return result.scale * value_scale;
@@ -56,26 +56,26 @@ struct RowResults {
   }
 };
 
-// Of each of kParts warps, its rows' states and outputs, in shared memory. The pad keeps the rows
-// of a quad's neighbours in other banks.
+// The smem reduction buffer: row states and outputs of kParts warps that share rows. Rows are
+// padded by 8 floats, so that neighbouring quads write to different banks.
 template <int kParts, int kRows, int kCols>
-struct RowExchange {
+struct RowReductionBuffer {
   primitives::Float2 state[kParts][kRows];
   float out[kParts][kRows][kCols + 8];
 };
 
-// Merges rows [0, kRows) of a tile whose first is packed row `row_begin`, and writes them: a warp
-// takes whole rows, every num_warps-th from number `warp` on, a lane every 32nd column.
+// Merges and writes the kRows rows of a tile that begins at PackGQA row `row_begin`. Warp `warp`
+// takes rows warp, warp + num_warps, ...; a lane takes every 32nd column.
 template <class Element, int kParts, int kRows, int kCols, class KernelParams>
-SA_DEVICE void write_merged_rows(const RowExchange<kParts, kRows, kCols>& reduction_buffer,
+SA_DEVICE void write_merged_rows(const RowReductionBuffer<kParts, kRows, kCols>& reduction_buffer,
                                  const RowResults<KernelParams>& results, int row_begin, int warp,
                                  int num_warps) {
   const KernelParams& kernel_params = results.kernel_params;
   const int cols = static_cast<int>(kernel_params.attn.head_dim_v);
   const int lane = primitives::lane_idx();
   for (int row = warp; row < kRows; row += num_warps) {
-    const int packed_row = row_begin + row;
-    if (!results.is_row(packed_row)) return;
+    const int gqa_row = row_begin + row;
+    if (!results.is_row(gqa_row)) return;
     attention::RowState<float> parts[kParts];
     float max = attention::negative_infinity<float>();
     SA_UNROLL
@@ -95,10 +95,10 @@ SA_DEVICE void write_merged_rows(const RowExchange<kParts, kRows, kCols>& reduct
     float* partial = nullptr;
     Element* out = nullptr;
     if (kernel_params.num_splits == 1) {
-      scale = results.finish_row(packed_row, merged, lane == 0);
-      out = results.template out_row<Element>(packed_row);
+      scale = results.finish_row(gqa_row, merged, lane == 0);
+      out = results.template out_row<Element>(gqa_row);
     } else {
-      const int64_t index = results.partial_index(packed_row);
+      const int64_t index = results.partial_index(gqa_row);
       if (lane == 0) results.write_state(index, merged);
       partial = kernel_params.partial_out + index * cols;
     }

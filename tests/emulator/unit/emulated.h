@@ -1,4 +1,4 @@
-// What the emulator's own tests share: the primitives' host twins, launches of a lambda, expected
+// Shared by the emulator's own tests: the emulated primitives, launches of a lambda, expected
 // faults.
 #pragma once
 
@@ -27,12 +27,12 @@
 
 namespace sink_attention::tests {
 
-using namespace primitives;  // NOLINT: the twins are what every line here is about
+using namespace primitives;  // NOLINT: every test calls the emulated primitives
 using emulator::DeviceArray;
 using emulator::Grid;
 using emulator::VisibleBuffers;
 
-// A place in a kernel under a name that a message can be searched for.
+// A site with a name that a test can look for in a message.
 constexpr emulator::Site at(const char* place) { return {place, 1}; }
 
 // One block of num_threads threads.
@@ -51,8 +51,8 @@ inline std::string fault_of(const std::function<void()>& launch) {
   return "";
 }
 
-// Checks that `launch` ends in a fault whose message has all `parts`, with every seed: a planted
-// fault is not to be found by luck.
+// Checks that `launch` ends in a fault whose message has all `parts`, with every seed: an injected
+// fault must not be found by luck.
 inline void expect_fault(const char* name, std::initializer_list<const char*> parts,
                          const std::function<void()>& launch) {
   const uint64_t before = emulator::settings().seed;

@@ -1,4 +1,4 @@
-// Copies and sums of bytes in a row, and who may touch them when.
+// Bulk copies and sums of contiguous bytes, and when threads may access them.
 #include "emulated.h"
 
 namespace sink_attention::tests {

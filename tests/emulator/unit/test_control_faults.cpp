@@ -1,5 +1,5 @@
-// Planted faults in the flow of control: lanes that part, barriers that not all reach, waits
-// without an end.
+// Injected faults in control flow: diverged lanes, barriers that not all threads reach, endless
+// waits.
 #include "emulated.h"
 
 namespace sink_attention::tests {

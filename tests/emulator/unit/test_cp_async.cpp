@@ -1,4 +1,4 @@
-// cp.async: what arrives when, group by group.
+// cp.async: which copies are complete after each wait.
 #include "emulated.h"
 
 namespace sink_attention::tests {

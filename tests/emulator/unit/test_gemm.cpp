@@ -1,5 +1,5 @@
-// A small product of matrices through all the parts that a kernel is made of, right and with
-// mistakes in the fragments: those break no rule, so comparison has to see them.
+// A small matrix product through all the parts of a kernel: correct, and with wrong fragments.
+// Wrong fragments break no rule of the emulator, so the comparison must find them.
 #include <random>
 
 #include "emulated.h"
@@ -100,8 +100,8 @@ int num_wrong(Mistake mistake, uint64_t seed) {
   DeviceArray<float> c("c", kM * kN, NAN);
   const auto fill = [&](DeviceArray<uint16_t>& matrix) {
     for (uint16_t& element : matrix) {
-      const auto number = static_cast<float>(static_cast<int>(random() % 17) - 8);
-      element = static_cast<uint16_t>(pack<Element>(number, 0.0f));
+      const auto value = static_cast<float>(static_cast<int>(random() % 17) - 8);
+      element = static_cast<uint16_t>(pack<Element>(value, 0.0f));
     }
   };
   fill(a);

@@ -1,4 +1,4 @@
-// Planted faults in the use of global memory.
+// Injected faults in the use of global memory.
 #include "emulated.h"
 
 namespace sink_attention::tests {

@@ -1,4 +1,4 @@
-// Grids, blocks that run beside each other, barriers, turns and atomic sums.
+// Grids, concurrent blocks, barriers, semaphores and atomic sums.
 #include <set>
 #include <tuple>
 
@@ -74,7 +74,7 @@ float sum_of_block(DeviceArray<float>& out) {
   return total;
 }
 
-// A right kernel computes the same, bit by bit, whatever runs first.
+// A correct kernel computes the same bits in any order of warps.
 void check_seeds() {
   const SettingsGuard guard;
   float first = 0;
@@ -88,7 +88,7 @@ void check_seeds() {
   }
 }
 
-// Without the bookkeeping a missing barrier still shows: in the numbers, with some seed.
+// Without the bookkeeping a missing barrier changes the result with some seed.
 void check_order_varies() {
   const SettingsGuard guard;
   emulator::settings().check_races = false;
@@ -144,7 +144,7 @@ void check_atomic_add() {
   for (const float found : sum) check(found == 16 * 15, "atomic_add: ", found);
 }
 
-// Two blocks that run beside each other have a shared memory each.
+// Concurrent blocks have separate shared memory.
 void check_blocks_apart() {
   const SettingsGuard guard;
   emulator::settings().resident_blocks = 3;

@@ -1,4 +1,4 @@
-// ldmatrix.x4 and .x4.trans, element by element, from rows that lie anywhere.
+// ldmatrix.x4 and .x4.trans, element by element, from rows at any address.
 #include "emulated.h"
 
 namespace sink_attention::tests {

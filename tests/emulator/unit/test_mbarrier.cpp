@@ -1,4 +1,4 @@
-// mbarriers: phases, what they order, and planted faults in their use.
+// mbarriers: phases, the order that they give, and injected faults in their use.
 #include "emulated.h"
 
 namespace sink_attention::tests {
@@ -197,7 +197,7 @@ void misuse() {
         });
       });
   expect_fault(
-      "made anew while somebody waits",
+      "initialised again while a thread waits",
       {"mbarrier_init at again:1: the mbarrier of mbarrier_init at init:1, for which thread",
        "waits"},
       [] {
@@ -212,7 +212,7 @@ void misuse() {
           }
         });
       });
-  expect_fault("made anew in the middle of a phase",
+  expect_fault("initialised again in the middle of a phase",
                {"mbarrier_init at again:1: the mbarrier of mbarrier_init at init:1 in the middle"},
                [] {
                  run_warp([](char* shared) {

@@ -1,4 +1,4 @@
-// Conversions and approximate functions of the twins.
+// Conversions and approximate functions of the emulated primitives.
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -9,7 +9,7 @@
 namespace sink_attention::tests {
 namespace {
 
-// Rounds to the nearest of the numbers around, to even, by comparison of distances.
+// Rounds to the nearest of the neighbouring values, ties to even, by comparing distances.
 template <class Element>
 uint16_t nearest(float value) {
   const float magnitude = std::fabs(value);
@@ -51,7 +51,7 @@ void check_conversions(const char* name, float largest) {
   }
 }
 
-// A tie, the numbers beside it, and infinity: the low and the high half alike.
+// A tie, the values beside it, and infinity, in the low and in the high half.
 template <class Element>
 void check_ties(const char* name, float tie_to_even, float even, float tie_up, float up) {
   float low = 0;
@@ -64,18 +64,18 @@ void check_ties(const char* name, float tie_to_even, float even, float tie_up, f
   check(std::isnan(low) && high == 0 && std::signbit(high), name, " NaN and -0");
 }
 
-float value_of(attention::Int8 number) { return number.bits; }
-float value_of(attention::Float8E4M3 number) {
-  const int exponent = number.bits >> 3 & 15;
-  const int mantissa = number.bits & 7;
+float value_of(attention::Int8 value) { return value.bits; }
+float value_of(attention::Float8E4M3 value) {
+  const int exponent = value.bits >> 3 & 15;
+  const int mantissa = value.bits & 7;
   if (exponent == 15 && mantissa == 7) return NAN;
   const float magnitude = exponent == 0
                               ? std::ldexp(static_cast<float>(mantissa), -9)
                               : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
-  return (number.bits & 0x80) != 0 ? -magnitude : magnitude;
+  return (value.bits & 0x80) != 0 ? -magnitude : magnitude;
 }
 
-// Each byte in each place.
+// Each value in each of the four bytes.
 template <class Stored>
 void check_widening(const char* name) {
   for (uint32_t byte = 0; byte < 256; ++byte) {
@@ -92,12 +92,13 @@ void check_widening(const char* name) {
       unpack<attention::Float16>(pairs[i / 2], found[0], found[1]);
       const float expected = value_of(stored);
       check(found[i % 2] == expected || (std::isnan(found[i % 2]) && std::isnan(expected)), name,
-            " widen: byte ", i, " of ", four, ": ", found[i % 2], " for ", expected);
+            " upcast: byte ", i, " of ", four, ": ", found[i % 2], " for ", expected);
     }
   }
 }
 
-// All float16 numbers: the nearest of e4m3's, by distances, and saturated; each place of the four.
+// All float16 values: rounded to the nearest e4m3 value by distances, saturated, in each of the
+// four bytes.
 void check_e4m3() {
   for (int bits = 0; bits < 0x10000; ++bits) {
     const float value = attention::to_float(attention::Float16{static_cast<uint16_t>(bits)});

@@ -1,5 +1,5 @@
-// What is written through the generic proxy and read, or overwritten, through the async one: each
-// writing thread's fence_proxy_async must come in between.
+// Bytes that are written through the generic proxy, and then read or overwritten through the async
+// proxy: each writing thread's fence_proxy_async must come in between.
 #include "emulated.h"
 
 namespace sink_attention::tests {

@@ -1,5 +1,5 @@
-// Planted faults in the use of shared memory: each must be found, whatever the order of threads,
-// and its places named.
+// Injected faults in the use of shared memory. Each must be found in any order of threads, and the
+// message must name its sites.
 #include "emulated.h"
 
 namespace sink_attention::tests {

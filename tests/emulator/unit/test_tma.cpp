@@ -1,5 +1,5 @@
-// Boxes of tensors: where their elements land, what lies outside, what is refused, and that they
-// come when they come.
+// TMA boxes: the addresses of their elements, zeros outside the tensor, refused maps, and
+// completion at any time.
 #include <stdexcept>
 
 #include "emulated.h"

@@ -1,4 +1,4 @@
-// Exchange among lanes: shfl, shfl_xor, any, first_lane, and sync_warp's order.
+// Warp-wide operations: shfl, shfl_xor, any, first_lane, and sync_warp's order.
 #include "emulated.h"
 
 namespace sink_attention::tests {

@@ -1,4 +1,4 @@
-// The registers of warpgroups.
+// Registers of warpgroups (setmaxnreg).
 #include "emulated.h"
 
 namespace sink_attention::tests {

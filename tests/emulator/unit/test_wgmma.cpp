@@ -1,7 +1,7 @@
-// wgmma against plain products of whole numbers, exactly: every way in which an operand can lie.
+// wgmma against plain products of integers, exactly, for every layout of an operand.
 //
-// Operands are written to shared memory by rows of a tile, as the contract (primitives/wgmma.h) and
-// the swizzle's picture (primitives/tma.h) have it, not by the addresses that the twin decodes.
+// Operands are written to shared memory as rows of a tile, by the contract (primitives/wgmma.h) and
+// the swizzle's table (primitives/tma.h), not by the addresses that the emulation decodes.
 #include <cmath>
 #include <random>
 #include <string>
@@ -19,26 +19,26 @@ namespace {
 constexpr int kRows = 64;
 
 template <class Element>
-Element element_of(float number) {
+Element element_of(float value) {
   if constexpr (std::is_same_v<Element, attention::Float8E4M3>) {
-    return attention::to_float8_e4m3(number);
+    return attention::to_float8_e4m3(value);
   } else {
-    return Element{static_cast<uint16_t>(pack<Element>(number, 0.0f))};
+    return Element{static_cast<uint16_t>(pack<Element>(value, 0.0f))};
   }
 }
 
 struct Matrix {
-  Matrix(int rows, int cols) : cols(cols), numbers(static_cast<size_t>(rows) * cols) {}
-  float& at(int row, int col) { return numbers[static_cast<size_t>(row) * cols + col]; }
+  Matrix(int rows, int cols) : cols(cols), values(static_cast<size_t>(rows) * cols) {}
+  float& at(int row, int col) { return values[static_cast<size_t>(row) * cols + col]; }
   int cols;
-  std::vector<float> numbers;
+  std::vector<float> values;
 };
 
-// Whole numbers that each format holds, and whose sums of products are exact.
+// Integers that each format holds exactly, and whose sums of products are exact.
 Matrix whole_numbers(int rows, int cols, uint32_t seed) {
   std::mt19937 random(seed);
   Matrix matrix(rows, cols);
-  for (float& number : matrix.numbers) number = static_cast<int>(random() % 17) - 8;
+  for (float& value : matrix.values) value = static_cast<int>(random() % 17) - 8;
   return matrix;
 }
 
@@ -65,7 +65,7 @@ struct Slabs {
            byte % 16;
   }
   // All threads of a block write.
-  void write(char* shared, int cols, Matrix& numbers, int num_threads) const {
+  void write(char* shared, int cols, Matrix& values, int num_threads) const {
     struct Pair {
       Element elements[2];
     };
@@ -73,8 +73,8 @@ struct Slabs {
       const int row = i / cols;
       const int col = i % cols;
       store_shared(reinterpret_cast<Pair*>(shared + place(row, col)),
-                   Pair{element_of<Element>(numbers.at(row, col)),
-                        element_of<Element>(numbers.at(row, col + 1))});
+                   Pair{element_of<Element>(values.at(row, col)),
+                        element_of<Element>(values.at(row, col + 1))});
     }
   }
   // Columns [col, ...) from row 8 r on, which are summed over.
@@ -98,7 +98,7 @@ struct Slabs {
   }
 };
 
-// Where a lane's accumulators are, by the table's inverse: which thread and number hold (row, col).
+// The inverse of the accumulators' table: the thread and the element that hold (row, col).
 template <int kTilesN>
 void check_accumulators(const char* name, const float (&acc)[kTilesN][4], Matrix& expected) {
   const int thread = thread_idx() % 128;
@@ -145,31 +145,31 @@ void check_product(Swizzle a_swizzle, Swizzle b_swizzle) {
   }
   // As tiles: rows are m or n where K-major, else k.
   const auto transposed = [](Matrix& matrix) {
-    Matrix turned(matrix.cols, static_cast<int>(matrix.numbers.size()) / matrix.cols);
-    for (int row = 0; row < turned.cols; ++row) {
-      for (int col = 0; col < matrix.cols; ++col) turned.at(col, row) = matrix.at(row, col);
+    Matrix transposed(matrix.cols, static_cast<int>(matrix.values.size()) / matrix.cols);
+    for (int row = 0; row < transposed.cols; ++row) {
+      for (int col = 0; col < matrix.cols; ++col) transposed.at(col, row) = matrix.at(row, col);
     }
-    return turned;
+    return transposed;
   };
   Matrix a_tile = kMajorA == Major::kK ? a : transposed(a);
   Matrix b_tile = kMajorB == Major::kK ? transposed(b) : b;
   // MN-major rows are filled up to whole slabs.
   const auto whole_slabs = [](Matrix& tile, int slab_cols) {
-    Matrix wide(static_cast<int>(tile.numbers.size()) / tile.cols,
+    Matrix wide(static_cast<int>(tile.values.size()) / tile.cols,
                 (tile.cols + slab_cols - 1) / slab_cols * slab_cols);
-    for (int i = 0; i < static_cast<int>(tile.numbers.size()); ++i) {
-      wide.at(i / tile.cols, i % tile.cols) = tile.numbers[i];
+    for (int i = 0; i < static_cast<int>(tile.values.size()); ++i) {
+      wide.at(i / tile.cols, i % tile.cols) = tile.values[i];
     }
     return wide;
   };
   a_tile = whole_slabs(a_tile, row_bytes(a_swizzle) / static_cast<int>(sizeof(Element)));
   b_tile = whole_slabs(b_tile, row_bytes(b_swizzle) / static_cast<int>(sizeof(Element)));
   const auto rows_of = [](Matrix& tile) {
-    return static_cast<int>(tile.numbers.size()) / tile.cols;
+    return static_cast<int>(tile.values.size()) / tile.cols;
   };
-  const int a_bytes = static_cast<int>(a_tile.numbers.size() * sizeof(Element));
+  const int a_bytes = static_cast<int>(a_tile.values.size() * sizeof(Element));
   const int b_at = (a_bytes + 1023) / 1024 * 1024;
-  const int b_bytes = static_cast<int>(b_tile.numbers.size() * sizeof(Element));
+  const int b_bytes = static_cast<int>(b_tile.values.size() * sizeof(Element));
   const Slabs<Element> a_slabs{rows_of(a_tile), a_swizzle, 0};
   const Slabs<Element> b_slabs{rows_of(b_tile), b_swizzle, b_at};
   const std::string name =
@@ -184,7 +184,7 @@ void check_product(Swizzle a_swizzle, Swizzle b_swizzle) {
     sync_threads();
     float acc[kTilesN][4];
     for (auto& tile : acc) {
-      for (float& number : tile) number = NAN;  // overwritten
+      for (float& value : tile) value = NAN;  // overwritten
     }
     uint32_t registers[kDepth / kStep][4];
     for (int k = 0; k < kDepth; k += kStep) registers_of<Element>(a, k, registers[k / kStep]);
@@ -282,7 +282,7 @@ void check_groups() {
   });
 }
 
-// A sum is the same bits wherever its row and column lie: all rows of A and columns of B are alike.
+// A sum has the same bits in every row and column: all rows of A and columns of B are equal.
 void check_order_of_sums() {
   using Element = attention::Float16;
   std::mt19937 random(5);
@@ -298,9 +298,9 @@ void check_order_of_sums() {
   float sum = 0;
   const auto check_all = [&](const auto& acc) {
     for (const auto& tile : acc) {
-      for (const float number : tile) {
-        if (sum == 0) sum = number;
-        check(number == sum && sum != 0, "sums of the same numbers: ", number, " and ", sum);
+      for (const float value : tile) {
+        if (sum == 0) sum = value;
+        check(value == sum && sum != 0, "sums of the same terms: ", value, " and ", sum);
       }
     }
   };
@@ -324,28 +324,28 @@ void check_order_of_sums() {
   });
 }
 
-// Infinities, NaNs and the smallest numbers, as A in registers times 1.
+// Infinities, NaNs and the smallest values, as A in registers times 1.
 template <class Element>
 void check_special_numbers(const char* name, std::initializer_list<uint16_t> bits) {
   const Slabs<Element> ones{8, Swizzle::k32, 0};
   Matrix one(8, 16);
   for (int n = 0; n < 8; ++n) one.at(n, 0) = 1.0f;  // B(0, n)
-  for (const uint16_t number : bits) {
+  for (const uint16_t value : bits) {
     run_block(128, 1024, [&](char* shared) {
       ones.write(shared, 16, one, 128);
       fence_proxy_async();
       sync_threads();
       // Column 0 belongs to the lanes that are a multiple of 4.
-      const uint32_t column = lane_idx() % 4 == 0 ? number : 0;
+      const uint32_t column = lane_idx() % 4 == 0 ? value : 0;
       const uint32_t a[4] = {column, column, 0, 0};
       float acc[1][4];
       warpgroup_arrive();
       wgmma_rs<Element, Major::kK>(acc, a, ones.k_major(shared, 0, 0), false);
       wgmma_commit();
       wgmma_wait<0>();
-      const float expected = attention::to_float(Element{number});
+      const float expected = attention::to_float(Element{value});
       for (const float found : acc[0]) {
-        check(found == expected || (std::isnan(found) && std::isnan(expected)), name, " ", number,
+        check(found == expected || (std::isnan(found) && std::isnan(expected)), name, " ", value,
               ": ", found, " for ", expected);
       }
     });

@@ -1,5 +1,5 @@
-// Planted faults in the use of wgmma: each must be found, whatever the order of threads, and its
-// places named. Those in its shared operands: test_wgmma_operand_faults.cpp.
+// Injected faults in the use of wgmma. Each must be found in any order of threads, and the message
+// must name its sites. test_wgmma_operand_faults.cpp has those in shared operands.
 #include "wgmma_products.h"
 
 namespace sink_attention::tests {

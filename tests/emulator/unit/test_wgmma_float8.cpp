@@ -1,4 +1,4 @@
-// What the tensor cores lose of sums of 8-bit products (emulator/wgmma_float8.cpp).
+// The rounding of sums of 8-bit products in the tensor cores (emulator/wgmma_float8.cpp).
 #include <cmath>
 #include <limits>
 #include <random>
@@ -68,7 +68,7 @@ void check_sum(const char* name, float c, const std::vector<Term>& terms, float 
     for (auto& row : product.b) row[k] = attention::to_float8_e4m3(terms[k].right);
   }
   for (auto& row : product.c) {
-    for (float& number : row) number = c;
+    for (float& value : row) value = c;
   }
   product.run(steps, [&](float found, int row, int col) {
     check(found == expected || (std::isnan(found) && std::isnan(expected)), name, ": (", row, ", ",
@@ -78,16 +78,16 @@ void check_sum(const char* name, float c, const std::vector<Term>& terms, float 
 
 // The formula, term by term. An exponent of 0 is -inf.
 float expected_sum(const Float8E4M3* a, const Float8E4M3* b, float c) {
-  const auto exponent = [](double number, int least) {
-    return number == 0 ? -1000 : std::max(std::ilogb(number), least);
+  const auto exponent = [](double value, int least) {
+    return value == 0 ? -1000 : std::max(std::ilogb(value), least);
   };
   int largest = exponent(c, -126);
   for (int k = 0; k < kDepth; ++k) {
     largest = std::max(
         largest, exponent(attention::to_float(a[k]), -6) + exponent(attention::to_float(b[k]), -6));
   }
-  const auto cut = [](double number, int unit) {
-    return std::ldexp(std::trunc(std::ldexp(number, -unit)), unit);
+  const auto cut = [](double value, int unit) {
+    return std::ldexp(std::trunc(std::ldexp(value, -unit)), unit);
   };
   double sum = cut(c, largest - 13);
   for (int k = 0; k < kDepth; ++k) {
@@ -97,30 +97,30 @@ float expected_sum(const Float8E4M3* a, const Float8E4M3* b, float c) {
   return static_cast<float>(sum == 0 ? 0 : cut(sum, std::ilogb(sum) - 13));
 }
 
-// Any numbers but NaN, and accumulators as large as their products, much larger, and much smaller.
+// Any values but NaN, and accumulators as large as their products, much larger, and much smaller.
 void check_random_sums() {
   std::mt19937 random(7);
-  const auto draw = [&](Float8E4M3& number, int exponents) {
+  const auto draw = [&](Float8E4M3& value, int exponents) {
     do {
-      number.bits = static_cast<uint8_t>(random());
+      value.bits = static_cast<uint8_t>(random());
       // Of fewer exponents, so that all terms count.
-      number.bits =
-          static_cast<uint8_t>((number.bits & 0x87) | (number.bits >> 3 & 15) % exponents << 3);
-    } while ((number.bits & 0x7f) == 0x7f);
+      value.bits =
+          static_cast<uint8_t>((value.bits & 0x87) | (value.bits >> 3 & 15) % exponents << 3);
+    } while ((value.bits & 0x7f) == 0x7f);
   };
   for (int round = 0; round < 24; ++round) {
     Product product;
     const int exponents = round % 3 == 0 ? 16 : round % 3 == 1 ? 4 : 1;
     for (auto& row : product.a) {
-      for (Float8E4M3& number : row) draw(number, exponents);
+      for (Float8E4M3& value : row) draw(value, exponents);
     }
     for (auto& row : product.b) {
-      for (Float8E4M3& number : row) draw(number, exponents);
+      for (Float8E4M3& value : row) draw(value, exponents);
     }
     for (auto& row : product.c) {
-      for (float& number : row) {
-        number = std::ldexp(static_cast<float>(static_cast<int32_t>(random())),
-                            static_cast<int>(random() % 64) - 64);
+      for (float& value : row) {
+        value = std::ldexp(static_cast<float>(static_cast<int32_t>(random())),
+                           static_cast<int>(random() % 64) - 64);
       }
     }
     product.run(2, [&](float found, int row, int col) {

@@ -1,5 +1,5 @@
-// Planted faults in the shared operands of wgmma, and in the descriptors that say where they lie:
-// each must be found, whatever the order of threads, and its places named.
+// Injected faults in wgmma's shared operands and descriptors. Each must be found in any order of
+// threads, and the message must name its sites.
 #include "wgmma_products.h"
 
 namespace sink_attention::tests {

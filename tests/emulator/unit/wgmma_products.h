@@ -1,5 +1,5 @@
-// What the planted faults in the use of wgmma share: small products, and kernels whose operands are
-// there.
+// Shared by the tests of injected wgmma faults: small products, and kernels with operands in shared
+// memory.
 #pragma once
 
 #include "emulated.h"
@@ -27,7 +27,7 @@ inline void fill(char* shared, int bytes) {
   }
 }
 
-// A kernel of one warpgroup whose operands are there.
+// A kernel of one warpgroup with operands in shared memory.
 inline void run_filled(const std::function<void(char*)>& body) {
   run_block(128, kBytes + kBBytes, [&](char* shared) {
     fill(shared, kBytes + kBBytes);

@@ -1,11 +1,11 @@
-// dQ in float32 or float64: one tile of rows of one kv head against the keys that they see.
+// dQ in float32 or float64. A CTA has one row tile of one kv head, and visits its visible keys.
 //
-// Q and dO of the tile lie in shared memory. Of each block of 64 keys:
+// Q and dO of the tile are in shared memory. For each block of 64 keys:
 //
-//     S = Q K^T      chunk by chunk of head_dim
-//     dP = dO V^T    chunk by chunk of head_dim_v
-//     dS             into shared memory
-//     dQ += dS K     chunk by chunk of head_dim, sums in registers
+//     S = Q K^T      by chunks of head_dim
+//     dP = dO V^T    by chunks of head_dim_v
+//     dS             stored in shared memory
+//     dQ += dS K     by chunks of head_dim; sums in registers
 #pragma once
 
 #include "cuda/simt/flash_bwd/config.h"
@@ -20,10 +20,10 @@ struct FlashBwdDqKernel {
   using Params = FlashBwdKernelParams<Real>;
   static constexpr int kBlockM = Tiles::kBlockM;
   static constexpr int kBlockN = Tiles::kBlockN;
-  static constexpr int kRows = kBlockM / kThreadRows;  // of a thread
+  static constexpr int kRows = kBlockM / kThreadRows;  // rows and keys of a thread
   static constexpr int kKeys = kBlockN / kThreadCols;
   static constexpr int kChunks = Tiles::kHeadDim / kChunkCols<Real>;
-  using Stream = ChunkStream<Real, kBlockN, 3, KeySource<Real>>;
+  using Stream = ChunkStream<Real, kBlockN, 3, KvRowSource<Real>>;
   using Scores = Real[kRows][kKeys];
   using Output = Real[kChunks][kRows][kVector<Real>];
 
@@ -32,7 +32,7 @@ struct FlashBwdDqKernel {
     Tile<Real, kBlockM, Tiles::kHeadDim> dout;
     typename Stream::Buffers keys;
     Tile<Real, kBlockM, kBlockN> ds;
-    RowFactsTable<Real, kBlockM> facts;
+    RowStatsTable<Real, kBlockM> row_stats;
   };
   struct Config {
     static constexpr int kThreads = simt::kThreads;
@@ -45,9 +45,9 @@ struct FlashBwdDqKernel {
     const attention::FlashBwdParams& bwd = kernel_params.bwd;
     const attention::FlashFwdParams& params = bwd.fwd;
     SharedStorage& storage = *reinterpret_cast<SharedStorage*>(shared);
-    const BlockPlace place = place_of_block(params, kernel_params.num_tiles);
-    const PackGqa rows = pack_gqa(params, place.batch_idx, place.kv_head);
-    const int row_begin = place.tile * kBlockM;
+    const TileCoord coord = tile_coord(params, kernel_params.num_tiles);
+    const PackGqa rows = pack_gqa(params, coord.batch_idx, coord.kv_head);
+    const int row_begin = coord.tile * kBlockM;
     if (row_begin >= rows.num_rows) return;
 
     const attention::Mask mask = attention::make_mask(params, rows.info);
@@ -55,25 +55,25 @@ struct FlashBwdDqKernel {
     const int row_end = static_cast<int>(attention::min_of(row_begin + kBlockM, rows.num_rows));
     const attention::KeySet visible =
         mask.visible_keys(rows.position(row_begin), rows.position(row_end - 1) + 1);
-    const KeySource<Real> k =
-        k_source<Real>(params, place.batch_idx, rows.info, place.kv_head, visible);
-    const KeySource<Real> v =
-        v_source<Real>(params, place.batch_idx, rows.info, place.kv_head, visible);
+    const KvRowSource<Real> k =
+        k_source<Real>(params, coord.batch_idx, rows.info, coord.kv_head, visible);
+    const KvRowSource<Real> v =
+        v_source<Real>(params, coord.batch_idx, rows.info, coord.kv_head, visible);
     const auto blocks = attention::blocks_of(visible, kBlockN);
 
-    load_tile(storage.q,
-              query_source<Real>(rows, params.q, params.q_stride_batch, params.q_stride_row,
-                                 params.q_stride_head, params.head_dim),
+    load_rows(storage.q,
+              query_row_source<Real>(rows, params.q, params.q_stride_batch, params.q_stride_row,
+                                     params.q_stride_head, params.head_dim),
               row_begin, 0);
-    load_tile(storage.dout,
-              query_source<Real>(rows, bwd.dout, bwd.dout_stride_batch, bwd.dout_stride_row,
-                                 bwd.dout_stride_head, params.head_dim_v),
+    load_rows(storage.dout,
+              query_row_source<Real>(rows, bwd.dout, bwd.dout_stride_batch, bwd.dout_stride_row,
+                                     bwd.dout_stride_head, params.head_dim_v),
               row_begin, 0);
-    storage.facts.fill(kernel_params, mask, rows, row_begin);
+    storage.row_stats.fill(kernel_params, mask, rows, row_begin);
     Stream stream(storage.keys, k, v);
     stream.start(blocks);
 
-    const ScoreScale<Real> scale = score_scale<Real>(params);
+    const ScoreScaleOf<Real> scale = score_scale<Real>(params);
     Output dq = {};
     int sum = sum_of_block<Real>(blocks.block(0));
     bool adds = false;
@@ -86,8 +86,8 @@ struct FlashBwdDqKernel {
       const int first_key = blocks.block(idx) * kBlockN;
       Scores s = {};
       Scores dp = {};
-      // The first call's barrier also lets all threads read q, dout and the rows' facts, and write
-      // ds, which the block of keys before was multiplied with.
+      // The barrier in the first next() also makes q, dout and row_stats visible to all threads.
+      // After it all threads have read the last block's ds, so that it may be overwritten.
       for (int c = 0; c < Stream::num_chunks(k); ++c) {
         const auto& chunk = stream.next();
         add_dots(s, storage.q, c * kChunkCols<Real>, chunk, chunk_depth<Real>(k.dim, c));
@@ -98,7 +98,7 @@ struct FlashBwdDqKernel {
       }
       SA_UNROLL
       for (int i = 0; i < kRows; ++i) {
-        const RowFacts<Real> row = storage.facts.load(thread_y() + kThreadRows * i);
+        const RowStats<Real> row = storage.row_stats.load(thread_y() + kThreadRows * i);
         SA_UNROLL
         for (int j = 0; j < kKeys; ++j) {
           const int key = first_key + thread_x() + kThreadCols * j;
@@ -111,20 +111,20 @@ struct FlashBwdDqKernel {
       SA_UNROLL
       for (int c = 0; c < kChunks; ++c) {
         if (c >= Stream::num_chunks(k)) break;
-        // The first call's barrier also makes ds all threads' to read.
+        // The barrier in the first next() also makes ds visible to all threads.
         const auto& chunk = stream.next();
         add_products(dq[c], storage.ds, chunk, depth);
       }
     }
-    primitives::cp_async_wait<0>();  // of q and dout, where there was no key to wait for
+    primitives::cp_async_wait<0>();  // for q and dout, if there was no key block
     store_sums(bwd, rows, row_begin, dq, adds);
   }
 
-  // Adds the sums to those of other keys, if there are any, and clears them.
+  // Stores the sums, or adds them to those of earlier keys if `adds`, and clears them.
   static SA_DEVICE void store_sums(const attention::FlashBwdParams& bwd, const PackGqa& rows,
                                    int row_begin, Output& dq, bool adds) {
-    const bool in_vectors = is_aligned(bwd.dq, sizeof(Real), bwd.dq_stride_batch, bwd.dq_stride_row,
-                                       bwd.dq_stride_head);
+    const bool is_vectorised = is_aligned(bwd.dq, sizeof(Real), bwd.dq_stride_batch,
+                                          bwd.dq_stride_row, bwd.dq_stride_head);
     SA_UNROLL
     for (int i = 0; i < kRows; ++i) {
       const int row = row_begin + thread_y() + kThreadRows * i;
@@ -133,9 +133,9 @@ struct FlashBwdDqKernel {
                      rows.offset(row, bwd.dq_stride_batch, bwd.dq_stride_row, bwd.dq_stride_head);
       SA_UNROLL
       for (int c = 0; c < kChunks; ++c) {
-        store_numbers(dq_row, c * kChunkCols<Real> + kVector<Real> * thread_x(),
-                      static_cast<int>(bwd.fwd.head_dim), in_vectors, dq[c][i],
-                      static_cast<Real>(bwd.fwd.softmax_scale), adds, Real(1));
+        store_vector(dq_row, c * kChunkCols<Real> + kVector<Real> * thread_x(),
+                     static_cast<int>(bwd.fwd.head_dim), is_vectorised, dq[c][i],
+                     static_cast<Real>(bwd.fwd.softmax_scale), adds, Real(1));
       }
     }
     clear(dq);

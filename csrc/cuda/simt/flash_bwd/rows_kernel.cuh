@@ -1,4 +1,4 @@
-// The backward's row-wise part in float32 or float64, before its products:
+// The backward's preprocess kernels in float32 or float64:
 //
 //   delta  = <dout, out> - dlse                          FlashBwdDeltaKernel
 //   ds_aux = sum over rows of exp(s_aux - lse) * -delta  FlashBwdSinkKernel
@@ -18,10 +18,11 @@ template <class Real>
 struct FlashBwdRowsParams {
   attention::FlashBwdParams bwd;
   Real* delta;    // [num_heads_q][total_q]
-  int num_tiles;  // of rows, of the longest sequence
+  int num_tiles;  // row tiles of the longest sequence
 };
 
-// One block a tile of 64 packed rows; the 16 lanes of a row take its numbers in turns.
+// One CTA per tile of 64 PackGQA rows. 16 lanes share a row: lane i of them takes elements i, i +
+// 16, and so on.
 template <class Real>
 struct FlashBwdDeltaKernel {
   using Params = FlashBwdRowsParams<Real>;
@@ -35,11 +36,11 @@ struct FlashBwdDeltaKernel {
   static SA_DEVICE void run(const Params& kernel_params, char*) {
     const attention::FlashBwdParams& bwd = kernel_params.bwd;
     const attention::FlashFwdParams& params = bwd.fwd;
-    const BlockPlace place = place_of_block(params, kernel_params.num_tiles);
-    const PackGqa rows = pack_gqa(params, place.batch_idx, place.kv_head);
-    const int row_begin = place.tile * kBlockM;
+    const TileCoord coord = tile_coord(params, kernel_params.num_tiles);
+    const PackGqa rows = pack_gqa(params, coord.batch_idx, coord.kv_head);
+    const int row_begin = coord.tile * kBlockM;
     if (row_begin >= rows.num_rows) return;
-    // All lanes go round together, as the compiler sees: they come to shuffles.
+    // The number of rounds is uniform, as the compiler can see: the loop has shuffles.
     for (int pass = 0; pass < kBlockM; pass += kThreadRows) {
       const int row = row_begin + pass + thread_y();
       const bool exists = row < rows.num_rows;
@@ -55,7 +56,7 @@ struct FlashBwdDeltaKernel {
           sum += primitives::load_global(out + d) * primitives::load_global(dout + d);
         }
       }
-      sum = sum_over_row(sum);  // all lanes take part, whatever their row
+      sum = sum_over_row(sum);  // by all lanes, also without a row
       if (!exists || thread_x() != 0) continue;
       if (bwd.dlse != nullptr) {
         sum -= primitives::load_global(
@@ -68,8 +69,8 @@ struct FlashBwdDeltaKernel {
   }
 };
 
-// One block a query head. Thread t sums rows t, t + 128, ... of each sequence; then halves of the
-// threads are folded onto each other: the order is fixed.
+// One CTA per query head. Thread t sums rows t, t + 128, ... of each sequence; a tree reduction
+// over the threads follows. The order is fixed.
 template <class Real>
 struct FlashBwdSinkKernel {
   using Params = FlashBwdRowsParams<Real>;
@@ -84,7 +85,7 @@ struct FlashBwdSinkKernel {
     double* sums = reinterpret_cast<double*>(shared);
     const int head = primitives::block_idx().x;
     const int thread = primitives::thread_idx();
-    // In the precision that the forward reads it in, so that a row without keys has a weight of 1.
+    // Rounded to Real as in the forward, so that exp(s_aux - lse) is 1 for a row without keys.
     const double sink =
         static_cast<double>(load_element<Real>(params.s_aux, params.s_aux_dtype, head));
     double sum = 0;
@@ -95,9 +96,9 @@ struct FlashBwdSinkKernel {
     }
     for (int half = kThreads / 2; half > 0; half /= 2) {
       if (thread < 2 * half) primitives::store_shared(sums + thread, sum);
-      primitives::sync_threads();  // both halves are there
+      primitives::sync_threads();  // both halves are stored
       if (thread < half) sum += primitives::load_shared(sums + thread + half);
-      primitives::sync_threads();  // and read: the next round overwrites them
+      primitives::sync_threads();  // they are read: the next round overwrites them
     }
     if (thread == 0) store_sum(kernel_params.bwd, head, sum);
   }
@@ -114,9 +115,9 @@ struct FlashBwdSinkKernel {
     double sum = 0;
     for (int64_t i = primitives::thread_idx(); i < info.seqlen_q; i += kThreads) {
       const double row_lse = static_cast<double>(primitives::load_global(lse + i));
-      // Equal where both are +inf, and where the row has no key.
-      const double weight = row_lse == sink ? 1.0 : std::exp(sink - row_lse);
-      sum -= weight * static_cast<double>(primitives::load_global(delta + i));
+      // They are equal where both are +inf, and for a row without visible keys.
+      const double p_sink = row_lse == sink ? 1.0 : std::exp(sink - row_lse);
+      sum -= p_sink * static_cast<double>(primitives::load_global(delta + i));
     }
     return sum;
   }

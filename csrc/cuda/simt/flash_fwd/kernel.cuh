@@ -1,18 +1,19 @@
-// The forward in float32 or float64: one tile of rows of one kv head against the keys that they
-// see.
+// The forward in float32 or float64: one row tile of one kv head against its visible keys.
 //
-// Rows are (position, head of the group) pairs (pack_gqa.cuh), so that the group shares each
-// chunk of K and V. Blocks of keys are counted from key 0, and a block in which a row sees nothing
-// leaves the row as it was: a row's result doesn't depend on the tile that it is in.
+// Rows are PackGQA rows (pack_gqa.cuh), so that all query heads of the kv head share each chunk of
+// K and V. For each block of 64 keys:
 //
-// Of each block of 64 keys:   S = Q K^T chunk by chunk of head_dim, sums in registers
-//                             soften: softcap, mask, running maximum, weights into shared memory
-//                             O += P V chunk by chunk of head_dim_v, sums in registers
+//     S = Q K^T         by chunks of head_dim; sums in registers
+//     online softmax    softcap, mask, running maximum; P stored in shared memory
+//     O += P V          by chunks of head_dim_v; sums in registers
+//
+// Key blocks are counted from key 0. A block whose keys are all masked for a row does not change
+// the row. So a row's result does not depend on its tile.
 #pragma once
 
 #include "attention/mask.h"
 #include "attention/online_softmax.h"
-#include "cuda/device/element.cuh"
+#include "cuda/device/load_sink.cuh"
 #include "cuda/device/pack_gqa.cuh"
 #include "cuda/simt/flash_fwd/config.h"
 #include "cuda/simt/load.cuh"
@@ -24,7 +25,7 @@ namespace sink_attention::cuda::simt {
 
 struct FlashFwdKernelParams {
   attention::FlashFwdParams attn;
-  int num_tiles;  // of rows, of the longest sequence
+  int num_tiles;  // row tiles of the longest sequence
 };
 
 template <class Tiles>
@@ -33,19 +34,19 @@ struct FlashFwdKernel {
   using Real = typename Tiles::Real;
   static constexpr int kBlockM = Tiles::kBlockM;
   static constexpr int kBlockN = Tiles::kBlockN;
-  static constexpr int kRows = kBlockM / kThreadRows;  // of a thread
+  static constexpr int kRows = kBlockM / kThreadRows;  // rows and keys of a thread
   static constexpr int kKeys = kBlockN / kThreadCols;
   static constexpr int kChunks = Tiles::kHeadDim / kChunkCols<Real>;
-  using Stream = ChunkStream<Real, kBlockN, 2, KeySource<Real>>;
+  using Stream = ChunkStream<Real, kBlockN, 2, KvRowSource<Real>>;
   using Scores = Real[kRows][kKeys];
   using Output = Real[kChunks][kRows][kVector<Real>];
 
   struct SharedStorage {
     Tile<Real, kBlockM, Tiles::kHeadDim> q;
     typename Stream::Buffers keys;
-    Tile<Real, kBlockM, kBlockN> weights;
+    Tile<Real, kBlockM, kBlockN> p;
     KeyRange window[kBlockM];
-    // Of each thread: the maximum that a row's earlier sums in global memory are based on.
+    // Per thread: the maximum to which a row's earlier sums in global memory are scaled.
     Real stored_max[kRows][simt::kThreads];
   };
   struct Config {
@@ -55,9 +56,9 @@ struct FlashFwdKernel {
   };
   static_assert(Config::kSharedBytes <= 99 * 1024, "what compute capability 8.6 has for a block");
 
-  // The softmax of a thread's rows so far, for transformed scores: the maximum is the row's, the
-  // sum of weights the thread's own part of it.
-  struct RowStates {
+  // Running state of a thread's rows. `max` is the row's largest transformed score. `sum` is the
+  // thread's part of the sum of P.
+  struct SoftmaxStates {
     Real max[kRows];
     Real sum[kRows];
   };
@@ -65,24 +66,24 @@ struct FlashFwdKernel {
   static SA_DEVICE void run(const Params& kernel_params, char* shared) {
     const attention::FlashFwdParams& params = kernel_params.attn;
     SharedStorage& storage = *reinterpret_cast<SharedStorage*>(shared);
-    const BlockPlace place = place_of_block(params, kernel_params.num_tiles);
-    const PackGqa rows = pack_gqa(params, place.batch_idx, place.kv_head);
-    const int row_begin = place.tile * kBlockM;
+    const TileCoord coord = tile_coord(params, kernel_params.num_tiles);
+    const PackGqa rows = pack_gqa(params, coord.batch_idx, coord.kv_head);
+    const int row_begin = coord.tile * kBlockM;
     if (row_begin >= rows.num_rows) return;
 
     const attention::Mask mask = attention::make_mask(params, rows.info);
     const int row_end = static_cast<int>(attention::min_of(row_begin + kBlockM, rows.num_rows));
     const attention::KeySet visible =
         mask.visible_keys(rows.position(row_begin), rows.position(row_end - 1) + 1);
-    const KeySource<Real> k =
-        k_source<Real>(params, place.batch_idx, rows.info, place.kv_head, visible);
-    const KeySource<Real> v =
-        v_source<Real>(params, place.batch_idx, rows.info, place.kv_head, visible);
+    const KvRowSource<Real> k =
+        k_source<Real>(params, coord.batch_idx, rows.info, coord.kv_head, visible);
+    const KvRowSource<Real> v =
+        v_source<Real>(params, coord.batch_idx, rows.info, coord.kv_head, visible);
     const auto blocks = attention::blocks_of(visible, kBlockN);
 
-    load_tile(storage.q,
-              query_source<Real>(rows, params.q, params.q_stride_batch, params.q_stride_row,
-                                 params.q_stride_head, params.head_dim),
+    load_rows(storage.q,
+              query_row_source<Real>(rows, params.q, params.q_stride_batch, params.q_stride_row,
+                                     params.q_stride_head, params.head_dim),
               row_begin, 0);
     if (primitives::thread_idx() < kBlockM) {
       const int row = primitives::thread_idx();
@@ -91,16 +92,15 @@ struct FlashFwdKernel {
     Stream stream(storage.keys, k, v);
     stream.start(blocks);
 
-    const ScoreScale<Real> scale = score_scale<Real>(params);
-    RowStates states;
+    const ScoreScaleOf<Real> scale = score_scale<Real>(params);
+    SoftmaxStates states;
     Output out = {};
     SA_UNROLL
     for (int i = 0; i < kRows; ++i) {
       states.max[i] = attention::negative_infinity<Real>();
       states.sum[i] = Real(0);
     }
-    // Through a shuffle, so that the compiler knows that all lanes go round together: they come to
-    // shuffles.
+    // The shuffle tells the compiler that the number of rounds is uniform: the loop has shuffles.
     const int num_blocks = primitives::shfl(blocks.count(), 0);
     int sum = sum_of_block<Real>(blocks.block(0));
     bool adds = false;
@@ -112,34 +112,34 @@ struct FlashFwdKernel {
       }
       const int first_key = blocks.block(idx) * kBlockN;
       Scores s = {};
-      // The first call's barrier also lets all threads read q and window, and write weights, which
-      // the block of keys before was multiplied with.
+      // The barrier in the first next() also makes q and window visible to all threads. After it
+      // all threads have read the last block's P, so that it may be overwritten.
       for (int c = 0; c < Stream::num_chunks(k); ++c) {
         const auto& chunk = stream.next();
         add_dots(s, storage.q, c * kChunkCols<Real>, chunk, chunk_depth<Real>(k.dim, c));
       }
       softmax(s, storage, mask, rows, row_begin, first_key, scale, states, out);
-      store_scores(s, storage.weights);
+      store_scores(s, storage.p);
       const int depth =
           static_cast<int>(attention::min_of(visible.window.end - first_key, kBlockN));
       SA_UNROLL
       for (int c = 0; c < kChunks; ++c) {
         if (c >= Stream::num_chunks(v)) break;
-        // The first call's barrier also makes the weights all threads' to read.
+        // The barrier in the first next() also makes P visible to all threads.
         const auto& chunk = stream.next();
-        add_products(out[c], storage.weights, chunk, depth);
+        add_products(out[c], storage.p, chunk, depth);
       }
     }
-    primitives::cp_async_wait<0>();  // of q, where there was no key to wait for
+    primitives::cp_async_wait<0>();  // for q, if there was no key block
     store_results(params, storage, rows, row_begin, scale, states, out, adds);
   }
 
-  // Scores of the keys first_key ... to weights; out is re-based on the new maxima.
+  // In place S -> P for keys from first_key on. Updates the states and rescales out.
   static SA_DEVICE void softmax(Scores& s, const SharedStorage& storage,
                                 const attention::Mask& mask, const PackGqa& rows, int row_begin,
-                                int first_key, const ScoreScale<Real>& scale, RowStates& states,
-                                Output& out) {
-    constexpr Real kHidden = attention::negative_infinity<Real>();
+                                int first_key, const ScoreScaleOf<Real>& scale,
+                                SoftmaxStates& states, Output& out) {
+    constexpr Real kMasked = attention::negative_infinity<Real>();
     const int num_sink_tokens = static_cast<int>(mask.num_sink_tokens);
     SA_UNROLL
     for (int i = 0; i < kRows; ++i) {
@@ -148,10 +148,10 @@ struct FlashFwdKernel {
       SA_UNROLL
       for (int j = 0; j < kKeys; ++j) {
         const int key = first_key + thread_x() + kThreadCols * j;
-        s[i][j] = window.sees(key, num_sink_tokens) ? scale.transform(s[i][j]) : kHidden;
+        s[i][j] = window.contains(key, num_sink_tokens) ? transform(scale, s[i][j]) : kMasked;
       }
       if (mask.tree != nullptr && first_key + kBlockN > mask.context()) {
-        hide_drafts(s[i], mask, rows, row_begin + tile_row, first_key);
+        mask_drafts(s[i], mask, rows, row_begin + tile_row, first_key);
       }
       const Real old_max = states.max[i];
       Real max = old_max;
@@ -160,11 +160,11 @@ struct FlashFwdKernel {
         max = s[i][j] > max ? s[i][j] : max;
       }
       max = max_over_row(max);
-      // Differences are taken before they are scaled: the largest score's is 0 exactly. A row that
-      // has seen no key keeps the maximum -inf; subtracting 0 gives weights of 0, not NaN.
-      const Real base = max == kHidden ? Real(0) : max;
+      // The maximum is subtracted before scaling, so the largest score gives exactly 0. A row
+      // without visible keys so far has max = -inf. Subtracting 0 then gives P = 0, not NaN.
+      const Real base = max == kMasked ? Real(0) : max;
       const Real rescale = rebase(old_max, max, scale);
-      Real sum = Real(0);  // of the block, which is added once
+      Real sum = Real(0);  // of this block
       SA_UNROLL
       for (int j = 0; j < kKeys; ++j) {
         s[i][j] = std::exp2((s[i][j] - base) * scale.softmax_scale_log2);
@@ -180,16 +180,16 @@ struct FlashFwdKernel {
     }
   }
 
-  // What sums that are based on one maximum are to be multiplied with, to be based on a larger one.
-  static SA_DEVICE Real rebase(Real old_max, Real max, const ScoreScale<Real>& scale) {
+  // The factor that rescales sums from an old maximum to a new, larger one.
+  static SA_DEVICE Real rebase(Real old_max, Real max, const ScoreScaleOf<Real>& scale) {
     const Real base = max == attention::negative_infinity<Real>() ? Real(0) : max;
     return old_max == max ? Real(1) : std::exp2((old_max - base) * scale.softmax_scale_log2);
   }
 
-  // Adds the output so far to that of other keys, if there is any, and clears it.
+  // Stores the output so far, or adds it to that of earlier keys if `adds`, and clears it.
   static SA_DEVICE void store_sums(const attention::FlashFwdParams& params, SharedStorage& storage,
                                    const PackGqa& rows, int row_begin,
-                                   const ScoreScale<Real>& scale, const RowStates& states,
+                                   const ScoreScaleOf<Real>& scale, const SoftmaxStates& states,
                                    Output& out, bool adds) {
     SA_UNROLL
     for (int i = 0; i < kRows; ++i) {
@@ -205,8 +205,8 @@ struct FlashFwdKernel {
   static SA_DEVICE void store_row(const attention::FlashFwdParams& params, const PackGqa& rows,
                                   int row_begin, int i, const Output& out, Real factor, bool adds,
                                   Real kept) {
-    const bool in_vectors = is_aligned(params.out, sizeof(Real), params.out_stride_batch,
-                                       params.out_stride_row, params.out_stride_head);
+    const bool is_vectorised = is_aligned(params.out, sizeof(Real), params.out_stride_batch,
+                                          params.out_stride_row, params.out_stride_head);
     const int row = row_begin + thread_y() + kThreadRows * i;
     if (row >= rows.num_rows) return;
     Real* out_row =
@@ -214,22 +214,23 @@ struct FlashFwdKernel {
         rows.offset(row, params.out_stride_batch, params.out_stride_row, params.out_stride_head);
     SA_UNROLL
     for (int c = 0; c < kChunks; ++c) {
-      store_numbers(out_row, c * kChunkCols<Real> + kVector<Real> * thread_x(),
-                    static_cast<int>(params.head_dim_v), in_vectors, out[c][i], factor, adds, kept);
+      store_vector(out_row, c * kChunkCols<Real> + kVector<Real> * thread_x(),
+                   static_cast<int>(params.head_dim_v), is_vectorised, out[c][i], factor, adds,
+                   kept);
     }
   }
 
-  // Hides the draft tokens that are not on a row's path, or too far back on it.
-  static SA_DEVICE void hide_drafts(Real (&scores)[kKeys], const attention::Mask& mask,
+  // Masks draft tokens that are not on a row's path, or outside its window on it.
+  static SA_DEVICE void mask_drafts(Real (&scores)[kKeys], const attention::Mask& mask,
                                     const PackGqa& rows, int row, int first_key) {
-    if (row >= rows.num_rows) return;  // it sees no key
+    if (row >= rows.num_rows) return;  // all its keys are masked already
     const uint64_t drafts = mask.visible_drafts(rows.position(row));
     SA_UNROLL
     for (int j = 0; j < kKeys; ++j) {
       const int key = first_key + thread_x() + kThreadCols * j;
       const int draft = key - static_cast<int>(mask.context());
       const bool is_draft = draft >= 0 && draft < rows.info.seqlen_q;
-      // A sequence longer than it may be has drafts without a bit.
+      // Drafts beyond kMaxDraftTokens, in an invalid call, have no bit: they are masked.
       if (is_draft && (draft >= attention::kMaxDraftTokens || ((drafts >> draft) & 1) == 0)) {
         scores[j] = attention::negative_infinity<Real>();
       }
@@ -238,16 +239,14 @@ struct FlashFwdKernel {
 
   static SA_DEVICE void store_results(const attention::FlashFwdParams& params,
                                       const SharedStorage& storage, const PackGqa& rows,
-                                      int row_begin, const ScoreScale<Real>& scale,
-                                      const RowStates& states, const Output& out, bool adds) {
+                                      int row_begin, const ScoreScaleOf<Real>& scale,
+                                      const SoftmaxStates& states, const Output& out, bool adds) {
     SA_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      const Real sum = sum_over_row(states.sum[i]);  // all lanes take part, whatever their row
+      const Real sum = sum_over_row(states.sum[i]);  // by all lanes, also without a row
       const int row = row_begin + thread_y() + kThreadRows * i;
       if (row >= rows.num_rows) continue;
-      const Real sink = params.s_aux == nullptr
-                            ? attention::negative_infinity<Real>()
-                            : load_element<Real>(params.s_aux, params.s_aux_dtype, rows.head(row));
+      const Real sink = load_sink<Real>(params, rows.head(row));
       const attention::RowResult<Real> result =
           attention::fold_sink<Real>({states.max[i] * scale.softmax_scale_log2, sum}, sink);
       Real kept = Real(0);

@@ -1,7 +1,7 @@
-// Scores and their gradients into P and dS.
+// From S and dP to P and dS.
 //
 //   P  = exp2(S softmax_scale_log2 - lse_log2)
-//   dS = P (dP - delta)                 times 1 - tanh^2 under a softcap
+//   dS = P (dP - delta)                 times 1 - tanh^2 with softcap
 #pragma once
 
 #include "cuda/sm80/flash_bwd/params.h"
@@ -13,8 +13,9 @@
 
 namespace sink_attention::cuda::sm80 {
 
-// P^T and dS^T as operands, from a warp's S^T and dP^T: keys of the block from warp_key on, rows of
-// the tile from warp_row on. A thread has two neighbouring rows in each accumulator, and two keys.
+// Computes P^T and dS^T, packed as operands A, from a warp's S^T and dP^T. The accumulators begin
+// at key warp_key of the block and row warp_row of the tile. In each 16 x 8 fragment a thread has
+// two keys and two neighbouring rows.
 template <bool kMasked, bool kSoftcap, class Storage, int kTilesM, int kTilesN>
 SA_DEVICE void differentiate(const FlashBwdKernelParams& params, const Storage& storage, int stage,
                              int warp_key, int warp_row, int lane,
@@ -40,26 +41,24 @@ SA_DEVICE void differentiate(const FlashBwdKernelParams& params, const Storage& 
       SA_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int key = warp_key + 16 * m + accumulator_row(lane, 2 * half);
-        float weight[2];
-        float gradient[2];
+        float prob[2];
+        float dscore[2];
         SA_UNROLL
         for (int i = 0; i < 2; ++i) {
           float score = s.c[m][n][2 * half + i];
           if constexpr (kSoftcap) score = tanh_by_exp2(score * params.to_tanh);
-          // No weight exceeds 1. Where logits are so large that lse's rounding is a power of two
-          // or more, this keeps the gradients finite; a NaN passes.
           const float exponent = score * params.softmax_scale_log2 - (i == 0 ? lse.x : lse.y);
-          weight[i] = primitives::exp2_approx(exponent > 0.0f ? 0.0f : exponent);
-          gradient[i] = weight[i] * (dp.c[m][n][2 * half + i] - (i == 0 ? delta.x : delta.y));
-          if constexpr (kSoftcap) gradient[i] *= 1.0f - score * score;
+          prob[i] = primitives::exp2_approx(clamp_exponent(exponent));
+          dscore[i] = prob[i] * (dp.c[m][n][2 * half + i] - (i == 0 ? delta.x : delta.y));
+          if constexpr (kSoftcap) dscore[i] *= 1.0f - score * score;
           if constexpr (kMasked) {
             const bool visible = (window[i].begin <= key || key < sink_end) && key < window[i].end;
-            weight[i] = visible ? weight[i] : 0.0f;
-            gradient[i] = visible ? gradient[i] : 0.0f;
+            prob[i] = visible ? prob[i] : 0.0f;
+            dscore[i] = visible ? dscore[i] : 0.0f;
           }
         }
-        p.pair(m, n, half) = primitives::pack<typename Storage::Element>(weight[0], weight[1]);
-        ds.pair(m, n, half) = primitives::pack<typename Storage::Element>(gradient[0], gradient[1]);
+        p.pair(m, n, half) = primitives::pack<typename Storage::Element>(prob[0], prob[1]);
+        ds.pair(m, n, half) = primitives::pack<typename Storage::Element>(dscore[0], dscore[1]);
       }
     }
   }

@@ -1,23 +1,23 @@
-// The backward of one block of keys of one kv head: dK and dV of the block, summed over the tiles
-// of query rows that see some of it; each tile's dQ is added to a float32 accumulator that all
-// blocks share.
+// The backward. A CTA has one block of keys of one kv head. It sums dK and dV of the block over the
+// query tiles that see some of it. It adds each tile's dQ to a float32 accumulator, which all CTAs
+// share.
 //
-//   S^T  = K Q^T        P  = exp2(S softmax_scale_log2 - lse_log2)          keys are the products' rows, so
-//   dP^T = V dO^T       dS = P (dP - delta) (softcap's slope)    that P^T and dS^T are operands A
-//   dV  += P^T dO       dK += dS^T Q         dQ += dS K          (softmax_scale comes at the end)
+//   S^T  = K Q^T        P  = exp2(S softmax_scale_log2 - lse_log2)
+//   dP^T = V dO^T       dS = P (dP - delta) (softcap's slope)
+//   dV  += P^T dO       dK += dS^T Q         dQ += dS K       (softmax_scale is applied at the end)
 //
-// Rows are (position, head of the group) pairs (pack_gqa.cuh), so the sum over a kv head's query
-// heads is part of the products. Thread blocks start in the order of common/block_order.h, and take
-// tiles from the last to the first.
+// Keys are the rows of the products, so that P^T and dS^T are operands A in registers. Query rows
+// are PackGQA rows (pack_gqa.cuh), so the products also sum over the kv head's query heads. CTAs
+// start in the order of device/block_order.h. Each visits its tiles from the last to the first.
 //
-// The pipeline over tiles, kStages = 2; | is a barrier of the block. Copies of a tile's Q, dO, lse
-// and delta run for a whole round before it:
+// The pipeline over tiles with kStages = 2; | is a barrier of the CTA. The copies of a tile's Q,
+// dO, lse and delta are in flight for the whole round before it:
 //
 //     round       j                                     j + 1
 //     products    S dP  P dS  dV dK   | dQ              S dP  P dS  dV dK   | dQ
-//     copies      .. of j + 1 ..........| of j + 2 .......................... | of j + 3 ...
+//     copies      .. of j + 1 ........| of j + 2 ...........................| of j + 3 ...
 //
-// With one stage tile j + 1 is copied while dQ of tile j is computed, and a second barrier follows.
+// With kStages = 1, tile j + 1 is copied while dQ of tile j is computed. A second barrier follows.
 #pragma once
 
 #include "attention/block_list.h"
@@ -36,7 +36,7 @@
 
 namespace sink_attention::cuda::sm80 {
 
-// The work of one thread block. Accumulators live in registers from the first tile to the last.
+// One CTA. The accumulators dk and dv stay in registers from the first tile to the last.
 template <class Element, class Tiles>
 struct FlashBwdBlock {
   using Storage = FlashBwdStorage<Element, Tiles>;
@@ -57,15 +57,15 @@ struct FlashBwdBlock {
 
   SA_DEVICE FlashBwdBlock(const FlashBwdKernelParams& params, Storage& storage)
       : params(params), storage(storage), bwd(params.bwd), fwd(params.bwd.fwd) {
-    if (thread() == 0) describe_block();
-    primitives::sync_threads();  // all threads know it
+    if (thread() == 0) init_block_info();
+    primitives::sync_threads();  // the block's info is stored
   }
 
   SA_DEVICE int batch_idx() const { return primitives::load_shared(&storage.batch_idx); }
   SA_DEVICE int kv_head() const { return primitives::load_shared(&storage.kv_head); }
   SA_DEVICE int first_key() const { return primitives::load_shared(&storage.first_key); }
   SA_DEVICE int qhead_per_khead() const { return params.qhead_per_khead; }
-  // The tiles to visit.
+  // Tiles [tiles_begin, tiles_end) are visited.
   SA_DEVICE int tiles_begin() const { return primitives::load_shared(&storage.tiles_begin); }
   SA_DEVICE int tiles_end() const { return primitives::load_shared(&storage.tiles_end); }
   SA_DEVICE int seqlen_q() const { return primitives::load_shared(&storage.seqlen_q); }
@@ -73,35 +73,35 @@ struct FlashBwdBlock {
   SA_DEVICE int64_t workspace_tile(int tile) const {
     return primitives::load_shared(&storage.first_workspace_tile) + tile;
   }
-  // Anew in each step, so that no step's addresses wait in registers for the next tile.
+  // Rematerialised at each use, so that no addresses stay in registers until the next tile.
   SA_DEVICE static int thread() { return primitives::rematerialise_thread_idx(); }
   SA_DEVICE static int lane() { return primitives::rematerialise_lane_idx(); }
   SA_DEVICE static int warp() { return thread() / primitives::kWarpSize; }
   SA_DEVICE int num_rows() const { return seqlen_q() * qhead_per_khead(); }
-  // Of the block, those that exist; a block that has none does nothing.
+  // Keys of the block that exist. A CTA without keys does nothing.
   SA_DEVICE int num_keys() const {
     return static_cast<int>(attention::min_of(kBlockN, seqlen_k() - first_key()));
   }
   SA_DEVICE attention::Mask mask() const {
     return attention::make_mask(fwd, seqlen_q(), seqlen_k());
   }
-  // This warp's part of a tile of scores, and of dK's and dV's columns.
+  // This warp's part of the scores of a tile, and of the columns of dK and dV.
   SA_DEVICE int column_warp() const { return warp() / Tiles::kKeyWarps; }
   SA_DEVICE int warp_row() const { return column_warp() * Tiles::kWarpRows; }
   SA_DEVICE int warp_key() const { return warp() % Tiles::kKeyWarps * 16 * Tiles::kKeyTiles; }
 
-  // Leaves in shared memory what all threads shall know of the block.
-  SA_DEVICE void describe_block() const {
-    const BlockPlace place = place_of_block(params.order, primitives::block_idx().x);
-    const PackGqa rows = pack_gqa(fwd, place.batch_idx, place.kv_head);
+  // Stores the block's info in shared memory. By one thread.
+  SA_DEVICE void init_block_info() const {
+    const BlockCoord coord = block_coord(params.order, primitives::block_idx().x);
+    const PackGqa rows = pack_gqa(fwd, coord.batch_idx, coord.kv_head);
     const int seqlen_q = static_cast<int>(rows.info.seqlen_q);
     const int seqlen_k = static_cast<int>(rows.info.seqlen_k);
-    const int first_key = place.rank * kBlockN;
+    const int first_key = coord.tile_idx * kBlockN;
     const attention::Range queries =
         attention::make_mask(fwd, seqlen_q, seqlen_k)
             .visible_queries(first_key, attention::min_of(first_key + kBlockN, seqlen_k));
-    const bool some = queries.begin < queries.end;
-    const int first_tile = cuda::first_tile(params.workspace, fwd, place.batch_idx);
+    const bool any = queries.begin < queries.end;
+    const int first_tile = cuda::first_tile(params.workspace, fwd, coord.batch_idx);
     const int tiles_left = params.workspace.num_tiles - first_tile;
     using primitives::store_shared;
     store_shared(&storage.first_q,
@@ -112,23 +112,23 @@ struct FlashBwdBlock {
                                                       bwd.dout_stride_head));
     store_shared(&storage.q_is_vectorised, params.q_is_vectorised);
     store_shared(&storage.dout_is_vectorised, params.dout_is_vectorised);
-    store_shared(&storage.batch_idx, place.batch_idx);
-    store_shared(&storage.kv_head, place.kv_head);
+    store_shared(&storage.batch_idx, coord.batch_idx);
+    store_shared(&storage.kv_head, coord.kv_head);
     store_shared(&storage.first_key, first_key);
     store_shared(&storage.sink_end,
                  static_cast<int>(attention::min_of(fwd.num_sink_tokens, seqlen_k)) - first_key);
     store_shared(&storage.seqlen_q, seqlen_q);
     store_shared(&storage.seqlen_k, seqlen_k);
     store_shared(&storage.tiles_begin,
-                 some ? static_cast<int>(queries.begin) * qhead_per_khead() / kBlockM : 0);
+                 any ? static_cast<int>(queries.begin) * qhead_per_khead() / kBlockM : 0);
     store_shared(
         &storage.tiles_end,
-        some ? static_cast<int>(attention::min_of(
-                   (static_cast<int>(queries.end) * qhead_per_khead() + kBlockM - 1) / kBlockM,
-                   tiles_left))
-             : 0);
+        any ? static_cast<int>(attention::min_of(
+                  (static_cast<int>(queries.end) * qhead_per_khead() + kBlockM - 1) / kBlockM,
+                  tiles_left))
+            : 0);
     store_shared(&storage.first_workspace_tile,
-                 place.kv_head * params.workspace.num_tiles + first_tile);
+                 coord.kv_head * params.workspace.num_tiles + first_tile);
   }
 
   SA_DEVICE void run() {
@@ -140,7 +140,7 @@ struct FlashBwdBlock {
       for (int stage = 0; stage < Tiles::kStages; ++stage)
         start_tile(tiles_end() - 1 - stage, stage);
       primitives::cp_async_wait<Tiles::kStages - 1>();
-      primitives::sync_threads();  // K, V and the first tile are there for all warps
+      primitives::sync_threads();  // K, V and the first tile have arrived
       int stage = 0;
       for (int tile = tiles_end() - 1; tile >= tiles_begin(); --tile) {
         add_tile(tile, stage);
@@ -155,28 +155,28 @@ struct FlashBwdBlock {
     ScoreOperands p;
     ScoreOperands ds;
     score(tile, stage, p, ds);
-    // This stage's dS was last read by dQ two rounds ago (one, with one stage), before a barrier.
+    // This stage's dS was last read for dQ kStages rounds ago, before a barrier.
     store_operands_a(ds, storage.ds[stage], warp_key(), warp_row(), lane());
     if constexpr (Tiles::kColumnWarps == 1) {
       gemm_ab(dv, p, storage.dout[stage], 0, lane());
       gemm_ab(dk, ds, storage.q[stage], 0, lane());
     } else {
       store_operands_a(p, storage.p, warp_key(), warp_row(), lane());
-      primitives::sync_threads();  // both warps of these keys have left their halves of P and dS
+      primitives::sync_threads();  // both warps of these keys have stored their halves of P and dS
       gemm_ab(dv, storage.p, warp_key(), storage.dout[stage], column_warp() * Tiles::kWarpColsV,
               lane());
       gemm_ab(dk, storage.ds[stage], warp_key(), storage.q[stage], column_warp() * Tiles::kWarpCols,
               lane());
     }
     if constexpr (Tiles::kStages == 2) primitives::cp_async_wait<0>();
-    // All of dS is there; with two stages, so is the next tile. Nobody reads this stage's Q and dO
-    // any more: they may be overwritten.
+    // All of dS is stored, and with two stages the next tile has arrived. All warps have read this
+    // stage's Q and dO, so that start_tile may overwrite them.
     primitives::sync_threads();
     start_tile(tile - Tiles::kStages, stage);
     add_dq(tile, stage);
     if constexpr (Tiles::kStages == 1) {
       primitives::cp_async_wait<0>();
-      primitives::sync_threads();  // the next tile is there, and dS read
+      primitives::sync_threads();  // the next tile has arrived, and all warps have read dS
     }
   }
 
@@ -203,7 +203,8 @@ struct FlashBwdBlock {
     }
   }
 
-  // K and V: into shared memory, or V by way of it into registers. Copies are not waited for.
+  // Loads K and V into shared memory, or V through K's buffer into registers. The copies of what
+  // stays in shared memory are not waited for.
   SA_DEVICE void load_block() {
     const auto values_at = key_rows(static_cast<const Element*>(fwd.v), fwd.v_stride_batch,
                                     fwd.v_stride_row, fwd.v_stride_head);
@@ -211,14 +212,14 @@ struct FlashBwdBlock {
                                   fwd.k_stride_row, fwd.k_stride_head);
     const int cols_v = static_cast<int>(fwd.head_dim_v);
     if constexpr (Tiles::kValuesInRegisters) {
-      static_assert(Tiles::kHeadDimV <= Tiles::kHeadDim, "V passes through K's place");
-      load_tile<kThreads>(storage.in_place_of_k, cols_v, params.v_is_vectorised, values_at,
+      static_assert(Tiles::kHeadDimV <= Tiles::kHeadDim, "V goes through K's buffer");
+      load_tile<kThreads>(storage.v_in_k_buffer, cols_v, params.v_is_vectorised, values_at,
                           thread());
       primitives::cp_async_commit();
       primitives::cp_async_wait<0>();
-      primitives::sync_threads();  // V is there
-      load_operands_a(values, storage.in_place_of_k, warp_key(), lane());
-      primitives::sync_threads();  // V is in registers: K may take its place
+      primitives::sync_threads();  // V has arrived
+      load_operands_a(values, storage.v_in_k_buffer, warp_key(), lane());
+      primitives::sync_threads();  // V is in registers: K may overwrite it
     } else {
       load_tile<kThreads>(storage.v, cols_v, params.v_is_vectorised, values_at, thread());
     }
@@ -226,8 +227,8 @@ struct FlashBwdBlock {
                         thread());
   }
 
-  // Starts the copies of a tile as one group, which is empty where there is no such tile. Thread r
-  // notes row r's window.
+  // Starts the copies of a tile as one cp.async group, which is empty beyond the last tile. Thread
+  // r stores the window of row r.
   SA_DEVICE void start_tile(int tile, int stage) {
     if (tile >= tiles_begin()) {
       const int row_begin = tile * kBlockM;
@@ -250,7 +251,7 @@ struct FlashBwdBlock {
           thread());
       const int thread = this->thread();
       const int64_t at = workspace_tile(tile) * kBlockM;
-      static_assert(kBlockM <= kThreads, "a thread for each row");
+      static_assert(kBlockM <= kThreads, "thread r stores the window of row r");
       if (4 * thread < kBlockM) {
         primitives::cp_async_16(storage.lse_log2[stage] + 4 * thread,
                                 params.workspace.lse_log2 + at + 4 * thread, true);
@@ -284,17 +285,18 @@ struct FlashBwdBlock {
            qhead_per_khead();
   }
 
-  // Whether some row of the tile may not see some key of the block. Rows beyond the sequence need
-  // no mask: their lse is +inf.
+  // Whether some key of the block may be masked for some row of the tile. Rows beyond the sequence
+  // need no mask, since lse = +inf makes their P 0.
   SA_DEVICE bool needs_mask(int tile) const {
     const int first = tile * kBlockM / qhead_per_khead();
     const int last = last_position(tile);
-    const attention::Range full = mask().keys_seen_by_all(first, last + 1);
-    return full.begin > first_key() || full.end < first_key() + kBlockN;
+    const attention::Range unmasked = mask().keys_seen_by_all(first, last + 1);
+    return unmasked.begin > first_key() || unmasked.end < first_key() + kBlockN;
   }
 
-  // dQ of the tile, added to the accumulator; in the order of the blocks of keys if turns are kept.
-  // A block only waits for those before it, which have a lower index and started earlier.
+  // Adds the tile's dQ to the accumulator. With deterministic=True the dQ semaphore orders the
+  // additions by block of keys. A CTA waits only for earlier blocks of its pair. These have lower
+  // CTA indices and started earlier (device/block_order.h).
   SA_DEVICE void add_dq(int tile, int stage) const {
     const int warp = this->warp();
     const int row = warp % Tiles::kRowWarps * Tiles::kDqRows;
@@ -304,20 +306,21 @@ struct FlashBwdBlock {
     gemm_atb(dq, storage.ds[stage], row, storage.k, col, lane());
 
     const int64_t at = workspace_tile(tile);
-    int* turn = params.workspace.turns == nullptr ? nullptr : params.workspace.turns + at;
-    const int mine = turn == nullptr ? 0 : turn_at(tile);
-    if (turn != nullptr) {
-      if (thread() == 0) primitives::semaphore_wait(turn, mine);
-      primitives::sync_threads();  // it is every thread's turn
+    int* dq_semaphore =
+        params.workspace.dq_semaphores == nullptr ? nullptr : params.workspace.dq_semaphores + at;
+    const int own_value = dq_semaphore == nullptr ? 0 : dq_semaphore_value(tile);
+    if (dq_semaphore != nullptr) {
+      if (thread() == 0) primitives::semaphore_wait(dq_semaphore, own_value);
+      primitives::sync_threads();  // all earlier blocks have added
     }
-    // Numbers of neighbouring lanes are neighbours (bwd_workspace.h).
+    // Neighbouring lanes add to neighbouring floats (bwd_workspace.h).
     float* sums = params.workspace.dq + at * (kBlockM * Tiles::kHeadDim) + lane();
     const int rows_left = num_rows() - tile * kBlockM;
     SA_UNROLL
     for (int m = 0; m < Tiles::kDqRows / 16; ++m) {
       SA_UNROLL
       for (int n = 0; n < Tiles::kDqCols / 8; ++n) {
-        if (row + 16 * m >= rows_left || col + 8 * n >= fwd.head_dim) continue;  // all zeros
+        if (row + 16 * m >= rows_left || col + 8 * n >= fwd.head_dim) continue;  // padding
         const int fragment = (row / 16 + m) * (Tiles::kHeadDim / 8) + col / 8 + n;
         SA_UNROLL
         for (int reg = 0; reg < 4; ++reg) {
@@ -325,14 +328,15 @@ struct FlashBwdBlock {
         }
       }
     }
-    if (turn != nullptr) {
-      primitives::sync_threads();  // every thread has added
-      if (thread() == 0) primitives::semaphore_release(turn, mine + 1);
+    if (dq_semaphore != nullptr) {
+      primitives::sync_threads();  // all threads have added
+      if (thread() == 0) primitives::semaphore_release(dq_semaphore, own_value + 1);
     }
   }
 
-  // How many blocks of keys add to the tile's dQ before this one: those that a row of it sees.
-  SA_DEVICE int turn_at(int tile) const {
+  // The semaphore's value at which this block adds: the number of earlier blocks of keys that are
+  // visible to the tile.
+  SA_DEVICE int dq_semaphore_value(int tile) const {
     const int first = tile * kBlockM / qhead_per_khead();
     const int last = last_position(tile);
     return attention::blocks_of(mask().visible_keys(first, last + 1), kBlockN)
@@ -340,13 +344,13 @@ struct FlashBwdBlock {
   }
 
   SA_DEVICE void store_gradients() {
-    primitives::sync_threads();  // the last tile's dQ has read K, whose place both take in turn
-    store_gradient<kThreads>(dv, 1.0f, storage.in_place_of_k, warp_key(),
+    primitives::sync_threads();  // the last tile's dQ has read K: dV, then dK overwrite it
+    store_gradient<kThreads>(dv, 1.0f, storage.v_in_k_buffer, warp_key(),
                              column_warp() * Tiles::kWarpColsV, thread(),
                              key_rows(static_cast<Element*>(bwd.dv), bwd.dv_stride_batch,
                                       bwd.dv_stride_row, bwd.dv_stride_head),
                              static_cast<int>(fwd.head_dim_v), params.dv_is_vectorised);
-    primitives::sync_threads();  // dV is read
+    primitives::sync_threads();  // dV has left the buffer
     store_gradient<kThreads>(dk, static_cast<float>(fwd.softmax_scale), storage.k, warp_key(),
                              column_warp() * Tiles::kWarpCols, thread(),
                              key_rows(static_cast<Element*>(bwd.dk), bwd.dk_stride_batch,
@@ -354,7 +358,7 @@ struct FlashBwdBlock {
                              static_cast<int>(fwd.head_dim), params.dk_is_vectorised);
   }
 
-  // Where the block's rows of a tensor lie.
+  // The rows of the block's keys in a tensor.
   template <class T>
   SA_DEVICE BlockRows<T> key_rows(T* tensor, int64_t stride_batch, int64_t stride_row,
                                   int64_t stride_head) const {

@@ -1,4 +1,4 @@
-// A block of keys' rows in global memory, and its gradients' way there.
+// Rows of a block of keys in global memory, and the store of its gradients.
 #pragma once
 
 #include "cuda/tile/copy.cuh"
@@ -8,7 +8,7 @@
 
 namespace sink_attention::cuda::sm80 {
 
-// Where the rows of a block lie in a tensor; null for a key that does not exist.
+// Address of a key's row in a tensor; null for a key beyond the sequence.
 template <class T>
 struct BlockRows {
   T* first;
@@ -19,9 +19,9 @@ struct BlockRows {
   }
 };
 
-// Writes scale * gradient to rows of global memory, by way of a tile, so that a thread writes 16
-// bytes at a time. A warp's accumulators begin at (warp_key, warp_col). Nobody else may use the
-// tile before all threads have come out of this and a barrier.
+// Writes scale * gradient to global memory through a tile in shared memory, so that threads write
+// 16-byte vectors. A warp's accumulators begin at (warp_key, warp_col). The caller needs a barrier
+// before the tile is used again.
 template <int kThreads, int kTilesM, int kTilesN, class Tile>
 SA_DEVICE void store_gradient(const Accumulators<kTilesM, kTilesN>& gradient, float scale,
                               Tile& tile, int warp_key, int warp_col, int thread,
@@ -43,7 +43,7 @@ SA_DEVICE void store_gradient(const Accumulators<kTilesM, kTilesN>& gradient, fl
       }
     }
   }
-  primitives::sync_threads();  // all keys' rows are there
+  primitives::sync_threads();  // the tile is complete
   store_tile<kThreads>(tile, cols, is_vectorised, rows, thread);
 }
 

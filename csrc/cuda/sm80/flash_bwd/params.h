@@ -1,5 +1,5 @@
-// What a backward kernel is given beside the problem itself, and its entries, one for each head_dim
-// class; hdim*.cu hold one each.
+// Arguments of the backward kernel, and its entries, one for each head-dim bucket
+// (instantiations/sm80/flash_bwd_hdim*.cu).
 #pragma once
 
 #include "attention/params.h"
@@ -11,17 +11,18 @@ namespace sink_attention::cuda::sm80 {
 struct FlashBwdKernelParams {
   attention::FlashBwdParams bwd;
   BwdWorkspace workspace;
-  // Whether each row can be copied 16 bytes at a time.
+  // Whether each row can be copied in 16-byte vectors.
   bool q_is_vectorised;
   bool k_is_vectorised;
   bool v_is_vectorised;
   bool dout_is_vectorised;
   bool dk_is_vectorised;
   bool dv_is_vectorised;
-  BlockOrder order;     // of blocks of keys: a block's rank is its number
+  BlockOrder order;     // of blocks of keys: tile index i is block i
   int qhead_per_khead;  // num_heads_q / num_heads_kv
-  // A score becomes a logit in base 2 by softmax_scale_log2; with a softcap it is first tanh(score * to_tanh),
-  // and softmax_scale_log2 is then of the cap.
+  // Without softcap: logit = score * softmax_scale_log2, in base 2.
+  // With softcap:    logit = tanh(score * to_tanh) * softmax_scale_log2,
+  //                  where softmax_scale_log2 = softcap * log2 e.
   float softmax_scale_log2;
   float to_tanh;
   bool has_softcap;

@@ -1,24 +1,24 @@
 // The forward's tile sizes.
 //
-// A block of kWarpsM x kWarpsN warps holds kBlockM rows of Q and walks over blocks of kBlockN keys.
-// Warps along M own 16 * kTilesM rows each; warps along N share the same rows and divide each
-// block's keys among them, each with a softmax of its own, merged once at the end.
+// A CTA of kWarpsM x kWarpsN warps has kBlockM rows of Q and visits blocks of kBlockN keys. A warp
+// along M has 16 * kTilesM rows. Warps along N share these rows and divide the keys of each block.
+// Each of them has its own softmax, and their results are merged once, at the end.
 //
-// Prefill: 128 rows. With 32 rows a warp, an operand of K or V that ldmatrix brings feeds 4
-// products instead of 2, which keeps shared memory's bandwidth ahead of the tensor cores. At
-// head_dim 128 the output takes 128 registers; with 64 keys a block, whose scores take 64 more, the
-// compiler spilled, so there are 32, which also leaves room for two thread blocks in 99 KB. From
-// head_dim 192 on a warp holds 16 rows.
+// Prefill: 128 rows, or 64 at head_dim 256.
+//   - Up to head_dim 128 a warp has 32 rows. Each ldmatrix of K or V then feeds 4 products instead
+//     of 2, so that shared memory's bandwidth does not limit the tensor cores.
+//   - At head_dim 128 O takes 128 registers. With 64 keys a block, S takes 64 more, and the
+//     compiler spilled. So a block has 32 keys. That also lets two CTAs share an SM.
+//   - From head_dim 192 on a warp has 16 rows.
 //
-// Decode: one group of query heads rarely has more than 16 rows; all four warps share them, and two
-// stages of keys are under way while one is used.
+// Decode: a kv head rarely has more than 16 rows. All four warps share them.
 //
-// A row's sums run over blocks of kBlockN keys counted from key 0, and within a block in an order
-// that is the same for every row: with prefill tiles a row's bits do not depend on the tile that it
-// is in. Decode tiles divide the sums among warps and so round otherwise; num_splits = 1, the
-// batch-invariant mode, does without them (flash_fwd.cu).
+// Same bits: a row's sums run over blocks of kBlockN keys, counted from key 0, in an order that is
+// the same for every row. So with prefill tiles a row's bits do not depend on its tile. Decode
+// tiles divide the sums among warps, and so round differently. num_splits = 1, the batch-invariant
+// mode, never uses them (flash_fwd.cu).
 //
-// Shared memory stays within 99 KB, what a block may have on compute capability 8.6, 8.9 and 12.0.
+// Shared memory is at most 99 KB, the limit of a CTA on compute capability 8.6, 8.9 and 12.0.
 #pragma once
 
 namespace sink_attention::cuda::sm80 {
@@ -33,10 +33,10 @@ struct FlashFwdTiles {
   static constexpr int kTilesM = kTilesM_;
   static constexpr int kBlockM = 16 * kTilesM * kWarpsM;
   static constexpr int kBlockN = kBlockN_;
-  static constexpr int kWarpKeys = kBlockN / kWarpsN;  // of a block, a warp's
+  static constexpr int kWarpKeys = kBlockN / kWarpsN;  // keys of a block per warp
   static constexpr int kStages = kStages_;
   static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
-  static_assert(kWarpKeys % 16 == 0, "operand B comes in pairs of 8 columns");
+  static_assert(kWarpKeys % 16 == 0, "ldmatrix.x4 loads two operands B, 16 keys");
 };
 
 template <int kHeadDim, int kHeadDimV>

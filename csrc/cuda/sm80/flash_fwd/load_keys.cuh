@@ -1,5 +1,5 @@
-// A block of keys or values into shared memory, from a tensor or through a block table, of 16 bits
-// or, behind a block table, of 8.
+// Loads a block of keys or values into shared memory, from a contiguous tensor (16-bit) or through
+// a block table (16-bit or 8-bit).
 #pragma once
 
 #include "cuda/tile/copy.cuh"
@@ -7,13 +7,12 @@
 
 namespace sink_attention::cuda::sm80 {
 
-// The keys of load_keys from a cache of 8 bits. A thread starts some loads before it waits for the
-// first of them.
+// load_keys for an 8-bit cache. A thread issues kTogether loads before it uses the first of them.
 template <int kThreads, class Tile, bool kValues>
 SA_DEVICE void load_8_bit_keys(Tile& tile, const KeySource<kValues>& source, int first_key,
                                bool is_vectorised, int thread) {
   using Element = typename Tile::Element;
-  constexpr int kCount = Tile::kRows * Tile::kChunks / kThreads;  // of this thread
+  constexpr int kCount = Tile::kRows * Tile::kChunks / kThreads;  // 16-byte vectors per thread
   constexpr int kTogether = kCount % 4 == 0 ? 4 : 2;
   static_assert(kCount * kThreads == Tile::kRows * Tile::kChunks && kCount % kTogether == 0);
   const int cols = source.dim();
@@ -41,20 +40,21 @@ SA_DEVICE void load_8_bit_keys(Tile& tile, const KeySource<kValues>& source, int
     }
     SA_UNROLL
     for (int j = 0; j < kTogether; ++j) {
-      const int place = i + j * kThreads;
+      const int idx = i + j * kThreads;
       const primitives::Bytes16 chunk =
           source.params.kv_dtype == attention::DataType::kInt8
               ? upcast_vector<Element, attention::Int8>(stored[j], scale[j])
               : upcast_vector<Element, attention::Float8E4M3>(stored[j], scale[j]);
       primitives::store_shared(reinterpret_cast<primitives::Bytes16*>(
-                                   tile.chunk(place / Tile::kChunks, place % Tile::kChunks)),
+                                   tile.chunk(idx / Tile::kChunks, idx % Tile::kChunks)),
                                chunk);
     }
   }
 }
 
-// Keys [first_key, first_key + kRows); those that may not be read become zeros. 16-bit rows in
-// chunks travel by cp.async, and the caller commits and waits; others are copied at once.
+// Loads keys [first_key, first_key + kRows), with zeros for keys that may not be read. Vectorised
+// 16-bit rows are copied by cp.async; the caller commits and waits. Others are copied
+// synchronously.
 template <int kThreads, class Tile, bool kValues>
 SA_DEVICE void load_keys(Tile& tile, const KeySource<kValues>& source, int first_key,
                          bool is_vectorised) {
@@ -67,9 +67,9 @@ SA_DEVICE void load_keys(Tile& tile, const KeySource<kValues>& source, int first
     store_chunks<kThreads>(
         tile,
         [&](int row, int chunk) {
-          const Element* numbers = source.template row<Element>(first_key + row);
-          return numbers == nullptr ? primitives::Bytes16{}
-                                    : gather_chunk(numbers, chunk * kChunkElems, cols);
+          const Element* source_row = source.template row<Element>(first_key + row);
+          return source_row == nullptr ? primitives::Bytes16{}
+                                       : gather_chunk(source_row, chunk * kChunkElems, cols);
         },
         thread);
   } else if (source.pages == nullptr) {
@@ -78,9 +78,9 @@ SA_DEVICE void load_keys(Tile& tile, const KeySource<kValues>& source, int first
           const int key = first_key + row;
           const int col = chunk * kChunkElems;
           const bool valid = source.is_readable(key) && col < cols;
-          const Element* numbers = source.template origin<Element>();
-          if (valid) numbers += key * source.row_stride() + col;
-          primitives::cp_async_16(tile.chunk(row, chunk), numbers, valid);
+          const Element* source_row = source.template origin<Element>();
+          if (valid) source_row += key * source.row_stride() + col;
+          primitives::cp_async_16(tile.chunk(row, chunk), source_row, valid);
         },
         thread);
   } else {
@@ -88,13 +88,14 @@ SA_DEVICE void load_keys(Tile& tile, const KeySource<kValues>& source, int first
         [&](int row, int chunk) {
           const int key = first_key + row;
           const int col = chunk * kChunkElems;
-          const Element* numbers = nullptr;
+          const Element* source_row = nullptr;
           if (source.is_readable(key) && col < cols) {
-            numbers = source.template row_in_page<Element>(key);
+            source_row = source.template row_in_page<Element>(key);
           }
-          const bool valid = numbers != nullptr;
+          const bool valid = source_row != nullptr;
           primitives::cp_async_16(tile.chunk(row, chunk),
-                                  valid ? numbers + col : source.template origin<Element>(), valid);
+                                  valid ? source_row + col : source.template origin<Element>(),
+                                  valid);
         },
         thread);
   }

@@ -1,4 +1,4 @@
-// What a forward kernel is given beside the problem itself.
+// Arguments of the forward kernel.
 #pragma once
 
 #include "attention/params.h"
@@ -10,17 +10,16 @@ namespace sink_attention::cuda::sm80 {
 struct FlashFwdKernelParams {
   attention::FlashFwdParams attn;
   ScoreScale scale;
-  // Whether each row can be copied 16 bytes at a time.
+  // Whether each row can be copied in 16-byte vectors.
   bool q_is_vectorised;
   bool k_is_vectorised;
   bool v_is_vectorised;
   bool out_is_vectorised;
-  BlockOrder order;  // of tiles of rows: a block's rank is how many tiles there are after its own
+  BlockOrder order;  // of row tiles: tile index i is the i-th from the last
   int num_splits;    // parts of each row's keys; with more than one, results are partial
-  // [num_splits][num_heads_q][total_q]: the state (maximum and sum, base 2) and the undivided
-  // output of each row, without the sink. combine.cuh joins them.
-  float* partial_state;  // two floats each
-  float* partial_out;    // head_dim_v floats each
+  // Partial results, [num_splits][num_heads_q][total_q], without the sink. combine.cuh merges them.
+  float* partial_state;  // maximum and sum of a row, base 2: two floats
+  float* partial_out;    // output not yet divided by the sum: head_dim_v floats
 };
 
 }  // namespace sink_attention::cuda::sm80

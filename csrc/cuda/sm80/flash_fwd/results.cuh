@@ -1,5 +1,5 @@
-// What a thread block leaves: out and lse with the sink folded in, or, where other blocks have
-// other keys of the same rows, partial results without it.
+// Writes a CTA's results: out and lse with the sink folded in. With splits: partial results,
+// without the sink.
 #pragma once
 
 #include "attention/online_softmax.h"
@@ -22,7 +22,7 @@ struct FlashFwdResults : RowResults<FlashFwdKernelParams> {
   using States = RowStates<kTilesM>;
   using OutTile = SmemTile<Element, Tiles::kBlockM, Tiles::kHeadDimV>;
 
-  using ReductionBuffer = RowExchange<Tiles::kWarpsN, Tiles::kBlockM, Tiles::kHeadDimV>;
+  using ReductionBuffer = RowReductionBuffer<Tiles::kWarpsN, Tiles::kBlockM, Tiles::kHeadDimV>;
   template <bool kManyWarps, class Unused = void>
   struct StorageOf {
     OutTile tile;
@@ -36,12 +36,12 @@ struct FlashFwdResults : RowResults<FlashFwdKernelParams> {
   int row_begin;
   float softmax_scale_log2;
 
-  // Called by all threads, when no one reads shared memory's earlier contents any more.
+  // All threads call, after a barrier: `storage` overwrites the pipeline's buffers.
   SA_DEVICE void write(Storage& storage, const Out& out, const States& states, int warp_row,
                        int warp_n) const {
     if constexpr (Tiles::kWarpsN > 1) {
       store_to_reduction(storage.reduction_buffer, out, states, warp_row, warp_n);
-      primitives::sync_threads();  // the warps' parts of each row are there
+      primitives::sync_threads();  // all warps have stored their parts of each row
       write_merged_rows<Element>(storage.reduction_buffer, *this, row_begin, primitives::warp_idx(),
                                  kThreads / primitives::kWarpSize);
     } else if (kernel_params.num_splits > 1) {
@@ -52,8 +52,8 @@ struct FlashFwdResults : RowResults<FlashFwdKernelParams> {
   }
 
  private:
-  // One warp along N, no splits: through shared memory, so that rows are written 16 bytes at a
-  // time.
+  // For one warp along N without splits. Rows go through shared memory, so that they are written in
+  // 16-byte vectors.
   SA_DEVICE void finish(OutTile& tile, const Out& out, const States& states, int warp_row) const {
     const int lane = primitives::lane_idx();
     SA_UNROLL
@@ -62,9 +62,8 @@ struct FlashFwdResults : RowResults<FlashFwdKernelParams> {
       for (int half = 0; half < 2; ++half) {
         const int row = warp_row + 16 * m + accumulator_row(lane, 2 * half);
         const attention::RowState<float> state = states.whole(m, half, softmax_scale_log2);
-        const int packed_row = row_begin + row;
-        const float scale =
-            is_row(packed_row) ? finish_row(packed_row, state, lane % 4 == 0) : 0.0f;
+        const int gqa_row = row_begin + row;
+        const float scale = is_row(gqa_row) ? finish_row(gqa_row, state, lane % 4 == 0) : 0.0f;
         SA_UNROLL
         for (int n = 0; n < kTilesV; ++n) {
           const uint32_t pair = primitives::pack<Element>(out.c[m][n][2 * half] * scale,
@@ -89,10 +88,10 @@ struct FlashFwdResults : RowResults<FlashFwdKernelParams> {
     for (int m = 0; m < kTilesM; ++m) {
       SA_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const int packed_row = row_begin + warp_row + 16 * m + accumulator_row(lane, 2 * half);
+        const int gqa_row = row_begin + warp_row + 16 * m + accumulator_row(lane, 2 * half);
         const attention::RowState<float> state = states.whole(m, half, softmax_scale_log2);
-        if (!is_row(packed_row)) continue;
-        const int64_t index = partial_index(packed_row);
+        if (!is_row(gqa_row)) continue;
+        const int64_t index = partial_index(gqa_row);
         if (lane % 4 == 0) write_state(index, state);
         SA_UNROLL
         for (int n = 0; n < kTilesV; ++n) {

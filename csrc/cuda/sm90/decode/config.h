@@ -1,23 +1,22 @@
 // Decode's tile sizes on Hopper.
 //
-// A block has kWarpsM x kWarpsN warps that compute and one that copies. Warps along M own 16 rows
-// each; warps along N share rows and divide each block of kBlockN keys among them, each with a
-// softmax of its own, merged once at the end.
+// A CTA has kWarpsM x kWarpsN consumer warps and one producer warp. Warps along M own 16 rows each.
+// Warps along N share the rows and divide each block of kBlockN keys among them. Each has its own
+// online softmax; they are merged once, at the end.
 //
-// Bytes in flight. An SM gets 25 bytes/ns (H100) to 36 bytes/ns (H200) of the memory's bandwidth,
-// and a loaded memory answers after about 1 us: with less than 36 KB under way it idles. A ring of
-// 96 KB a block, two blocks an SM, has four to five times that, so that an SM still has enough
-// while one of its blocks starts, ends, or waits for the lengths and the block table that lead to
-// its keys. Caches of 8 bits stay so in the ring, and a block of theirs has twice as many keys.
+// Bytes in flight. An SM's share of the memory bandwidth is 25 bytes/ns (H100) to 36 bytes/ns
+// (H200), and the latency under load is about 1 us. With less than 36 KB in flight, memory idles. A
+// ring of 96 KB a CTA with two CTAs an SM is four to five times that. So an SM has enough in flight
+// while one of its CTAs starts, ends, or waits for lengths and the block table. 8-bit caches stay
+// 8-bit in the ring, and their blocks have twice as many keys.
 //
-// Registers. A block of 5 warps leaves some quarter of the SM with 3 warps of two blocks, which
-// then have 168 registers each; so has one of 9 warps. That is enough up to head_dim 192 if q, an
-// operand of each step of the scores, is kept in registers only where the output is small. At
-// head_dim 256 the output alone takes 128: there an SM has one block of 5 warps, with 255, and a
-// larger ring.
+// Registers. With two CTAs of 5 warps, or one of 9, some quarter of the SM has 3 warps, which
+// leaves 168 registers a thread. Up to head_dim 192 that suffices if Q, an operand of each step of
+// the scores, stays in registers only where the output is small. At head_dim 256 the output alone
+// takes 128. There an SM has one CTA of 5 warps, with 255 registers a thread and a larger ring.
 //
-// Few rows: one token's group of query heads. Many rows: several tokens a sequence (speculative
-// decoding), four times 16 rows, so that keys are still read once. Warps without rows do nothing.
+// FewRows: the qhead_per_khead rows of one token. ManyRows: several tokens a sequence (speculative
+// decoding), up to four times 16 rows, so that keys are still read once. Warps without rows idle.
 #pragma once
 
 namespace sink_attention::cuda::sm90 {
@@ -30,7 +29,7 @@ template <int kHeadDim_, int kHeadDimV_, int kStoredBytes_, int kWarpsM_, int kW
 struct DecodeTiles {
   static constexpr int kHeadDim = kHeadDim_;          // of Q and K, padded to it with zeros
   static constexpr int kHeadDimV = kHeadDimV_;        // of V and out
-  static constexpr int kStoredBytes = kStoredBytes_;  // of a number of the cache
+  static constexpr int kStoredBytes = kStoredBytes_;  // of an element of the cache
   static constexpr int kWarpsM = kWarpsM_;
   static constexpr int kWarpsN = kWarpsN_;
   static constexpr int kBlockM = 16 * kWarpsM;
@@ -39,17 +38,17 @@ struct DecodeTiles {
   static constexpr bool kKeepsQueries = kKeepsQueries_;  // in registers
   static constexpr int kConsumerWarps = kWarpsM * kWarpsN;
   static constexpr int kThreads = 32 * (kConsumerWarps + 1);
-  static constexpr int kMinBlocks = kMinBlocks_;  // of an SM
+  static constexpr int kMinBlocks = kMinBlocks_;  // CTAs an SM
   // A stage is a block of keys or of values, whichever is larger.
   static constexpr int kStageBytes =
       kBlockN * kStoredBytes * (kHeadDim > kHeadDimV ? kHeadDim : kHeadDimV);
   static constexpr int kStages = kRingBytes / kStageBytes;
   static_assert(kStages >= 3 && kStageBytes % 1024 == 0);
-  static_assert(kWarpKeys % 16 == 0, "weights are operands of 16 keys");
+  static_assert(kWarpKeys % 16 == 0, "an operand of P has 16 keys");
 };
 
-constexpr int kRing = 96 * 1024;        // of a block beside another
-constexpr int kLargeRing = 192 * 1024;  // of an SM's only block
+constexpr int kRing = 96 * 1024;        // bytes; two CTAs an SM
+constexpr int kLargeRing = 192 * 1024;  // bytes; one CTA an SM
 
 template <int kHeadDim, int kHeadDimV, int kStoredBytes>
 struct FewRows : DecodeTiles<kHeadDim, kHeadDimV, kStoredBytes, 1, 4, 128 / kStoredBytes,

@@ -1,4 +1,4 @@
-// The warps that compute: each has 16 rows and its part of every block's keys.
+// A decode consumer warp: 16 rows, and its part of each block's keys.
 #pragma once
 
 #include "cuda/sm90/decode/operands.cuh"
@@ -12,43 +12,43 @@
 
 namespace sink_attention::cuda::sm90 {
 
-// Stored: of the cache's numbers. Element: of the tensor cores' operands.
+// Stored: the element type of the cache. Element: that of the tensor cores' operands.
 template <class Element, class Stored, class Storage, class Tiles>
 struct DecodeConsumer {
   static constexpr bool kUpcasts = Storage::kUpcasts;
   static constexpr int kThreads = 32 * Tiles::kConsumerWarps;
-  static constexpr int kBarrier = 1;  // of the consumers; 0 is the whole block's
+  static constexpr int kBarrier = 1;  // named barrier of the consumers; 0 is the CTA's
   static constexpr bool kKeepsQueries = Tiles::kKeepsQueries;
   static constexpr int kTilesK = Tiles::kHeadDim / 16;
   using Scores = Accumulators<1, Tiles::kWarpKeys / 8>;
   using Out = Accumulators<1, Tiles::kHeadDimV / 8>;
-  using Place = typename Ring<Tiles::kStages>::Place;
-  // Tokens' scales of values are multiplied with weights, as fractions of the largest so far, so
-  // that the products fit Float16 whatever the scales are: at most kLargestWeight.
-  static constexpr float kLargestWeight = 32768.0f;
+  using PipelineState = typename Ring<Tiles::kStages>::PipelineState;
+  // P is multiplied by each token's value scale, as a fraction of the largest scale so far, times
+  // kMaxScaledP. So P fits into Float16 whatever the scales are.
+  static constexpr float kMaxScaledP = 32768.0f;
 
   const DecodeKernelParams& kernel_params;
   Storage& storage;
-  const DecodeWalk& walk;
-  // Of the sequence. What is made of them is made where it is needed: registers are scarce.
-  int seqlen_q;
-  int seqlen_k;
-  int qhead_per_khead;
-  const int64_t* tree;  // its part of the tree mask, or null
-  int lane;
-  int warp_row;  // of this warp's 16 rows
-  int warp_key;  // of a block
+  const KeyBlockRange& key_blocks;
+  // Of the sequence. What follows from these is recomputed where it is needed, to save registers.
+  int seqlen_q{};
+  int seqlen_k{};
+  int qhead_per_khead{};
+  const int64_t* tree{};  // the sequence's part of the tree mask, or null
+  int lane{};
+  int warp_row{};  // first of this warp's 16 rows
+  int warp_key{};  // first of this warp's keys in a block
 
-  RowStates<1> states;
-  Out out;
-  float largest_scale;  // of values so far; out is to be multiplied with it, over kLargestWeight
+  RowStates<1> states{};
+  Out out{};                // times kMaxScaledP / max_value_scale, where tokens have value scales
+  float max_value_scale{};  // the largest value scale so far
 
-  // By all consumers, of which this is number `warp`.
+  // Loads Q into shared memory. All consumer warps call; `warp` is this one's index.
   SA_DEVICE void load_queries(const PackGqa& rows, int warp) {
     const attention::FlashFwdParams& params = kernel_params.attn;
     if constexpr (kUpcasts) {
-      load_queries_to_half(storage.q, storage.q_factors, params, rows,
-                           kernel_params.q_is_vectorised, warp, Tiles::kConsumerWarps);
+      load_permuted_queries(storage.q, storage.q_descales, params, rows,
+                            kernel_params.q_is_vectorised, warp, Tiles::kConsumerWarps);
     } else {
       load_tile<kThreads>(storage.q, static_cast<int>(params.head_dim),
                           kernel_params.q_is_vectorised, [&](int row) {
@@ -67,36 +67,37 @@ struct DecodeConsumer {
   SA_DEVICE void start() {
     states.clear();
     out.clear();
-    largest_scale = 1e-30f;  // not 0: it is divided by
+    max_value_scale = 1e-30f;  // not 0, since it is a divisor
   }
 
   SA_DEVICE void run(const ScoreScale& scale) {
-    const attention::Range full = mask().keys_seen_by_all(0, seqlen_q);
-    const int full_begin = (static_cast<int>(full.begin) + Tiles::kBlockN - 1) / Tiles::kBlockN;
-    const int full_end = static_cast<int>(attention::max_of(full.end, 0)) / Tiles::kBlockN;
-    float factor[2] = {1.0f, 1.0f};
+    const attention::Range unmasked = mask().keys_seen_by_all(0, seqlen_q);
+    const int unmasked_begin =
+        (static_cast<int>(unmasked.begin) + Tiles::kBlockN - 1) / Tiles::kBlockN;
+    const int unmasked_end = static_cast<int>(attention::max_of(unmasked.end, 0)) / Tiles::kBlockN;
+    float descale[2] = {1.0f, 1.0f};
     if constexpr (kUpcasts) {
       SA_UNROLL
       for (int half = 0; half < 2; ++half) {
-        factor[half] =
-            primitives::load_shared(storage.q_factors + warp_row + accumulator_row(lane, 2 * half));
+        descale[half] = primitives::load_shared(storage.q_descales + warp_row +
+                                                accumulator_row(lane, 2 * half));
       }
     }
     OperandsA<1, kKeepsQueries ? kTilesK : 1> queries;
     if constexpr (kKeepsQueries) load_operands_a(queries, storage.q, warp_row, lane);
 
-    Place at;
-    for (int idx = walk.begin; idx < walk.end; ++idx) {
-      const int block = walk.blocks.block(idx);
-      storage.ring.wait_until_full(at);
+    PipelineState state;
+    for (int idx = key_blocks.begin; idx < key_blocks.end; ++idx) {
+      const int block = key_blocks.blocks.block(idx);
+      storage.ring.wait_until_full(state);
       Scores s;
       s.clear();
-      score(s, queries, at.stage);
-      if constexpr (kUpcasts) scale_scores(s, factor, at.stage);
-      leave(at);
+      gemm_qk(s, queries, state.stage);
+      if constexpr (kUpcasts) apply_key_scales(s, descale, state.stage);
+      release(state);
 
       transform_scores(s, scale.form, scale.to_tanh);
-      if (block < full_begin || block >= full_end) {
+      if (block < unmasked_begin || block >= unmasked_end) {
         const int first_key = block * Tiles::kBlockN + warp_key;
         if (tree == nullptr) {
           mask_scores(s, mask(), warp_row, qhead_per_khead, first_key);
@@ -106,19 +107,20 @@ struct DecodeConsumer {
       }
       online_softmax_rescale(s, states, out, scale.softmax_scale_log2);
 
-      storage.ring.wait_until_full(at);
+      storage.ring.wait_until_full(state);
       if constexpr (kUpcasts) {
-        if (has_token_scales<true>()) scale_weights(s, at.stage);
+        if (has_token_scales<true>()) apply_value_scales(s, state.stage);
       }
-      accumulate(s, at.stage);
-      leave(at);
+      gemm_pv(s, state.stage);
+      release(state);
     }
   }
 
-  // When no consumer reads the ring any more.
+  // Stores states and outputs for the merge. The buffer overlays the ring, which no consumer may
+  // read any more.
   SA_DEVICE void store_to_reduction(int part, float softmax_scale_log2) {
     auto& reduction_buffer = storage.reduction_buffer;
-    const float factor = has_token_scales<true>() ? largest_scale / kLargestWeight : 1.0f;
+    const float factor = has_token_scales<true>() ? max_value_scale / kMaxScaledP : 1.0f;
     SA_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int row = warp_row + accumulator_row(lane, 2 * half);
@@ -127,18 +129,18 @@ struct DecodeConsumer {
         primitives::store_shared(&reduction_buffer.state[part][row],
                                  primitives::Float2{state.max, state.sum});
       }
-      float* numbers = reduction_buffer.out[part][row];
+      float* elements = reduction_buffer.out[part][row];
       SA_UNROLL
       for (int n = 0; n < Out::kTilesN; n += 2) {
         const float (&left)[4] = out.c[0][n];
         const float (&right)[4] = out.c[0][n + 1];
         if constexpr (kUpcasts) {  // even and odd columns
           primitives::store_shared(
-              reinterpret_cast<primitives::Float4*>(numbers + 8 * n + lane % 4 * 4),
+              reinterpret_cast<primitives::Float4*>(elements + 8 * n + lane % 4 * 4),
               primitives::Float4{left[2 * half] * factor, right[2 * half] * factor,
                                  left[2 * half + 1] * factor, right[2 * half + 1] * factor});
         } else {
-          float* pair = numbers + 8 * n + accumulator_col(lane, 0);
+          float* pair = elements + 8 * n + accumulator_col(lane, 0);
           primitives::store_shared(reinterpret_cast<primitives::Float2*>(pair),
                                    primitives::Float2{left[2 * half], left[2 * half + 1]});
           primitives::store_shared(reinterpret_cast<primitives::Float2*>(pair + 8),
@@ -158,46 +160,48 @@ struct DecodeConsumer {
     return kUpcasts && (kValues ? params.v_token_scales : params.k_token_scales) != nullptr;
   }
 
-  // This warp is done with a stage.
-  SA_DEVICE void leave(Place& at) {
+  // Frees a stage that this warp has read.
+  SA_DEVICE void release(PipelineState& state) {
     primitives::sync_warp();
-    if (lane == 0) primitives::mbarrier_arrive(&storage.ring.empty[at.stage]);
-    at.advance();
+    if (lane == 0) primitives::mbarrier_arrive(&storage.ring.empty[state.stage]);
+    state.advance();
   }
 
-  // The same lane, of which addresses in shared memory are computed at each product, not kept in
-  // registers.
-  static SA_DEVICE int anew(int lane) { return primitives::optimisation_barrier(lane) & 31; }
+  // Returns `lane`, but makes the compiler recompute shared-memory addresses at each product
+  // instead of keeping them in registers.
+  static SA_DEVICE int rematerialise(int lane) {
+    return primitives::optimisation_barrier(lane) & 31;
+  }
 
   template <class Queries>
-  SA_DEVICE void score(Scores& s, const Queries& queries, int stage) {
+  SA_DEVICE void gemm_qk(Scores& s, const Queries& queries, int stage) {
     if constexpr (kUpcasts) {
       const auto& keys = storage.template tile<false>(stage);
       if constexpr (kKeepsQueries) {
-        multiply_stored_keys<Stored>(s, queries, warp_row, keys, warp_key, anew(lane));
+        gemm_qk_upcast<Stored>(s, queries, warp_row, keys, warp_key, rematerialise(lane));
       } else {
-        multiply_stored_keys<Stored>(s, storage.q, warp_row, keys, warp_key, anew(lane));
+        gemm_qk_upcast<Stored>(s, storage.q, warp_row, keys, warp_key, rematerialise(lane));
       }
     } else {
       const auto& keys = as_operands<Tiles::kHeadDim>(stage);
       if constexpr (kKeepsQueries) {
-        gemm_abt(s, queries, keys, warp_key, anew(lane));
+        gemm_abt(s, queries, keys, warp_key, rematerialise(lane));
       } else {
-        gemm_abt(s, storage.q, warp_row, keys, warp_key, anew(lane));
+        gemm_abt(s, storage.q, warp_row, keys, warp_key, rematerialise(lane));
       }
     }
   }
 
-  SA_DEVICE void accumulate(const Scores& weights, int stage) {
+  SA_DEVICE void gemm_pv(const Scores& p, int stage) {
     if constexpr (kUpcasts) {
-      multiply_stored_values<Stored>(out, weights, storage.template tile<true>(stage), warp_key,
-                                     anew(lane));
+      gemm_pv_upcast<Stored>(out, p, storage.template tile<true>(stage), warp_key,
+                             rematerialise(lane));
     } else {
-      gemm_weights(out, weights, as_operands<Tiles::kHeadDimV>(stage), warp_key, anew(lane));
+      gemm_pv(out, p, as_operands<Tiles::kHeadDimV>(stage), warp_key, rematerialise(lane));
     }
   }
 
-  // 16-bit numbers lie as products take them.
+  // A stage of 16-bit elements is an operand as it lies.
   template <int kCols>
   SA_DEVICE const SmemTile<Element, Tiles::kBlockN, kCols>& as_operands(int stage) {
     using Tile = SmemTile<Element, Tiles::kBlockN, kCols>;
@@ -211,22 +215,22 @@ struct DecodeConsumer {
         storage.scales[stage] + warp_key + 8 * n + accumulator_col(lane, 0)));
   }
 
-  SA_DEVICE void scale_scores(Scores& s, const float (&factor)[2], int stage) const {
+  SA_DEVICE void apply_key_scales(Scores& s, const float (&descale)[2], int stage) const {
     SA_UNROLL
     for (int n = 0; n < Scores::kTilesN; ++n) {
       const primitives::Float2 scales =
           has_token_scales<false>() ? scales_of(stage, n) : primitives::Float2{1.0f, 1.0f};
       SA_UNROLL
       for (int half = 0; half < 2; ++half) {
-        s.c[0][n][2 * half] *= factor[half] * scales.x;
-        s.c[0][n][2 * half + 1] *= factor[half] * scales.y;
+        s.c[0][n][2 * half] *= descale[half] * scales.x;
+        s.c[0][n][2 * half + 1] *= descale[half] * scales.y;
       }
     }
   }
 
-  SA_DEVICE void scale_weights(Scores& weights, int stage) {
+  SA_DEVICE void apply_value_scales(Scores& p, int stage) {
     primitives::Float2 scales[Scores::kTilesN];
-    float largest = largest_scale;
+    float largest = max_value_scale;
     SA_UNROLL
     for (int n = 0; n < Scores::kTilesN; ++n) {
       scales[n] = scales_of(stage, n);
@@ -236,18 +240,18 @@ struct DecodeConsumer {
       largest = y > largest ? y : largest;
     }
     largest = quad_max(largest);  // a quad's lanes have all of the warp's keys
-    if (largest > largest_scale) {
-      const float factor = largest_scale / largest;
-      out.for_each([&](float& number) { number *= factor; });
-      largest_scale = largest;
+    if (largest > max_value_scale) {
+      const float factor = max_value_scale / largest;
+      out.for_each([&](float& element) { element *= factor; });
+      max_value_scale = largest;
     }
-    const float factor = kLargestWeight / largest_scale;
+    const float factor = kMaxScaledP / max_value_scale;
     SA_UNROLL
     for (int n = 0; n < Scores::kTilesN; ++n) {
       SA_UNROLL
       for (int half = 0; half < 2; ++half) {
-        weights.c[0][n][2 * half] *= scales[n].x * factor;
-        weights.c[0][n][2 * half + 1] *= scales[n].y * factor;
+        p.c[0][n][2 * half] *= scales[n].x * factor;
+        p.c[0][n][2 * half + 1] *= scales[n].y * factor;
       }
     }
   }

@@ -1,8 +1,8 @@
-// Decode: the rows of one sequence and kv head against a part of their keys.
+// Decode: the rows of one sequence and kv head against one split of their keys.
 //
-// Thread block (x, y):  x = sequence;  y = kv head * num_splits + split of the keys. Its last warp
-// fills the ring (producer.cuh), the others compute (consumer.cuh); they meet at the ring's
-// barriers only.
+// CTA (x, y):  x = sequence;  y = kv head * num_splits + split of the keys. The last warp is the
+// producer (producer.cuh), the others are consumers (consumer.cuh). They meet only at the ring's
+// barriers.
 #pragma once
 
 #include "attention/mask.h"
@@ -11,8 +11,8 @@
 
 namespace sink_attention::cuda::sm90 {
 
-// Stored_: of the cache's numbers. Element_: of q and out, and of the tensor cores' operands; where
-// the cache has 8 bits it is Float16, and q and out may be BFloat16 too.
+// Stored_: the element type of the cache. Element_: that of q, out and the tensor cores' operands.
+// With an 8-bit cache Element_ is Float16, and q and out may be BFloat16 too.
 template <class Element_, class Stored_, class Tiles_>
 struct DecodeKernel {
   using Element = Element_;
@@ -27,8 +27,9 @@ struct DecodeKernel {
     static constexpr int kMinBlocks = Tiles::kMinBlocks;
     static constexpr int kSharedBytes = static_cast<int>(sizeof(Storage));
   };
-  // An SM has 228 KB, of which each block takes one for itself.
-  static_assert(Config::kSharedBytes <= 228 * 1024 / Tiles::kMinBlocks - 1024, "blocks of an SM");
+  // An SM has 228 KB of shared memory, and each CTA reserves 1 KB of it.
+  static_assert(Config::kSharedBytes <= 228 * 1024 / Tiles::kMinBlocks - 1024,
+                "kMinBlocks CTAs fit an SM");
 
   static SA_DEVICE void run(const Params& kernel_params, char* shared) {
     const attention::FlashFwdParams& params = kernel_params.attn;
@@ -41,9 +42,9 @@ struct DecodeKernel {
 
     const attention::Mask mask = attention::make_mask(params, rows.info);
     const attention::KeySet visible = mask.visible_keys(0, rows.info.seqlen_q);
-    const DecodeWalk walk =
-        decode_walk(attention::blocks_of(visible, Tiles::kBlockN), split, kernel_params.num_splits);
-    if (walk.begin >= walk.end && kernel_params.num_splits > 1) {
+    const KeyBlockRange key_blocks = split_key_blocks(attention::blocks_of(visible, Tiles::kBlockN),
+                                                      split, kernel_params.num_splits);
+    if (key_blocks.begin >= key_blocks.end && kernel_params.num_splits > 1) {
       return store_empty({kernel_params, rows, split, 1.0f});
     }
     const auto keys = key_source<false>(params, batch_idx, kv_head, rows.info, visible);
@@ -55,12 +56,12 @@ struct DecodeKernel {
       storage.ring.init(1, warps_m * Tiles::kWarpsN);
       primitives::fence_mbarrier_init();
     }
-    primitives::sync_threads();  // the barriers are there
+    primitives::sync_threads();  // the barriers are initialised
 
     const int warp = primitives::warp_idx();
     const int lane = primitives::lane_idx();
     if (warp == Tiles::kConsumerWarps) {
-      Producer{kernel_params, storage, walk, keys, values, kv_head, lane}.run();
+      Producer{kernel_params, storage, key_blocks, keys, values, kv_head, lane}.run();
       return;
     }
     const int warp_m = warp % Tiles::kWarpsM;
@@ -68,27 +69,24 @@ struct DecodeKernel {
     const float value_scale = cache_scale(params.v_scale, params, kv_head);
     const ScoreScale scale =
         kernel_params.scale.times(cache_scale(params.k_scale, params, kv_head));
-    Consumer consumer{kernel_params,
-                      storage,
-                      walk,
-                      static_cast<int>(rows.info.seqlen_q),
-                      static_cast<int>(rows.info.seqlen_k),
-                      rows.qhead_per_khead,
-                      mask.tree,
-                      lane,
-                      16 * warp_m,
-                      warp_n * Tiles::kWarpKeys,
-                      {},
-                      {},
-                      {}};
+    Consumer consumer{kernel_params, storage, key_blocks};
+    consumer.seqlen_q = static_cast<int>(rows.info.seqlen_q);
+    consumer.seqlen_k = static_cast<int>(rows.info.seqlen_k);
+    consumer.qhead_per_khead = rows.qhead_per_khead;
+    consumer.tree = mask.tree;
+    consumer.lane = lane;
+    consumer.warp_row = 16 * warp_m;
+    consumer.warp_key = warp_n * Tiles::kWarpKeys;
     consumer.start();
     consumer.load_queries(rows, warp);
     if (warp_m < warps_m) consumer.run(scale);
-    primitives::sync_named(Consumer::kBarrier, Consumer::kThreads);  // the ring is no longer read
+    // After this barrier no consumer reads the ring.
+    primitives::sync_named(Consumer::kBarrier, Consumer::kThreads);
     if (warp_m < warps_m) consumer.store_to_reduction(warp_n, scale.softmax_scale_log2);
-    primitives::sync_named(Consumer::kBarrier, Consumer::kThreads);  // all parts of rows are there
+    // After this barrier the reduction buffer is complete.
+    primitives::sync_named(Consumer::kBarrier, Consumer::kThreads);
 
-    // The place anew: what only the ends need shall take no registers between them.
+    // Recompute the coordinates, so that they occupy no registers in between.
     const int x = primitives::optimisation_barrier(primitives::block_idx().x);
     const int y = primitives::optimisation_barrier(primitives::block_idx().y);
     const PackGqa result_rows = pack_gqa(params, x, y / kernel_params.num_splits);
@@ -108,7 +106,7 @@ struct DecodeKernel {
                                   Tiles::kConsumerWarps);
   }
 
-  // A split without keys: of its rows only the states are read.
+  // A split without keys stores only its states: the merge does not read its output.
   static SA_DEVICE void store_empty(RowResults<Params> results) {
     for (int row = primitives::thread_idx(); row < results.rows.num_rows; row += Tiles::kThreads) {
       results.write_state(results.partial_index(row),

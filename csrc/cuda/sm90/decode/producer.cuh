@@ -1,16 +1,22 @@
-// The warp that fills the ring: a split's keys and values, block by block, K 0, V 0, K 1, V 1, ...
+// The producer warp: fills the ring with a split's keys and values, in the order K 0, V 0, K 1, ...
 //
-// A block travels in boxes of its pages, by the copy engine, where pages are made of boxes, none of
-// the block's keys lies beyond the sequence and none that no query sees shares a box with one that
-// is seen: what such slots hold may be anything. Boxes of unseen keys are asked for beyond the last
-// page, which makes them zeros. Other blocks are copied chunk by chunk (cp.async), with zeros for
-// what may not be read; so are the scales of tokens. For those a lane looks up where some of the
-// block's keys lie, a block ahead, and tells the others.
+// TMA is used for a block of keys if all of these hold:
 //
-// cp.async has to be waited for by the lanes that started it, before the block is announced. So
-// that one such block does not hold up the next ones' copies, it is announced kAhead blocks later:
-// a short sequence's copies are all under way before the first is waited for. kAhead is less than
-// the stages: all earlier contents of the stage that the warp waits for have then been announced.
+//   1. TMA boxes of box_rows keys divide a page (box_rows > 0);
+//   2. all keys of the block are before keys.end, which is at most seqlen_k;
+//   3. keys.begin and keys.sink_end, if within the block, lie on box edges.
+//
+// Masked keys may hold garbage. By 3, a box is either readable as a whole or masked as a whole. A
+// fully masked box is requested at page num_pages, out of bounds: TMA writes zeros. Other blocks
+// are copied by cp.async, 16 bytes at a time, with zeros for keys that may not be read. Scales of
+// tokens are copied by cp.async too. For cp.async, each lane looks up the slots of some of the
+// block's keys, one block ahead, and shuffles pass them to the other lanes.
+//
+// Deferred signal. Only the lanes that issued a cp.async can wait for it, and must do so before the
+// stage's `full` barrier is arrived on. Waiting at once would hold up the next blocks' copies. So a
+// cp.async stage's barrier is arrived on kAhead stages later, when its group has drained. All copies
+// of a short sequence are then in flight before the first is waited for. kAhead < kStages: when the
+// warp waits for a stage to become empty, it has signalled that stage's earlier contents.
 #pragma once
 
 #include "cuda/sm90/decode/params.h"
@@ -25,36 +31,36 @@ namespace sink_attention::cuda::sm90 {
 
 template <class Storage, class Tiles>
 struct DecodeProducer {
-  // An even number, so that the block announced is one of keys where the latest one is.
+  // Even, so that the stage to signal holds keys whenever the latest stage does.
   static constexpr int kAhead = Tiles::kStages > 10 ? 8 : (Tiles::kStages - 1) / 2 * 2;
   static_assert(kAhead >= 2 && kAhead < Tiles::kStages && kAhead < 31);
-  using Number = std::conditional_t<Tiles::kStoredBytes == 1, uint8_t, uint16_t>;
-  using Place = typename Ring<Tiles::kStages>::Place;
+  using PipelineState = typename Ring<Tiles::kStages>::PipelineState;
   static constexpr int kBlockN = Tiles::kBlockN;
   static constexpr int kWarpSize = primitives::kWarpSize;
 
-  static constexpr int kLaneKeys = kBlockN / kWarpSize;  // of a block, a lane's
+  static constexpr int kLaneKeys = kBlockN / kWarpSize;  // keys of a block a lane looks up
 
-  // Where the keys lane, lane + 32, ... of a block lie.
-  struct Places {
+  // Where keys lane, lane + 32, ... of a block lie in the paged cache.
+  struct KeySlots {
     int page[kLaneKeys];  // -1: not to be read
     int slot[kLaneKeys];
   };
-  static constexpr uint32_t kNowhere = 0xffffffffu;
+  static constexpr uint32_t kUnreadable = 0xffffffffu;  // an offset
 
   const DecodeKernelParams& kernel_params;
   Storage& storage;
-  const DecodeWalk& walk;
+  const KeyBlockRange& key_blocks;
   const KeySource<false>& keys;
   const KeySource<true>& values;
   int kv_head;
   int lane;
 
-  Place at{};           // the stage of the next block
-  Place announce_at{};  // of the block kAhead before the latest
-  int started = 0;
-  uint32_t owed = 0;     // bit i: the i-th latest block is to be announced kAhead blocks later,
-  uint32_t use_tma = 0;  // and comes in boxes
+  PipelineState state{};         // the next stage to fill
+  PipelineState signal_state{};  // the stage kAhead before the latest filled one
+  int started = 0;               // stages filled
+  // Bit i is of the i-th latest stage.
+  uint32_t pending_mask = 0;  // its `full` barrier awaits the deferred signal
+  uint32_t tma_mask = 0;      // it is loaded by TMA; pending too if its scales come by cp.async
 
   SA_DEVICE void run() {
     if (kernel_params.box_rows > 0 && lane == 0) {
@@ -63,177 +69,181 @@ struct DecodeProducer {
     }
     const int box_rows = kernel_params.box_rows;
     const int page_size = static_cast<int>(kernel_params.attn.page_size);
-    const int boxes = box_rows == 0 ? 1 : kBlockN / box_rows;  // of a block
+    const int boxes_per_block = box_rows == 0 ? 1 : kBlockN / box_rows;
     // This lane starts box `box` of slab `slab`.
-    const int slab = lane / boxes;
-    const int box = lane % boxes;
-    // It holds the page of the lane-th box of 32; those of the next 32 are on their way. So are the
-    // places of the next block's keys.
+    const int slab = lane / boxes_per_block;
+    const int box = lane % boxes_per_block;
+    // Of each 32 boxes, the lane holds the page of one. The pages of the next 32 boxes and the
+    // slots of the next block are loaded ahead.
     int pages = 0;
-    int next_pages = box_rows == 0 ? 0 : page_of_box(lane, boxes);
+    int next_pages = box_rows == 0 ? 0 : page_of_box(lane, boxes_per_block);
     int first_box = 0;
-    Places places{};
-    Places next = look_up(walk.begin);
-    for (int idx = walk.begin; idx < walk.end; ++idx) {
-      const int first_key = walk.blocks.block(idx) * kBlockN;
-      const bool by_engine = uses_tma(first_key);
-      places = next;
-      next = look_up(idx + 1);
+    KeySlots slots{};
+    KeySlots next_slots = look_up_slots(key_blocks.begin);
+    for (int idx = key_blocks.begin; idx < key_blocks.end; ++idx) {
+      const int first_key = key_blocks.blocks.block(idx) * kBlockN;
+      const bool use_tma = uses_tma(first_key);
+      slots = next_slots;
+      next_slots = look_up_slots(idx + 1);
       if (box_rows > 0 && first_box % kWarpSize == 0) {
         pages = next_pages;
-        next_pages = page_of_box(first_box + kWarpSize + lane, boxes);
+        next_pages = page_of_box(first_box + kWarpSize + lane, boxes_per_block);
       }
       const int page = primitives::shfl(pages, (first_box + box) % kWarpSize);
       const int row = box * box_rows;
-      const int slot = by_engine ? (first_key + row) % page_size : 0;
-      load(keys, kernel_params.k_map, by_engine, slab, row, slot, page, places);
-      load(values, kernel_params.v_map, by_engine, slab, row, slot, page, places);
-      first_box += boxes;
+      const int slot = use_tma ? (first_key + row) % page_size : 0;
+      load(keys, kernel_params.k_map, use_tma, slab, row, slot, page, slots);
+      load(values, kernel_params.v_map, use_tma, slab, row, slot, page, slots);
+      first_box += boxes_per_block;
     }
     for (int i = 0; i < kAhead; i += 2) {
-      settle<false>(false, false);
-      settle<true>(false, false);
+      commit_stage<false>(false, false);
+      commit_stage<true>(false, false);
     }
     primitives::cp_async_wait<0>();
   }
 
  private:
-  // Where box number `box` of the walk is to be asked for. Keys and values share their pages. Of a
-  // page that the cache does not have, the copy engine makes zeros.
-  SA_DEVICE int page_of_box(int box, int boxes) const {
+  // The page to request for box number `box` of the split; keys and values share it. TMA zero-fills
+  // a page that the cache does not have.
+  SA_DEVICE int page_of_box(int box, int boxes_per_block) const {
     const int rows = kernel_params.box_rows;
-    const int idx = walk.begin + box / boxes;
-    if (idx >= walk.end) return 0;
-    const int key = walk.blocks.block(idx) * kBlockN + box % boxes * rows;
-    const bool is_seen = key < keys.sink_end || (key + rows > keys.begin && key < keys.end);
-    if (!is_seen) return static_cast<int>(kernel_params.attn.num_pages);
+    const int idx = key_blocks.begin + box / boxes_per_block;
+    if (idx >= key_blocks.end) return 0;
+    const int key = key_blocks.blocks.block(idx) * kBlockN + box % boxes_per_block * rows;
+    const bool is_visible = key < keys.sink_end || (key + rows > keys.begin && key < keys.end);
+    if (!is_visible) return static_cast<int>(kernel_params.attn.num_pages);
     const int page_size = static_cast<int>(kernel_params.attn.page_size);
     return primitives::load_global(keys.pages + key / page_size);
   }
 
   SA_DEVICE bool uses_tma(int first_key) const {
     return kernel_params.box_rows > 0 && first_key + kBlockN <= keys.end &&
-           is_between_boxes(keys.begin, first_key) && is_between_boxes(keys.sink_end, first_key);
+           is_on_box_edge(keys.begin, first_key) && is_on_box_edge(keys.sink_end, first_key);
   }
-  SA_DEVICE bool is_between_boxes(int key, int first_key) const {
+  SA_DEVICE bool is_on_box_edge(int key, int first_key) const {
     return key <= first_key || key >= first_key + kBlockN ||
            (key & (kernel_params.box_rows - 1)) == 0;
   }
 
-  // The places of block number idx's keys, where they are needed.
-  SA_DEVICE Places look_up(int idx) const {
-    Places places{};
-    if (idx >= walk.end) return places;
-    const int first_key = walk.blocks.block(idx) * kBlockN;
+  // The slots of this lane's keys of block number `idx`; zeros where the block needs none.
+  SA_DEVICE KeySlots look_up_slots(int idx) const {
+    KeySlots slots{};
+    if (idx >= key_blocks.end) return slots;
+    const int first_key = key_blocks.blocks.block(idx) * kBlockN;
     const bool has_scales =
         Storage::kUpcasts && (keys.scales != nullptr || values.scales != nullptr);
-    if (!has_scales && uses_tma(first_key)) return places;
+    if (!has_scales && uses_tma(first_key)) return slots;
     const int page_size = static_cast<int>(kernel_params.attn.page_size);
     SA_UNROLL
     for (int i = 0; i < kLaneKeys; ++i) {
       const int key = first_key + i * kWarpSize + lane;
       const int entry = key / page_size;
-      places.slot[i] = key - entry * page_size;
-      places.page[i] = -1;
+      slots.slot[i] = key - entry * page_size;
+      slots.page[i] = -1;
       if (keys.is_readable(key)) {
         const int page = primitives::load_global(keys.pages + entry);
-        if (keys.has_page(page)) places.page[i] = page;
+        if (keys.has_page(page)) slots.page[i] = page;
       }
     }
-    return places;
+    return slots;
   }
 
-  // Starts the copies of a block; of boxes, `slab`, `row`, `slot` and `page` are this lane's.
+  // Starts the loads of a block. `slab`, `row`, `slot` and `page` are of this lane's TMA box.
   template <bool kValues>
   SA_DEVICE void load(const KeySource<kValues>& source, const primitives::TensorMap& map,
-                      bool by_engine, int slab, int row, int slot, int page, const Places& places) {
+                      bool use_tma, int slab, int row, int slot, int page, const KeySlots& slots) {
     using Tile = typename Storage::template Tile<kValues>;
-    static_assert(kBlockN / 16 * Tile::kSlabs <= kWarpSize, "a lane starts one box");
-    storage.ring.wait_until_empty(at);
-    Tile& tile = storage.template tile<kValues>(at.stage);
-    primitives::Mbarrier* full = &storage.ring.full[at.stage];
-    bool has_chunks = !by_engine;
+    static_assert(kBlockN / 16 * Tile::kSlabs <= kWarpSize, "a lane loads at most one box");
+    storage.ring.wait_until_empty(state);
+    Tile& tile = storage.template tile<kValues>(state.stage);
+    primitives::Mbarrier* full = &storage.ring.full[state.stage];
+    bool has_cp_async = !use_tma;
     if constexpr (Storage::kUpcasts) {
       if (source.scales != nullptr) {
-        copy_scales(source, storage.scales[at.stage], places);
-        has_chunks = true;
+        cp_async_scales(source, storage.scales[state.stage], slots);
+        has_cp_async = true;
       }
     }
-    if (by_engine) {
-      if (!has_chunks && lane == 0) primitives::mbarrier_arrive_expect_tx(full, Tile::kBytes);
+    if (use_tma) {
+      if (!has_cp_async && lane == 0) primitives::mbarrier_arrive_expect_tx(full, Tile::kBytes);
       if (slab < Tile::kSlabs) {
         const int first[4] = {slab * (Tile::kSlabBytes / Tiles::kStoredBytes), slot, kv_head, page};
         primitives::tma_load<4>(tile.data + (slab * Tile::kRows + row) * Tile::kSlabBytes, &map,
                                 full, first);
       }
     } else {
-      copy_chunks(tile, source, places);
+      cp_async_keys(tile, source, slots);
     }
-    at.advance();
-    settle<kValues>(has_chunks, by_engine);
+    state.advance();
+    commit_stage<kValues>(has_cp_async, use_tma);
   }
 
   template <class Tile, bool kValues>
-  SA_DEVICE void copy_chunks(Tile& tile, const KeySource<kValues>& source,
-                             const Places& places) const {
+  SA_DEVICE void cp_async_keys(Tile& tile, const KeySource<kValues>& source,
+                               const KeySlots& slots) const {
     constexpr int kChunks = Tile::kChunks;
     const int row_bytes = source.dim() * Tiles::kStoredBytes;
     SA_UNROLL
     for (int i = 0; i < kLaneKeys; ++i) {
-      // Of this lane's key, in chunks from the tensor's first; they are fewer than 2^32 (entry.h).
-      const int64_t numbers =
-          places.page[i] * source.page_stride() + places.slot[i] * source.row_stride();
+      // Of this lane's key, in 16-byte vectors from the tensor's base: fewer than 2^32 (entry.h).
+      const int64_t elements =
+          slots.page[i] * source.page_stride() + slots.slot[i] * source.row_stride();
       const uint32_t offset =
-          places.page[i] < 0 ? kNowhere
-                             : static_cast<uint32_t>(numbers * Tiles::kStoredBytes / kChunkBytes);
-      // 32 rows, whose chunks the lanes take in turn.
+          slots.page[i] < 0 ? kUnreadable
+                            : static_cast<uint32_t>(elements * Tiles::kStoredBytes / kChunkBytes);
+      // The 16-byte vectors of 32 rows, one a lane at a time.
       for (int j = 0; j < kChunks; ++j) {
-        const int number = j * kWarpSize + lane;
-        const int chunk = number % kChunks;
-        const uint32_t row_offset = primitives::shfl(offset, number / kChunks);
-        const bool valid = row_offset != kNowhere && chunk * kChunkBytes < row_bytes;
+        const int idx = j * kWarpSize + lane;
+        const int chunk = idx % kChunks;
+        const uint32_t row_offset = primitives::shfl(offset, idx / kChunks);
+        const bool valid = row_offset != kUnreadable && chunk * kChunkBytes < row_bytes;
         const int64_t from = valid ? int64_t{row_offset} + chunk : 0;
-        primitives::cp_async_16(tile.chunk(i * kWarpSize + number / kChunks, chunk),
+        primitives::cp_async_16(tile.chunk(i * kWarpSize + idx / kChunks, chunk),
                                 source.base + from * kChunkBytes, valid);
       }
     }
   }
 
   template <bool kValues>
-  SA_DEVICE void copy_scales(const KeySource<kValues>& source, float* scales,
-                             const Places& places) const {
+  SA_DEVICE void cp_async_scales(const KeySource<kValues>& source, float* scales,
+                                 const KeySlots& slots) const {
     SA_UNROLL
     for (int i = 0; i < kLaneKeys; ++i) {
-      const bool valid = places.page[i] >= 0;
-      const int64_t offset = valid ? places.page[i] * source.scale_stride_page() +
-                                         places.slot[i] * source.scale_stride_slot()
+      const bool valid = slots.page[i] >= 0;
+      const int64_t offset = valid ? slots.page[i] * source.scale_stride_page() +
+                                         slots.slot[i] * source.scale_stride_slot()
                                    : 0;
       primitives::cp_async_4(scales + i * kWarpSize + lane, source.scales + offset, valid);
     }
   }
 
-  // Notes how a block is to be announced, and announces the one kAhead blocks before it, if that
-  // is still owed.
+  // Commits the latest stage's cp.async group, and signals the stage kAhead before it if that is
+  // pending. is_pending: whether the latest stage needs the deferred signal.
   template <bool kValues>
-  SA_DEVICE void settle(bool is_owed, bool by_engine) {
+  SA_DEVICE void commit_stage(bool is_pending, bool use_tma) {
     primitives::cp_async_commit();
-    owed = owed << 1 | static_cast<uint32_t>(is_owed);
-    use_tma = use_tma << 1 | static_cast<uint32_t>(by_engine);
+    pending_mask = pending_mask << 1 | static_cast<uint32_t>(is_pending);
+    tma_mask = tma_mask << 1 | static_cast<uint32_t>(use_tma);
     if (started++ < kAhead) return;
-    if ((owed >> kAhead & 1) != 0) {
-      primitives::cp_async_wait<kAhead>();
-      primitives::fence_proxy_async();  // the stage's next contents may come from the copy engine
-      primitives::sync_warp();
-      if (lane == 0) {
-        primitives::Mbarrier* full = &storage.ring.full[announce_at.stage];
-        if ((use_tma >> kAhead & 1) != 0) {
-          primitives::mbarrier_arrive_expect_tx(full, Storage::template Tile<kValues>::kBytes);
-        } else {
-          primitives::mbarrier_arrive(full);
-        }
+    if ((pending_mask >> kAhead & 1) != 0) signal_stage<kValues>();
+    signal_state.advance();
+  }
+
+  // Waits for the group of the stage kAhead before the latest, and arrives at its `full` barrier.
+  template <bool kValues>
+  SA_DEVICE void signal_stage() {
+    primitives::cp_async_wait<kAhead>();
+    primitives::fence_proxy_async();  // TMA may write the stage's next contents
+    primitives::sync_warp();
+    if (lane == 0) {
+      primitives::Mbarrier* full = &storage.ring.full[signal_state.stage];
+      if ((tma_mask >> kAhead & 1) != 0) {
+        primitives::mbarrier_arrive_expect_tx(full, Storage::template Tile<kValues>::kBytes);
+      } else {
+        primitives::mbarrier_arrive(full);
       }
     }
-    announce_at.advance();
   }
 };
 

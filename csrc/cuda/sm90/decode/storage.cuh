@@ -1,4 +1,4 @@
-// A decode block's shared memory, and which keys it walks over.
+// A decode CTA's shared memory, and the range of key blocks that it loops over.
 #pragma once
 
 #include <type_traits>
@@ -12,7 +12,7 @@
 
 namespace sink_attention::cuda::sm90 {
 
-// QElement: of the tensor cores' operands.
+// QElement: the element type of the tensor cores' operands.
 template <class QElement, class Tiles>
 struct DecodeStorage {
   static constexpr bool kUpcasts = Tiles::kStoredBytes == 1;
@@ -21,19 +21,19 @@ struct DecodeStorage {
   using VTile = StoredTile<Tiles::kBlockN, Tiles::kHeadDimV * Tiles::kStoredBytes>;
   template <bool kValues>
   using Tile = std::conditional_t<kValues, VTile, KTile>;
-  using ReductionBuffer = RowExchange<Tiles::kWarpsN, Tiles::kBlockM, Tiles::kHeadDimV>;
+  using ReductionBuffer = RowReductionBuffer<Tiles::kWarpsN, Tiles::kBlockM, Tiles::kHeadDimV>;
 
-  struct alignas(1024) Stage {  // a block of keys or of values
+  struct alignas(1024) Stage {  // one block of keys, or of values
     char bytes[Tiles::kStageBytes];
   };
-  union {  // after the last block of keys, results take the ring's place
+  union {  // the reduction buffer overlays the ring after the last block of keys
     Stage stages[Tiles::kStages];
     ReductionBuffer reduction_buffer;
   };
   QTile q;
-  // Of a stage's keys or values, where each token has a scale of its own.
+  // The scales of a stage's keys or values, where each token has its own.
   float scales[kUpcasts ? Tiles::kStages : 1][kUpcasts ? Tiles::kBlockN : 4];
-  float q_factors[kUpcasts ? Tiles::kBlockM : 4];  // what rows of q are yet to be multiplied with
+  float q_descales[kUpcasts ? Tiles::kBlockM : 4];  // undo the scaling of Q's rows (operands.cuh)
   Ring<Tiles::kStages> ring;
 
   template <bool kValues>
@@ -42,16 +42,17 @@ struct DecodeStorage {
   }
 };
 
-// Which blocks of its rows' list a thread block walks over: numbers begin to end - 1.
-struct DecodeWalk {
+// The key blocks of a CTA's split: entries [begin, end) of the rows' block list.
+struct KeyBlockRange {
   attention::BlockList<int> blocks;
   int begin;
   int end;
 };
 
-SA_DEVICE DecodeWalk decode_walk(const attention::BlockList<int>& blocks, int split,
-                                 int num_splits) {
-  const auto count = static_cast<uint32_t>(blocks.count());  // 2^25 at most: 64 keys and more each
+SA_DEVICE KeyBlockRange split_key_blocks(const attention::BlockList<int>& blocks, int split,
+                                         int num_splits) {
+  // At most 2^25 blocks, since a block has at least 64 keys.
+  const auto count = static_cast<uint32_t>(blocks.count());
   const auto first = static_cast<uint32_t>(split);
   const auto parts = static_cast<uint32_t>(num_splits);
   return {blocks, static_cast<int>(count * first / parts),

@@ -1,10 +1,9 @@
-// Rows of keys or values in shared memory as they are stored, of 16 or of 8 bits a number,
-// swizzled.
+// A tile of keys or values in shared memory as they are stored, 16 or 8 bits an element, swizzled.
 //
-// A row's 16-byte chunks lie in slabs of 128 bytes a row, or of 64 or 32 where that is what divides
-// the row, permuted as a copy engine's box of that width is (primitives/tma.h), so that a slab is
-// made of boxes. The 8 rows that ldmatrix reads at one chunk lie in different banks. A row of
-// 16-bit numbers lies as SmemTile has it.
+// A row's 16-byte vectors lie in slabs of 128 bytes a row, or of 64 or 32 where only that divides
+// the row. They are permuted as in a TMA box of that width (primitives/tma.h), so TMA writes whole
+// slabs. The 8 rows that ldmatrix reads at one vector lie in different banks. A row of 16-bit
+// elements lies as in SmemTile.
 #pragma once
 
 #include "cuda/tile/smem_tile.cuh"

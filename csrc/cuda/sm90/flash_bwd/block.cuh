@@ -1,5 +1,4 @@
-// A block of keys of the backward and the tiles of query rows that see some of it, as all of its
-// warps know them.
+// A backward CTA's block of keys, and the tiles of query rows that see some of it.
 #pragma once
 
 #include "attention/block_list.h"
@@ -30,13 +29,13 @@ struct FlashBwdBlock {
   SA_DEVICE int seqlen_q() const { return primitives::load_shared(&info.seqlen_q); }
   SA_DEVICE int seqlen_k() const { return primitives::load_shared(&info.seqlen_k); }
   SA_DEVICE int num_rows() const { return seqlen_q() * qhead_per_khead(); }
-  // A tile's first row, and how many it has.
+  // First row and number of rows of a tile.
   SA_DEVICE int first_row(int tile) const { return tile * used_rows(); }
   SA_DEVICE int rows_of(int tile) const {
     return static_cast<int>(attention::min_of(used_rows(), num_rows() - first_row(tile)));
   }
   SA_DEVICE int used_rows() const { return params.workspace.used_rows; }
-  // Of the block, those that exist; a block that has none does nothing.
+  // Keys of the block that exist. A CTA without keys does nothing.
   SA_DEVICE int num_keys() const {
     return static_cast<int>(attention::min_of(kBlockN, seqlen_k() - first_key()));
   }
@@ -47,21 +46,21 @@ struct FlashBwdBlock {
     return attention::make_mask(fwd(), seqlen_q(), seqlen_k());
   }
 
-  // By one thread.
-  SA_DEVICE void describe(FlashBwdBlockInfo& to) const {
-    const BlockPlace place = place_of_block(params.order, primitives::block_idx().x);
-    const PackGqa rows = pack_gqa(fwd(), place.batch_idx, place.kv_head);
+  // Writes the info. By one thread.
+  SA_DEVICE void init_info(FlashBwdBlockInfo& to) const {
+    const BlockCoord coord = block_coord(params.order, primitives::block_idx().x);
+    const PackGqa rows = pack_gqa(fwd(), coord.batch_idx, coord.kv_head);
     const int seqlen_q = static_cast<int>(rows.info.seqlen_q);
     const int seqlen_k = static_cast<int>(rows.info.seqlen_k);
-    const int first_key = place.rank * kBlockN;
+    const int first_key = coord.tile_idx * kBlockN;
     const attention::Range queries =
         attention::make_mask(fwd(), seqlen_q, seqlen_k)
             .visible_queries(first_key, attention::min_of(first_key + kBlockN, seqlen_k));
     const bool some = queries.begin < queries.end;
-    const int first_tile = cuda::first_tile(params.workspace, fwd(), place.batch_idx);
+    const int first_tile = cuda::first_tile(params.workspace, fwd(), coord.batch_idx);
     const int tiles_left = params.workspace.num_tiles - first_tile;
-    primitives::store_shared(&to.batch_idx, place.batch_idx);
-    primitives::store_shared(&to.kv_head, place.kv_head);
+    primitives::store_shared(&to.batch_idx, coord.batch_idx);
+    primitives::store_shared(&to.kv_head, coord.kv_head);
     primitives::store_shared(&to.first_key, first_key);
     primitives::store_shared(
         &to.sink_end,
@@ -80,7 +79,7 @@ struct FlashBwdBlock {
                    tiles_left))
              : 0);
     primitives::store_shared(&to.first_workspace_tile,
-                             place.kv_head * params.workspace.num_tiles + first_tile);
+                             coord.kv_head * params.workspace.num_tiles + first_tile);
   }
 
   SA_DEVICE int first_position(int tile) const { return first_row(tile) / qhead_per_khead(); }
@@ -88,15 +87,15 @@ struct FlashBwdBlock {
     return (first_row(tile) + rows_of(tile) - 1) / qhead_per_khead();
   }
 
-  // Whether some row of the tile may not see some key of the block. A tile's other rows need no
-  // mask: their lse is +inf.
+  // Whether some key of the block is masked for some row of the tile. Rows beyond the sequence need
+  // no mask: their lse is +inf, so P is 0.
   SA_DEVICE bool needs_mask(int tile) const {
-    const attention::Range full =
+    const attention::Range unmasked =
         mask().keys_seen_by_all(first_position(tile), last_position(tile) + 1);
-    return full.begin > first_key() || full.end < first_key() + kBlockN;
+    return unmasked.begin > first_key() || unmasked.end < first_key() + kBlockN;
   }
 
-  // Of the block's keys, those in the window of a tile's row; none where there is no such row.
+  // The block's keys in the window of a row of the tile; none for a row beyond the sequence.
   SA_DEVICE KeyRange window(int tile, int row) const {
     if (row >= rows_of(tile)) return {0, 0};
     const attention::Range keys =
@@ -105,8 +104,8 @@ struct FlashBwdBlock {
     return {static_cast<int>(keys.begin - first_key()), static_cast<int>(keys.end - first_key())};
   }
 
-  // How many blocks of keys add to the tile's dQ before this one: those that a row of it sees.
-  SA_DEVICE int turn_at(int tile) const {
+  // How many blocks of keys add to the tile's dQ before this one: those visible to a row of it.
+  SA_DEVICE int dq_semaphore_value(int tile) const {
     const attention::KeySet keys =
         mask().visible_keys(first_position(tile), last_position(tile) + 1);
     return attention::blocks_of(keys, kBlockN).index(first_key() / kBlockN);

@@ -1,30 +1,31 @@
-// A warpgroup that multiplies: dK and dV of its part of a backward block, and its part of dQ.
+// A consumer warpgroup of the backward: dK and dV of its part of the block, and its part of dQ.
 //
-// Products run beside the arithmetic that does not need them; | is the barrier of the consumers:
+// Products overlap the arithmetic that does not need them; | is the consumers' barrier:
 //
 //     products      S   dP .........  dV ...............  |  dQ   dK .............
 //     arithmetic        P = exp2(S)   dS = P (dP - delta) |       dQ to its buffer
 //
-// Where a warpgroup has 128 rows at a time, P and dS would not fit into registers twice, as numbers
-// and as operands. Then both halves of the rows take turns:
+// With 128 rows a warpgroup, registers do not hold P and dS both as floats and as operands. There
+// the rows are processed in two halves, 0 and 1:
 //
 //     products      S   dP of 0   dV of 0 ........   dP of 1   dV of 1 .  |  dQ   dK ..........
 //     arithmetic        P of 0    P of 1   dS of 0             dS of 1    |       dQ to its buffer
 //
-// The next tile's S does not start before this one is done: nvcc serialises products that run over
-// a loop's end.
+// The next tile's S starts only after this tile is done: nvcc serialises wgmma groups that are in
+// flight across a loop's end.
 //
-// Under a softcap P is rounded at once, and P times the softcap's slope takes its place, so that dS
-// needs no scores. With two halves P of 1 then comes beside dP of 1, for want of registers.
+// With a softcap P is rounded at once, and P times the softcap's slope replaces S. So dS needs no
+// scores. With two halves P of 1 is computed beside dP of 1, for lack of registers.
 //
-// dS, and P where two warpgroups share keys, pass through shared memory, and so all consumers wait
-// for each other:
+// dS goes through shared memory, and so does P where the consumers share keys. The consumers'
+// barrier protects the buffers:
 //
-//   apart    one barrier a tile, after dS. Tile j writes dS into buffer j % 2. Whoever has passed
-//            barrier j + 1 knows that all are done with dQ of tile j: they waited for it before.
-//   sharing  one barrier after P, another after dS. Whoever has passed the first of tile j + 1
-//            knows that all are done with dV, dQ and dK of tile j: dS may be overwritten, and, by
-//            tile j + 2, P's buffer j % 2.
+//   separate keys  One barrier a tile, after dS. Tile j writes dS into buffer j % 2. A warpgroup
+//                  past barrier j + 1 knows that all have finished dQ of tile j, since each waited
+//                  for that before it arrived.
+//   shared keys    One barrier after P, another after dS. A warpgroup past the first one of tile
+//                  j + 1 knows that all have finished dV, dQ and dK of tile j. So it may overwrite
+//                  dS, and by tile j + 2 P's buffer j % 2.
 #pragma once
 
 #include "cuda/sm90/flash_bwd/block.cuh"
@@ -43,10 +44,10 @@ namespace sink_attention::cuda::sm90 {
 template <class Element, class Tiles>
 struct FlashBwdConsumer {
   using Storage = FlashBwdStorage<Element, Tiles>;
-  using Scores = Accumulators<1, Tiles::kGroupRows / 8>;
-  // Of a tile's rows, those whose weights are in work at a time.
-  static constexpr int kParts = Tiles::kGroupRows > 64 ? 2 : 1;
-  static constexpr int kPartRows = Tiles::kGroupRows / kParts;
+  using Scores = Accumulators<1, Tiles::kConsumerRows / 8>;
+  // The rows of a tile are processed in kParts parts.
+  static constexpr int kParts = Tiles::kConsumerRows > 64 ? 2 : 1;
+  static constexpr int kPartRows = Tiles::kConsumerRows / kParts;
   static constexpr int kPartTiles = kPartRows / 8;
   using PartScores = Accumulators<1, kPartTiles>;
   using PartOperands = OperandsA<1, kPartTiles / 2>;
@@ -55,86 +56,89 @@ struct FlashBwdConsumer {
   const FlashBwdKernelParams& params;
   const FlashBwdBlock<Tiles> block;
   Storage& storage;
-  const int own_group;
-  Accumulators<1, Tiles::kGroupCols / 8> dk;
-  Accumulators<1, Tiles::kGroupColsV / 8> dv;
+  const int consumer_idx_;
+  Accumulators<1, Tiles::kConsumerCols / 8> dk;
+  Accumulators<1, Tiles::kConsumerColsV / 8> dv;
 
-  SA_DEVICE FlashBwdConsumer(const FlashBwdKernelParams& params, Storage& storage,
-                             int qhead_per_khead)
-      : params(params), block{params, storage.info}, storage(storage), own_group(qhead_per_khead) {}
+  SA_DEVICE FlashBwdConsumer(const FlashBwdKernelParams& params, Storage& storage, int consumer_idx)
+      : params(params),
+        block{params, storage.info},
+        storage(storage),
+        consumer_idx_(consumer_idx) {}
 
   SA_DEVICE void run() {
-    // Each stores by itself, so that no registers must agree where the branches meet.
+    // Each branch stores by itself: no registers have to agree where the branches join.
     if (block.tiles_begin() >= block.tiles_end()) {
       dk.clear();
       dv.clear();
       store_gradients();
     } else if (params.has_softcap) {
-      walk<true>();
+      run_tiles_of_block<true>();
       store_gradients();
     } else {
-      walk<false>();
+      run_tiles_of_block<false>();
       store_gradients();
     }
   }
 
  private:
-  // Anew in each step, so that no step's addresses wait in registers for the next tile.
+  // Recomputed in each step, so that addresses occupy no registers between tiles.
   SA_DEVICE static int lane() { return primitives::rematerialise_lane_idx(); }
   SA_DEVICE static int warp() {  // of the warpgroup
     return primitives::rematerialise_thread_idx() / primitives::kWarpSize % 4;
   }
-  // Of the consumers: 0 or 1. Descriptors of operands are computed from it where they are needed.
-  SA_DEVICE int qhead_per_khead() const { return primitives::optimisation_barrier(own_group); }
-  // Of the block's keys and columns, and of a tile's rows, this warpgroup's first.
+  // This warpgroup among the consumers: 0 or 1. The optimisation barrier makes operand descriptors
+  // be recomputed where they are used.
+  SA_DEVICE int consumer_idx() const { return primitives::optimisation_barrier(consumer_idx_); }
+  // This warpgroup's first key of the block, and below its first row of a tile and first columns.
   SA_DEVICE int first_key() const {
-    return Tiles::kSharesKeys ? primitives::optimisation_barrier(0) : qhead_per_khead() * 64;
+    return Tiles::kSharesKeys ? primitives::optimisation_barrier(0) : consumer_idx() * 64;
   }
-  // Of the block's keys, the lane's first; the other is 8 further.
+  // The lane's first key of the block. Its other key is 8 further.
   SA_DEVICE int lane_key() const { return first_key() + 16 * warp() + accumulator_row(lane(), 0); }
   SA_DEVICE int first_row() const {
-    return Tiles::kSharesKeys ? qhead_per_khead() * Tiles::kGroupRows : 0;
+    return Tiles::kSharesKeys ? consumer_idx() * Tiles::kConsumerRows : 0;
   }
   SA_DEVICE int first_col() const {
-    return Tiles::kSharesKeys ? qhead_per_khead() * Tiles::kGroupCols : 0;
+    return Tiles::kSharesKeys ? consumer_idx() * Tiles::kConsumerCols : 0;
   }
   SA_DEVICE int first_col_v() const {
-    return Tiles::kSharesKeys ? qhead_per_khead() * Tiles::kGroupColsV : 0;
+    return Tiles::kSharesKeys ? consumer_idx() * Tiles::kConsumerColsV : 0;
   }
 
   template <bool kSoftcap>
-  SA_DEVICE void walk() {
+  SA_DEVICE void run_tiles_of_block() {
     if constexpr (Tiles::kDividesDqRows) {
-      walk_tiles<kSoftcap, Tiles::kDqCols0>(64 * own_group, 0);
+      run_tiles<kSoftcap, Tiles::kDqCols0>(64 * consumer_idx_, 0);
     } else if constexpr (Tiles::kDqCols0 == Tiles::kDqCols1) {
-      walk_tiles<kSoftcap, Tiles::kDqCols0>(0, Tiles::kDqCols0 * own_group);
-    } else if (own_group == 0) {
-      walk_tiles<kSoftcap, Tiles::kDqCols0>(0, 0);
+      run_tiles<kSoftcap, Tiles::kDqCols0>(0, Tiles::kDqCols0 * consumer_idx_);
+    } else if (consumer_idx_ == 0) {
+      run_tiles<kSoftcap, Tiles::kDqCols0>(0, 0);
     } else {
-      walk_tiles<kSoftcap, Tiles::kDqCols1>(0, Tiles::kDqCols0);
+      run_tiles<kSoftcap, Tiles::kDqCols1>(0, Tiles::kDqCols0);
     }
   }
 
   // This warpgroup's part of dQ is 64 rows x kDqCols.
   template <bool kSoftcap, int kDqCols>
-  SA_DEVICE void walk_tiles(int dq_row, int dq_col) {
+  SA_DEVICE void run_tiles(int dq_row, int dq_col) {
     const int tiles = block.tiles_end() - block.tiles_begin();
     primitives::mbarrier_wait(&storage.k_full, 0);
     primitives::mbarrier_wait(&storage.v_full, 0);
-    for (int i = 0; i < tiles; ++i) add_tile<kSoftcap, kDqCols>(i, dq_row, dq_col);
+    for (int i = 0; i < tiles; ++i) process_tile<kSoftcap, kDqCols>(i, dq_row, dq_col);
   }
 
-  // The i-th tile that is visited.
+  // Processes the i-th visited tile.
   template <bool kSoftcap, int kDqCols>
-  SA_DEVICE void add_tile(int i, int dq_row, int dq_col) {
+  SA_DEVICE void process_tile(int i, int dq_row, int dq_col) {
     const int stage = primitives::optimisation_barrier(i % Tiles::kStages);
     Scores s;
     PartScores dp[kParts];
-    storage.q_ring.wait_until_full(place<Tiles::kStages>(i));
+    storage.q_ring.wait_until_full(pipeline_state<Tiles::kStages>(i));
     primitives::warpgroup_arrive();
     start_abt(s, storage.k, first_key(), storage.q[stage].tile, first_row(), false);
     primitives::wgmma_commit();
-    storage.dout_ring.wait_until_full(place<Tiles::kStages>(i));
+    storage.dout_ring.wait_until_full(pipeline_state<Tiles::kStages>(i));
     start_dp<0>(dp[0], stage);
 
     PartOperands p[kParts];
@@ -143,7 +147,7 @@ struct FlashBwdConsumer {
     primitives::wgmma_wait<1>();
     primitives::warpgroup_fence_operand(s.c[0]);
     recompute_p<kSoftcap, 0>(s, p[0], stage, masked);
-    start_values<0>(p, stage, i);
+    start_dv<0>(p, stage, i);
     if constexpr (kParts == 2 && !kSoftcap) recompute_p<kSoftcap, 1>(s, p[1], stage, masked);
     primitives::wgmma_wait<1>();
     differentiate<0>(s, dp[0], stage, masked);
@@ -151,7 +155,7 @@ struct FlashBwdConsumer {
     if constexpr (kParts == 2) {
       start_dp<1>(dp[1], stage);
       if constexpr (kSoftcap) recompute_p<kSoftcap, 1>(s, p[1], stage, masked);
-      start_values<1>(p, stage, i);
+      start_dv<1>(p, stage, i);
       primitives::wgmma_wait<1>();
       differentiate<1>(s, dp[1], stage, masked);
       to_operands<Element>(dp[1], ds[1].a[0]);
@@ -184,7 +188,7 @@ struct FlashBwdConsumer {
     release(storage.q_ring, stage);
   }
 
-  // Steps of the kPart'th part of a tile's rows.
+  // The steps of part kPart of a tile's rows follow.
 
   template <int kPart>
   SA_DEVICE int part_row() const {
@@ -198,7 +202,7 @@ struct FlashBwdConsumer {
     primitives::wgmma_commit();
   }
 
-  // P as operands; in place the slopes that differentiate() takes.
+  // Computes P as operands, and replaces S by the slopes that differentiate() takes.
   template <bool kSoftcap, int kPart>
   SA_DEVICE void recompute_p(Scores& s, PartOperands& p, int stage, bool masked) const {
     constexpr int kFirst = kPart * kPartTiles;
@@ -208,15 +212,15 @@ struct FlashBwdConsumer {
     if constexpr (kSoftcap) {
       SA_UNROLL
       for (int k = 0; k < kPartTiles / 2; ++k) {
-        Accumulators<1, 2> weights;
-        to_softcap_probabilities(s, kFirst + 2 * k, weights, lse_log2 + 16 * k,
+        Accumulators<1, 2> probabilities;
+        to_softcap_probabilities(s, kFirst + 2 * k, probabilities, lse_log2 + 16 * k,
                                  params.softmax_scale_log2, params.to_tanh, lane());
-        if (masked) hide_unseen<0, 2>(weights, window + 16 * k);
-        to_operand_a<Element>(weights, 0, 0, p.a[0][k]);
+        if (masked) zero_masked_keys<0, 2>(probabilities, window + 16 * k);
+        to_operand_a<Element>(probabilities, 0, 0, p.a[0][k]);
       }
     } else {
-      to_weights<kFirst, kPartTiles>(s, lse_log2, params.softmax_scale_log2, lane());
-      if (masked) hide_unseen<kFirst, kPartTiles>(s, window);
+      to_probabilities<kFirst, kPartTiles>(s, lse_log2, params.softmax_scale_log2, lane());
+      if (masked) zero_masked_keys<kFirst, kPartTiles>(s, window);
       SA_UNROLL
       for (int k = 0; k < kPartTiles / 2; ++k) {
         to_operand_a<Element>(s, 0, kFirst / 2 + k, p.a[0][k]);
@@ -229,17 +233,17 @@ struct FlashBwdConsumer {
     const int row = part_row<kPart>();
     primitives::warpgroup_fence_operand(dp.c[0]);
     to_gradients<kPart * kPartTiles>(slopes, dp, storage.delta[stage] + row, lane());
-    if (masked) hide_unseen<0, kPartTiles>(dp, storage.window[stage] + row);
+    if (masked) zero_masked_keys<0, kPartTiles>(dp, storage.window[stage] + row);
   }
 
   template <int kFirst, int kTilesN, class AnyScores>
-  SA_DEVICE void hide_unseen(AnyScores& numbers, const KeyRange* window) const {
-    hide<kFirst, kTilesN>(numbers, window, block.sink_end(), lane_key(), lane());
+  SA_DEVICE void zero_masked_keys(AnyScores& elements, const KeyRange* window) const {
+    zero_masked<kFirst, kTilesN>(elements, window, block.sink_end(), lane_key(), lane());
   }
 
-  // dV += P^T dO, of which P^T stays in `p` or goes through shared memory.
+  // Starts dV += P^T dO. P^T is in `p`, or goes through shared memory.
   template <int kPart>
-  SA_DEVICE void start_values(PartOperands (&p)[kParts], int stage, int i) {
+  SA_DEVICE void start_dv(PartOperands (&p)[kParts], int stage, int i) {
     const auto& dout = storage.dout[stage].tile;
     if constexpr (Tiles::kSharesKeys) {
       auto& p_tile = storage.scores[Storage::kTilesDs + i % 2].tile;
@@ -253,7 +257,7 @@ struct FlashBwdConsumer {
     primitives::wgmma_commit();
   }
 
-  // Writes this warpgroup's part of a tile of scores; after it all of the tile is there.
+  // Stores this warpgroup's part of P or dS. After its barrier the tile is complete.
   SA_DEVICE void store_scores(PartOperands (&parts)[kParts],
                               typename Storage::ScoreTile& tile) const {
     SA_UNROLL
@@ -265,10 +269,10 @@ struct FlashBwdConsumer {
     primitives::sync_named(kBarrier, Tiles::kConsumerThreads);
   }
 
-  // Numbers of neighbouring lanes are neighbours (bwd_workspace.h).
+  // Stores dQ in fragment order: elements of adjacent lanes are adjacent (bwd_workspace.h).
   template <int kTilesN>
   SA_DEVICE void store_dq(const Accumulators<1, kTilesN>& dq, int row, int col, int i) {
-    storage.dq_ring.wait_until_empty(place<1>(i));
+    storage.dq_ring.wait_until_empty(pipeline_state<1>(i));
     const int fragment = (row / 16 + warp()) * (Tiles::kHeadDim / 8) + col / 8;
     float* to = storage.dq + fragment * 128 + lane();
     SA_UNROLL
@@ -283,7 +287,7 @@ struct FlashBwdConsumer {
     if (lane() == 0) primitives::mbarrier_arrive(&storage.dq_ring.full[0]);
   }
 
-  // The warp is done with a stage.
+  // Frees a stage that the warp has read.
   SA_DEVICE void release(Ring<Tiles::kStages>& ring, int stage) const {
     primitives::sync_warp();
     if (lane() == 0) primitives::mbarrier_arrive(&ring.empty[stage]);

@@ -1,10 +1,10 @@
-// Scores and their gradients into P and dS, in place.
+// The backward's softmax: S to P, and dP to dS, in place.
 //
 //   P  = exp2(S softmax_scale_log2 - lse_log2)
-//   dS = P (dP - delta)                 times 1 - tanh^2 under a softcap: a slope of P for each
+//   dS = P (dP - delta)                 under a softcap times its slope, 1 - tanh^2
 //
 // All are transposed: the accumulators' rows are keys, their columns rows of the tile of queries.
-// lse_log2, delta and window are shared memory's, from the part's first row on.
+// lse_log2, delta and window point to shared memory, at the part's first row.
 #pragma once
 
 #include "cuda/sm90/flash_bwd/storage.cuh"
@@ -15,38 +15,40 @@
 
 namespace sink_attention::cuda::sm90 {
 
-// Two neighbouring columns' numbers.
-SA_DEVICE void load_pair(const float* numbers, int col, float (&pair)[2]) {
+// Loads the elements of two adjacent columns.
+SA_DEVICE void load_pair(const float* elements, int col, float (&pair)[2]) {
   const auto both =
-      primitives::load_shared(reinterpret_cast<const primitives::Float2*>(numbers + col));
+      primitives::load_shared(reinterpret_cast<const primitives::Float2*>(elements + col));
   pair[0] = both.x;
   pair[1] = both.y;
 }
 
-// No weight exceeds 1. Where logits are so large that lse's rounding is a power of two or more,
-// this keeps the gradients finite; a NaN passes.
-SA_DEVICE float weight_of(float score, float softmax_scale_log2, float lse_log2) {
+// P = exp2(score * softmax_scale_log2 - lse_log2), at most 1. The bound keeps gradients finite
+// where logits are so large that lse is rounded by 1 or more in base 2. A NaN passes.
+SA_DEVICE float probability(float score, float softmax_scale_log2, float lse_log2) {
   const float exponent = score * softmax_scale_log2 - lse_log2;
   return primitives::exp2_approx(exponent > 0.0f ? 0.0f : exponent);
 }
 
-// A part of the rows at a time: kTilesN accumulators, of S and P from kFirst on.
+// These convert a part of the rows: kTilesN accumulator tiles, in S and P from tile kFirst on.
 
+// S to P in place.
 template <int kFirst, int kTilesN, int kTilesS>
-SA_DEVICE void to_weights(Accumulators<1, kTilesS>& s, const float* lse_log2,
-                          float softmax_scale_log2, int lane) {
+SA_DEVICE void to_probabilities(Accumulators<1, kTilesS>& s, const float* lse_log2,
+                                float softmax_scale_log2, int lane) {
   SA_UNROLL
   for (int n = 0; n < kTilesN; ++n) {
     float lse[2];
     load_pair(lse_log2, 8 * n + accumulator_col(lane, 0), lse);
     SA_UNROLL
     for (int reg = 0; reg < 4; ++reg) {
-      float& number = s.c[0][kFirst + n][reg];
-      number = weight_of(number, softmax_scale_log2, lse[reg % 2]);
+      float& element = s.c[0][kFirst + n][reg];
+      element = probability(element, softmax_scale_log2, lse[reg % 2]);
     }
   }
 }
 
+// dP to dS in place. slopes: P, with a softcap times its slope.
 template <int kFirst, int kTilesN, int kTilesS>
 SA_DEVICE void to_gradients(const Accumulators<1, kTilesS>& slopes, Accumulators<1, kTilesN>& dp,
                             const float* delta, int lane) {
@@ -56,16 +58,17 @@ SA_DEVICE void to_gradients(const Accumulators<1, kTilesS>& slopes, Accumulators
     load_pair(delta, 8 * n + accumulator_col(lane, 0), row_delta);
     SA_UNROLL
     for (int reg = 0; reg < 4; ++reg) {
-      float& number = dp.c[0][n][reg];
-      number = slopes.c[0][kFirst + n][reg] * (number - row_delta[reg % 2]);
+      float& element = dp.c[0][n][reg];
+      element = slopes.c[0][kFirst + n][reg] * (element - row_delta[reg % 2]);
     }
   }
 }
 
-// Under a softcap, two accumulators from `first` on: P, and in place of S the slope.
+// With a softcap, of two accumulator tiles from `first` on: S to P in `p`, and to P times the
+// softcap's slope in place.
 template <int kTilesS>
 SA_DEVICE void to_softcap_probabilities(Accumulators<1, kTilesS>& s, int first,
-                                        Accumulators<1, 2>& weights, const float* lse_log2,
+                                        Accumulators<1, 2>& p, const float* lse_log2,
                                         float softmax_scale_log2, float to_tanh, int lane) {
   SA_UNROLL
   for (int n = 0; n < 2; ++n) {
@@ -73,31 +76,32 @@ SA_DEVICE void to_softcap_probabilities(Accumulators<1, kTilesS>& s, int first,
     load_pair(lse_log2, 8 * n + accumulator_col(lane, 0), lse);
     SA_UNROLL
     for (int reg = 0; reg < 4; ++reg) {
-      float& number = s.c[0][first + n][reg];
-      const float score = tanh_by_exp2(number * to_tanh);
-      const float weight = weight_of(score, softmax_scale_log2, lse[reg % 2]);
-      weights.c[0][n][reg] = weight;
-      number = weight * (1.0f - score * score);
+      float& element = s.c[0][first + n][reg];
+      const float score = tanh_by_exp2(element * to_tanh);
+      const float p_value = probability(score, softmax_scale_log2, lse[reg % 2]);
+      p.c[0][n][reg] = p_value;
+      element = p_value * (1.0f - score * score);
     }
   }
 }
 
-// Makes the numbers of keys that a row does not see 0, whatever they are. The lane's first key is
-// the block's `key`; those before sink_end are sink tokens.
+// Zeroes the elements of masked keys, which may be NaN. `key`: the lane's first key, counted within
+// the block. Keys before sink_end are sink tokens.
 template <int kFirst, int kTilesN, int kTilesS>
-SA_DEVICE void hide(Accumulators<1, kTilesS>& numbers, const KeyRange* window, int sink_end,
-                    int key, int lane) {
+SA_DEVICE void zero_masked(Accumulators<1, kTilesS>& elements, const KeyRange* window, int sink_end,
+                           int key, int lane) {
   SA_UNROLL
   for (int n = 0; n < kTilesN; ++n) {
     SA_UNROLL
     for (int i = 0; i < 2; ++i) {
-      const KeyRange seen = primitives::load_shared(window + 8 * n + accumulator_col(lane, 0) + i);
+      const KeyRange window_keys =
+          primitives::load_shared(window + 8 * n + accumulator_col(lane, 0) + i);
       SA_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int at = key + 8 * half;
-        const bool visible = (seen.begin <= at || at < sink_end) && at < seen.end;
-        float& number = numbers.c[0][kFirst + n][2 * half + i];
-        number = visible ? number : 0.0f;
+        const bool visible = (window_keys.begin <= at || at < sink_end) && at < window_keys.end;
+        float& element = elements.c[0][kFirst + n][2 * half + i];
+        element = visible ? element : 0.0f;
       }
     }
   }

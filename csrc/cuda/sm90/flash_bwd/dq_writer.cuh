@@ -1,6 +1,8 @@
-// The thread that adds a backward block's dQ, tile after tile, to the accumulator that all blocks
-// share; in the order of the blocks of keys if turns are kept. A block only waits for those of its
-// sequence and kv head before it, which have a lower index and started earlier (params.h).
+// The dQ writer: one thread that adds each tile's dQ to the accumulator that all CTAs share.
+//
+// With deterministic=True the dQ semaphore orders the additions of a tile by block of keys. A CTA
+// waits only for earlier blocks of its sequence and kv head. These have lower CTA indices and
+// started earlier (device/block_order.h).
 #pragma once
 
 #include "cuda/sm90/flash_bwd/block.cuh"
@@ -21,34 +23,34 @@ struct FlashBwdDqWriter {
   Storage& storage;
 
   SA_DEVICE void run() {
-    typename Ring<1>::Place at;
+    typename Ring<1>::PipelineState state;
     for (int tile = block.tiles_end() - 1; tile >= block.tiles_begin(); --tile) {
-      storage.dq_ring.wait_until_full(at);
+      storage.dq_ring.wait_until_full(state);
       add(tile);
-      at.advance();
+      state.advance();
     }
     primitives::bulk_wait<0>();
   }
 
  private:
   SA_DEVICE void add(int tile) {
-    const int64_t at = block.workspace_tile(tile);
-    int* turns = params.workspace.turns;
-    const int mine = turns == nullptr ? 0 : block.turn_at(tile);
-    if (turns != nullptr) {
-      primitives::semaphore_wait(turns + at, mine);
+    const int64_t workspace_tile = block.workspace_tile(tile);
+    int* dq_semaphores = params.workspace.dq_semaphores;
+    const int own_value = dq_semaphores == nullptr ? 0 : block.dq_semaphore_value(tile);
+    if (dq_semaphores != nullptr) {
+      primitives::semaphore_wait(dq_semaphores + workspace_tile, own_value);
       primitives::fence_proxy_async_global();
     }
-    // Fragments of 16 rows follow each other; those without a row hold zeros.
+    // The accumulator consists of fragments of 16 rows. Fragments beyond the sequence hold zeros.
     const int rows = (block.rows_of(tile) + 15) / 16 * 16;
-    primitives::bulk_reduce_add(params.workspace.dq + at * kTileFloats, storage.dq,
+    primitives::bulk_reduce_add(params.workspace.dq + workspace_tile * kTileFloats, storage.dq,
                                 rows * Tiles::kHeadDim * static_cast<int>(sizeof(float)));
     primitives::bulk_commit();
     primitives::bulk_wait_read<0>();
     primitives::mbarrier_arrive(&storage.dq_ring.empty[0]);
-    if (turns == nullptr) return;
-    primitives::bulk_wait<0>();  // added: the next block may
-    primitives::semaphore_release(turns + at, mine + 1);
+    if (dq_semaphores == nullptr) return;
+    primitives::bulk_wait<0>();  // the sums are visible before the next block adds
+    primitives::semaphore_release(dq_semaphores + workspace_tile, own_value + 1);
   }
 };
 

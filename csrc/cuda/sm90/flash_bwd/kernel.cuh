@@ -1,19 +1,21 @@
-// The backward of one block of keys of one kv head on Hopper: dK and dV of the block, summed over
-// the tiles of query rows that see some of it; each tile's dQ is added to a float32 accumulator
-// that all blocks share.
+// The backward on Hopper. A CTA has one block of keys of one kv head. It computes the block's dK
+// and dV, summed over the tiles of query rows that see some of its keys. Each tile's dQ is added to
+// a float32 accumulator that all CTAs share.
 //
-//   S^T  = K Q^T        P  = exp2(S softmax_scale_log2 - lse_log2)          keys are the products' rows, so
-//   dP^T = V dO^T       dS = P (dP - delta) (softcap's slope)    that P^T and dS^T are operands A
-//   dV  += P^T dO       dK += dS^T Q         dQ += dS K          (softmax_scale comes at the end)
+//   S^T  = K Q^T        P  = exp2(S softmax_scale_log2 - lse_log2)
+//   dP^T = V dO^T       dS = P (dP - delta)        times the softcap's slope
+//   dV  += P^T dO       dK += dS^T Q               softmax_scale is applied at the end
+//   dQ  += dS K
 //
-// Rows are (position, head of the group) pairs (pack_gqa.cuh), so the sum over a kv head's query
-// heads is part of the products. Which block of keys a thread block has: params.h. Tiles are taken
-// from the last to the first, by three kinds of warps that go on in their own pace:
+// The products' rows are keys, so P^T and dS^T are operands A as they lie in registers. Tile rows
+// are PackGQA rows (pack_gqa.cuh), so the sum over the query heads of a kv head is part of the
+// products. params.h says which block of keys a CTA has. Tiles are visited from the last to the
+// first. Three kinds of warps proceed independently:
 //
-//   loaders    2 warps       K, then Q and lse of each tile, as the ring has room; V, then dO and
-//                            delta
-//   consumers  2 warpgroups  the products, and all between them (consumer.cuh)
-//   dQ writer  one thread    adds what consumers leave of dQ in shared memory
+//   loaders    2 warps       one loads K, then Q and lse of each tile; the other loads V, then dO
+//                            and delta; each as far ahead as its ring has room
+//   consumers  2 warpgroups  the products and all between them (consumer.cuh)
+//   dQ writer  1 thread      adds each dQ that the consumers store in shared memory (dq_writer.cuh)
 #pragma once
 
 #include "cuda/sm90/flash_bwd/block.cuh"
@@ -33,18 +35,19 @@ struct FlashBwdKernel {
     static constexpr int kMinBlocks = 1;
     static constexpr int kSharedBytes = static_cast<int>(sizeof(Storage));
   };
-  static_assert(Config::kSharedBytes <= 227 * 1024, "what a block may have");
+  static_assert(Config::kSharedBytes <= 227 * 1024,
+                "shared memory of a CTA on compute capability 9.0");
 
   static SA_DEVICE void run(const Params& params, char* shared) {
     Storage& storage = *reinterpret_cast<Storage*>(shared);
     const FlashBwdBlock<Tiles> block{params, storage.info};
     const int warp = primitives::warp_idx();
     if (primitives::thread_idx() == 0) {
-      block.describe(storage.info);
+      block.init_info(storage.info);
       init_barriers(storage);
     }
     if (primitives::thread_idx() == primitives::kWarpSize) prefetch_maps(params);
-    primitives::sync_threads();  // all threads know the block, and may use its barriers
+    primitives::sync_threads();  // the info and the barriers are initialised
     if (block.num_keys() <= 0) return;
     const int warpgroup = primitives::warpgroup_idx();
     if (warpgroup > 0) {
@@ -75,8 +78,8 @@ struct FlashBwdKernel {
     storage.dq_ring.init(Tiles::kConsumerWarps, 1);
     primitives::mbarrier_init(&storage.k_full, kLoadArrivals);
     primitives::mbarrier_init(&storage.v_full, kLoadArrivals);
-    primitives::mbarrier_init(&storage.q_landed, 1);
-    primitives::mbarrier_init(&storage.dout_landed, 1);
+    primitives::mbarrier_init(&storage.q_tail_full, 1);
+    primitives::mbarrier_init(&storage.dout_tail_full, 1);
     primitives::fence_mbarrier_init();
   }
 };

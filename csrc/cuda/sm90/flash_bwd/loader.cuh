@@ -1,14 +1,13 @@
-// The warps that bring a backward block its keys, and tile after tile of queries: one K and Q, the
-// other V and dO.
+// The loader warps of the backward: one loads K and each tile's Q, the other V and each tile's dO.
 //
-// A tile's rows are one box a slab where the heads of whole positions fill it well enough
-// (rows_of_whole_positions); the rows that are left are zeros from the start, and no box reaches
-// them. Other groups' rows are copied chunk by chunk.
+// A tile's rows are one TMA box a slab where whole positions fill it well enough
+// (rows_of_whole_positions). The remaining rows are zeroed once, at the start; no box reaches them.
+// Otherwise rows are copied by cp.async, 16 bytes at a time.
 //
-// Rows beyond the sequence must not reach a product, whatever they hold. Where there is nothing
-// beyond it, TMA writes zeros. Where other sequences follow, the last tile arrives with rows of
-// theirs, and the warp writes zeros over them before it announces the tile. Tiles are taken from
-// the last to the first, so that happens once.
+// Rows beyond the sequence may hold garbage, which must not reach a product. If the tensor ends
+// there, TMA zero-fills. If another packed sequence follows, the last tile comes with rows of that
+// sequence. The warp overwrites them with zeros before it arrives at the tile's `full` barrier.
+// Tiles are visited from the last to the first, so this happens once.
 #pragma once
 
 #include <type_traits>
@@ -24,7 +23,7 @@
 
 namespace sink_attention::cuda::sm90 {
 
-// At the `full` barrier of a tile: one that says how many bytes come, one when all else is there.
+// Arrivals at a tile's `full` barrier: one with the expected bytes, one when all else is written.
 constexpr int kTileArrivals = 2;
 
 template <class Element, class Tiles, bool kDout>
@@ -38,10 +37,10 @@ struct FlashBwdLoader {
   const Block block;
   Storage& storage;
 
-  // All lanes of the warp call. The consumers wait for all copies that are started here.
+  // All lanes of the warp call. The consumers wait for all loads that start here.
   SA_DEVICE void run() {
     load_keys_of_block();
-    if (has_boxes()) {
+    if (uses_tma()) {
       SA_ROLLED
       for (int stage = 0; stage < Tiles::kStages; ++stage) {
         zero_rows(rows(stage), block.used_rows(), kBlockM);
@@ -49,7 +48,7 @@ struct FlashBwdLoader {
     }
     SA_ROLLED
     for (int i = 0; i < block.tiles_end() - block.tiles_begin(); ++i) {
-      ring().wait_until_empty(place<Tiles::kStages>(i));
+      ring().wait_until_empty(pipeline_state<Tiles::kStages>(i));
       load_tile(block.tiles_end() - 1 - i, i % Tiles::kStages);
     }
   }
@@ -69,7 +68,7 @@ struct FlashBwdLoader {
     else
       return storage.q[stage].tile;
   }
-  SA_DEVICE bool has_boxes() const { return kDout ? params.has_dout_map : params.has_q_map; }
+  SA_DEVICE bool uses_tma() const { return kDout ? params.has_dout_map : params.has_q_map; }
   SA_DEVICE auto& keys() const {
     if constexpr (kDout)
       return storage.v;
@@ -84,59 +83,59 @@ struct FlashBwdLoader {
     const attention::KeySet all{0, {0, info.seqlen_k}};
     const auto source =
         key_source<kDout>(block.fwd(), block.batch_idx(), block.kv_head(), info, all);
-    load_keys(
-        keys(), source,
-        key_boxes(source, has_map ? map : nullptr, Tiles::kBlockN, static_cast<int>(info.k_row),
-                  static_cast<int>(info.k_batch), block.kv_head()),
-        block.first_key(), kDout ? &storage.v_full : &storage.k_full, lane());
+    load_keys(keys(), source,
+              tma_key_source(source, has_map ? map : nullptr, Tiles::kBlockN,
+                             static_cast<int>(info.k_row), static_cast<int>(info.k_batch),
+                             block.kv_head()),
+              block.first_key(), kDout ? &storage.v_full : &storage.k_full, lane());
   }
 
-  // With the rows' lse or delta; with Q what they see of the block.
+  // Loads a tile and its rows' delta (dO), or lse and windows of keys (Q).
   SA_DEVICE void load_tile(int tile, int stage) const {
     using Tile = std::remove_reference_t<decltype(rows(0))>;
     constexpr int kRowBytes = Tile::kCols * static_cast<int>(sizeof(Element));
     Tile& to = rows(stage);
     primitives::Mbarrier* full = &ring().full[stage];
-    const bool boxes = has_boxes();
-    const bool with_others =
-        boxes && block.fwd().cu_seqlens_q != nullptr && block.rows_of(tile) < block.used_rows();
-    primitives::Mbarrier* landed = kDout ? &storage.dout_landed : &storage.q_landed;
+    const bool use_tma = uses_tma();
+    const bool has_foreign_rows =
+        use_tma && block.fwd().cu_seqlens_q != nullptr && block.rows_of(tile) < block.used_rows();
+    primitives::Mbarrier* tail_full = kDout ? &storage.dout_tail_full : &storage.q_tail_full;
     if (lane() == 0) {
       const int tile_bytes = block.used_rows() * kRowBytes;
-      primitives::mbarrier_arrive_expect_tx(full,
-                                            kFloatBytes + (boxes && !with_others ? tile_bytes : 0));
+      primitives::mbarrier_arrive_expect_tx(
+          full, kFloatBytes + (use_tma && !has_foreign_rows ? tile_bytes : 0));
       primitives::bulk_load(kDout ? storage.delta[stage] : storage.lse_log2[stage],
                             (kDout ? params.workspace.delta : params.workspace.lse_log2) +
                                 block.workspace_tile(tile) * kBlockM,
                             kFloatBytes, full);
-      if (with_others) primitives::mbarrier_arrive_expect_tx(landed, tile_bytes);
+      if (has_foreign_rows) primitives::mbarrier_arrive_expect_tx(tail_full, tile_bytes);
     }
-    if (boxes) {
+    if (use_tma) {
       if (lane() < kSlabs<Tile>) {
         const bool packed = block.fwd().cu_seqlens_q != nullptr;
         primitives::tma_load<5>(
             to.data + lane() * kBlockM * Tile::kSlabCols, kDout ? &params.dout_map : &params.q_map,
-            with_others ? landed : full,
+            has_foreign_rows ? tail_full : full,
             {lane() * Tile::kSlabCols, 0, block.q_row() + block.first_position(tile),
              block.kv_head(), packed ? 0 : block.batch_idx()});
       }
     } else {
       copy_tile(to, tile);
     }
-    if constexpr (!kDout) describe_rows(tile, stage);
-    if (!boxes) {
+    if constexpr (!kDout) store_windows(tile, stage);
+    if (!use_tma) {
       primitives::cp_async_wait<0>();
       primitives::fence_proxy_async();
-    } else if (with_others) {
-      primitives::mbarrier_wait(landed, 0);
+    } else if (has_foreign_rows) {
+      primitives::mbarrier_wait(tail_full, 0);
       zero_rows(to, block.rows_of(tile), block.used_rows());
     }
     primitives::sync_warp();
     if (lane() == 0) primitives::mbarrier_arrive(full);
   }
 
-  // While the copies are under way.
-  SA_DEVICE void describe_rows(int tile, int stage) const {
+  // Stores whether the tile needs a mask, and if so its rows' windows. Overlaps the loads.
+  SA_DEVICE void store_windows(int tile, int stage) const {
     const int masked = block.needs_mask(tile);
     if (masked) {
       SA_ROLLED
@@ -160,17 +159,17 @@ struct FlashBwdLoader {
                            int64_t{block.kv_head()} * block.qhead_per_khead() * stride_head;
     const int num_rows = block.rows_of(tile);
     const int first_row = block.first_row(tile);
-    copy_rows(to, static_cast<int>(kDout ? fwd.head_dim_v : fwd.head_dim), lane(),
-              [&](int row) -> const Element* {
-                const int position = (first_row + row) / block.qhead_per_khead();
-                const int head = first_row + row - position * block.qhead_per_khead();
-                return row < num_rows ? first + position * stride_row + head * stride_head
-                                      : nullptr;
-              });
+    cp_async_rows(to, static_cast<int>(kDout ? fwd.head_dim_v : fwd.head_dim), lane(),
+                  [&](int row) -> const Element* {
+                    const int position = (first_row + row) / block.qhead_per_khead();
+                    const int head = first_row + row - position * block.qhead_per_khead();
+                    return row < num_rows ? first + position * stride_row + head * stride_head
+                                          : nullptr;
+                  });
     primitives::cp_async_commit();
   }
 
-  // Rows [begin, end), before the warp announces the tile to products.
+  // Zeroes rows [begin, end), before the warp arrives at the `full` barrier.
   template <class Tile>
   SA_DEVICE void zero_rows(Tile& tile, int begin, int end) const {
     SA_ROLLED

@@ -1,5 +1,4 @@
-// What a backward kernel is given beside the problem itself, and its entries, one for each head_dim
-// class; hdim*.cu hold one each.
+// The backward kernel's parameters.
 #pragma once
 
 #include "attention/params.h"
@@ -12,7 +11,7 @@ namespace sink_attention::cuda::sm90 {
 struct FlashBwdKernelParams {
   attention::FlashBwdParams bwd;
   BwdWorkspace workspace;
-  // Of the head-dim bucket's boxes (tensor_maps.h); where has_..._map is false there is none.
+  // Maps of the head-dim bucket's TMA boxes (tensor_maps.h); set where has_..._map is true.
   primitives::TensorMap q_map;
   primitives::TensorMap dout_map;
   primitives::TensorMap k_map;
@@ -21,10 +20,10 @@ struct FlashBwdKernelParams {
   bool has_dout_map;
   bool has_k_map;
   bool has_v_map;
-  BlockOrder order;     // of blocks of keys: a block's rank is its number
+  BlockOrder order;     // of blocks of keys
   int qhead_per_khead;  // num_heads_q / num_heads_kv
-  // A score becomes a logit in base 2 by softmax_scale_log2; with a softcap it is first tanh(score * to_tanh),
-  // and softmax_scale_log2 is then of the cap.
+  // The logit in base 2 is score * softmax_scale_log2. With a softcap it is
+  // tanh(score * to_tanh) * softmax_scale_log2, where softmax_scale_log2 is softcap * log2 e.
   float softmax_scale_log2;
   float to_tanh;
   bool has_softcap;

@@ -1,4 +1,4 @@
-// The shared memory of a backward block.
+// The shared memory of a backward CTA.
 #pragma once
 
 #include "cuda/sm90/flash_bwd/config.h"
@@ -8,29 +8,29 @@
 
 namespace sink_attention::cuda::sm90 {
 
-struct alignas(8) KeyRange {  // of a block's keys, those in a row's window
+struct alignas(8) KeyRange {  // the block's keys in a row's window: [begin, end)
   int begin;
   int end;
 };
 
-// Where the i-th tile that is visited lies in a ring.
+// The ring state of the i-th visited tile.
 template <int kStages>
-SA_DEVICE typename Ring<kStages>::Place place(int i) {
+SA_DEVICE typename Ring<kStages>::PipelineState pipeline_state(int i) {
   return {i % kStages, i / kStages % 2};
 }
 
-// What all warps know of the block, written by one thread before the others start.
+// The CTA's block of keys. One thread writes it before the warps start.
 struct FlashBwdBlockInfo {
   int batch_idx;
   int kv_head;
   int first_key;
-  int sink_end;  // of the block's keys, those before it are sink tokens
-  int q_row;     // of q's rows, the sequence's first
+  int sink_end;  // keys of the block before it are sink tokens
+  int q_row;     // the sequence's first row in q
   int seqlen_q;
   int seqlen_k;
   int tiles_begin;  // tiles to visit
   int tiles_end;
-  int first_workspace_tile;  // tile 0's place in the workspace
+  int first_workspace_tile;  // workspace index of tile 0
 };
 
 template <class Element_, class Tiles>
@@ -55,9 +55,9 @@ struct FlashBwdStorage {
   alignas(1024) Tile<Tiles::kBlockN, Tiles::kHeadDimV> v;
   AlignedRows<Tiles::kHeadDim> q[kStages];
   AlignedRows<Tiles::kHeadDimV> dout[kStages];
-  // dS^T, then P^T: see consumer.cuh for who may write which when.
+  // dS^T, then P^T. consumer.cuh says who may write which buffer when.
   AlignedScores scores[kTilesDs + kTilesP];
-  alignas(1024) float dq[Tiles::kBlockM * Tiles::kHeadDim];  // as the workspace has it
+  alignas(1024) float dq[Tiles::kBlockM * Tiles::kHeadDim];  // in the order of the workspace
   alignas(128) float lse_log2[kStages][Tiles::kBlockM];      // with q
   alignas(128) float delta[kStages][Tiles::kBlockM];         // with dout
   alignas(16) KeyRange window[kStages][Tiles::kBlockM];      // with q, where is_masked
@@ -67,8 +67,8 @@ struct FlashBwdStorage {
   Ring<1> dq_ring;
   primitives::Mbarrier k_full;
   primitives::Mbarrier v_full;
-  primitives::Mbarrier q_landed;  // a sequence's last tile, among others' rows (loader.cuh)
-  primitives::Mbarrier dout_landed;
+  primitives::Mbarrier q_tail_full;  // TMA of a last tile with another sequence's rows (loader.cuh)
+  primitives::Mbarrier dout_tail_full;
   FlashBwdBlockInfo info;
 };
 

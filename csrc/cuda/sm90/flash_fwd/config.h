@@ -1,15 +1,21 @@
 // The forward's tile sizes on Hopper.
 //
-// A thread block is one warpgroup that copies and kConsumers that compute, 64 rows of Q each; it
-// walks over blocks of kBlockN keys. Registers, floats a thread of a computing warpgroup: the
-// scores kBlockN / 2, the weights as operands kBlockN / 4, the output kHeadDimV / 2. Three
-// computing warpgroups have 160 registers a thread, two have 232; the copying one has what is left.
+// A thread block (CTA) is one producer warpgroup and kConsumers consumer warpgroups, 64 rows of Q
+// each. It iterates over blocks of kBlockN keys.
 //
-// Shared memory, 2-byte numbers: kQueryStages times Q, kBlockM * kHeadDim, and kStages times K and
-// V, kBlockN * (kHeadDim + kHeadDimV); one block may have 227 KB, and there is one on a
-// multiprocessor. Under way while a block of keys is used: (kStages - 1) others, at head_dim 64
-// 96 KB, at 128 128 KB. Where there is room for two Q, the next tile's is there when the last one's
-// scores end; with one it is asked for then, its first keys before.
+// Registers, floats a thread of a consumer warpgroup:
+//     scores S                kBlockN / 2
+//     P as operand A          kBlockN / 4
+//     output O                kHeadDimV / 2
+// With three consumer warpgroups a thread has 160 registers, with two it has 232. The producer has
+// what is left.
+//
+// Shared memory, in 2-byte elements; a CTA may have 227 KB, and an SM has one CTA:
+//     Q          kQueryStages * kBlockM * kHeadDim
+//     K and V    kStages * kBlockN * (kHeadDim + kHeadDimV)
+// Bytes in flight while a block of keys is used: (kStages - 1) other blocks, which are 96 KB at
+// head_dim 64 and 128 KB at 128. With two stages of Q, the next tile's Q is loaded before the last
+// scores of this tile end. With one, it is requested then; the next tile's first keys come before.
 #pragma once
 
 namespace sink_attention::cuda::sm90 {
@@ -25,21 +31,21 @@ struct FlashFwdTiles {
   static constexpr int kStages = kStages_;
   static constexpr int kQueryStages = kQueryStages_;
   static constexpr int kThreads = 128 * (kConsumers + 1);
-  // A thread; they are given and taken within what the block has at its start, the same number for
-  // each thread. More would wait forever.
+  // Registers a thread. setmaxnreg moves registers within what the CTA has at launch, where each
+  // thread has the same number. An increase beyond that would wait forever.
   static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
                     (kConsumers + 1) * kLaunchRegisters,
-                "the registers of a block");
-  // Warpgroups take turns at the tensor cores, so that one's softmax runs beside another's
-  // products. From head_dim 192 on products take so long that turns are not worth their barriers.
+                "no more registers than the CTA has at launch");
+  // The warp-scheduler barrier orders the warpgroups' products, so that one warpgroup's softmax
+  // overlaps another's products. From head_dim 192 on products take so long that it does not pay.
   static constexpr bool kUseSchedulerBarrier = kHeadDim <= 128;
 };
 
 // clang-format off
-//                                                        dims       warpgroups  keys  stages of K, Q
+// FlashFwdTiles<head_dim, head_dim_v, consumers, keys a block, stages of K and V, stages of Q>
 template <int kHeadDim, int kHeadDimV>
 struct FlashFwdTilesOf;
 template <> struct FlashFwdTilesOf<64, 64>   : FlashFwdTiles< 64,  64,     3,     128,   4, 2> {};

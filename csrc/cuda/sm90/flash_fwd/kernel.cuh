@@ -1,10 +1,15 @@
-// The forward on Hopper: warpgroups that compute, fed by one that copies.
+// The forward on Hopper: consumer warpgroups that compute, fed by a producer warpgroup.
 //
-// Thread blocks stay for many works (work_tile.cuh). Of their warpgroups 0 ... kConsumers - 1
-// compute, 64 rows each (consumer.cuh); of the last one, warp 0 copies (producer.cuh), warp 1 says
-// which work is next (scheduler.cuh), and the others leave. For float8 warps 1 to 3 transpose what
-// was copied of V (flash_fwd_fp8/transposer.cuh), and warp 3 says which work is next. All they
-// share are the rings: a stage's contents and its two barriers.
+// CTAs are persistent (work_tile.cuh). Warp roles:
+//
+//     warpgroups 0 ... kConsumers - 1    consumers, 64 rows of Q each (consumer.cuh)
+//     last warpgroup, warp 0             producer: loads Q, K and V (producer.cuh)
+//     last warpgroup, warp 1             scheduler: writes work tiles ahead (scheduler.cuh)
+//     last warpgroup, warps 2 and 3      exit
+//     float8: last warpgroup, warps 1-3  transpose V (flash_fwd_fp8/transposer.cuh); warp 3 is also
+//                                        the scheduler
+//
+// They share only the rings: a stage's contents and its two barriers.
 #pragma once
 
 #include "cuda/sm90/flash_fwd/consumer.cuh"
@@ -25,7 +30,8 @@ struct FlashFwdKernel {
     static constexpr int kMinBlocks = 1;
     static constexpr int kSharedBytes = static_cast<int>(sizeof(Storage));
   };
-  static_assert(Config::kSharedBytes <= 227 * 1024, "what compute capability 9.0 has for a block");
+  static_assert(Config::kSharedBytes <= 227 * 1024,
+                "shared memory of a CTA on compute capability 9.0");
 
   static SA_DEVICE void run(const Params& params, char* shared) {
     Storage& storage = *reinterpret_cast<Storage*>(shared);
@@ -33,7 +39,7 @@ struct FlashFwdKernel {
       storage.init_rings();
       primitives::fence_mbarrier_init();
     }
-    primitives::sync_threads();  // the barriers are there for all
+    primitives::sync_threads();  // the barriers are initialised
     const int warpgroup = primitives::warpgroup_idx();
     const int warp = primitives::warp_idx();
     if (warpgroup == Tiles::kConsumers) {

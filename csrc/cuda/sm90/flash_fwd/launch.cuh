@@ -55,13 +55,14 @@ void launch_tiles(FlashFwdKernelParams kernel_params, int num_sms, Stream stream
   make_maps<Tiles, FlashFwdStorage<Element, Tiles>>(kernel_params);
   const int64_t rows = params.seqlen_q * (params.num_heads_q / params.num_heads_kv);
   kernel_params.num_tiles = static_cast<int>((rows + Tiles::kBlockM - 1) / Tiles::kBlockM);
-  const int64_t works = kernel_params.num_tiles * params.batch * params.num_heads_kv;
-  if (works > INT32_MAX) {
+  const int64_t work_tiles = kernel_params.num_tiles * params.batch * params.num_heads_kv;
+  if (work_tiles > INT32_MAX) {
     throw std::runtime_error("sink_attention_ext: more rows than one launch can take");
   }
-  kernel_params.num_works = static_cast<int>(works);
+  kernel_params.num_work_tiles = static_cast<int>(work_tiles);
   kernel_params.section = section_of(params);
-  const int blocks = num_sms < kernel_params.num_works ? num_sms : kernel_params.num_works;
+  const int blocks =
+      num_sms < kernel_params.num_work_tiles ? num_sms : kernel_params.num_work_tiles;
   primitives::launch<FlashFwdKernel<Element, Tiles>>(kernel_params, {blocks, 1, 1}, stream);
 }
 

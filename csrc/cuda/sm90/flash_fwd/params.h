@@ -1,5 +1,4 @@
-// What a forward kernel is given beside the problem itself, and its entries, one for each head_dim
-// class; hdim*.cu hold one each.
+// The forward kernel's parameters.
 #pragma once
 
 #include "attention/fp8_params.h"
@@ -9,11 +8,11 @@
 namespace sink_attention::cuda::sm90 {
 
 struct FlashFwdKernelParams {
-  primitives::TensorMap q_map;  // meaningless where ..._in_boxes is false
+  primitives::TensorMap q_map;  // each map is set where ..._uses_tma is true
   primitives::TensorMap k_map;
   primitives::TensorMap v_map;
   attention::FlashFwdParams attn;
-  attention::Descale q_descale;  // of float8, like the next two; not read with other types
+  attention::Descale q_descale;  // this and the next two: of float8 only
   attention::Descale k_descale;
   attention::Descale v_descale;
   ScoreScale scale;
@@ -22,11 +21,11 @@ struct FlashFwdKernelParams {
   bool v_uses_tma;
   bool out_is_vectorised;
   int out_cols;         // head_dim_v
-  int box_rows;         // keys of a box
+  int box_rows;         // keys of a TMA box
   int qhead_per_khead;  // num_heads_q / num_heads_kv
-  int num_tiles;        // of rows, of the longest sequence and one kv head
-  int num_works;        // num_tiles * batch * num_heads_kv
-  int section;          // sequences' kv heads whose tiles are worked on before those of others
+  int num_tiles;        // tiles of kBlockM rows, of the longest sequence and one kv head
+  int num_work_tiles;   // num_tiles * batch * num_heads_kv
+  int section;          // (sequence, kv head) pairs of a section (work_tile.cuh)
 };
 
 using Stream = void*;

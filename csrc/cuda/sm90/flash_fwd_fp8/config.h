@@ -1,9 +1,14 @@
-// The float8 forward's tile sizes on Hopper (flash_fwd/config.h says what they mean).
+// The float8 forward's tile sizes on Hopper. flash_fwd/config.h explains the parameters.
 //
-// Registers, floats a thread of a computing warpgroup: the scores kBlockN / 2, the weights as
-// operands kBlockN / 8, the output kHeadDim / 2. Shared memory, bytes: kQueryStages times Q,
-// kBlockM * kHeadDim, and kStages times K, V and V^T, 3 * kBlockN * kHeadDim. V^T's rows are
-// kBlockN keys, whole slabs of a swizzle, so kBlockN is a multiple of 64.
+// Registers, floats a thread of a consumer warpgroup:
+//     scores S                kBlockN / 2
+//     P as operand A          kBlockN / 8
+//     output O                kHeadDim / 2
+//
+// Shared memory, bytes:
+//     Q                kQueryStages * kBlockM * kHeadDim
+//     K, V and V^T     kStages * 3 * kBlockN * kHeadDim
+// A row of V^T has kBlockN keys and consists of whole swizzled slabs: kBlockN is a multiple of 64.
 #pragma once
 
 #include "cuda/sm90/flash_fwd/config.h"
@@ -11,7 +16,7 @@
 namespace sink_attention::cuda::sm90 {
 
 // clang-format off
-//                                                           dims  warpgroups  keys  stages of K, Q
+// FlashFwdTiles<head_dim, head_dim_v, consumers, keys a block, stages of K and V, stages of Q>
 template <int kHeadDim>
 struct FlashFwdFloat8TilesOf;
 template <> struct FlashFwdFloat8TilesOf<64>  : FlashFwdTiles< 64,  64,      3,      128,  4, 2> {};

@@ -1,7 +1,7 @@
-"""Attention on float8_e4m3fn q, k and v: where there is no kernel for it, on dequantised numbers.
+"""Attention on float8_e4m3fn q, k and v: where there is no kernel for it, on dequantised values.
 
 ``flash_attn_fp8_kernel`` has results on cards of compute capability 9.0, for rows in parts of 16
-bytes. Everything else is computed by the operators for wider numbers, on stored * descale: in
+bytes. Everything else is computed by the operators for wider dtypes, on stored * descale: in
 float32 on the CPU, and elsewhere in bfloat16, to which the products with the descales are rounded.
 
 Importing this registers it with torch, as what the operators do on tensors of each device.
@@ -20,7 +20,7 @@ OPERATORS = ("flash_attn_fp8_fwd", "flash_attn_fp8_varlen_fwd")  # computed here
 
 
 def computed_in(device: torch.device) -> torch.dtype:
-    """The dtype of dequantised numbers."""
+    """The dtype of dequantised values."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 

@@ -27,7 +27,7 @@ Results = tuple[Tensor, Tensor]
 
 
 class Cache:
-    """Three sequences; pages of 16 come in boxes on Hopper, of 5 in chunks. `scales`: "head" or
+    """Three sequences. Hopper loads pages of 16 by TMA, of 5 by cp.async. `scales`: "head" or
     "token", of 8-bit elements."""
 
     def __init__(

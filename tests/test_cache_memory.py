@@ -186,7 +186,7 @@ def test_aliased_caches_may_be_read() -> None:
 
 @pytest.mark.sanitize
 def test_values_that_are_the_first_columns_of_the_keys_are_written() -> None:
-    """Latent attention (MLA): both writes put the same numbers in the same places."""
+    """Latent attention (MLA): both writes store the same values in the same slots."""
     torch.manual_seed(0)
     cache, expected, k = torch.zeros(SHAPE), torch.zeros(SHAPE), torch.randn(4, HEADS, DIM)
     reshape_and_cache(k, k[..., :4], cache, cache[..., :4], SLOTS)

@@ -83,15 +83,15 @@ void check_unused_rows() {
   spec.sink = 0.5;
   spec.seqused_k = true;
   Scenario s = make_scenario(spec, 5);
-  const int64_t row_numbers = s.params.num_heads_kv * s.params.head_dim;
+  const int64_t row_elements = s.params.num_heads_kv * s.params.head_dim;
   for (int64_t row = 0; row < s.k_rows; ++row) {
     bool used = false;
     for (int64_t b = 0; b < s.params.batch; ++b) {
       used |= s.cu_seqlens_k[b] <= row && row < s.cu_seqlens_k[b] + s.seqused_k[b];
     }
-    for (int64_t i = 0; i < row_numbers && !used; ++i) {
-      s.k.set(row * row_numbers + i, NAN);
-      s.v.set(row * row_numbers + i, NAN);
+    for (int64_t i = 0; i < row_elements && !used; ++i) {
+      s.k.set(row * row_elements + i, NAN);
+      s.v.set(row * row_elements + i, NAN);
     }
   }
   check_forward(s, "NaN in unused rows");

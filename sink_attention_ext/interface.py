@@ -103,8 +103,8 @@ def flash_attn_func(
     Returns:
         out (batch, seqlen_q, num_heads_q, head_dim_v) in the dtype of q, bfloat16 for float8; with
         return_lse ``(out, lse)``, lse (batch, num_heads_q, seqlen_q) float32 (float64 for float64).
-        The gradient through lse is exact. With float8 on compute capability 9.0 the softmax's
-        weights are rounded to float8, and lse is off by up to about ``head_dim / 32 * 2**-13 *
+        The gradient through lse is exact. With float8 on compute capability 9.0 P is rounded
+        to float8, and lse is off by up to about ``head_dim / 32 * 2**-13 *
         softmax_scale * sum(abs(q * k))``, as the module says.
 
     Raises:

@@ -162,16 +162,16 @@ def check(
             seen = slice(ends_k[b], ends_k[b] + keys)
             sequences.append((out[rows], lse[:, rows], (q[rows], k[seen], v[seen])))
     for b, (out_b, lse_b, stored) in enumerate(sequences):
-        numbers = [
+        values = [
             times(x, None if f is None else f[b]) for x, f in zip(stored, factors, strict=True)
         ]
         if not hopper:  # which are rounded where they are dequantised
-            numbers = [x.to(dtype).double() for x in numbers]
-        check_sequence(out_b, lse_b, tuple(numbers), inputs.s_aux, hopper, dtype, case.options())
+            values = [x.to(dtype).double() for x in values]
+        check_sequence(out_b, lse_b, tuple(values), inputs.s_aux, hopper, dtype, case.options())
 
 
 def dense(**fields: Any) -> DenseCase:
-    return DenseCase(dtype=torch.bfloat16, **fields)  # of the numbers that become float8
+    return DenseCase(dtype=torch.bfloat16, **fields)  # of the values that become float8
 
 
 CASES = [

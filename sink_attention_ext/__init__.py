@@ -6,6 +6,7 @@ from sink_attention_ext import parallel, reference
 from sink_attention_ext.cache.functions import flash_attn_with_kvcache, reshape_and_cache
 from sink_attention_ext.cache.page_pool import OutOfPages
 from sink_attention_ext.cache.paged_cache import PagedKVCache
+from sink_attention_ext.cache.plan import KVCachePlan, plan_kvcache
 from sink_attention_ext.cache.step import CacheStep
 from sink_attention_ext.cascade import cascade_attn_with_kvcache
 from sink_attention_ext.debug import set_debug_checks
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CacheStep",
+    "KVCachePlan",
     "OutOfPages",
     "PagedKVCache",
     "Support",
@@ -28,6 +30,7 @@ __all__ = [
     "flash_attn_with_kvcache",
     "merge_attn_states",
     "parallel",
+    "plan_kvcache",
     "reference",
     "reshape_and_cache",
     "set_debug_checks",

@@ -54,11 +54,21 @@ def _cast_kv_like_cache(
     return k, v, k_cache, v_cache, *args
 
 
+def _cast_qkv_like_cache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, *args: Any
+) -> tuple[Any, ...]:
+    q, *_ = cast_q_like_cache(q, k_cache)
+    k, v, *_ = _cast_kv_like_cache(k, v, k_cache, v_cache)
+    return q, k_cache, v_cache, k, v, *args
+
+
 RULES = {
     "flash_attn_fwd": _cast_qkv,
     "flash_attn_varlen_fwd": _cast_qkv,
     "paged_attn": cast_q_like_cache,
-    "check_paged_attn": cast_q_like_cache,
+    "paged_attn.out": cast_q_like_cache,
+    "append_and_attend": _cast_qkv_like_cache,
+    "append_and_attend.out": _cast_qkv_like_cache,
     "reshape_and_cache": _cast_kv_like_cache,
     "reshape_and_cache.token_scales": _cast_kv_like_cache,
 }

@@ -205,6 +205,24 @@ def refuse_gradient(
         )
 
 
+def check_written(name: str, tensor: Tensor | None) -> None:
+    """Refuses a tensor that must not be written in place here."""
+    if tensor is None:  # the dispatcher lets it pass for a tensor
+        raise TypeError(f"{name} must be a torch.Tensor; got None")
+    check_written_kind(name, tensor)
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(  # as torch's own in-place operators do
+            f"{name} must not be a tensor that was made in inference mode, which is "
+            "written outside of it here: write under torch.inference_mode(), or clone it"
+        )
+
+
+def written_scales(k_scale: Tensor | None, v_scale: Tensor | None) -> list[Tensor]:
+    """Those of each token and head, which are written where keys and values are."""
+    scales = (k_scale, v_scale)
+    return [scale for scale in scales if isinstance(scale, Tensor) and scale.dim() == 3]
+
+
 def _counting_changes(name: str) -> Callable[..., Any]:
     """ADInplaceOrView kernel of an operator, where torch counts in-place changes of its arguments.
 
@@ -215,18 +233,16 @@ def _counting_changes(name: str) -> Callable[..., Any]:
     arguments = op._schema.arguments
     is_mutated = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
     mutated = [(i, a.name) for i, a in enumerate(arguments) if is_mutated[i]]
+    only_of_tokens = ("k_scale", "v_scale") if name.startswith("append_and_attend") else ()
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        changed = [args[i] if i < len(args) else kwargs[name] for i, name in mutated]
-        for (_, argument), tensor in zip(mutated, changed, strict=True):
-            if tensor is None:  # the dispatcher lets it pass for a tensor
-                raise TypeError(f"{argument} must be a torch.Tensor; got None")
-            check_written_kind(argument, tensor)
-            if tensor.is_inference() and not torch.is_inference_mode_enabled():
-                raise RuntimeError(  # as torch's own in-place operators do
-                    f"{argument} must not be a tensor that was made in inference mode, which is "
-                    "written outside of it here: write under torch.inference_mode(), or clone it"
-                )
+        changed = []
+        for i, argument in mutated:
+            tensor = args[i] if i < len(args) else kwargs.get(argument)
+            if argument in only_of_tokens and not written_scales(tensor, None):
+                continue
+            check_written(argument, tensor)
+            changed.append(tensor)
         with torch._C._AutoDispatchBelowADInplaceOrView():
             result = op(*args, **kwargs)
         torch.autograd.graph.increment_version(changed)  # not where the operator has refused
@@ -373,10 +389,11 @@ def _register() -> torch.library.Library:
         library.impl(name, _differentiable(name, *formula), "Autograd", with_keyset=True)
     library.impl("merge_attn_states", _differentiable_merge(), "Autograd", with_keyset=True)
     writers = ("reshape_and_cache", "reshape_and_cache.token_scales")
-    without = ("paged_attn", "check_paged_attn", *fp8.OPERATORS, *writers)
-    for name in (*without, "paged_attn.out"):
+    results_given = ("paged_attn.out", "append_and_attend.out")
+    without = ("paged_attn", "append_and_attend", *fp8.OPERATORS, *writers)
+    for name in (*without, *results_given):
         library.impl(name, _without_gradient(name), "Autograd")
-    for name in ("paged_attn.out", *writers):
+    for name in ("append_and_attend", *results_given, *writers):
         library.impl(name, _counting_changes(name), "ADInplaceOrView")
     for name, cast in autocast.RULES.items():
         for key in ("AutocastCPU", "AutocastCUDA"):

@@ -162,19 +162,51 @@ def _flash_attn_fp8_varlen_fwd(
     return _varlen(q, v, *lengths, window)
 
 
-def _paged_attn(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seqused_k: Tensor,
-    cu_seqlens_q: Tensor | None, s_aux: Any, k_scale: Any, v_scale: Any, max_seqlen_q: int,
-    scale: Any, causal: bool, left: int, right: int, softcap: Any, num_splits: int,
-    num_sink_tokens: int, tree_mask: Any, **kwargs: Any,
+def _over_cache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, num_new: int | list[int],
+    block_table: Tensor | None, cu_seqlens_q: Tensor | None, max_seqlen_q: int, max_seqlen_k: int,
+    window: Window,
 ) -> int:  # fmt: skip
-    batch = block_table.shape[0]
-    seqlens_k = _used(seqused_k, [block_table.shape[1] * k_cache.shape[1]] * batch)
+    """lengths: of the keys that are there before num_new (of each sequence, or of all) come."""
+    batch = lengths.shape[0]
+    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    if isinstance(capacity, int) and isinstance(max_seqlen_k, int):
+        capacity = min(capacity, max_seqlen_k)
     if cu_seqlens_q is None:
         seqlens_q = [q.shape[1]] * batch
     else:
         seqlens_q = _lengths(cu_seqlens_q, max_seqlen_q)
-    return _count(q, v_cache, seqlens_q, seqlens_k, _window(causal, left, right, num_sink_tokens))
+    seqlens_k = [capacity] * batch
+    if _can_be_read(lengths):
+        new = [num_new] * batch if isinstance(num_new, int) else num_new
+        seqlens_k = [old + count for old, count in zip(lengths.tolist(), new, strict=True)]
+    return _count(q, v_cache, seqlens_q, seqlens_k, window)
+
+
+def _paged_attn(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor | None,
+    cache_seqlens: Tensor, cu_seqlens_q: Tensor | None, s_aux: Any, k_scale: Any, v_scale: Any,
+    max_seqlen_q: int, max_seqlen_k: int, scale: Any, causal: bool, left: int, right: int,
+    softcap: Any, num_splits: int, num_sink_tokens: int, tree_mask: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    return _over_cache(
+        q, k_cache, v_cache, cache_seqlens, 0, block_table, cu_seqlens_q, max_seqlen_q,
+        max_seqlen_k, _window(causal, left, right, num_sink_tokens),
+    )  # fmt: skip
+
+
+def _append_and_attend(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, cache_seqlens: Tensor,
+    block_table: Tensor | None, cu_seqlens_q: Tensor | None, s_aux: Any, k_scale: Any,
+    v_scale: Any, max_seqlen_q: int, max_seqlen_k: int, scale: Any, causal: bool, left: int,
+    right: int, softcap: Any, num_splits: int, num_sink_tokens: int, tree_mask: Any,
+    **kwargs: Any,
+) -> int:  # fmt: skip
+    num_new = k.shape[1] if cu_seqlens_q is None else _lengths(cu_seqlens_q, max_seqlen_q)
+    return _over_cache(
+        q, k_cache, v_cache, cache_seqlens, num_new, block_table, cu_seqlens_q, max_seqlen_q,
+        max_seqlen_k, _window(causal, left, right, num_sink_tokens),
+    )  # fmt: skip
 
 
 FORMULAS = {
@@ -184,6 +216,7 @@ FORMULAS = {
     "flash_attn_varlen_bwd": _flash_attn_varlen_bwd,
     "flash_attn_fp8_fwd": _flash_attn_fp8_fwd,
     "flash_attn_fp8_varlen_fwd": _flash_attn_fp8_varlen_fwd,
+    "append_and_attend": _append_and_attend,
     "paged_attn": _paged_attn,  # paged_attn.out too: formulas are for all overloads
 }
 

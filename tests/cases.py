@@ -143,6 +143,13 @@ class PagedInputs:
     k_scale: Tensor | None
     v_scale: Tensor | None
 
+    @property
+    def max_seqlen_q(self) -> int | None:
+        """The longest packed sequence; None where they are not packed."""
+        if self.cu_seqlens_q is None:
+            return None
+        return int(self.cu_seqlens_q.diff().max()) if len(self.cu_seqlens_q) > 1 else 0
+
 
 def int32(values: Sequence[Any], device: torch.device | str = "cpu") -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)

@@ -67,3 +67,9 @@ def blocks_run() -> Counter[str]:
     blocks = Counter({family: count(family + "::") for family in FAMILIES})
     blocks["common"] = count("") - blocks.total()
     return blocks
+
+
+def launches(kernel: str = "") -> int:
+    """How many kernels have been launched in the emulator so far: those whose C++ name contains
+    `kernel`, or all. An empty grid launches none."""
+    return torch.ops.sink_attention_emulated.launches(kernel)

@@ -108,14 +108,45 @@ BLOCK_TABLE = ([1, 3, 0], [2, -7, 9])  # what lies beyond a sequence's length is
 def paged(dtype: torch.dtype, requires_grad: bool) -> Arguments:
     q = randn(2, 3, 4, 8, dtype=dtype)
     tables = (int32(*BLOCK_TABLE), int32(11, 2))
-    # max_seqlen_q, scale, causal, window, softcap, splits, num_sink_tokens
-    options = (3, 0.5, True, 5, 0, 0.0, 2, 1)
+    # max_seqlen_q, max_seqlen_k, scale, causal, window, softcap, splits, num_sink_tokens
+    options = (3, 12, 0.5, True, 5, 0, 0.0, 2, 1)
     return (q, *caches(dtype), *tables, None, randn(4), None, None, *options, None), {}
 
 
-def check_paged(dtype: torch.dtype, requires_grad: bool) -> Arguments:
-    args, _ = paged(dtype, requires_grad)
-    return (*args, int32(2, 0)), {}
+def paged_dense(dtype: torch.dtype, requires_grad: bool) -> Arguments:
+    (q, *_), _ = paged(dtype, requires_grad)
+    k_cache, v_cache = (cache[:2] for cache in caches(dtype))
+    options = (3, 4, 0.5, True, -1, 0, 0.0, 0, 0, None)
+    return (q, k_cache, v_cache, None, int32(4, 2), None, randn(4), None, None, *options), {}
+
+
+def append(dtype: torch.dtype, requires_grad: bool) -> Arguments:
+    (q, k_cache, v_cache, table, _, *options), _ = paged(dtype, requires_grad)
+    new = randn(2, 2, 2, 8, dtype=dtype), randn(2, 2, 2, 6, dtype=dtype)
+    return (q, k_cache, v_cache, *new, int32(8, 0), table, *options), {}
+
+
+def append_out(dtype: torch.dtype, requires_grad: bool) -> Arguments:
+    return append(dtype, requires_grad)[0], paged_out(dtype, requires_grad)[1]
+
+
+def append_dense(dtype: torch.dtype, requires_grad: bool) -> Arguments:
+    (q, k_cache, v_cache, _, lengths, *options), _ = paged_dense(dtype, requires_grad)
+    new = randn(2, 1, 2, 8, dtype=dtype), randn(2, 1, 2, 6, dtype=dtype)
+    return (q, k_cache, v_cache, *new, lengths - 1, None, *options), {}
+
+
+def append_packed_float8(dtype: torch.dtype, requires_grad: bool) -> Arguments:
+    (q, k_cache, v_cache, table, _, *options), _ = paged_packed_float8(dtype, requires_grad)
+    new = randn(6, 2, 8, dtype=dtype), randn(6, 2, 6, dtype=dtype)
+    return (q, k_cache, v_cache, *new, int32(6, 1), table, *options), {}
+
+
+def append_token_scales(dtype: torch.dtype, requires_grad: bool) -> Arguments:
+    (*args, _), _ = append(dtype, requires_grad)
+    args[1:3] = caches(torch.int8)
+    args[9:11] = token_scales(), token_scales()
+    return (*args, None), {}
 
 
 def paged_tree(dtype: torch.dtype, requires_grad: bool) -> Arguments:
@@ -127,7 +158,7 @@ def paged_packed_float8(dtype: torch.dtype, requires_grad: bool) -> Arguments:
     q = randn(6, 4, 8, dtype=dtype)
     tables = (int32(*BLOCK_TABLE), int32(11, 2), int32(0, 4, 5))
     scales = (torch.tensor([0.5, 2.0]), torch.tensor([1.5, 0.7]))
-    options = (4, 0.5, True, -1, 0, 0.0, 0, 0, torch.tensor([1, 3, 5, 9, 1, 1]))
+    options = (4, 11, 0.5, True, -1, 0, 0.0, 0, 0, torch.tensor([1, 3, 5, 9, 1, 1]))
     return (q, *caches(torch.float8_e4m3fn), *tables, randn(4), *scales, *options), {}
 
 
@@ -199,7 +230,12 @@ SAMPLES: dict[str, tuple[Callable[..., Any], Sample]] = {
     "paged_packed_float8": (ops.paged_attn, paged_packed_float8),
     "paged_int8_token_scales": (ops.paged_attn, paged_int8_token_scales),
     "paged_out": (ops.paged_attn_out, paged_out),
-    "check_paged": (ops.check_paged_attn, check_paged),
+    "paged_dense": (ops.paged_attn, paged_dense),
+    "append": (ops.append_and_attend, append),
+    "append_out": (ops.append_and_attend_out, append_out),
+    "append_dense": (ops.append_and_attend, append_dense),
+    "append_packed_float8": (ops.append_and_attend, append_packed_float8),
+    "append_token_scales": (ops.append_and_attend, append_token_scales),
     "reshape_and_cache": (ops.reshape_and_cache, reshape_and_cache),
     "reshape_and_cache_float8": (ops.reshape_and_cache, reshape_and_cache_float8),
     "reshape_and_cache_int8": (ops.reshape_and_cache, reshape_and_cache_int8),

@@ -49,7 +49,7 @@ def test_gradient_through_the_cache_is_refused(which: int | str) -> None:
 def test_gradient_through_the_operators_themselves_is_refused() -> None:
     q, k_cache, v_cache = cache_arguments()
     tables = torch.zeros(1, 1, dtype=torch.int32), torch.full((1,), 8, dtype=torch.int32)
-    options = (None, None, None, None, 1, 0.5, True, -1, -1, 0.0, 0, 0, None)
+    options = (None, None, None, None, 1, 8, 0.5, True, -1, -1, 0.0, 0, 0, None)
     q.requires_grad_()
     with pytest.raises(RuntimeError, match="sink_attention_ext::paged_attn is not differentiable"):
         ops.paged_attn(q, k_cache, v_cache, *tables, *options)

@@ -53,7 +53,7 @@ class Cache:
     ) -> Results:  # fmt: skip
         cu = None if cu_seqlens_q is None else int32(cu_seqlens_q)
         arguments = (
-            q, *self.caches, int32(table), int32(used), cu, self.s_aux, *self.scales, longest, 0.2,
+            q, *self.caches, int32(table), int32(used), cu, self.s_aux, *self.scales, longest, 2**31 - 1, 0.2,
             True, window, 0, 0.0, num_splits, 3 if window >= 0 else 0, tree,
         )  # fmt: skip
         if not in_place:
@@ -248,7 +248,7 @@ def test_lengths_near_the_largest_int(backend: Backend) -> None:
             for length in (MAX, MAX - 63, MAX - 64, 2**31 - 1024):
                 out, lse = ops.paged_attn(
                     q, cache, cache, int32([[0, 0]]), int32([length]), None, None, None, None, 1,
-                    0.2, True, 100, 0, 0.0, splits, 0, None,
+                    2**31 - 1, 0.2, True, 100, 0, 0.0, splits, 0, None,
                 )  # fmt: skip
                 assert lse.isfinite().all()
                 torch.testing.assert_close(out, one.expand_as(out), atol=1e-2, rtol=1e-2)

@@ -173,6 +173,7 @@ def test_decode_beside_a_prefill(backend: Backend, setting: Setting, dtype: torc
         cache_seqlens=int32([len(first), len(long)], device),
         block_table=int32(table, device),
         cu_seqlens_q=int32([0, 1, 1 + len(long)], device),
+        max_seqlen_q=len(long),
         s_aux=make_sinks(setting, device),
         num_splits=1,
         **setting.options,

@@ -146,7 +146,7 @@ def check_refused(k_cache: Tensor, v_cache: Tensor, message: str) -> None:
     q, new = torch.randn(2, 1, HEADS, DIM), (k[:2, None], v[:2, None])
     calls: tuple[tuple[type[Exception], Callable[[], object]], ...] = (
         (ValueError, lambda: reshape_and_cache(k, v, k_cache, v_cache, SLOTS)),
-        (RuntimeError, lambda: ops.reshape_and_cache(k, v, k_cache, v_cache, SLOTS, None, None)),
+        (ValueError, lambda: ops.reshape_and_cache(k, v, k_cache, v_cache, SLOTS, None, None)),
         (ValueError, lambda: flash_attn_with_kvcache(q, k_cache, v_cache, *new, lengths, table)),
     )
     for error, call in calls:
@@ -316,7 +316,7 @@ def test_results_of_paged_attn_out_are_apart_from_its_operands() -> None:
     cache, q = torch.randn(2, *SHAPE), torch.randn(2, 1, HEADS, DIM)
     table = torch.tensor([[0, 1], [2, 0]], dtype=torch.int32)
     lengths = torch.tensor([7, 3], dtype=torch.int32)
-    args = (q, *cache, table, lengths, *[None] * 4, 1, 0.3, True, -1, -1, 0.0, 0, 0, None)
+    args = (q, *cache, table, lengths, *[None] * 4, 1, 8, 0.3, True, -1, -1, 0.0, 0, 0, None)
     out, lse = torch.empty_like(q), torch.empty(2, HEADS, 1)
     keys, values = cache.flatten(1)
     before = [t.clone() for t in (q, cache)]
@@ -327,7 +327,7 @@ def test_results_of_paged_attn_out_are_apart_from_its_operands() -> None:
         ((out, out.view(-1)[:4].view_as(lse)), "^lse must not share memory with out"),
         ((out[:1].expand(2, -1, -1, -1), lse), "^out must have memory of its own"),
     ):
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(ValueError, match=message):
             ops.paged_attn_out(*args, out=results[0], lse=results[1])
         assert torch.equal(q, before[0]) and torch.equal(cache, before[1])
     ops.paged_attn_out(*args, out=out, lse=lse)
@@ -372,7 +372,7 @@ def test_overlap_is_decided_exactly(seed: int) -> None:
         slots = torch.tensor([shape[0] * shape[1] - 1])
         try:
             ops.reshape_and_cache(k, v, k_cache, v_cache, slots, None, None)
-        except RuntimeError as error:
+        except ValueError as error:
             assert overlaps, (shape, k_cache.stride(), v_cache.stride(), str(error))
             assert "memory" in str(error) and not whole.any()
             refused += 1
@@ -391,7 +391,7 @@ def test_large_caches_of_irregular_strides(strides: tuple[int, ...], gap: int) -
     new = torch.ones(1, 3, 2)
     args = (new, new, k_cache, v_cache, torch.tensor([0]), scale, scale)
     if overlapping(k_cache, v_cache):
-        with pytest.raises(RuntimeError, match="must not share memory|must have memory of its own"):
+        with pytest.raises(ValueError, match="must not share memory|must have memory of its own"):
             ops.reshape_and_cache(*args)
     else:
         ops.reshape_and_cache(*args)
@@ -409,7 +409,7 @@ def test_compiled_calls_are_checked_when_they_run() -> None:
     assert torch.equal(apart[1].flatten(0, 1)[SLOTS], v)
     cache = torch.zeros(PAGES, SIZE, HEADS, DIM)
     numpy_twin = torch.from_numpy(cache.numpy())  # no alias that the compiler knows of
-    with pytest.raises(RuntimeError, match="v_cache must not share memory with k_cache"):
+    with pytest.raises(ValueError, match="v_cache must not share memory with k_cache"):
         compiled(k, v, cache, numpy_twin, SLOTS)
     torch._dynamo.reset()
 

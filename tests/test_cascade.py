@@ -55,6 +55,7 @@ def expected(case: PagedCase, inputs: PagedInputs) -> Expected:
 def attend(case: PagedCase, inputs: PagedInputs, prefix: int, **options: Any) -> Results:
     kwargs: dict[str, Any] = {
         "cu_seqlens_q": inputs.cu_seqlens_q,
+        "max_seqlen_q": inputs.max_seqlen_q,
         "s_aux": inputs.s_aux,
         "k_scale": inputs.k_scale,
         "v_scale": inputs.v_scale,

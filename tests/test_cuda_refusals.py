@@ -112,11 +112,10 @@ def workspace_bytes(arch: int, num_splits: int, keys: int, rows: int = 1, window
     q = torch.empty(1, 1, 1, 128, dtype=torch.bfloat16).expand(1, rows, 64, 128)
     table = torch.zeros(1, keys // 16, dtype=torch.int32)
     with emulated.emulated(arch=arch, multiprocessors=132):
-        ops.check_paged_attn(
-            q, cache[0], cache[1], table, torch.tensor([keys], dtype=torch.int32), None, None, None,
-            None, rows, 0.1, True, window, 0, 0.0, num_splits, 0, None, None,
+        return emulated.operator("paged_workspace_bytes")(
+            q, cache[0], cache[1], table, torch.tensor([keys], dtype=torch.int32), rows, keys,
+            window, num_splits,
         )  # fmt: skip
-        return emulated.operator("workspace_bytes")()
 
 
 @pytest.mark.parametrize("arch", [80, 90])

@@ -39,7 +39,7 @@ def test_packed_queries_quantised_caches_and_gradients_mode() -> None:
     q = torch.randn(BATCH * ROWS, HEADS_Q, DIM)
     starts = torch.tensor([0, 1, BATCH * ROWS], dtype=torch.int32)
     results = flash_attn_with_kvcache(
-        q, *dense(), cu_seqlens_q=starts, s_aux=SINKS, return_lse=True
+        q, *dense(), cu_seqlens_q=starts, max_seqlen_q=BATCH * ROWS, s_aux=SINKS, return_lse=True
     )
     check_sinks_only(results, SINKS, (BATCH * ROWS, HEADS_Q, DIM_V))
     for scale in (torch.tensor(0.5), torch.full((HEADS,), 0.5), torch.ones(BATCH, 0, HEADS)):
@@ -61,7 +61,7 @@ def test_an_append_does_not_fit() -> None:
     check_sinks_only(results, SINKS, (BATCH, 0, HEADS_Q, DIM_V))
     starts = torch.zeros(BATCH + 1, dtype=torch.int32)  # all tokens are padding
     out = flash_attn_with_kvcache(
-        q[:, 0], *dense(), k[:, 0], v[:, 0], 0, cu_seqlens_q=starts, s_aux=SINKS
+        q[:, 0], *dense(), k[:, 0], v[:, 0], 0, cu_seqlens_q=starts, max_seqlen_q=1, s_aux=SINKS
     )
     assert out.shape == (BATCH, HEADS_Q, DIM_V) and not out.any()
 
@@ -75,7 +75,7 @@ def test_a_table_without_columns() -> None:
     with pytest.raises(ValueError, match=r"cache_seqlens\[0\]"):
         flash_attn_with_kvcache(q, *pages, k, k, 0, table)
     starts = torch.zeros(BATCH + 1, dtype=torch.int32)
-    flash_attn_with_kvcache(q[:, 0], *pages, k[:, 0], k[:, 0], 0, table, starts)
+    flash_attn_with_kvcache(q[:, 0], *pages, k[:, 0], k[:, 0], 0, table, starts, 1)
     assert not pages.any()
 
 

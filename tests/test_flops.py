@@ -128,7 +128,8 @@ def test_paged_caches_by_the_keys_they_hold() -> None:
     packed = q.flatten(0, 1)
     forward = count(
         lambda: flash_attn_with_kvcache(
-            packed, *caches, cache_seqlens=lengths, block_table=table, cu_seqlens_q=int32(0, 1, 6)
+            packed, *caches, cache_seqlens=lengths, block_table=table, cu_seqlens_q=int32(0, 1, 6),
+            max_seqlen_q=5,
         )
     )
     assert forward == FORWARD * (5 + 5 * 9)
@@ -137,7 +138,7 @@ def test_paged_caches_by_the_keys_they_hold() -> None:
 def test_the_out_variant_counts_too() -> None:
     q, caches = torch.randn(1, 3, HEADS, DIM), torch.randn(2, 2, 4, 2, DIM)
     results = {"out": torch.empty(1, 3, HEADS, DIM), "lse": torch.empty(1, HEADS, 3)}
-    args = (q, *caches, int32([0, 1]), int32(6), None, None, None, None, 3, 0.5, False, -1, -1,
+    args = (q, *caches, int32([0, 1]), int32(6), None, None, None, None, 3, 8, 0.5, False, -1, -1,
             0.0, 0, 0, None)  # fmt: skip
     assert count(lambda: ops.paged_attn_out(*args, **results)) == 2 * HEADS * 2 * DIM * 3 * 6
 

@@ -29,6 +29,7 @@ def attend(
         "cache_seqlens": inputs.seqlens_k,
         "block_table": inputs.block_table,
         "cu_seqlens_q": inputs.cu_seqlens_q,
+        "max_seqlen_q": inputs.max_seqlen_q,
         "s_aux": inputs.s_aux,
         "k_scale": inputs.k_scale,
         "v_scale": inputs.v_scale,
@@ -236,11 +237,14 @@ def test_float8_scales_of_k_and_v_may_differ_in_shape(backend: Backend, shape: s
     actual, expected = (attend(backend, case, x) for x in (inputs, same))
     assert torch.equal(actual.out, expected.out) and torch.equal(actual.lse, expected.lse)
     new = {x: torch.randn(1, 3, 2, 64, device=backend.device).to(case.dtype) for x in ("k", "v")}
+    new["v"][0, 0, 0, 0] = 1e4  # beyond 0.75 * 448: saturates
     caches, results = [], []
     for x in (inputs, same):
         x = replace(x, k_cache=x.k_cache.clone(), v_cache=x.v_cache.clone())
         results.append(attend(backend, case, x, cache_seqlens=inputs.seqlens_k - 3, **new))
         caches.append(x.v_cache.view(torch.uint8))
+        first = (inputs.block_table[0, 87 // case.page_size], 87 % case.page_size)
+        assert x.v_cache[first][0, 0].float() == 448
     assert torch.equal(caches[0], caches[1])
     assert not torch.equal(caches[0], inputs.v_cache.view(torch.uint8))
     assert torch.equal(results[0].out, results[1].out)

@@ -13,7 +13,8 @@ import pytest
 import torch
 from cache_model import CacheModel
 
-from sink_attention_ext import PagedKVCache, sequence_ids
+from sink_attention_ext import PagedKVCache
+from sink_attention_ext.cache import sequence_ids
 
 LOADED = """
 import pickle, sys

@@ -12,7 +12,8 @@ import pytest
 import torch
 from cache_model import CacheModel
 
-from sink_attention_ext import PagedKVCache, cache_step
+from sink_attention_ext import PagedKVCache
+from sink_attention_ext.cache import step as cache_step
 from sink_attention_ext.cache.page_storage import PageStorage
 from sink_attention_ext.cache.step import CacheStep
 

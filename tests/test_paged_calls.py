@@ -174,7 +174,7 @@ def test_out_overload_writes_where_it_is_told(backend: Backend) -> None:
     lse = torch.full((2, 5, 3), 7.0, device=backend.device)
     ops.paged_attn_out(
         inputs.q, inputs.k_cache, inputs.v_cache, inputs.block_table, inputs.seqlens_k, None,
-        inputs.s_aux, None, None, 3, 24**-0.5, True, -1, 0, 0.0, 0, 0, None,
+        inputs.s_aux, None, None, 3, 999, 24**-0.5, True, -1, 0, 0.0, 0, 0, None,
         out=out[:, :, :4, :24], lse=lse[:, :4],
     )  # fmt: skip
     assert torch.equal(out[:, :, :4, :24], expected.out) and torch.equal(lse[:, :4], expected.lse)

@@ -136,7 +136,8 @@ def attend(backend: Backend, case: PagedCase, inputs: PagedInputs) -> oracle.Res
     return oracle.Results(
         *backend.flash_attn_with_kvcache(
             inputs.q, inputs.k_cache, inputs.v_cache, cache_seqlens=inputs.seqlens_k,
-            block_table=inputs.block_table, cu_seqlens_q=inputs.cu_seqlens_q, s_aux=inputs.s_aux,
+            block_table=inputs.block_table, cu_seqlens_q=inputs.cu_seqlens_q,
+            max_seqlen_q=inputs.max_seqlen_q, s_aux=inputs.s_aux,
             k_scale=inputs.k_scale, v_scale=inputs.v_scale, num_splits=case.num_splits,
             **case.options(),
         )

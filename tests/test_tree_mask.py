@@ -300,7 +300,7 @@ def test_refusals() -> None:
         refused(ValueError, match, tree_mask=tree_mask)
         packed = {
             "q": torch.randn(6, 4, 8), "k": torch.randn(6, 2, 8), "v": torch.randn(6, 2, 8),
-            "cu_seqlens_q": int32([0, 3, 6]), "tree_mask": tree_mask.flatten(),
+            "cu_seqlens_q": int32([0, 3, 6]), "max_seqlen_q": 3, "tree_mask": tree_mask.flatten(),
         }  # fmt: skip
         refused(ValueError, rf"bit {i} set.*tree_mask\[{3 + i}\] = {word}", **packed)
 
@@ -313,17 +313,17 @@ def test_the_operator_refuses_too() -> None:
     for i, word in ((63, 2**63 - 1), (62, -1), (0, 0)):
         bad = good.clone()
         bad[0, i] = word
-        with pytest.raises(RuntimeError, match=f"tree_mask must have bit {i} set.*got {word}"):
+        with pytest.raises(ValueError, match=f"tree_mask must have bit {i} set.*got {word}"):
             flash_attn_with_kvcache(q, cache, cache, causal=True, tree_mask=bad)
     table, used = int32([[0]]), int32([70])
-    options = [None, None, None, None, 64, 1.0, False, -1, 5, 0.0, 0, 0, good]
-    with pytest.raises(RuntimeError, match="tree_mask needs causal.*got window_right 5"):
+    options = [None, None, None, None, 64, 70, 1.0, False, -1, 5, 0.0, 0, 0, good]
+    with pytest.raises(ValueError, match="tree_mask needs causal.*got window_right 5"):
         ops.paged_attn(q, cache, cache, table, used, *options)
-    options[6:9] = [True, -1, 0]
+    options[7:10] = [True, -1, 0]
     options[4] = 65
     long = torch.randn(1, 65, 1, 8)
-    with pytest.raises(RuntimeError, match="tree_mask must have shape"):
+    with pytest.raises(ValueError, match="tree_mask must have shape"):
         ops.paged_attn(long, cache, cache, table, used, *options)
     options[-1] = torch.ones(1, 65).long()
-    with pytest.raises(RuntimeError, match="seqlen_q of q must be at most 64.*got 65"):
+    with pytest.raises(ValueError, match="seqlen_q of q must be at most 64.*got 65"):
         ops.paged_attn(long, cache, cache, table, used, *options)

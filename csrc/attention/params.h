@@ -144,6 +144,8 @@ struct AppendKvParams : KvWriteParams {
   // [batch], written: keys after the append, in [0, max_pages_per_seq * page_size], as attention
   // would clamp them.
   int32_t* seqused_k;
+  // [batch], written with 0, 1, ...: the block table of a dense cache, for attention. May be null.
+  int32_t* page_table;
   // Results of attention over packed queries, or null: rows of q that are in no sequence, or that
   // are beyond seqlen_new in theirs, get out = 0 and lse = -inf. Others are left alone.
   void* out;           // [total_q, num_heads_q, head_dim_v] in out_dtype

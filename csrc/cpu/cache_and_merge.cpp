@@ -1,4 +1,6 @@
 // Merging partial results, rows in equal pieces over the threads, and writing a KV cache.
+#include <numeric>
+
 #include "cpu/backend.h"
 #include "cpu/instruction_set.h"
 #include "cpu/parallel.h"
@@ -85,6 +87,9 @@ void append_kv(const AppendKvParams& params, const Executor& executor) {
   int64_t* slots = reinterpret_cast<int64_t*>(memory.data());
   std::fill_n(slots, params.num_tokens, int64_t{-1});
   for (int64_t b = 0; b < params.batch; ++b) append_to_sequence(params, b, slots);
+  if (params.page_table != nullptr) {
+    std::iota(params.page_table, params.page_table + params.batch, 0);
+  }
   CacheTokens tokens{};
   tokens.slots = slots;
   const bool is_packed = params.cu_seqlens_q != nullptr;

@@ -54,4 +54,13 @@ Family flash_bwd_family(const attention::FlashBwdParams& params, const Device& d
 void reshape_and_cache(const attention::ReshapeAndCacheParams& params, Stream stream);
 void merge_attn_states(const attention::MergeParams& params, Stream stream);
 
+// One launch, which writes seqused_k and the unused rows of out and lse, too.
+void append_kv(const attention::AppendKvParams& params, Stream stream);
+
+// The rows of packed results that flash_fwd, flash_fwd_fp8 and flash_bwd leave alone, in one launch
+// before theirs: out = 0 and lse = -inf in rows of no sequence; dq, dk and dv = 0 there and beyond
+// seqused_k. So are rows beyond max_seqlen_q and max_seqlen_k. Dense: nothing.
+void fill_unused_rows(const attention::FlashFwdParams& params, Stream stream);
+void fill_unused_rows(const attention::FlashBwdParams& params, Stream stream);
+
 }  // namespace sink_attention::cuda

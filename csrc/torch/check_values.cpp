@@ -24,15 +24,14 @@ void check_cu_seqlens(const int32_t* cu_seqlens, const char* name, int64_t batch
 }
 
 void check_seqused_k(const FlashFwdParams& params) {
+  const bool varlen = params.cu_seqlens_k != nullptr;
   for (int64_t b = 0; b < params.batch; ++b) {
-    int64_t capacity = params.seqlen_k;
-    const char* meaning = "max_pages_per_seq * page_size";
-    if (params.cu_seqlens_k != nullptr) {
-      capacity = params.cu_seqlens_k[b + 1] - params.cu_seqlens_k[b];
-      meaning = "the sequence's keys";
-    }
-    check(params.seqused_k[b] >= 0 && params.seqused_k[b] <= capacity, "seqused_k[", b,
-          "] must be in [0, ", capacity, "] (", meaning, "); got ", params.seqused_k[b]);
+    const int64_t capacity =
+        varlen ? params.cu_seqlens_k[b + 1] - params.cu_seqlens_k[b] : params.seqlen_k;
+    check(params.seqused_k[b] >= 0 && params.seqused_k[b] <= capacity,
+          varlen ? "seqused_k[" : "cache_seqlens[", b, "] must be in [0, ", capacity, "] (",
+          varlen ? "the sequence's keys" : "what the cache holds of it, at most max_seqlen_k",
+          "); got ", params.seqused_k[b]);
   }
 }
 
@@ -47,6 +46,28 @@ void check_block_table(const FlashFwdParams& params, int64_t batch_idx, int64_t 
     const int64_t i = read.block(idx);
     check(pages[i] >= 0 && pages[i] < num_pages, "block_table[", batch_idx, ", ", i,
           "] must be in [0, ", num_pages, ") (k_cache's pages); got ", pages[i]);
+  }
+}
+
+// Of an append: room for the new keys, whose pages exist.
+void check_append(const attention::AppendKvParams& append, int64_t batch_idx, int64_t num_new,
+                  int64_t max_seqlen_k) {
+  const int64_t capacity = append.max_pages_per_seq * append.page_size;
+  const int64_t first = append.cache_seqlens[batch_idx], end = first + num_new;
+  if (num_new > capacity) {
+    check(false, "cache_seqlens[", batch_idx, "] must be so that ", num_new,
+          " new tokens fit into the ", capacity, " that the sequence's cache holds; got ", first);
+  }
+  check(first >= 0 && end <= capacity, "cache_seqlens[", batch_idx, "] must be from 0 to ",
+        capacity - num_new, ", so that ", num_new, " new tokens fit into the ", capacity,
+        " that the sequence's cache holds; got ", first);
+  check(end <= max_seqlen_k, "max_seqlen_k must be at least every sequence's length, got ",
+        max_seqlen_k, " but sequence ", batch_idx, " has ", end, " keys after the append");
+  if (append.block_table == nullptr) return;
+  const int32_t* pages = append.block_table + batch_idx * append.block_table_stride;
+  for (int64_t i = first / append.page_size; i * append.page_size < end && num_new > 0; ++i) {
+    check(pages[i] >= 0 && pages[i] < append.num_pages, "block_table[", batch_idx, ", ", i,
+          "] must be in [0, ", append.num_pages, ") (k_cache's pages), got ", pages[i]);
   }
 }
 
@@ -104,6 +125,21 @@ void check_values(const FlashFwdParams& params, const Extent& extent) {
     if (params.block_table != nullptr) check_block_table(params, b, extent.num_pages);
     if (params.tree_mask != nullptr) check_tree_mask(params, b);
   }
+}
+
+void check_values(const FlashFwdParams& params, const attention::AppendKvParams& append,
+                  const Extent& extent) {
+  if (append.cu_seqlens_q != nullptr) {
+    check_cu_seqlens(append.cu_seqlens_q, "cu_seqlens_q", append.batch, extent.q_rows, "total_q");
+  }
+  for (int64_t b = 0; b < append.batch; ++b) {
+    const int64_t num_new = append.cu_seqlens_q == nullptr
+                                ? append.seqlen_new
+                                : append.cu_seqlens_q[b + 1] - append.cu_seqlens_q[b];
+    check_append(append, b, num_new, params.seqlen_k);
+    append.seqused_k[b] = static_cast<int32_t>(append.cache_seqlens[b] + num_new);
+  }
+  check_values(params, extent);
 }
 
 void check_values(const attention::ReshapeAndCacheParams& params, int64_t num_pages) {

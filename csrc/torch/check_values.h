@@ -18,6 +18,11 @@ struct Extent {
 };
 void check_values(const attention::FlashFwdParams& params, const Extent& extent);
 
+// The same of attention after an append, which has room, and pages, for the new keys. Sets
+// append.seqused_k, which is params.seqused_k.
+void check_values(const attention::FlashFwdParams& params, const attention::AppendKvParams& append,
+                  const Extent& extent);
+
 // Every slot is -1 or within num_pages * page_size, and scales that are read are as below.
 void check_values(const attention::ReshapeAndCacheParams& params, int64_t num_pages);
 

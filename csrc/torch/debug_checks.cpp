@@ -51,9 +51,13 @@ OnHost<FlashFwdParams> on_host(const FlashFwdParams& params, const VarlenArgs& v
 
 OnHost<FlashFwdParams> on_host(const FlashFwdParams& params, const PagedArgs& paged) {
   OnHost<FlashFwdParams> host{params, {}};
-  host.params.block_table = copy<int32_t>(paged.block_table, host.copies);
-  host.params.block_table_stride = paged.block_table.size(1);
-  host.params.seqused_k = copy<int32_t>(paged.seqused_k, host.copies);
+  if (paged.block_table) {
+    host.params.block_table = copy<int32_t>(*paged.block_table, host.copies);
+    host.params.block_table_stride = paged.block_table->size(1);
+  } else {
+    host.params.block_table = nullptr;  // every page exists
+  }
+  host.params.seqused_k = copy<int32_t>(paged.cache_seqlens, host.copies);
   if (paged.cu_seqlens_q) {
     host.params.cu_seqlens_q = copy<int32_t>(*paged.cu_seqlens_q, host.copies);
   }

@@ -9,17 +9,32 @@
 namespace sink_attention::binding {
 namespace {
 
+using attention::AppendKvParams;
 using attention::FlashFwdParams;
+using attention::KvWriteParams;
 using attention::ReshapeAndCacheParams;
 
 constexpr const char* kPaged = "(num_pages, page_size, num_heads_kv, head_dim)";
 
-// What a cache holds: float8, int8, or numbers of q's dtype.
-DataType cache_type(const Tensor& cache, const char* name, const Tensor& q, DataType q_type) {
-  if (cache.scalar_type() == ScalarType::Float8_e4m3fn) return DataType::kFloat8E4M3;
-  if (cache.scalar_type() == ScalarType::Char) return DataType::kInt8;
-  check_dtype(cache, name, q.scalar_type());
-  return q_type;
+// What k_cache holds: float8, int8, or values of the dtype of q, or of new keys.
+DataType cache_type(const Tensor& k_cache, const Tensor& q, const char* q_name, DataType q_type) {
+  switch (k_cache.scalar_type()) {
+    case ScalarType::Float8_e4m3fn:
+      return DataType::kFloat8E4M3;
+    case ScalarType::Char:
+      return DataType::kInt8;
+    default:
+      float_type(k_cache, "k_cache");
+      check_type(q.scalar_type() == k_cache.scalar_type(), q_name,
+                 " must have the dtype of k_cache, ", dtype_name(k_cache.scalar_type()), "; got ",
+                 dtype_name(q.scalar_type()));
+      return q_type;
+  }
+}
+
+void check_page_size(const Tensor& k_cache) {
+  check(k_cache.size(1) >= 1, "k_cache must have page_size of at least 1; got shape ",
+        shape_of(k_cache));
 }
 
 bool are_token_scales(const std::optional<Tensor>& scale) { return scale && scale->dim() == 3; }
@@ -54,10 +69,11 @@ void set_cache_scales(Params& params, DataType cache_dtype, const Tensor& k_cach
                                                                          {"v_scale", &v_scale}};
   for (const auto& [name, scale] : scales) {
     if (!attention::is_8_bit(cache_dtype)) {
-      check(!*scale, name, " is only for float8_e4m3fn and int8 caches");
+      check(!*scale, name, " must be None: it is only for float8_e4m3fn and int8 caches, got one of ",
+            dtype_name(k_cache.scalar_type()));
       continue;
     }
-    check(scale->has_value(), name, " is needed for a ", dtype_name(k_cache.scalar_type()),
+    check(scale->has_value(), name, " must be given for a ", dtype_name(k_cache.scalar_type()),
           " cache");
     check_same_device(**scale, name, k_cache);
     check_dtype(**scale, name, ScalarType::Float);
@@ -85,6 +101,50 @@ void set_cache_scales(Params& params, DataType cache_dtype, const Tensor& k_cach
   params.v_scale_stride_page = v_scale->stride(0);
   params.v_scale_stride_slot = v_scale->stride(1);
   params.v_scale_stride_head = v_scale->stride(2);
+}
+
+void set_written_caches(KvWriteParams& params, const Tensor& k_cache, const Tensor& v_cache) {
+  params.k_cache = k_cache.mutable_data_ptr();
+  params.v_cache = v_cache.mutable_data_ptr();
+  params.k_cache_stride_page = k_cache.stride(0);
+  params.k_cache_stride_slot = k_cache.stride(1);
+  params.k_cache_stride_head = k_cache.stride(2);
+  params.v_cache_stride_page = v_cache.stride(0);
+  params.v_cache_stride_slot = v_cache.stride(1);
+  params.v_cache_stride_head = v_cache.stride(2);
+}
+
+// The pages of each sequence, and seqlen_k, what they hold; params.batch is set.
+void set_pages(FlashFwdParams& params, const Tensor& k_cache,
+               const std::optional<Tensor>& block_table, const Tensor& q) {
+  // An empty table is still one: a null pointer means that there is none.
+  static const int32_t no_pages = 0;
+  params.page_size = k_cache.size(1);
+  params.num_pages = k_cache.size(0);
+  if (!block_table) {
+    check(params.num_pages == params.batch, "k_cache must have batch = ", params.batch,
+          " rows without block_table, one for each sequence; got shape ", shape_of(k_cache));
+    params.seqlen_k = params.page_size;
+    params.block_table_stride = 1;
+    if (params.page_size > 0 && params.batch > 0) return;
+    params.block_table = &no_pages;  // of no page: pages have a size
+    params.page_size = 1;
+    params.num_pages = 0;
+    params.block_table_stride = 0;
+    return;
+  }
+  const Tensor& table = *block_table;
+  check_rank(table, "block_table", 2, "(batch, max_pages_per_seq)");
+  check_dtype(table, "block_table", ScalarType::Int);
+  check_unit_last_stride(table, "block_table");
+  check_same_device(table, "block_table", q);
+  check(table.size(0) == params.batch, "block_table must have batch = ", params.batch,
+        " rows, as ", params.cu_seqlens_q ? "cu_seqlens_q" : "q", " has; got shape ",
+        shape_of(table));
+  check_page_size(k_cache);
+  params.seqlen_k = table.size(1) * params.page_size;
+  params.block_table_stride = table.stride(0);
+  params.block_table = table.numel() > 0 ? table.const_data_ptr<int32_t>() : &no_pages;
 }
 
 // int64, a word for each row of q; set_mask and the lengths come first.
@@ -124,40 +184,86 @@ FlashFwdParams make_paged_params(const Tensor& q, const Tensor& k_cache, const T
   }
   check_rank(k_cache, "k_cache", 4, kPaged);
   check_rank(v_cache, "v_cache", 4, kPaged);
-  const DataType kv_dtype = cache_type(k_cache, "k_cache", q, float_type(q, "q"));
+  const DataType kv_dtype = cache_type(k_cache, q, "q", float_type(q, "q"));
   check_dtype(v_cache, "v_cache", k_cache.scalar_type());
   set_qkv(params, q, k_cache, v_cache, {"k_cache", "v_cache", {"num_pages", "page_size"}});
   params.kv_dtype = kv_dtype;
   set_cache_scales<const float>(params, kv_dtype, k_cache, paged.k_scale, paged.v_scale);
   params.s_aux = sink_data(s_aux, params.num_heads_q, q, params.s_aux_dtype);
 
-  const Tensor& table = paged.block_table;
-  check_rank(table, "block_table", 2, "(batch, max_pages_per_seq)");
-  check_dtype(table, "block_table", ScalarType::Int);
-  check_unit_last_stride(table, "block_table");
-  check_same_device(table, "block_table", q);
-  params.batch = table.size(0);
-  params.page_size = k_cache.size(1);
-  params.num_pages = k_cache.size(0);
-  params.seqlen_k = table.size(1) * params.page_size;
-  params.block_table_stride = table.stride(0);
-  static const int32_t no_pages =
-      0;  // an empty table is still one: a null pointer would mean a dense problem
-  params.block_table = table.numel() > 0 ? table.const_data_ptr<int32_t>() : &no_pages;
-  params.seqused_k = int32_vector(paged.seqused_k, "seqused_k", params.batch, q);
   if (paged.cu_seqlens_q) {
+    check(paged.cu_seqlens_q->dim() == 1 && paged.cu_seqlens_q->numel() >= 1,
+          "cu_seqlens_q must have shape (batch + 1,), got ", shape_of(*paged.cu_seqlens_q));
+    params.batch = paged.cu_seqlens_q->numel() - 1;
     params.cu_seqlens_q = int32_vector(*paged.cu_seqlens_q, "cu_seqlens_q", params.batch + 1, q);
     check(paged.max_seqlen_q >= 0, "max_seqlen_q must be >= 0, got ", paged.max_seqlen_q);
     params.seqlen_q = std::min(paged.max_seqlen_q, q.size(0));
   } else {
-    check(q.size(0) == params.batch, "q must have block_table's batch size ", params.batch,
-          ", got ", q.size(0));
+    params.batch = q.size(0);
     params.seqlen_q = q.size(1);
+    check(paged.max_seqlen_q >= params.seqlen_q, "max_seqlen_q must be at least seqlen_q = ",
+          params.seqlen_q, ", got ", paged.max_seqlen_q);
   }
+  set_pages(params, k_cache, paged.block_table, q);
+  params.seqused_k = int32_vector(paged.cache_seqlens, "cache_seqlens", params.batch, q);
+  check(paged.max_seqlen_k >= 0, "max_seqlen_k must be >= 0, got ", paged.max_seqlen_k);
+  params.seqlen_k = std::min(params.seqlen_k, paged.max_seqlen_k);
   check(paged.num_splits >= 0, "num_splits must be >= 0 (0: chosen), got ", paged.num_splits);
   params.num_splits = paged.num_splits;
   set_mask(params, mask);
   set_tree_mask(params, paged.tree_mask, q);
+  return params;
+}
+
+AppendKvParams make_append_params(const FlashFwdParams& fwd, const Tensor& k, const Tensor& v,
+                                  const Tensor& k_cache, const Tensor& v_cache,
+                                  const PagedArgs& paged) {
+  AppendKvParams params{};
+  const bool packed = fwd.cu_seqlens_q != nullptr;
+  const int64_t row = packed ? 0 : 1;
+  params.num_heads_kv = fwd.num_heads_kv;
+  params.head_dim = fwd.head_dim;
+  params.head_dim_v = fwd.head_dim_v;
+  if (packed) {
+    check_rank(k, "k", 3, "(total_q, num_heads_kv, head_dim) with cu_seqlens_q");
+    params.num_tokens = fwd.total_q;
+    params.seqlen_new = fwd.seqlen_q;
+    check_shape(k, "k", {fwd.total_q, fwd.num_heads_kv, fwd.head_dim});
+    check_shape(v, "v", {fwd.total_q, fwd.num_heads_kv, fwd.head_dim_v});
+  } else {
+    check_rank(k, "k", 4, "(batch, seqlen_new, num_heads_kv, head_dim) without cu_seqlens_q");
+    params.seqlen_new = k.size(1);
+    params.num_tokens = fwd.batch * params.seqlen_new;
+    check_shape(k, "k", {fwd.batch, params.seqlen_new, fwd.num_heads_kv, fwd.head_dim});
+    check_shape(v, "v", {fwd.batch, params.seqlen_new, fwd.num_heads_kv, fwd.head_dim_v});
+    params.k_stride_batch = k.stride(0);
+    params.v_stride_batch = v.stride(0);
+  }
+  params.dtype = float_type(k, "k");
+  params.cache_dtype = cache_type(k_cache, k, "k", params.dtype);
+  check_dtype(v, "v", k.scalar_type());
+  check_same_device(k, "k", k_cache);
+  check_same_device(v, "v", k_cache);
+  check_unit_last_stride(k, "k");
+  check_unit_last_stride(v, "v");
+  set_cache_scales<float>(params, params.cache_dtype, k_cache, paged.k_scale, paged.v_scale);
+  params.k = k.const_data_ptr();
+  params.v = v.const_data_ptr();
+  params.k_stride_token = k.stride(row);
+  params.k_stride_head = k.stride(row + 1);
+  params.v_stride_token = v.stride(row);
+  params.v_stride_head = v.stride(row + 1);
+  set_written_caches(params, k_cache, v_cache);
+  params.page_size = fwd.page_size;
+  params.num_pages = fwd.num_pages;
+  params.block_table = fwd.block_table;
+  params.block_table_stride = fwd.block_table_stride;
+  params.max_pages_per_seq = paged.block_table ? paged.block_table->size(1) : fwd.num_pages > 0;
+  params.cache_seqlens = fwd.seqused_k;
+  params.cu_seqlens_q = fwd.cu_seqlens_q;
+  params.batch = fwd.batch;
+  params.num_heads_q = fwd.num_heads_q;
+  params.out_dtype = fwd.dtype;
   return params;
 }
 
@@ -172,8 +278,8 @@ ReshapeAndCacheParams make_reshape_and_cache_params(const Tensor& k, const Tenso
   check_rank(k_cache, "k_cache", 4, kPaged);
   check_rank(v_cache, "v_cache", 4, kPaged);
   params.dtype = float_type(k, "k");
+  params.cache_dtype = cache_type(k_cache, k, "k", params.dtype);
   check_dtype(v, "v", k.scalar_type());
-  params.cache_dtype = cache_type(k_cache, "k_cache", k, params.dtype);
   check_dtype(v_cache, "v_cache", k_cache.scalar_type());
   params.num_tokens = k.size(0);
   params.num_heads_kv = k.size(1);
@@ -181,6 +287,7 @@ ReshapeAndCacheParams make_reshape_and_cache_params(const Tensor& k, const Tenso
   params.head_dim_v = v.size(2);
   check_head_dim(params.head_dim, k, "k", "head_dim");
   check_head_dim(params.head_dim_v, v, "v", "head_dim_v");
+  check_page_size(k_cache);
   params.page_size = k_cache.size(1);
   params.num_pages = k_cache.size(0);
   check_shape(v, "v", {params.num_tokens, params.num_heads_kv, params.head_dim_v});
@@ -202,19 +309,12 @@ ReshapeAndCacheParams make_reshape_and_cache_params(const Tensor& k, const Tenso
   set_cache_scales<float>(params, params.cache_dtype, k_cache, k_scale, v_scale);
   params.k = k.const_data_ptr();
   params.v = v.const_data_ptr();
-  params.k_cache = k_cache.mutable_data_ptr();
-  params.v_cache = v_cache.mutable_data_ptr();
+  set_written_caches(params, k_cache, v_cache);
   params.slot_mapping = slot_mapping.const_data_ptr<int64_t>();
   params.k_stride_token = k.stride(0);
   params.k_stride_head = k.stride(1);
   params.v_stride_token = v.stride(0);
   params.v_stride_head = v.stride(1);
-  params.k_cache_stride_page = k_cache.stride(0);
-  params.k_cache_stride_slot = k_cache.stride(1);
-  params.k_cache_stride_head = k_cache.stride(2);
-  params.v_cache_stride_page = v_cache.stride(0);
-  params.v_cache_stride_slot = v_cache.stride(1);
-  params.v_cache_stride_head = v_cache.stride(2);
   return params;
 }
 

@@ -28,12 +28,13 @@ struct VarlenArgs {
 };
 
 struct PagedArgs {
-  const Tensor& block_table;
-  const Tensor& seqused_k;
+  const std::optional<Tensor>& block_table;  // none: a dense cache, whose row b is sequence b's
+  const Tensor& cache_seqlens;               // keys of each sequence, before an append
   const std::optional<Tensor>& cu_seqlens_q;
   const std::optional<Tensor>& k_scale;
   const std::optional<Tensor>& v_scale;
   int64_t max_seqlen_q;
+  int64_t max_seqlen_k;
   int64_t num_splits;
   const std::optional<Tensor>& tree_mask;
 };
@@ -64,10 +65,21 @@ attention::FlashFwdParams make_varlen_params(const Tensor& q, const Tensor& k, c
 // fwd: of Numbers::kFloat8, dense or varlen.
 attention::FlashFwdFp8Params make_fp8_params(const attention::FlashFwdParams& fwd, const Tensor& q,
                                              const DescaleArgs& descales);
+// Where there is no block_table, params.block_table is null: needs_page_table says whether it is to
+// be set to pages 0, 1, ..., batch - 1.
 attention::FlashFwdParams make_paged_params(const Tensor& q, const Tensor& k_cache,
                                             const Tensor& v_cache,
                                             const std::optional<Tensor>& s_aux,
                                             const PagedArgs& paged, const MaskArgs& mask);
+
+inline bool needs_page_table(const attention::FlashFwdParams& params) {
+  return params.block_table == nullptr;
+}
+
+// fwd: of the same call, by make_paged_params, its block_table null where the call has none.
+attention::AppendKvParams make_append_params(const attention::FlashFwdParams& fwd, const Tensor& k,
+                                             const Tensor& v, const Tensor& k_cache,
+                                             const Tensor& v_cache, const PagedArgs& paged);
 
 // out: q's leading dimensions and head_dim_v; lse: (batch, num_heads_q, seqlen_q), or (num_heads_q,
 // total_q) where q has three dimensions.

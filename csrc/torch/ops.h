@@ -6,17 +6,19 @@
 //                                       checked always, otherwise under the debug switch only
 //     is_capturing(tensor)              where it cannot: whether calls are being captured in a
 //                                       graph, so that nothing may wait for the device
-//     may_leave_rows(problem, extent)   whether there may be rows that no sequence has
+//     fill_unused_rows(problem, operands)  of packed results, before flash_fwd or flash_bwd:
+//                                       out = 0, lse = -inf, gradients = 0 in rows of no sequence
 //     takes_fp8(problem, tensor)     whether it has kernels for float8 q, k and v
 //     check_flash_fwd(problem, tensor)  throws what flash_fwd would, of a problem without results
-//     flash_fwd, flash_fwd_fp8, flash_bwd, reshape_and_cache, merge_attn_states(problem,
+//     Scratch(tensor, count)            memory of the call for int32 values, with data() and
+//                                       add_to(operands)
+//     flash_fwd, flash_fwd_fp8, flash_bwd, reshape_and_cache, append_kv, merge_attn_states(problem,
 //     operands)
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -79,21 +81,12 @@ struct Ops {
             new_tensor(q, {heads, params.total_q}, lse_type)};
   }
 
-  // Rows of q beyond the last sequence: out = 0, lse = -inf. The backend writes those of sequences
-  // only.
-  static void fill_unused_rows(const FlashFwdParams& params, const Extent& extent,
-                               Forward& results) {
-    if (params.cu_seqlens_q == nullptr || !Backend::may_leave_rows(params, extent)) return;
-    torch::stable::zero_(results.out);
-    torch::stable::fill_(results.lse, -std::numeric_limits<double>::infinity());
-  }
-
   // Into results that the caller has: they are checked.
   static void forward_into(const Tensor& q, FlashFwdParams params, Operands operands,
                            Forward& results) {
     set_results(params, q, results.out, results.lse);
-    fill_unused_rows(params, {params.total_q, 0, 0}, results);
-    operands.written = {results.out, results.lse};
+    operands.written.insert(operands.written.end(), {results.out, results.lse});
+    if (params.cu_seqlens_q != nullptr) Backend::fill_unused_rows(params, operands);
     Backend::flash_fwd(params, operands);
   }
 
@@ -101,8 +94,8 @@ struct Ops {
                                             Operands operands) {
     Forward results = new_results(q, params);
     set_new_results(params, results.out, results.lse);
-    fill_unused_rows(params, {params.total_q, 0, 0}, results);
-    operands.written = {results.out, results.lse};
+    operands.written.insert(operands.written.end(), {results.out, results.lse});
+    if (params.cu_seqlens_q != nullptr) Backend::fill_unused_rows(params, operands);
     Backend::flash_fwd(params, operands);
     return {std::move(results.out), std::move(results.lse)};
   }
@@ -120,21 +113,15 @@ struct Ops {
     const Tensor dense_dout = with_unit_last_stride(dout), dense_out = with_unit_last_stride(out),
                  dense_lse = with_unit_last_stride(lse);
     set_results(fwd, q, dense_out, dense_lse);
-    // The backend writes the rows of sequences, up to seqused_k; here there may be others.
-    const bool zero =
-        fwd.cu_seqlens_q != nullptr &&
-        (fwd.seqused_k != nullptr || Backend::may_leave_rows(fwd, {q.size(0), k.size(0), 0}));
-    const auto like = [zero](const Tensor& x) {
-      return zero ? new_zeros_like(x) : new_tensor_like(x);
-    };
     Gradients gradients{
-        like(q), like(k), like(v),
+        new_tensor_like(q), new_tensor_like(k), new_tensor_like(v),
         s_aux ? new_zeros_like(*s_aux) : new_tensor(q, {0}, aoti_torch_dtype_float32())};
     const attention::FlashBwdParams params =
         make_bwd_params(fwd, q, dense_out, dense_lse, dense_dout, dlse, gradients, deterministic);
     operands.read.insert(operands.read.end(), {dense_dout, dense_out, dense_lse});
     if (dlse) operands.read.push_back(*dlse);
     operands.written = {gradients.dq, gradients.dk, gradients.dv, gradients.ds_aux};
+    if (fwd.cu_seqlens_q != nullptr) Backend::fill_unused_rows(params, operands);
     Backend::flash_bwd(params, operands);
     return {std::move(gradients.dq), std::move(gradients.dk), std::move(gradients.dv),
             std::move(gradients.ds_aux)};
@@ -163,6 +150,16 @@ struct Ops {
                     deterministic);
   }
 
+  // Of a backend whose values the host does not see: whether it is to look at copies of them, which
+  // waits for the device of `first`.
+  static bool reads_values_of(const Tensor& first) {
+    if (!debug_checks()) return false;
+    check_state(!Backend::is_capturing(first),
+                "set_debug_checks(True) waits for the device, which a captured graph cannot: call "
+                "set_debug_checks(False) before the capture");
+    return true;
+  }
+
   // What lengths, block table or slots hold, before a kernel uses them. args: the tensors; first:
   // one of the call's, whose device and stream count.
   template <class Params, class Limit, class Args>
@@ -170,10 +167,7 @@ struct Ops {
                               const Tensor& first) {
     if constexpr (Backend::kReadsValues) {
       check_values(params, limit);
-    } else if (debug_checks()) {
-      check(!Backend::is_capturing(first),
-            "set_debug_checks(True) waits for the device, which a captured graph cannot: call "
-            "set_debug_checks(False) before the capture");
+    } else if (reads_values_of(first)) {
       check_values(on_host(params, args).params, limit);
     }
   }
@@ -236,11 +230,12 @@ struct Ops {
     if (!Backend::takes_fp8(params, q)) return {};
     Forward results = new_results(q, params.fwd);
     set_new_results(params.fwd, results.out, results.lse);
-    fill_unused_rows(params.fwd, {q.size(0), 0, 0}, results);
-    Backend::flash_fwd_fp8(params, {{q, k, v},
-                                    {&q_descale, &k_descale, &v_descale, &cu_seqlens_q,
-                                     &cu_seqlens_k, &seqused_k, &s_aux},
-                                    {results.out, results.lse}});
+    const Operands operands{
+        {q, k, v},
+        {&q_descale, &k_descale, &v_descale, &cu_seqlens_q, &cu_seqlens_k, &seqused_k, &s_aux},
+        {results.out, results.lse}};
+    if (cu_seqlens_q) Backend::fill_unused_rows(params.fwd, operands);
+    Backend::flash_fwd_fp8(params, operands);
     return {results.out, results.lse};
   }
 

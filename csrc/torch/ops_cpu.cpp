@@ -1,4 +1,6 @@
 // The ops on CPU tensors.
+#include <array>
+
 #include "cpu/backend.h"
 #include "torch/cache_ops.h"
 #include "torch/executor.h"
@@ -8,10 +10,28 @@ namespace sink_attention::binding {
 namespace {
 
 struct CpuBackend {
+  // Of a few sequences without an allocation.
+  class Scratch {
+   public:
+    Scratch(const Tensor&, int64_t count) : data_(few_.data()) {
+      if (count <= static_cast<int64_t>(few_.size())) return;
+      many_.resize(count);
+      data_ = many_.data();
+    }
+    Scratch(const Scratch&) = delete;
+    int32_t* data() { return data_; }
+    void add_to(std::vector<Tensor>&) const {}
+
+   private:
+    std::array<int32_t, 128> few_{};
+    std::vector<int32_t> many_;
+    int32_t* data_;
+  };
+
   static constexpr bool kReadsValues = true;
-  static bool may_leave_rows(const attention::FlashFwdParams& params, const Extent& extent) {
-    return params.cu_seqlens_q[params.batch] < extent.q_rows ||
-           (params.cu_seqlens_k != nullptr && params.cu_seqlens_k[params.batch] < extent.k_rows);
+  template <class Params>  // FlashFwdParams or FlashBwdParams
+  static void fill_unused_rows(const Params& params, const Operands&) {
+    cpu::fill_unused_rows(params);
   }
   static void check_flash_fwd(const attention::FlashFwdParams&, const Tensor&) {}
   static void flash_fwd(const attention::FlashFwdParams& params, const Operands&) {
@@ -24,6 +44,9 @@ struct CpuBackend {
   }
   static void reshape_and_cache(const attention::ReshapeAndCacheParams& params, const Operands&) {
     cpu::reshape_and_cache(params, TorchExecutor());
+  }
+  static void append_kv(const attention::AppendKvParams& params, const Operands&) {
+    cpu::append_kv(params, TorchExecutor());
   }
   static void merge_attn_states(const attention::MergeParams& params, const Operands&) {
     cpu::merge_attn_states(params, TorchExecutor());

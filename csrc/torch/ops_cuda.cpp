@@ -49,12 +49,27 @@ class Call {
 };
 
 struct CudaBackend {
+  class Scratch {
+   public:
+    Scratch(const Tensor& like, int64_t count)
+        : tensor_(torch::stable::new_empty(like, {count}, ScalarType::Int)) {}
+    int32_t* data() { return static_cast<int32_t*>(tensor_.mutable_data_ptr()); }
+    void add_to(std::vector<Tensor>& tensors) const { tensors.push_back(tensor_); }
+
+   private:
+    Tensor tensor_;
+  };
+
   static constexpr bool kReadsValues = false;  // not without waiting for the device
   static bool is_capturing(const Tensor& tensor) {
     const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
     return cuda::is_capturing(current_stream(tensor));
   }
-  static bool may_leave_rows(const attention::FlashFwdParams&, const Extent&) { return true; }
+  template <class Params>  // FlashFwdParams or FlashBwdParams
+  static void fill_unused_rows(const Params& params, const Operands& operands) {
+    const Call call(operands);
+    cuda::fill_unused_rows(params, call.stream());
+  }
 
   static void check_flash_fwd(const attention::FlashFwdParams& params, const Tensor& tensor) {
     const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
@@ -84,6 +99,10 @@ struct CudaBackend {
                                 const Operands& operands) {
     const Call call(operands);
     cuda::reshape_and_cache(params, call.stream());
+  }
+  static void append_kv(const attention::AppendKvParams& params, const Operands& operands) {
+    const Call call(operands);
+    cuda::append_kv(params, call.stream());
   }
   static void merge_attn_states(const attention::MergeParams& params, const Operands& operands) {
     const Call call(operands);

@@ -43,28 +43,38 @@ STABLE_TORCH_LIBRARY(SA_OP_NAMESPACE, m) {
       "bool causal, SymInt window_left, SymInt window_right, float softcap, SymInt "
       "num_sink_tokens) -> Tensor[]");
   m.def(
-      "paged_attn(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seqused_k, "
-      "Tensor? cu_seqlens_q, Tensor? s_aux, Tensor? k_scale, Tensor? v_scale, SymInt max_seqlen_q, "
-      "float softmax_scale, bool causal, SymInt window_left, SymInt window_right, float softcap, "
-      "SymInt num_splits, SymInt num_sink_tokens, Tensor? tree_mask) -> (Tensor, Tensor)");
+      "paged_attn(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? block_table, Tensor "
+      "cache_seqlens, Tensor? cu_seqlens_q, Tensor? s_aux, Tensor? k_scale, Tensor? v_scale, "
+      "SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool causal, "
+      "SymInt window_left, SymInt window_right, float softcap, SymInt num_splits, SymInt "
+      "num_sink_tokens, Tensor? tree_mask) -> (Tensor, Tensor)");
   m.def(
-      "paged_attn.out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor "
-      "seqused_k, Tensor? cu_seqlens_q, Tensor? s_aux, Tensor? k_scale, Tensor? v_scale, SymInt "
-      "max_seqlen_q, float softmax_scale, bool causal, SymInt window_left, SymInt window_right, "
-      "float softcap, SymInt num_splits, SymInt num_sink_tokens, Tensor? tree_mask, *, Tensor(a!) "
-      "out, Tensor(b!) lse) -> ()");
+      "paged_attn.out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? block_table, Tensor "
+      "cache_seqlens, Tensor? cu_seqlens_q, Tensor? s_aux, Tensor? k_scale, Tensor? v_scale, "
+      "SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool causal, "
+      "SymInt window_left, SymInt window_right, float softcap, SymInt num_splits, SymInt "
+      "num_sink_tokens, Tensor? tree_mask, *, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  // k_scale and v_scale are written where they have a scale for each token and head.
   m.def(
-      "check_paged_attn(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor "
-      "seqused_k, Tensor? cu_seqlens_q, Tensor? s_aux, Tensor? k_scale, Tensor? v_scale, SymInt "
-      "max_seqlen_q, float softmax_scale, bool causal, int window_left, int window_right, float "
-      "softcap, int num_splits, int num_sink_tokens, Tensor? tree_mask, Tensor? cache_seqlens) -> "
-      "()");
+      "append_and_attend(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, "
+      "Tensor cache_seqlens, Tensor? block_table, Tensor? cu_seqlens_q, Tensor? s_aux, "
+      "Tensor(c!)? k_scale, Tensor(d!)? v_scale, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool causal, "
+      "SymInt window_left, SymInt window_right, float softcap, SymInt num_splits, SymInt "
+      "num_sink_tokens, Tensor? tree_mask) -> (Tensor, Tensor)");
+  m.def(
+      "append_and_attend.out(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, "
+      "Tensor cache_seqlens, Tensor? block_table, Tensor? cu_seqlens_q, Tensor? s_aux, "
+      "Tensor(c!)? k_scale, Tensor(d!)? v_scale, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool causal, "
+      "SymInt window_left, SymInt window_right, float softcap, SymInt num_splits, SymInt "
+      "num_sink_tokens, Tensor? tree_mask, *, Tensor(e!) out, "
+      "Tensor(f!) lse) -> ()");
   m.def(
       "reshape_and_cache(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor "
-      "slot_mapping, Tensor? k_scale, Tensor? v_scale) -> ()");
+      "slot_mapping, Tensor? k_scale, Tensor? v_scale, bool deterministic=False) -> ()");
   m.def(
       "reshape_and_cache.token_scales(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-      "Tensor slot_mapping, Tensor(c!) k_scale, Tensor(d!) v_scale) -> ()");
+      "Tensor slot_mapping, Tensor(c!) k_scale, Tensor(d!) v_scale, bool deterministic=False) -> "
+      "()");
   m.def("merge_attn_states(Tensor[] outs, Tensor[] lses, Tensor? s_aux) -> (Tensor, Tensor)");
   m.def("cpu_instruction_set() -> str");
   m.def("cpu_instruction_sets() -> str");

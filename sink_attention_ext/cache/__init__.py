@@ -3,7 +3,6 @@
 fakes.py          their fake kernels, for torch.compile
 functions.py      flash_attn_with_kvcache and reshape_and_cache, as users see them
 attention.py      what every function that attends over a cache runs
-slots.py          where new tokens go; on the device
 checks.py         validation of caches, scales and new tokens
 paged_cache.py    PagedKVCache; arguments.py validates what it is given
 page_pool.py      which pages are free (host); page_tables.py: the block table of a group of layers

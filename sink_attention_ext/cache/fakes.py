@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from sink_attention_ext.fake_checks import (
     MAX_DRAFT_TOKENS,
@@ -36,16 +37,18 @@ def check_scales(k_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
     if k_cache.dtype not in QUANTISED_DTYPES:
         for name, scale in named:
             if scale is not None:
-                raise RuntimeError(f"{name} is only for float8_e4m3fn and int8 caches")
+                raise ValueError(
+                    f"{name} must be None: it is only for float8_e4m3fn and int8 caches"
+                )
         return
     num_heads_kv = k_cache.shape[2]
     for name, scale in named:
         if scale is None:
-            raise RuntimeError(f"{name} is needed for a {k_cache.dtype} cache")
+            raise ValueError(f"{name} must be given for a {k_cache.dtype} cache")
         check_device(name, scale, k_cache)
         check_dtype(name, scale, torch.float32)
     if (k_scale.dim() == 3) != (v_scale.dim() == 3):
-        raise RuntimeError(
+        raise ValueError(
             "k_scale and v_scale must be of one kind, both for each token or neither, got shapes "
             f"{tuple(k_scale.shape)} and {tuple(v_scale.shape)}"
         )
@@ -59,7 +62,7 @@ def check_scales(k_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
             f"{tuple(scale.shape)}"
         )
         if scale.dim() > 1:
-            raise RuntimeError(message)
+            raise ValueError(message)
         if scale.dim() == 1 and not is_known(scale.shape[0] == 1):
             refuse_if(scale.shape[0] != num_heads_kv, message)
             check_last_stride(name, scale)
@@ -130,12 +133,13 @@ def check_write(
 # ---- the operators ----
 
 
-def _paged_attn(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seqused_k: Tensor,
-    cu_seqlens_q: Tensor | None, s_aux: Tensor | None, k_scale: Tensor | None,
-    v_scale: Tensor | None, max_seqlen_q: Any, scale: Any, causal: bool, left: Any, right: Any,
-    softcap: Any, num_splits: Any, num_sink_tokens: Any, tree_mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _check_attend(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor,
+    block_table: Tensor | None, cu_seqlens_q: Tensor | None, s_aux: Tensor | None,
+    k_scale: Tensor | None, v_scale: Tensor | None, max_seqlen_q: Any, max_seqlen_k: Any,
+    scale: Any, causal: bool, left: Any, right: Any, softcap: Any, num_splits: Any,
+    num_sink_tokens: Any, tree_mask: Tensor | None,
+) -> None:  # fmt: skip
     if cu_seqlens_q is not None:
         check_rank("q", q, 3, "(total_q, num_heads, head_dim) with cu_seqlens_q")
     else:
@@ -144,28 +148,72 @@ def _paged_attn(
     check_qkv(q, k_cache, v_cache, "k_cache", "v_cache")
     check_scales(k_cache, k_scale, v_scale)
     check_sinks(s_aux, q.shape[-2], q)
-    check_rank("block_table", block_table, 2, "(batch, max_pages_per_seq)")
-    check_dtype("block_table", block_table, torch.int32)
-    check_last_stride("block_table", block_table)
-    check_device("block_table", block_table, q)
-    batch = block_table.shape[0]
-    check_vector("seqused_k", seqused_k, batch, q)
     if cu_seqlens_q is not None:
-        check_vector("cu_seqlens_q", cu_seqlens_q, batch + 1, q)
+        check_rank("cu_seqlens_q", cu_seqlens_q, 1, "(batch + 1,)")
+        entries = cu_seqlens_q.shape[0]
+        refuse_if(entries < 1, "cu_seqlens_q must have shape (batch + 1,), got (0,)")
+        batch = entries - 1
+        check_vector("cu_seqlens_q", cu_seqlens_q, entries, q)
         check_at_least_0(max_seqlen_q=max_seqlen_q)
     else:
-        check_size("q", q, 0, batch, "block_table's batch size")
-    check_at_least_0(num_splits=num_splits)
+        batch = q.shape[0]
+        refuse_if(
+            max_seqlen_q < q.shape[1],
+            f"max_seqlen_q must be at least seqlen_q = {q.shape[1]}, got {max_seqlen_q}",
+        )
+    if block_table is None:
+        check_size("k_cache", k_cache, 0, batch, "without block_table a row for each sequence")
+    else:
+        check_rank("block_table", block_table, 2, "(batch, max_pages_per_seq)")
+        check_dtype("block_table", block_table, torch.int32)
+        check_last_stride("block_table", block_table)
+        check_device("block_table", block_table, q)
+        check_size("block_table", block_table, 0, batch, "a row for each sequence")
+        refuse_if(
+            k_cache.shape[1] < 1,
+            f"k_cache must have page_size of at least 1; got shape {tuple(k_cache.shape)}",
+        )
+    check_vector("cache_seqlens", cache_seqlens, batch, q)
+    check_at_least_0(num_splits=num_splits, max_seqlen_k=max_seqlen_k)
     check_mask(q, scale, causal, left, right, softcap, num_sink_tokens)
     check_tree_mask(tree_mask, q, max_seqlen_q, causal, right)
-    return new_results(q, v_cache.shape[-1])
 
 
-def _check_paged_attn(*args: Any) -> None:
-    *arguments, cache_seqlens = args
-    _paged_attn(*arguments)
-    if cache_seqlens is not None:
-        check_device("cache_seqlens", cache_seqlens, args[0])
+def _check_append(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor,
+    cu_seqlens_q: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None,
+) -> None:  # fmt: skip
+    if cu_seqlens_q is not None:
+        check_rank("k", k, 3, "(total_q, num_heads_kv, head_dim) with cu_seqlens_q")
+        rows: tuple[Any, ...] = (q.shape[0],)
+    else:
+        check_rank("k", k, 4, "(batch, seqlen_new, num_heads_kv, head_dim) without cu_seqlens_q")
+        rows = (q.shape[0], k.shape[1])
+    check_shape("k", k, (*rows, *k_cache.shape[2:]))
+    check_shape("v", v, (*rows, *v_cache.shape[2:]))
+    check_caches("k", k, k_cache, v_cache)
+    check_dtype("v", v, k.dtype)
+    for name, tensor in (("k", k), ("v", v)):
+        check_last_stride(name, tensor)
+        check_device(name, tensor, k_cache)
+    check_apart("k_cache", k_cache, "v_cache", v_cache)
+    if k_scale is not None and v_scale is not None and k_scale.dim() == 3:
+        check_apart("k_scale", k_scale, "v_scale", v_scale)
+        _fix_layout(k_scale, v_scale)
+    _fix_layout(k_cache, v_cache)
+
+
+def check_apart(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """What can be said without addresses of two tensors that are written: they are not one."""
+    is_one = tensor is other
+    if not is_one and tensor.device.type == "meta" and not is_fake(tensor):
+        is_one = (
+            tensor.untyped_storage()._cdata == other.untyped_storage()._cdata
+            and tensor.storage_offset() == other.storage_offset()
+            and min(tensor.numel(), other.numel()) > 0
+        )
+    if is_one:
+        raise ValueError(f"{other_name} must not share memory with {name}: both are written")
 
 
 def _fix_layout(*written: Tensor) -> None:
@@ -181,43 +229,79 @@ def _fix_layout(*written: Tensor) -> None:
                 int(number)
 
 
-def _paged_attn_out(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any, out: Tensor, lse: Tensor
-) -> None:
-    _paged_attn(q, k_cache, v_cache, *args)
+def _paged_attn(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor | None,
+    cache_seqlens: Tensor, *options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _check_attend(q, k_cache, v_cache, cache_seqlens, block_table, *options)
+    return new_results(q, v_cache.shape[-1])
+
+
+def _check_given_results(q: Tensor, v_cache: Tensor, out: Tensor, lse: Tensor) -> None:
     check_results(q, v_cache.shape[-1], out, lse)
     check_last_stride("out", out)
     check_last_stride("lse", lse)
     _fix_layout(out, lse)
 
 
+def _paged_attn_out(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any, out: Tensor, lse: Tensor
+) -> None:
+    _paged_attn(q, k_cache, v_cache, *args)
+    _check_given_results(q, v_cache, out, lse)
+
+
+def _append_and_attend(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, cache_seqlens: Tensor,
+    block_table: Tensor | None, cu_seqlens_q: Tensor | None, s_aux: Tensor | None,
+    k_scale: Tensor | None, v_scale: Tensor | None, *options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _check_attend(
+        q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q, s_aux, k_scale, v_scale,
+        *options,
+    )  # fmt: skip
+    _check_append(q, k_cache, v_cache, k, v, cu_seqlens_q, k_scale, v_scale)
+    return new_results(q, v_cache.shape[-1])
+
+
+def _append_and_attend_out(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any, out: Tensor, lse: Tensor
+) -> None:
+    _append_and_attend(q, k_cache, v_cache, *args)
+    _check_given_results(q, v_cache, out, lse)
+
+
 def _reshape_and_cache(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor,
-    k_scale: Tensor | None, v_scale: Tensor | None,
+    k_scale: Tensor | None, v_scale: Tensor | None, deterministic: bool = False,
 ) -> None:  # fmt: skip
     check_write(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
     if k_scale is not None and k_scale.dim() == 3:
-        raise RuntimeError(
+        raise ValueError(
             "k_scale and v_scale of each token and head are results: "
             "reshape_and_cache.token_scales writes them, reshape_and_cache takes shapes (), (1,) "
             f"and (num_heads_kv,), got {tuple(k_scale.shape)}"
         )
+    check_apart("k_cache", k_cache, "v_cache", v_cache)
     _fix_layout(k_cache, v_cache)
 
 
 def _reshape_and_cache_token_scales(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, k_scale: Tensor,
-    v_scale: Tensor,
+    v_scale: Tensor, deterministic: bool = False,
 ) -> None:  # fmt: skip
     check_write(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
     check_rank("k_scale", k_scale, 3, "(num_pages, page_size, num_heads_kv)")
+    check_apart("k_cache", k_cache, "v_cache", v_cache)
+    check_apart("k_scale", k_scale, "v_scale", v_scale)
     _fix_layout(k_cache, v_cache, k_scale, v_scale)
 
 
 FAKE_KERNELS: dict[str, Callable[..., Any]] = {
     "paged_attn": _paged_attn,
     "paged_attn.out": _paged_attn_out,
-    "check_paged_attn": _check_paged_attn,
+    "append_and_attend": _append_and_attend,
+    "append_and_attend.out": _append_and_attend_out,
     "reshape_and_cache": _reshape_and_cache,
     "reshape_and_cache.token_scales": _reshape_and_cache_token_scales,
 }

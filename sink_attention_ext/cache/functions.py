@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sink_attention_ext import checks
 from sink_attention_ext.cache import checks as cache_checks
 from sink_attention_ext.cache.attention import attend, write_tokens
-from sink_attention_ext.dispatch_rules import refuse_gradient
+from sink_attention_ext.cache.plan import KVCachePlan, check_plan
 from sink_attention_ext.reference import WindowSize
 
 
@@ -25,7 +24,9 @@ def reshape_and_cache(
 
     Token t goes to slot ``slot_mapping[t] % page_size`` of page ``slot_mapping[t] // page_size``.
     What is written has memory of its own: no element in common with another argument, none that is
-    two of a cache's. Caches interleaved in one buffer are fine.
+    two of a cache's. Caches interleaved in one buffer are fine. Where two tokens share a slot, the
+    last one stays on the CPU and under torch.use_deterministic_algorithms(True); otherwise on CUDA
+    the slot then holds any mixture of their elements and scales.
 
     Args:
         k: (num_tokens, num_heads_kv, head_dim).
@@ -47,11 +48,11 @@ def reshape_and_cache(
         v_scale: the same for v, of the same kind as k_scale.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
-        RuntimeError: a slot is out of range (the operator checks before it writes; on CUDA under
-            set_debug_checks only, otherwise such a token is left out), a cache was made in
-            inference mode and is written outside of it, or autograd would have to differentiate
-            this.
+        TypeError, ValueError: an argument does not fit, a slot out of range among them (on CUDA
+            looked at under set_debug_checks only, otherwise such a token is left out). The message
+            names it.
+        RuntimeError: a cache was made in inference mode and is written outside of it, or autograd
+            would have to differentiate this.
         In all these cases nothing has been written.
 
     Under torch.autocast k and v are cast to the caches' dtype.
@@ -62,19 +63,16 @@ def reshape_and_cache(
         slots = torch.tensor([5, 6, -1])
         reshape_and_cache(torch.randn(3, 8, 64), torch.randn(3, 8, 64), cache[0], cache[1], slots)
     """
-    cache_checks.check_caches(k_cache, v_cache)
-    cache_checks.check_new_kv(k, v, k_cache, v_cache, cache_checks.K_TOKENS, cache_checks.V_TOKENS)
-    k_scale, v_scale = cache_checks.check_cache_scales(k_scale, v_scale, k_cache)
-    checks.check_tensor("slot_mapping", slot_mapping, ("num_tokens",))
-    if slot_mapping.dtype != torch.int64:
-        raise TypeError(f"slot_mapping must have dtype torch.int64; got {slot_mapping.dtype}")
-    checks.check_device("slot_mapping", slot_mapping, k_cache.device)
-    checks.check_last_stride("slot_mapping", slot_mapping)
-    checks.check_size("slot_mapping", slot_mapping, 0, "num_tokens", k.shape[0], "as k has")
-    cache_checks.check_scales_can_be_written(k_scale, v_scale)
-    cache_checks.check_caches_can_be_written(k_cache, v_cache)
-    refuse_gradient("reshape_and_cache", k, v, k_cache, v_cache, k_scale, v_scale)
-    write_tokens(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+    kinds = (k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+    is_compiling = torch.compiler.is_compiling()
+    if is_compiling:
+        cache_checks.check_write_kinds(*kinds)
+    try:
+        write_tokens("reshape_and_cache", is_compiling, *kinds)
+    except Exception:
+        if not is_compiling:
+            cache_checks.check_write_kinds(*kinds)
+        raise
 
 
 def flash_attn_with_kvcache(
@@ -98,6 +96,9 @@ def flash_attn_with_kvcache(
     v_scale: Tensor | None = None,
     num_sink_tokens: int = 0,
     tree_mask: Tensor | None = None,
+    out: Tensor | None = None,
+    max_seqlen_k: int | torch.SymInt | Tensor | None = None,
+    plan: KVCachePlan | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over a paged or dense cache, after appending new keys and values to it in place.
 
@@ -125,8 +126,10 @@ def flash_attn_with_kvcache(
         block_table: (batch, max_pages_per_seq) int32: key j of sequence b lies in page
             ``block_table[b, j // page_size]``. Entries beyond a sequence's length are not read.
         cu_seqlens_q: (batch + 1,) int32: q is packed.
-        max_seqlen_q: at least the longest query length; None is total_q, or seqlen_q. At most 64
-            with tree_mask.
+        max_seqlen_q: at least the longest query length, at most 64 with tree_mask. None is
+            seqlen_q. With cu_seqlens_q of more than one sequence it must be given, as in
+            FlashAttention: 1 in decode. The host cannot read it without waiting for the device, and
+            with too large a bound CUDA's decode kernels would not run.
         softmax_scale, causal, window_size, softcap, s_aux, return_lse, num_sink_tokens: as in
             flash_attn_func. Pages between the sink tokens and the window need not exist.
         num_splits: parts into which the keys are cut at most, computed apart, merged; 0: chosen;
@@ -151,6 +154,14 @@ def flash_attn_with_kvcache(
             causal=True. A token with n ancestors stands at position seqlen_k - seqlen_q + n, from
             which window_size counts: it sees what it would see if its path alone followed the
             other keys. On CUDA the bits are checked under set_debug_checks only.
+        out: where the result goes: its shape, the dtype of q, memory of its own. None: a new tensor.
+        max_seqlen_k: at least the longest sequence, appended keys included; None is what
+            block_table, or a dense cache, has room for. It bounds the splits and the workspace:
+            give it where the table is wide (as servers' are) and sequences are short. A longer
+            sequence is refused on the CPU, and on CUDA under set_debug_checks; otherwise CUDA cuts
+            it there, as if it had no further keys.
+        plan: what plan_kvcache returned, in the place of cache_seqlens, block_table, cu_seqlens_q,
+            max_seqlen_q, max_seqlen_k, num_splits and tree_mask: many layers share one.
 
     Returns:
         out (batch, seqlen_q, num_heads_q, head_dim_v), or (total_q, num_heads_q, head_dim_v); with
@@ -158,12 +169,12 @@ def flash_attn_with_kvcache(
         the sink included.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it, and nothing has been
-            written. Where keys are appended in eager mode, this includes values in cache_seqlens,
-            block_table, cu_seqlens_q and tree_mask: on the CPU, and on CUDA under set_debug_checks.
-        RuntimeError: the operators found such values out of range (without k and v, and under
-            torch.compile, where the new keys may have been written then), or autograd would have to
-            differentiate this.
+        TypeError, ValueError: an argument does not fit, values in cache_seqlens, block_table,
+            cu_seqlens_q, tree_mask and scales among them (on the CPU; on CUDA under
+            set_debug_checks, otherwise such keys are left out). The message names it, and nothing
+            has been written, also under torch.compile.
+        RuntimeError: a cache, or `out`, was made in inference mode and is written outside of it, or
+            autograd would have to differentiate this. Nothing has been written.
 
     Under torch.autocast q, k and v are cast to the caches' dtype: a cache is never cast.
 
@@ -178,25 +189,18 @@ def flash_attn_with_kvcache(
         )
         lengths += 1
     """
+    if plan is not None:
+        given = (
+            cache_seqlens, block_table, cu_seqlens_q, max_seqlen_q, max_seqlen_k, tree_mask,
+            num_splits or None,
+        )  # fmt: skip
+        check_plan(plan, k_cache, k is not None, given)
+        cache_seqlens, block_table = plan.cache_seqlens, plan.block_table
+        cu_seqlens_q, tree_mask = plan.cu_seqlens_q, plan.tree_mask
+        max_seqlen_q, max_seqlen_k = plan.max_seqlen_q, plan.max_seqlen_k
+        num_splits = plan.num_splits
     return attend(
-        q,
-        k_cache,
-        v_cache,
-        k,
-        v,
-        cache_seqlens,
-        block_table,
-        cu_seqlens_q,
-        max_seqlen_q,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        s_aux,
-        return_lse,
-        num_splits,
-        k_scale,
-        v_scale,
-        num_sink_tokens,
-        tree_mask,
-    )
+        "flash_attn_with_kvcache", q, k_cache, v_cache, k, v, cache_seqlens, block_table,
+        cu_seqlens_q, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, softcap,
+        s_aux, return_lse, num_splits, k_scale, v_scale, num_sink_tokens, tree_mask, out,
+    )  # fmt: skip

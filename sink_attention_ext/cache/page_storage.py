@@ -56,6 +56,19 @@ class PageStorage:
         if has_scales:
             self.k_scale = torch.empty(rows, dtype=torch.float32, device=device)
             self.v_scale = torch.empty(rows, dtype=torch.float32, device=device)
+        self.make_views()
+
+    def make_views(self) -> None:
+        """Views of each layer's tensors: keys, values, scales of both or None."""
+        scales: tuple[Any, Any] = (self.k_scale, self.v_scale)
+        self.layers = [
+            (keys, values, *(None if scale is None else scale[place] for scale in scales))
+            for place, (keys, values) in enumerate(zip(self.k_cache, self.v_cache, strict=True))
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Views would not be views in a copy: whoever made that makes them again."""
+        return {name: value for name, value in self.__dict__.items() if name != "layers"}
 
     def _tensors(self) -> Iterator[Tensor]:
         for tensor in (self.k_cache, self.v_cache, self.k_scale, self.v_scale):

@@ -437,6 +437,9 @@ class PagedKVCache:
         self.__dict__ |= state
         for owner in (*self._storage, self._buffers, *self._tables):
             clone_inference_tensors(owner)
+        with torch.inference_mode(False):
+            for storage in self._storage:
+                storage.make_views()
 
     def __copy__(self) -> NoReturn:
         raise TypeError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,6 @@ from sink_attention_ext import checks
 from sink_attention_ext.cache.attention import attend
 from sink_attention_ext.cache.functions import reshape_and_cache
 from sink_attention_ext.cache.page_tables import PageTables, TablesDraft
-from sink_attention_ext.dispatch_rules import refuse_gradient
 
 if TYPE_CHECKING:
     from sink_attention_ext.cache.paged_cache import PagedKVCache
@@ -41,11 +39,14 @@ class StepBuffers:
         max_num_tokens: int,
         device: torch.device | str,
     ) -> None:
-        rows = 1 + len(tables)
-        # positions, then slots, one row a group of layers; cu_seqlens_q, then seqused_k likewise.
-        self.tokens = torch.zeros(rows, max_num_tokens, dtype=torch.int64, device=device)
-        self.lengths = torch.zeros(rows, max_num_seqs + 1, dtype=torch.int32, device=device)
+        groups = len(tables)
+        # positions, then slots, one row a group of layers
+        self.tokens = torch.zeros(1 + groups, max_num_tokens, dtype=torch.int64, device=device)
+        # cu_seqlens_q, then keys after the append and keys before it, a row of each a group
+        shape = (1 + 2 * groups, max_num_seqs + 1)
+        self.lengths = torch.zeros(shape, dtype=torch.int32, device=device)
         self.block_tables = [torch.zeros_like(t.table, device=device) for t in tables]
+        self.longest = [0] * groups  # of the keys after the append
 
     def fill(
         self, drafts: Sequence[TablesDraft], rows: list[int], lengths: list[int], counts: list[int]
@@ -56,10 +57,12 @@ class StepBuffers:
         num_tokens, num_padded = cu_seqlens[-1], self.lengths.shape[1] - len(rows)
         ends = [length + count for length, count in zip(lengths, counts, strict=True)]
         tokens = [[p for n, end in zip(lengths, ends, strict=True) for p in range(n, end)]]
-        seqlens = [cu_seqlens + [num_tokens] * (num_padded - 1)]
+        after, before = [], []
         for draft, block_table in zip(drafts, self.block_tables, strict=True):
             places = [draft.place(row, n) for row, n in zip(rows, ends, strict=True)]
-            seqlens.append(places + [0] * num_padded)
+            firsts = [place - count for place, count in zip(places, counts, strict=True)]
+            after.append(places + [0] * num_padded)
+            before.append(firsts + [0] * num_padded)
             tokens.append([])
             for row, count, place in zip(rows, counts, places, strict=True):
                 tokens[-1] += draft.slots(row, place - count, place)
@@ -70,7 +73,23 @@ class StepBuffers:
         padded[0] = 0
         padded[:, :num_tokens] = torch.tensor(tokens, dtype=torch.int64, device="cpu")
         upload(self.tokens, padded)
+        seqlens = [cu_seqlens + [num_tokens] * (num_padded - 1), *after, *before]
         upload(self.lengths, torch.tensor(seqlens, dtype=torch.int32, device="cpu"))
+        self.longest = [max(places, default=0) for places in after]
+
+
+class _GroupPlan:
+    """What the layers of one group share in a step."""
+
+    def __init__(self, step: CacheStep, layer: int, group: int) -> None:
+        cache, num_seqs = step._cache, step.num_seqs
+        lengths, num_groups = cache._buffers.lengths, len(cache._tables)
+        self.after = lengths[1 + group, :num_seqs]
+        self.before = lengths[1 + num_groups + group, :num_seqs]
+        self.block_table = cache._buffers.block_tables[group][:num_seqs]
+        self.window_size = cache.window_sizes[layer]
+        # A full layer sees the first tokens anyway.
+        self.num_sink_tokens = cache.num_sink_tokens if self.window_size[0] >= 0 else 0
 
 
 class CacheStep:
@@ -108,6 +127,9 @@ class CacheStep:
         self.max_seqlen_q = max_seqlen_q
         self.cu_seqlens_q = cache._buffers.lengths[0, : num_seqs + 1]
         self.positions = cache._buffers.tokens[0, :num_tokens]
+        groups = range(len(cache._tables))
+        self._plans: list[_GroupPlan | None] = [None for _ in groups]
+        self._longest = list(cache._buffers.longest)
 
     def block_table(self, layer: int) -> Tensor:
         """(num_seqs, max_pages_per_seq) int32; of a windowed layer the pages still kept."""
@@ -120,6 +142,23 @@ class CacheStep:
     def slot_mapping(self, layer: int) -> Tensor:
         """(num_tokens,) int64: page * page_size + place of each new token; -1 for padding."""
         return self._cache._buffers.tokens[1 + self._group(layer), : self.num_tokens]
+
+    def max_seqlen_k(self, layer: int) -> int:
+        """At least the most keys of one sequence in block_table: what splits go by.
+
+        In a CUDA graph that is being captured, and under torch.compile, all that a row of
+        block_table has room for: a later step may have longer sequences.
+        """
+        return self._max_seqlen_k(self._group(layer))
+
+    def _max_seqlen_k(self, group: int) -> int:
+        buffers = self._cache._buffers
+        capacity = buffers.block_tables[group].shape[1] * self._cache.page_size
+        if torch.compiler.is_compiling() or (
+            buffers.lengths.is_cuda and torch.cuda.is_current_stream_capturing()
+        ):
+            return capacity
+        return min(self._longest[group], capacity)
 
     def window_size(self, layer: int) -> tuple[int, int]:
         """``(left, right)`` of a layer, as the cache was made with."""
@@ -137,6 +176,7 @@ class CacheStep:
             "block_table": self.block_table(layer),
             "cu_seqlens_q": self.cu_seqlens_q,
             "max_seqlen_q": self.max_seqlen_q,
+            "max_seqlen_k": self.max_seqlen_k(layer),
             "causal": True,
             "window_size": self._cache.window_sizes[layer],
         }
@@ -204,31 +244,36 @@ class CacheStep:
             TypeError, ValueError: an argument does not fit; nothing has been written.
         """
         self._check_current()
-        kwargs = self.attn_kwargs(layer)  # an index that does not exist is named here
-        checks.check_tensor("q", q, ("num_tokens", "num_heads_q", "head_dim"))
-        checks.check_size("q", q, 0, "num_tokens", self.num_tokens, "as the step has")
-        write = None
-        if k is not None or v is not None:
-            refuse_gradient("CacheStep.attend", k, v)
-            write = partial(self.write, layer, k, v)
-        elif layer not in self._written:
+        cache = self._cache
+        group, place = cache._layer_place(layer)  # an index that does not exist is named here
+        plan = self._plans[group]
+        if plan is None:
+            plan = self._plans[group] = _GroupPlan(self, layer, group)
+        if torch.compiler.is_compiling():
+            k_cache, v_cache = cache.k_cache(layer), cache.v_cache(layer)
+            k_scale, v_scale = cache.scales(layer)
+        else:
+            k_cache, v_cache, k_scale, v_scale = cache._storage[group].layers[place]
+            if k_scale is None:
+                k_scale, v_scale = cache._k_scales[layer], cache._v_scales[layer]
+        if not isinstance(q, Tensor) or q.dim() != 3 or q.shape[0] != self.num_tokens:
+            checks.check_tensor("q", q, checks.Q_PACKED)
+            checks.check_size("q", q, 0, "num_tokens", self.num_tokens, "as the step has")
+        writes = k is not None or v is not None
+        if not writes and layer not in self._written:
             raise RuntimeError(
                 f"layer {layer} has not been written in this step: give attend k and v"
             )
-        return attend(
-            q,
-            self._cache.k_cache(layer),
-            self._cache.v_cache(layer),
-            softmax_scale=softmax_scale,
-            softcap=softcap,
-            s_aux=s_aux,
-            return_lse=return_lse,
-            num_splits=num_splits,
-            tree_mask=tree_mask,
-            write=write,
-            function="CacheStep.attend",
-            **kwargs,
-        )
+        result = attend(
+            "CacheStep.attend", q, k_cache, v_cache, k, v,
+            plan.before if writes else plan.after, plan.block_table, self.cu_seqlens_q,
+            self.max_seqlen_q, self._max_seqlen_k(group), softmax_scale, True, plan.window_size,
+            softcap, s_aux, return_lse, num_splits, k_scale, v_scale, plan.num_sink_tokens,
+            tree_mask, None,
+        )  # fmt: skip
+        if writes:
+            self._written.add(layer)
+        return result
 
     def _group(self, layer: int) -> int:
         return self._cache._layer_place(layer)[0]

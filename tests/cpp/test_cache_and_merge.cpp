@@ -87,6 +87,58 @@ void check_cache(DataType dtype, DataType cache_dtype, bool head_major, const st
   expect(v_cache, v, v_scale, kDimV, "v");
 }
 
+// One kv head and enough tokens for several threads, on slots that are given many times over, some of
+// them beyond the cache: what one thread writes, which keeps the last token of a slot.
+void check_parts(DataType cache_dtype, const std::string& isa) {
+  constexpr int64_t kTokens = 5000, kDim = 128, kPages = 40, kPageSize = 16;
+  Random random(3);
+  const Array k = Array::normal(DataType::kFloat32, kTokens * kDim, random);
+  std::vector<int64_t> slots;
+  for (int64_t token = 0; token < kTokens; ++token) {
+    slots.push_back(random.below(kPages * kPageSize + 20) - 10);
+  }
+  attention::ReshapeAndCacheParams p{};
+  p.dtype = DataType::kFloat32;
+  p.cache_dtype = cache_dtype;
+  p.k = p.v = k.data();
+  p.slot_mapping = slots.data();
+  p.k_stride_token = p.v_stride_token = kDim;
+  p.k_cache_stride_page = p.v_cache_stride_page = kPageSize * kDim;
+  p.k_cache_stride_slot = p.v_cache_stride_slot = kDim;
+  p.k_scale_stride_page = p.v_scale_stride_page = kPageSize;
+  p.k_scale_stride_slot = p.v_scale_stride_slot = 1;
+  p.num_tokens = kTokens;
+  p.num_heads_kv = 1;
+  p.head_dim = p.head_dim_v = kDim;
+  p.num_pages = kPages;
+  p.page_size = kPageSize;
+  const bool scaled = attention::is_8_bit(cache_dtype);
+  std::vector<std::vector<double>> results;
+  for (const int threads : {1, 4}) {
+    const Array k_cache(cache_dtype, kPages * kPageSize * kDim),
+        v_cache(cache_dtype, kPages * kPageSize * kDim);
+    const Array k_scales(DataType::kFloat32, kPages * kPageSize),
+        v_scales(DataType::kFloat32, kPages * kPageSize);
+    p.k_cache = k_cache.data();
+    p.v_cache = v_cache.data();
+    p.k_token_scales = scaled ? static_cast<float*>(k_scales.data()) : nullptr;
+    p.v_token_scales = scaled ? static_cast<float*>(v_scales.data()) : nullptr;
+    cpu::reshape_and_cache(p, thread_executor(threads));
+    std::vector<double> result;
+    for (const Array* array : {&k_cache, &v_cache, &k_scales, &v_scales}) {
+      for (int64_t i = 0; i < array->count(); ++i) result.push_back((*array)[i]);
+    }
+    results.push_back(result);
+  }
+  compare(results[1], results[0], 0, isa + ": cache in parts as " + name_of(cache_dtype));
+  for (int64_t slot = 0; slot < kPages * kPageSize && !scaled; ++slot) {
+    int64_t token = kTokens - 1;
+    while (token >= 0 && slots[token] != slot) --token;
+    check(token < 0 || results[1][slot * kDim] == k[token * kDim], isa, ": slot ", slot,
+          " does not hold its last token ", token);
+  }
+}
+
 // Parts of which one is empty (lse -inf or, in another convention, +inf, with garbage in out), and
 // a sink.
 void check_merge(DataType dtype, double sink, const std::string& isa) {
@@ -164,6 +216,13 @@ SA_SUITE(reshape_and_cache) {
         }
       }
     }
+  });
+}
+
+SA_SUITE(reshape_and_cache_parts) {
+  with_each_instruction_set([](const std::string& isa) {
+    check_parts(DataType::kFloat32, isa);
+    check_parts(DataType::kInt8, isa);
   });
 }
 

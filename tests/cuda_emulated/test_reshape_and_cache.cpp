@@ -109,6 +109,7 @@ void check_cache(const CacheCase& c) {
   p.head_dim_v = c.dim_v;
   p.num_pages = pages;
   p.page_size = kPageSize;
+  p.deterministic = true;
 
   attention::ReshapeAndCacheParams on_cpu = p;
   on_cpu.k_cache = k_expected.data();
@@ -135,6 +136,50 @@ void check_cache(const CacheCase& c) {
   check(same_bytes(v_cache, v_expected), describe(c), ": v differs from the CPU's");
   check(same_bytes(k_written, k_scales_expected), describe(c), ": k's scales differ");
   check(same_bytes(v_written, v_scales_expected), describe(c), ": v's scales differ");
+}
+
+// Without `deterministic`, several blocks of threads and several tokens a block. Slots of one token
+// hold it; each element of a shared slot is one of its tokens', and other slots are left alone.
+void check_shared_slots() {
+  constexpr int64_t kTokens = 700, kDim = 24, kPages = 50, kPageSize = 10;
+  const auto value_of = [](int64_t token) { return static_cast<double>(token); };
+  Array values(DataType::kFloat32, kTokens * kDim);
+  std::vector<int64_t> slots;
+  for (int64_t token = 0; token < kTokens; ++token) {
+    slots.push_back(token < 400 ? token : token % 20);
+    for (int64_t d = 0; d < kDim; ++d) values.set(token * kDim + d, value_of(token));
+  }
+  const Array k_cache(DataType::kFloat32, kPages * kPageSize * kDim),
+      v_cache(DataType::kFloat32, kPages * kPageSize * kDim);
+  attention::ReshapeAndCacheParams p{};
+  p.dtype = p.cache_dtype = DataType::kFloat32;
+  p.k = p.v = values.data();
+  p.k_cache = k_cache.data();
+  p.v_cache = v_cache.data();
+  p.slot_mapping = slots.data();
+  p.k_stride_token = p.v_stride_token = kDim;
+  p.k_cache_stride_page = p.v_cache_stride_page = kPageSize * kDim;
+  p.k_cache_stride_slot = p.v_cache_stride_slot = kDim;
+  p.num_tokens = kTokens;
+  p.num_heads_kv = 1;
+  p.head_dim = p.head_dim_v = kDim;
+  p.num_pages = kPages;
+  p.page_size = kPageSize;
+  const emulator::VisibleBuffers visible({readable(values, "k"), writable(k_cache, "k_cache"),
+                                          writable(v_cache, "v_cache"),
+                                          buffer(slots, false, "slot_mapping")});
+  cuda::reshape_and_cache(p, nullptr);
+  for (const Array* cache : {&k_cache, &v_cache}) {
+    for (int64_t i = 0; i < cache->count(); ++i) {
+      const int64_t slot = i / kDim;
+      const double value = (*cache)[i];
+      const bool is_right = slot >= 400  ? std::isnan(value)
+                            : slot >= 20 ? value == value_of(slot)
+                                         : std::fmod(value, 20) == static_cast<double>(slot) &&
+                                               (value < 20 || value >= 400);
+      check(is_right, "shared slots: element ", i, " is ", value);
+    }
+  }
 }
 
 }  // namespace
@@ -164,6 +209,7 @@ SA_SUITE(cuda_reshape_and_cache) {
   check_cache({kBFloat16, kBFloat16, false, false, 1000, 1, 4, 2, 0});
   check_cache({kBFloat16, DataType::kFloat8E4M3, false, true, 256 * 33, 1, 1, 1, 0});
   check_cache({kBFloat16, DataType::kInt8, true, true, 256 * 33, 1, 1, 1, 0});
+  check_shared_slots();
 }
 
 }  // namespace sink_attention::tests

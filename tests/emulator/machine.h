@@ -45,8 +45,9 @@ struct Settings {
   uint64_t seed = 1;
   int resident_blocks = 2;  // the number of blocks that run concurrently
   bool check_races = true;
-  int64_t blocks_run = 0;                    // counted by run_grid
-  std::map<std::string, int64_t> blocks_of;  // completed blocks by the kernel's C++ name
+  int64_t blocks_run = 0;                      // counted by run_grid
+  std::map<std::string, int64_t> blocks_of;    // completed blocks by the kernel's C++ name
+  std::map<std::string, int64_t> launches_of;  // completed launches, likewise
 };
 Settings& settings();
 

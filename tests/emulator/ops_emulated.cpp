@@ -14,7 +14,6 @@ namespace {
 int num_sms = 4;
 int arch = 80;
 bool pretends_to_capture = false;
-int64_t asked_for = 0;
 
 emulator::Buffer buffer_of(const Tensor& tensor, bool writable, const std::string& name) {
   int64_t last = 0;
@@ -55,14 +54,30 @@ Operands with_workspace(Operands operands, const Tensor& like, int64_t bytes, Te
 }
 
 struct EmulatedBackend {
+  class Scratch {
+   public:
+    Scratch(const Tensor& like, int64_t count)
+        : tensor_(torch::stable::new_empty(like, {count}, ScalarType::Int)) {}
+    int32_t* data() { return static_cast<int32_t*>(tensor_.mutable_data_ptr()); }
+    void add_to(std::vector<Tensor>& tensors) const { tensors.push_back(tensor_); }
+
+   private:
+    Tensor tensor_;
+  };
+
   static constexpr bool kReadsValues = false;  // as on CUDA: under the debug switch only
   static bool is_capturing(const Tensor&) { return pretends_to_capture; }
-  static bool may_leave_rows(const attention::FlashFwdParams&, const Extent&) { return true; }
+  template <class Params>  // FlashFwdParams or FlashBwdParams
+  static void fill_unused_rows(const Params& params, const Operands& operands) {
+    poison(operands);
+    const Visible visible(operands);
+    cuda::fill_unused_rows(params, nullptr);
+  }
 
   static cuda::Device device() { return {num_sms, arch, forced_cuda_family()}; }
 
   static void check_flash_fwd(const attention::FlashFwdParams& params, const Tensor&) {
-    asked_for = cuda::flash_fwd_workspace_bytes(params, device());
+    cuda::flash_fwd_workspace_bytes(params, device());
   }
   static void flash_fwd(const attention::FlashFwdParams& params, const Operands& operands) {
     if (params.cu_seqlens_q == nullptr) poison(operands);
@@ -96,6 +111,17 @@ struct EmulatedBackend {
     const Visible visible(operands);
     cuda::reshape_and_cache(params, nullptr);
   }
+  // Results come last: the rows that it fills, and those that attention does afterwards.
+  static void append_kv(const attention::AppendKvParams& params, const Operands& operands) {
+    if (params.out != nullptr) {
+      for (size_t i = operands.written.size() - 2; i < operands.written.size(); ++i) {
+        Tensor result = operands.written[i];
+        torch::stable::fill_(result, std::numeric_limits<double>::quiet_NaN());
+      }
+    }
+    const Visible visible(operands);
+    cuda::append_kv(params, nullptr);
+  }
   static void merge_attn_states(const attention::MergeParams& params, const Operands& operands) {
     poison(operands);
     const Visible visible(operands);
@@ -120,6 +146,20 @@ void pretend_to_capture(bool on) { pretends_to_capture = on; }
 // The workspace bytes of the last forward, or check of a forward.
 int64_t workspace_bytes() { return asked_for; }
 
+// What causal attention over a cache wants as workspace.
+int64_t paged_workspace_bytes(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                              const OptionalTensor& block_table, const Tensor& cache_seqlens,
+                              int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t window_left,
+                              int64_t num_splits) {
+  const OptionalTensor none;
+  return cuda::flash_fwd_workspace_bytes(
+      make_paged_params(q, k_cache, v_cache, none,
+                        {block_table, cache_seqlens, none, none, none, max_seqlen_q, max_seqlen_k,
+                         num_splits, none},
+                        {0.1, true, window_left, 0, 0.0, 0}),
+      EmulatedBackend::device());
+}
+
 // The number of thread blocks run so far by kernels of sink_attention::cuda::<family>; of all
 // families if family is empty.
 int64_t blocks_run(const std::string& family) {
@@ -130,20 +170,33 @@ int64_t blocks_run(const std::string& family) {
   return sum;
 }
 
+// Launches so far of kernels whose C++ name contains the text; all where it is empty.
+int64_t launches(const std::string& text) {
+  int64_t sum = 0;
+  for (const auto& [kernel, count] : emulator::settings().launches_of) {
+    if (kernel.find(text) != std::string::npos) sum += count;
+  }
+  return sum;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(SA_OP_NAMESPACE, m) {
   m.def("configure(int seed, int multiprocessors, int arch) -> ()");
   m.def("pretend_to_capture(bool on) -> ()");
   m.def("blocks_run(str family) -> int");
-  m.def("workspace_bytes() -> int");
+  m.def("launches(str text) -> int");
+  m.def(
+      "paged_workspace_bytes(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? block_table, Tensor "
+      "cache_seqlens, int max_seqlen_q, int max_seqlen_k, int window_left, int num_splits) -> int");
 }
 STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("configure", TORCH_BOX(&configure));
   m.impl("cuda_kernel_family", TORCH_BOX(&cuda_kernel_family));
   m.impl("pretend_to_capture", TORCH_BOX(&pretend_to_capture));
   m.impl("blocks_run", TORCH_BOX(&blocks_run));
-  m.impl("workspace_bytes", TORCH_BOX(&workspace_bytes));
+  m.impl("launches", TORCH_BOX(&launches));
+  m.impl("paged_workspace_bytes", TORCH_BOX(&paged_workspace_bytes));
 }
 STABLE_TORCH_LIBRARY_IMPL(SA_OP_NAMESPACE, CPU, m) {
   Ops<EmulatedBackend>::register_with(m);

@@ -1,7 +1,7 @@
 // Loads rows from global memory into tiles: of q, out and their gradients, or of keys and values.
 //
-// A matrix wider than a tile is loaded in column chunks, double-buffered. Chunk c is in buffer c %
-// 2:
+// A matrix wider than a tile is loaded in column chunks, double-buffered. Chunk c uses buffer
+// c % 2:
 //
 //     use        wait c | barrier | use c ............. | wait c + 1 | barrier | use c + 1 ...
 //     copies                      | copy c + 1 ......................          | copy c + 2 ...

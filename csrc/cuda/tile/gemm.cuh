@@ -83,19 +83,18 @@ SA_DEVICE void gemm_abt(Accumulators<kTilesM, kTilesN>& acc, const TileA& a_tile
   }
 }
 
-// acc += P B with P in the accumulators of an earlier product, and B rows
-// [b_row, b_row + 8 kTilesK), all columns.
+// acc += P B with P in registers, the accumulators of an earlier product, and B rows
+// [b_row, b_row + 8 kTilesK), all columns, in shared memory.
 template <int kTilesM, int kTilesK, int kTilesN, class TileB>
-SA_DEVICE void gemm_pv(Accumulators<kTilesM, kTilesN>& acc,
-                       const Accumulators<kTilesM, kTilesK>& weights, const TileB& b_tile,
-                       int b_row, int lane = primitives::lane_idx()) {
+SA_DEVICE void gemm_rs(Accumulators<kTilesM, kTilesN>& acc, const Accumulators<kTilesM, kTilesK>& p,
+                       const TileB& b_tile, int b_row, int lane = primitives::lane_idx()) {
   static_assert(TileB::kCols == 8 * kTilesN, "all columns");
   static_assert(kTilesN % 2 == 0 && kTilesK % 2 == 0, "operands come in pairs of tiles");
   SA_UNROLL
   for (int k = 0; k < kTilesK / 2; ++k) {
     uint32_t a[kTilesM][4];
     SA_UNROLL
-    for (int m = 0; m < kTilesM; ++m) to_operand_a<typename TileB::Element>(weights, m, k, a[m]);
+    for (int m = 0; m < kTilesM; ++m) to_operand_a<typename TileB::Element>(p, m, k, a[m]);
     SA_UNROLL
     for (int n = 0; n < kTilesN; n += 2) {
       uint32_t b0[2];

@@ -21,6 +21,7 @@ void launch(const typename Kernel::Params& params, Index3 grid, Stream) {
   emulator::run_grid({grid.x, grid.y, grid.z}, Config::kThreads, Config::kSharedBytes,
                      [&params](char* shared) { Kernel::run(params, shared); });
   static const std::string name = name_of<Kernel>();
+  ++emulator::settings().launches_of[name];
   emulator::settings().blocks_of[name] += static_cast<int64_t>(grid.x) * grid.y * grid.z;
 }
 

@@ -93,7 +93,7 @@ void misuse() {
         });
       });
   expect_fault("warps of one warpgroup at two places",
-               {"the warps of a warpgroup part: warp", "registers at "}, [] {
+               {"the warps of a warpgroup part: warp", "warpgroup_reg_dealloc at "}, [] {
                  run(1, [](char*) {
                    if (warp_idx() == 1) {
                      warpgroup_reg_dealloc<32>(at("one"));

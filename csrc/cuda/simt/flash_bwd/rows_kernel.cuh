@@ -21,8 +21,8 @@ struct FlashBwdRowsParams {
   int num_tiles;  // row tiles of the longest sequence
 };
 
-// One CTA per tile of 64 PackGQA rows. 16 lanes share a row: lane i of them takes elements i, i +
-// 16, and so on.
+// One CTA per tile of 64 PackGQA rows. 16 lanes share a row: lane i of them takes elements i,
+// i + 16, and so on.
 template <class Real>
 struct FlashBwdDeltaKernel {
   using Params = FlashBwdRowsParams<Real>;

@@ -274,7 +274,7 @@ struct FlashFwdKernel {
         }
       }
       online_softmax_rescale(s, states, out, load_shared(&work_tile.scale.softmax_scale_log2));
-      gemm_pv(out, s, pipeline.v[stage], warp_n * Tiles::kWarpKeys,
+      gemm_rs(out, s, pipeline.v[stage], warp_n * Tiles::kWarpKeys,
               primitives::optimisation_barrier(primitives::lane_idx()));
     }
     primitives::cp_async_wait<0>();

@@ -197,7 +197,7 @@ struct DecodeConsumer {
       gemm_pv_upcast<Stored>(out, p, storage.template tile<true>(stage), warp_key,
                              rematerialise(lane));
     } else {
-      gemm_pv(out, p, as_operands<Tiles::kHeadDimV>(stage), warp_key, rematerialise(lane));
+      gemm_rs(out, p, as_operands<Tiles::kHeadDimV>(stage), warp_key, rematerialise(lane));
     }
   }
 

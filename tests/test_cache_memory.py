@@ -1,5 +1,8 @@
-"""What a cache write touches is memory of its own: no two elements in one place, none of another
-tensor; every layout in which that is so is taken."""
+"""Cache writes take exactly the tensors whose elements have distinct addresses.
+
+A cache whose elements overlap, or that overlaps another argument, is refused. Every other layout is
+taken.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Few query rows over a cache, in every head-dim bucket, element type and number of rows that
-kernels for decode have tiles for; windows, sink tokens and pages that end within a block of keys.
+"""The decode kernels' tiles: few query rows over a cache, and splits of the keys.
 
-On Hopper these are csrc/cuda/sm90/decode, elsewhere sm80's decode and prefill tiles.
+Every head-dim bucket, element type and number of rows that they have tiles for; windows, sink
+tokens and pages that end within a block of keys. On Hopper these are csrc/cuda/sm90/decode,
+elsewhere sm80's decode and prefill tiles.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from test_paged import attend, check_paged
 
 pytestmark = pytest.mark.sm90
 
-# (head_dim, head_dim_v): each class, full and padded
+# (head_dim, head_dim_v): each bucket, full and padded
 DIMS = ((32, 16), (64, 64), (80, 48), (96, 96), (128, 128), (192, 128), (144, 160), (192, 192),
         (256, 256))  # fmt: skip
 CACHES = ((None, ""), (FLOAT8, "head"), (FLOAT8, "token"), (INT8, "tensor"), (INT8, "token"))

@@ -25,7 +25,7 @@ def set_debug_checks(on: bool) -> None:
     Raises:
         TypeError: ``on`` is neither.
 
-    While it is on, calls on CUDA tensors raise what they raise on CPU tensors, a RuntimeError or
+    While it is on, calls on CUDA tensors raise what they raise on CPU tensors, a
     ValueError that names the argument, the entry and its value; the caches have not been written.
     A call that is being captured in a CUDA graph raises a RuntimeError, since nothing can be waited
     for there: turn this off before the capture. Replays are not checked.

@@ -265,7 +265,11 @@ def _without_gradient(name: str) -> Callable[..., Any]:
 # ---- calls that need no gradient ----
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
+# Names of this module: a look-up each less.
 _are_transforms_active = torch._C._are_functorch_transforms_active
+_any_requires_grad = torch._C._any_requires_grad
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_is_grad_enabled = torch.is_grad_enabled
 
 
 def needs_autograd(*tensors: Any) -> bool:
@@ -275,9 +279,9 @@ def needs_autograd(*tensors: Any) -> bool:
     Otherwise it may be called under below_autograd(), which costs less than half: autocast, modes,
     fake tensors and profilers are seen as always.
     """
-    if torch.compiler.is_compiling() or _are_transforms_active() or forward_ad._current_level >= 0:
+    if _is_dynamo_compiling() or _are_transforms_active() or forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+    return _is_grad_enabled() and _any_requires_grad(*tensors)
 
 
 # ---- registration ----

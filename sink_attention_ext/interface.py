@@ -153,7 +153,7 @@ def flash_attn_func(
             )
         else:
             with below_autograd():
-                out, lse = ops.flash_attn_fwd(
+                out, lse = ops.flash_attn_fwd_direct(
                     q, k, v, s_aux, scale, causal, left, right, softcap, deterministic,
                     num_sink_tokens,
                 )  # fmt: skip
@@ -262,7 +262,7 @@ def flash_attn_varlen_func(
             )  # fmt: skip
         else:
             with below_autograd():
-                out, lse = ops.flash_attn_varlen_fwd(
+                out, lse = ops.flash_attn_varlen_fwd_direct(
                     q, k, v, *lengths, s_aux, max_seqlen_q, max_seqlen_k, scale, causal, left,
                     right, softcap, deterministic, num_sink_tokens,
                 )  # fmt: skip

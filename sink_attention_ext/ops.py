@@ -48,6 +48,11 @@ def lookup(name: str) -> Callable[..., Any]:
     return missing
 
 
+def direct(op: Callable[..., Any]) -> Callable[..., Any]:
+    """What an operator's __call__ calls: a frame of Python less. Not for code that is compiled."""
+    return getattr(op, "_op", op)
+
+
 flash_attn_fwd = lookup("flash_attn_fwd")
 flash_attn_bwd = lookup("flash_attn_bwd")
 flash_attn_varlen_fwd = lookup("flash_attn_varlen_fwd")
@@ -62,9 +67,13 @@ append_and_attend_out = lookup("append_and_attend.out")
 reshape_and_cache = lookup("reshape_and_cache")
 reshape_and_cache_token_scales = lookup("reshape_and_cache.token_scales")
 merge_attn_states = lookup("merge_attn_states")
+flash_attn_fwd_direct = direct(flash_attn_fwd)
+flash_attn_varlen_fwd_direct = direct(flash_attn_varlen_fwd)
 cpu_instruction_set = lookup("cpu_instruction_set")
 cpu_instruction_sets = lookup("cpu_instruction_sets")
-set_cpu_instruction_set = lookup("set_cpu_instruction_set")
+set_flash_attn_fwd_direct = direct(flash_attn_fwd)
+flash_attn_varlen_fwd_direct = direct(flash_attn_varlen_fwd)
+cpu_instruction_set = lookup("set_cpu_instruction_set")
 cuda_kernels = lookup("cuda_kernels")
 set_cuda_kernels = lookup("set_cuda_kernels")
 cuda_kernel_family = lookup("cuda_kernel_family")

@@ -72,12 +72,12 @@ ARGUMENTS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
 }
 BAD_TABLE = int32([[0, 1, 99], [3, 6, 99]])[:, :2]
 CASES: list[tuple[str, dict[str, Any], str]] = [
-    ("varlen", {"cu_seqlens_q": int32([1, 2, 6])}, "cu_seqlens_q[0] must be 0, got 1"),
-    ("varlen", {"cu_seqlens_q": int32([0, 4, 3])}, "cu_seqlens_q must not fall, got cu_seqlens_q["),
+    ("varlen", {"cu_seqlens_q": int32([1, 2, 6])}, "cu_seqlens_q[0] must be 0; got 1"),
+    ("varlen", {"cu_seqlens_q": int32([0, 4, 3])}, "cu_seqlens_q must not fall; got cu_seqlens_q["),
     ("varlen", {"cu_seqlens_q": int32([0, 4, 7])}, "cu_seqlens_q[2] must be at most total_q = 6"),
     ("varlen", {"cu_seqlens_k": int32([0, 5, 10])}, "cu_seqlens_k[2] must be at most total_k = 9"),
-    ("varlen", {"max_seqlen_q": 3}, "max_seqlen_q must be at least every sequence's length, got 3"),
-    ("varlen", {"max_seqlen_k": 4}, "max_seqlen_k must be at least every sequence's length, got 4"),
+    ("varlen", {"max_seqlen_q": 3}, "max_seqlen_q must be at least every sequence's length; got 3"),
+    ("varlen", {"max_seqlen_k": 4}, "max_seqlen_k must be at least every sequence's length; got 4"),
     (
         "varlen",
         {"seqused_k": int32([5, 5])},
@@ -102,7 +102,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         {"tree_mask": torch.tensor([1, 1, 2, 2]), "causal": True},
         "tree_mask must have bit 2 set and none above it in the word of draft token 2 of",
     ),
-    ("packed", {"max_seqlen_q": 2}, "max_seqlen_q must be at least every sequence's length, got 2"),
+    ("packed", {"max_seqlen_q": 2}, "max_seqlen_q must be at least every sequence's length; got 2"),
     (
         "write",
         {"slot_mapping": torch.tensor([1, 24, 2])},
@@ -139,7 +139,7 @@ def test_each_bad_value_is_named(backend: Backend, case: tuple[str, dict[str, An
     name, changes, message = case
     arguments = ARGUMENTS[name][1]() | changes
     before = {key: x.clone() for key, x in arguments.items() if isinstance(x, torch.Tensor)}
-    with pytest.raises(RuntimeError) as refused:
+    with pytest.raises(ValueError) as refused:
         call(backend, arguments, name)
     assert message in str(refused.value)
     for key, copy in before.items():
@@ -181,7 +181,7 @@ def test_a_backward_checks_too(backend: Backend) -> None:
         False, 0,
     )  # fmt: skip
     lengths[1] = 7
-    with pytest.raises(RuntimeError, match="cu_seqlens_q must not fall"):
+    with pytest.raises(ValueError, match="cu_seqlens_q must not fall"):
         ops.flash_attn_varlen_bwd(
             out, None, q, k, v, out, lse, lengths, int32([0, 5, 9]).to(q.device), None, None, 4, 5,
             1.0, True, -1, 0, 0.0, False, 0,

@@ -334,7 +334,7 @@ def test_a_device_without_kernels_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         raise NotImplementedError("Could not run 'sink_attention_ext::flash_attn_fwd' with ...")
 
     monkeypatch.setattr(ops, "BACKENDS", ("cuda",))
-    monkeypatch.setattr(ops, "flash_attn_fwd", without_kernel)
+    monkeypatch.setattr(ops, "flash_attn_fwd_direct", without_kernel)
     with pytest.raises(ValueError, match=r"q must be on a device .*\(cuda\); got cpu"):
         flash_attn_func(**dense())
 

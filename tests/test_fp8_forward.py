@@ -273,12 +273,12 @@ def test_autocast_leaves_float8_alone() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"k": torch.zeros(2, 7, 2, 16)}, TypeError, "k must have dtype float8_e4m3fn"),
-        ({"q": torch.zeros(2, 5, 4, 16)}, TypeError, "q must have dtype float8_e4m3fn"),
+        ({"k": torch.zeros(2, 7, 2, 16)}, TypeError, "k must have the dtype of q"),
+        ({"q": torch.zeros(2, 5, 4, 16)}, TypeError, "k must have the dtype of q"),
         ({"q_descale": torch.ones(2, 4)}, ValueError, r"q_descale .*\(2, 2\); got \(2, 4\)"),
-        ({"k_descale": torch.ones(2)}, ValueError, "k_descale must have 2 dimensions"),
+        ({"k_descale": torch.ones(2)}, ValueError, "k_descale must have shape"),
         ({"v_descale": torch.ones(2, 2).double()}, TypeError, "v_descale .*float32; got .*float64"),
-        ({"v_descale": 1.0}, TypeError, "v_descale must be a torch.Tensor"),
+        ({"v_descale": 1.0}, TypeError, "v_descale must be None or a torch.Tensor"),
         ({"s_aux": torch.zeros(4, requires_grad=True)}, RuntimeError, "use bfloat16 q, k and v"),
         ({"k_descale": torch.ones(2, 2, requires_grad=True)}, RuntimeError, "not differentiable"),
     ],
@@ -302,7 +302,7 @@ def test_descales_are_for_float8() -> None:
 def test_the_operator_checks_descales_too() -> None:
     q = torch.zeros(2, 5, 4, 16).to(FLOAT8)
     options = (None, 1.0, False, -1, -1, 0.0, 0)
-    with pytest.raises(RuntimeError, match=r"k_descale must have shape \(2, 4\), got \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"k_descale must have shape .* = \(2, 4\); got \(2, 2\)"):
         ops.flash_attn_fp8_fwd(q, q, q, None, torch.ones(2, 2), None, *options)
 
 

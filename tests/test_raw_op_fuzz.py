@@ -1,4 +1,4 @@
-"""3,000 invalid calls of the operators themselves: each a Python exception by name, nothing written.
+"""3,000 invalid calls of the operators themselves: each an exception by name, nothing written.
 
 The operators are public: graphs that torch.compile made and C++ programs call them. A call is a
 valid one (op_samples.py) with one argument made wrong, and in half of them a number, too.

@@ -251,7 +251,7 @@ struct CacheOps : Ops<Backend> {
     if (k_scale) {
       check(k_scale->dim() < 3,
             "k_scale must have shape (), (1,) or (num_heads_kv,): scales of each token and head "
-            "are results, which reshape_and_cache.token_scales writes; got shape ",
+            "are results, reshape_and_cache.token_scales writes them; got shape ",
             shape_of(*k_scale));
     }
     const std::initializer_list<NamedTensor> operands{{"k", k},

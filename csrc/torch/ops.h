@@ -218,8 +218,9 @@ struct Ops {
       int64_t max_seqlen_k, double softmax_scale, bool causal, int64_t window_left,
       int64_t window_right, double softcap, int64_t num_sink_tokens) {
     const MaskArgs mask{softmax_scale, causal, window_left, window_right, softcap, num_sink_tokens};
-    check(cu_seqlens_q.has_value() == cu_seqlens_k.has_value() && (cu_seqlens_q || !seqused_k),
-          "cu_seqlens_q must be given where cu_seqlens_k or seqused_k is, and cu_seqlens_k with it");
+    check(
+        cu_seqlens_q.has_value() == cu_seqlens_k.has_value() && (cu_seqlens_q || !seqused_k),
+        "cu_seqlens_q must be given where cu_seqlens_k or seqused_k is, and cu_seqlens_k with it");
     attention::FlashFwdFp8Params params = make_fp8_params(
         cu_seqlens_q ? checked_varlen_params(
                            q, k, v, s_aux,

@@ -20,7 +20,7 @@ struct CpuBackend {
     }
     Scratch(const Scratch&) = delete;
     int32_t* data() { return data_; }
-    void add_to(std::vector<Tensor>&) const {}
+    void add_to(std::vector<TensorRef>&) const {}
 
    private:
     std::array<int32_t, 128> few_{};

@@ -15,11 +15,11 @@ namespace sink_attention::binding {
 namespace {
 
 cuda::Stream current_stream(const Tensor& tensor) {
-  check(aoti_torch_get_current_cuda_stream != nullptr,
-        "this torch has no CUDA, but got a CUDA tensor");
+  check_state(aoti_torch_get_current_cuda_stream != nullptr,
+              "this torch has no CUDA, but got a CUDA tensor");
   void* stream = nullptr;
-  check(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) == 0,
-        "torch has no current stream on CUDA device ", tensor.get_device_index());
+  check_state(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) == 0,
+              "torch has no current stream on CUDA device ", tensor.get_device_index());
   return stream;
 }
 
@@ -54,7 +54,7 @@ struct CudaBackend {
     Scratch(const Tensor& like, int64_t count)
         : tensor_(torch::stable::new_empty(like, {count}, ScalarType::Int)) {}
     int32_t* data() { return static_cast<int32_t*>(tensor_.mutable_data_ptr()); }
-    void add_to(std::vector<Tensor>& tensors) const { tensors.push_back(tensor_); }
+    void add_to(std::vector<TensorRef>& tensors) const { tensors.push_back(tensor_); }
 
    private:
     Tensor tensor_;

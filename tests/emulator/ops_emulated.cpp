@@ -59,7 +59,7 @@ struct EmulatedBackend {
     Scratch(const Tensor& like, int64_t count)
         : tensor_(torch::stable::new_empty(like, {count}, ScalarType::Int)) {}
     int32_t* data() { return static_cast<int32_t*>(tensor_.mutable_data_ptr()); }
-    void add_to(std::vector<Tensor>& tensors) const { tensors.push_back(tensor_); }
+    void add_to(std::vector<TensorRef>& tensors) const { tensors.push_back(tensor_); }
 
    private:
     Tensor tensor_;

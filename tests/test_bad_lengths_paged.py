@@ -54,8 +54,8 @@ class Cache:
     ) -> Results:  # fmt: skip
         cu = None if cu_seqlens_q is None else int32(cu_seqlens_q)
         arguments = (
-            q, *self.caches, int32(table), int32(used), cu, self.s_aux, *self.scales, longest, 2**31 - 1, 0.2,
-            True, window, 0, 0.0, num_splits, 3 if window >= 0 else 0, tree,
+            q, *self.caches, int32(table), int32(used), cu, self.s_aux, *self.scales, longest,
+            2**31 - 1, 0.2, True, window, 0, 0.0, num_splits, 3 if window >= 0 else 0, tree,
         )  # fmt: skip
         if not in_place:
             return ops.paged_attn(*arguments)

@@ -66,8 +66,8 @@ def test_refused(dtype: torch.dtype, value: float, per_head: bool) -> None:
             ops.reshape_and_cache(k, v, k_cache, v_cache, SLOTS, *scales)
         with pytest.raises(ValueError, match=message):
             ops.paged_attn(
-                q, k_cache, v_cache, TABLE, LENGTH, None, None, *scales, 1, 4, 0.3, False, -1, -1, 0.0,
-                0, 0, None,
+                q, k_cache, v_cache, TABLE, LENGTH, None, None, *scales, 1, 4, 0.3, False, -1, -1,
+                0.0, 0, 0, None,
             )  # fmt: skip
         with pytest.raises(ValueError, match=name):
             PagedKVCache(

@@ -112,8 +112,8 @@ def test_results_of_one_buffer() -> None:
     def step(outs: Tensor, lses: Tensor, q: Tensor, caches: Tensor, tables: Tensor) -> None:
         lengths = torch.full_like(tables[:, 0], 5)
         ops.paged_attn_out(
-            q, caches[0], caches[1], tables, lengths, None, None, None, None, 1, 8, 0.3, True, -1, -1,
-            0.0, 0, 0, None, out=outs[1], lse=lses[1],
+            q, caches[0], caches[1], tables, lengths, None, None, None, None, 1, 8, 0.3, True, -1,
+            -1, 0.0, 0, 0, None, out=outs[1], lse=lses[1],
         )  # fmt: skip
 
     call = torch.compile(step, dynamic=True, fullgraph=True)

@@ -23,8 +23,8 @@ def attend_to_equal_keys(keys: int, value: float, splits: int, dtype: torch.dtyp
     q = torch.ones(1, 1, 2, 40, dtype=dtype)
     s_aux = torch.full((2,), math.log(keys / 3))
     out, lse = ops.paged_attn(
-        q, k_cache, v_cache, table, int32([keys]), None, s_aux, None, None, 1, keys, 0.2, True, -1, 0,
-        0.0, splits, 0, None,
+        q, k_cache, v_cache, table, int32([keys]), None, s_aux, None, None, 1, keys, 0.2, True, -1,
+        0, 0.0, splits, 0, None,
     )  # fmt: skip
     true = v_cache[0, 0, 0, 0].double() * 0.75
     assert ((out.double() - true).abs() / true).max() < 4e-3

@@ -128,7 +128,11 @@ def test_paged_caches_by_the_keys_they_hold() -> None:
     packed = q.flatten(0, 1)
     forward = count(
         lambda: flash_attn_with_kvcache(
-            packed, *caches, cache_seqlens=lengths, block_table=table, cu_seqlens_q=int32(0, 1, 6),
+            packed,
+            *caches,
+            cache_seqlens=lengths,
+            block_table=table,
+            cu_seqlens_q=int32(0, 1, 6),
             max_seqlen_q=5,
         )
     )

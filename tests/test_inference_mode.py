@@ -56,8 +56,8 @@ def test_writes_of_scales_and_results_are_counted_once(mode: Callable) -> None:
     with mode():
         reshape_and_cache(X, X, *caches, SLOT, *scales)
         ops.paged_attn_out(
-            X[None], *caches, table, length, None, None, *scales, 1, 4, 0.3, True, -1, -1, 0.0, 0, 0,
-            None, out=out, lse=lse,
+            X[None], *caches, table, length, None, None, *scales, 1, 4, 0.3, True, -1, -1, 0.0, 0,
+            0, None, out=out, lse=lse,
         )  # fmt: skip
     assert [t._version for t in (*caches, *scales, out, lse)] == [1] * 6
 

@@ -56,7 +56,7 @@ RETIRED = {
     r"\bwgmma_fence\b": "warpgroup_arrive",
     r"\b(pass|wait_for|note)_turn\b|\b[Tt]ak(e|es|ing) turns\b|\bkTakeTurns\b": "semaphore",
     r"\bopaque\(|\b[Aa]new\b|\b\w+_anew\b": "optimisation barrier, rematerialise, again",
-    r"\b(leave|note)_[a-z]\w*": "store_, write_",
+    r"\b(leave|note)_(?!out_)[a-z]\w*": "store_, write_",
     # Elements.
     r"\b[Ww]iden(s|ed|ing)?\b|\bkWidens\b|\bwiden_\w+": "upcast, dequantise",
     r"\b(8-bit|16-bit|narrow|wider|float\w+|bfloat16|int8) numbers?\b": "elements, values",

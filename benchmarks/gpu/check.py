@@ -93,9 +93,7 @@ def show(outcome: Outcome) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="gpu_check.sh", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer tests and fewer shapes"
-    )
+    parser.add_argument("--quick", action="store_true", help="fewer tests and fewer shapes")
     parser.add_argument("--dry-run", action="store_true", help="what needs no card")
     parser.add_argument("--minutes", type=float, default=240.0, help="time budget (default 240)")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-check", metavar="DIR")

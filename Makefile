@@ -80,8 +80,8 @@ emulator: $(STAMPS)/build  ## the CUDA kernels, compiled for the tests' emulator
 bench: $(STAMPS)/bench build  ## the benchmark tables and plots
 	$(PY) benchmarks/run.py
 
-checklist: $(STAMPS)/test build  ## the nine checks of adding sinks to a model, by name
-	$(PY) -m pytest -v tests/test_checklist.py
+checklist: $(STAMPS)/test build  ## the nine acceptance checks of adding sinks to a model, by name
+	$(PY) -m pytest -v tests/test_acceptance.py
 
 lint: $(STAMPS)/lint  ## ruff and clang-format
 	$(PY) -m ruff check $(wildcard $(PYTHON_FILES))

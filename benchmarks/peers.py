@@ -1,4 +1,4 @@
-"""Who is measured. Each peer gets the same numbers in the memory layout that it likes best.
+"""Who is measured. Each peer gets the same values in the memory layout that it likes best.
 
 ours     sink_attention_ext.flash_attn_func; contiguous (batch, seqlen, heads, head_dim)
 eager    transformers' GPT-OSS code; contiguous (batch, heads, seqlen, head_dim), ready mask

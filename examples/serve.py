@@ -86,7 +86,7 @@ def worst_choice(
 ) -> float:
     """How far below eager's best logit the chosen tokens lie at most; 0: eager would choose them.
 
-    Two sums of the same numbers in another order differ by rounding, so that two tokens that are
+    Two sums of the same terms in another order differ by rounding, so that two tokens that are
     almost equally likely may change places. This tells such a tie from an error.
     """
     model.set_attn_implementation("eager")

@@ -404,8 +404,8 @@ def check_num_sink_tokens(num_sink_tokens: Any) -> int:
         raise TypeError(f"num_sink_tokens must be an int; got {num_sink_tokens!r}")
     if num_sink_tokens < 0:
         raise ValueError(
-            "num_sink_tokens must be at least 0, the first tokens that a sliding window keeps in "
-            f"sight; got {num_sink_tokens}"
+            "num_sink_tokens must be at least 0, the first tokens that stay visible beside a "
+            f"sliding window; got {num_sink_tokens}"
         )
     return within_int32(num_sink_tokens)
 

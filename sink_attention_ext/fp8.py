@@ -21,7 +21,7 @@ OPERATORS = ("flash_attn_fp8_fwd", "flash_attn_fp8_varlen_fwd")  # computed here
 
 
 def computed_in(device: torch.device) -> torch.dtype:
-    """The dtype of dequantised numbers."""
+    """The dtype of dequantised values."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 

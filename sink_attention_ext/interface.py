@@ -85,7 +85,8 @@ def flash_attn_func(
             2**1000 for float64); None is head_dim ** -0.5.
         causal: row i sees no key after its position i + seqlen_k - seqlen_q. Wins over
             window_size[1].
-        window_size: (left, right) keys seen beside the row's own position; -1 or None is unbounded.
+        window_size: (left, right) keys visible beside the row's own position; -1 or None:
+            unbounded.
         softcap: if > 0, scores become softcap * tanh(score / softcap); softcap and softmax_scale /
             softcap in the range of softmax_scale.
         s_aux: (num_heads_q,) sinks of any of the four float dtypes, whatever q has; read as
@@ -95,15 +96,15 @@ def flash_attn_func(
         return_lse: also return lse.
         num_sink_tokens: the first keys, which stay visible beside the window (StreamingLLM). Those
             between them and the window are not loaded.
-        q_descale, k_descale, v_descale: (batch, num_heads_kv) float32, what float8 numbers of q, k
+        q_descale, k_descale, v_descale: (batch, num_heads_kv) float32, what float8 values of q, k
             and v are multiplied with, q's heads by that of the kv head which they read; None: 1.
             Only with float8_e4m3fn q, k and v.
 
     Returns:
         out (batch, seqlen_q, num_heads_q, head_dim_v) in the dtype of q, bfloat16 for float8; with
         return_lse ``(out, lse)``, lse (batch, num_heads_q, seqlen_q) float32 (float64 for float64).
-        The gradient through lse is exact. With float8 on compute capability 9.0 the softmax's
-        weights are rounded to float8, and lse is off by up to about ``head_dim / 32 * 2**-13 *
+        The gradient through lse is exact. With float8 on compute capability 9.0 P is rounded
+        to float8, and lse is off by up to about ``head_dim / 32 * 2**-13 *
         softmax_scale * sum(abs(q * k))``, as the module says.
 
     Raises:

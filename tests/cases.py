@@ -26,7 +26,7 @@ FLOAT8 = torch.float8_e4m3fn
 EDGES = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)
 LONG_EDGES = (*EDGES, 191, 192, 193, 255, 256, 257, 383, 384, 385, 511, 512, 513, 767, 769)
 
-SINKS: dict[str, Callable[[Tensor], Tensor | None]] = {  # from standard normal numbers
+SINKS: dict[str, Callable[[Tensor], Tensor | None]] = {  # from standard normal values
     "none": lambda z: None,
     "normal": lambda z: z,
     "4randn": lambda z: 4 * z,
@@ -168,12 +168,12 @@ def generator(seed: int) -> torch.Generator:
 
 
 def normal(shape: Sequence[int], rng: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """The same numbers, but for rounding, whatever the dtype."""
+    """The same values in every dtype, up to its rounding."""
     return torch.randn(tuple(shape), generator=rng, dtype=torch.float64).to(dtype)
 
 
 def with_layout(tensor: Tensor, layout: str) -> Tensor:
-    """The same numbers (but for broadcast) in other memory; rows are (..., heads, dim)."""
+    """The same values (but for broadcast) in other memory; rows are (..., heads, dim)."""
     *outer, heads, dim = tensor.shape
     if layout == "contiguous" or tensor.numel() == 0:
         return tensor

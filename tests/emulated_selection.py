@@ -27,8 +27,7 @@ UNALIGNED = ("padded", "unaligned")
 
 
 def _reaches_hopper(item: pytest.Item, params: dict[str, Any], case: Any) -> bool:
-    """By its file, its marks, and by what its parameters say, if anything, of what it calls. `case`
-    is one that fits."""
+    """By its markers, and by its parameters where they show the call. `case` fits the backend."""
     if not item.get_closest_marker("sm90") or item.get_closest_marker("not_on_sm90"):
         return False
     if not isinstance(case, cases.AttentionCase):

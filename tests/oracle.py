@@ -36,7 +36,7 @@ class Results:
 class Expected:
     ref: Results  # float64
     pt: Results  # the same formula in the case's dtype: how far rounding may take one
-    noise: dict[str, Tensor]  # standard deviations of sums of few terms, beside pt; see _noise
+    noise: dict[str, Tensor]  # standard deviations of sums of few terms, beside pt; see noise()
 
 
 AttentionFn = Callable[..., tuple[Tensor, Tensor]]
@@ -91,11 +91,16 @@ def expected(case: DenseCase | VarlenCase, gradients: bool = True) -> Expected:
         inputs, attention = cases.make_varlen(case), _reference_varlen
     ref = run(attention, inputs, case.options(), torch.float64, gradients, torch.float64)
     pt = run(attention, inputs, case.options(), case.dtype, gradients)
-    return Expected(ref, pt, _noise(case, inputs, ref, attention) if gradients else {})
+    found = noise(case.dtype, case.options(), inputs, ref, attention) if gradients else {}
+    return Expected(ref, pt, found)
 
 
-def _noise(
-    case: DenseCase | VarlenCase, inputs: Inputs, ref: Results, attention: AttentionFn
+def noise(
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    inputs: Inputs,
+    ref: Results,
+    attention: AttentionFn,
 ) -> dict[str, Tensor]:
     """Standard deviations of gradients when out is rounded to the dtype before they are taken.
 
@@ -104,19 +109,19 @@ def _noise(
     cannot.
     """
     products = (inputs.dout.double().nan_to_num() * ref.out).norm(dim=-1).transpose(-1, -2)
-    d_row = products * torch.finfo(case.dtype).eps / 2  # shaped like lse
-    noise = {}
+    d_row = products * torch.finfo(dtype).eps / 2  # shaped like lse
+    found = {}
     if ref.ds_aux is not None:  # sums weight * (dlse - <dout, out>) over all rows
         sink = inputs.s_aux.double()[:, None]
         weight = torch.exp(torch.where(sink == ref.lse, 0.0, sink - ref.lse))
         weight = weight.masked_fill(ref.lse == -torch.inf, 0.0)  # in no sequence, or nothing there
-        noise["ds_aux"] = (weight * d_row).transpose(0, -2).flatten(1).norm(dim=1)
-    if case.dtype in cases.HALF_DTYPES and int((ref.dq != 0).sum()) <= FEW:
+        found["ds_aux"] = (weight * d_row).transpose(0, -2).flatten(1).norm(dim=1)
+    if dtype in cases.HALF_DTYPES and int((ref.dq != 0).sum()) <= FEW:
         signs = torch.randint(0, 2, d_row.shape, generator=cases.generator(0)) * 2 - 1
         perturbed = replace(inputs, dout=torch.zeros_like(inputs.dout), dlse=d_row * signs)
-        change = run(attention, perturbed, case.options(), torch.float64)
-        noise |= {"dq": change.dq.abs(), "dk": change.dk.abs()}
-    return noise
+        change = run(attention, perturbed, options, torch.float64)
+        found |= {"dq": change.dq.abs(), "dk": change.dk.abs()}
+    return found
 
 
 def joined(case: PagedCase, outs: list[Tensor], lses: list[Tensor]) -> Results:

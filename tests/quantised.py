@@ -95,8 +95,8 @@ def empty_caches(
 def read_as(
     backend: Backend, case: PagedCase, kind: str, stored: torch.dtype, tokens: list[Tensor]
 ) -> list[Tensor]:
-    """On CUDA a token's own scale is multiplied in before its numbers are rounded to q's dtype, but
-    for Hopper's decode, which multiplies scores and weights with it."""
+    """What a backend reads. On CUDA a token's values are multiplied with its scale, then rounded to
+    q's dtype. Hopper's decode multiplies scores and P instead, and rounds nothing."""
     if kind == "token" and backend.name != "cpu" and not backend.hopper_takes(case, stored):
         return [x.to(case.dtype).double() for x in tokens]
     return tokens

@@ -1,5 +1,6 @@
-"""The same as test_bad_lengths_varlen.py for caches: lengths, entries of block tables, slots and
-tree masks that nobody has looked at. Keys of a page that the cache does not have count as zeros.
+"""Kernels survive any cache lengths, block-table entries, slots and tree masks.
+
+As in test_bad_lengths_varlen.py. Keys of a page that the cache does not have count as zeros.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Results = tuple[Tensor, Tensor]
 
 
 class Cache:
-    """Three sequences; pages of 16 come in boxes on Hopper, of 5 in chunks. `scales`: "head" or
+    """Three sequences. Hopper loads pages of 16 by TMA, of 5 by cp.async. `scales`: "head" or
     "token", of 8-bit elements."""
 
     def __init__(

@@ -1,7 +1,7 @@
-"""On CUDA nobody looks at cu_seqlens and seqused_k before a kernel does. Whatever they hold, packed
-sequences are computed without an access outside of the tensors, which the emulator would stop, and
-without an end that never comes; sequences that are described rightly, and share no row with
-another, have the same bits as beside good lengths.
+"""Kernels survive any cu_seqlens and seqused_k: on CUDA nothing checks them before the kernels.
+
+No access lies outside the tensors (the emulator would stop it), and every call ends. A sequence
+with valid lengths that shares no row with another has the same bits as beside good lengths.
 """
 
 from __future__ import annotations

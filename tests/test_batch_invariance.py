@@ -1,4 +1,4 @@
-"""num_splits=1: a token's result has the same bits whatever is computed beside it.
+"""A fixed num_splits: a token's result has the same bits whatever is computed beside it.
 
 A sequence alone, in a batch, at another place of the batch, prefilled whole or in chunks, decoded
 token by token, wherever its pages lie: out and lse are compared bit for bit. That training gives
@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import cases
 import pytest
 import torch
 from backends import Backend
-from cases import NAN, SINKS, ends, generator, int32, normal
+from cases import NAN, SINKS, PagedCase, ends, generator, int32, normal
+from test_paged import attend
 from torch import Tensor
 
 pytestmark = pytest.mark.sm90
@@ -177,3 +179,30 @@ def test_decode_beside_a_prefill(backend: Backend, setting: Setting, dtype: torc
         **setting.options,
     )
     check_same_bits((out[:1], lse[:, :1]), (whole[0][-1:], whole[1][:, -1:]))
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 6])
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_a_fixed_number_of_splits(backend: Backend, num_splits: int, seqlen_q: int) -> None:
+    """Of several, too, when the call fixes their number."""
+    case = PagedCase(
+        seqlens_q=(seqlen_q,) * 5,
+        seqlens_k=(700, 1, 0, 2049, 384),
+        num_heads_q=8,
+        num_heads_kv=2,
+        dtype=torch.bfloat16,
+        causal=True,
+        num_splits=num_splits,
+    )
+    inputs = cases.make_paged(case, backend.device)
+    together = attend(backend, case, inputs)
+    for b in range(5):
+        own = replace(
+            inputs,
+            q=inputs.q[b : b + 1],
+            block_table=inputs.block_table[b : b + 1],
+            seqlens_k=inputs.seqlens_k[b : b + 1],
+        )
+        alone = attend(backend, case, own)
+        assert torch.equal(alone.out[0], together.out[b])
+        assert torch.equal(alone.lse[0], together.lse[b])

@@ -137,7 +137,7 @@ def dirty_objects(folder: Path) -> set[str]:
     [
         ("cpu/flash_fwd.cpp", {"cpu/flash_fwd.o"}),
         ("cpu/simd/kernels_portable.cpp", {"cpu/simd/kernels_portable.o"}),
-        ("torch/make_params.cpp", {"torch/make_problem.o"}),
+        ("torch/make_params.cpp", {"torch/make_params.o"}),
         ("torch/executor.h", {"torch/ops_cpu.o"}),
     ],
 )

@@ -1,5 +1,8 @@
-"""What a cache write touches is memory of its own: no two elements in one place, none of another
-tensor; every layout in which that is so is taken."""
+"""Cache writes take exactly the tensors whose elements have distinct addresses.
+
+A cache whose elements overlap, or that overlaps another argument, is refused. Every other layout is
+taken.
+"""
 
 from __future__ import annotations
 
@@ -186,7 +189,7 @@ def test_aliased_caches_may_be_read() -> None:
 
 @pytest.mark.sanitize
 def test_values_that_are_the_first_columns_of_the_keys_are_written() -> None:
-    """Latent attention (MLA): both writes put the same numbers in the same places."""
+    """Latent attention (MLA): both writes store the same values in the same slots."""
     torch.manual_seed(0)
     cache, expected, k = torch.zeros(SHAPE), torch.zeros(SHAPE), torch.randn(4, HEADS, DIM)
     reshape_and_cache(k, k[..., :4], cache, cache[..., :4], SLOTS)

@@ -1,4 +1,4 @@
-"""Scales of a quantised cache that numbers can't be divided by and multiplied with again."""
+"""Scales of a quantised cache must divide and multiply finite values: others are refused."""
 
 from __future__ import annotations
 

@@ -115,9 +115,10 @@ def test_append_of_the_peer_matrix(
     check_append(backend, case, seqlen_q)
 
 
-def test_append_of_fewer_keys_than_queries(backend: Backend) -> None:
+@pytest.mark.parametrize("seqlen_q", [1, 7])
+def test_append_of_fewer_and_of_more_keys_than_queries(backend: Backend, seqlen_q: int) -> None:
     """The last rows are aligned with the last keys, whatever was new."""
-    case = PagedCase(seqlens_q=(7, 7), seqlens_k=(50, 9), causal=True)
+    case = PagedCase(seqlens_q=(seqlen_q,) * 2, seqlens_k=(50, 9), causal=True)
     check_append(backend, case, 3)
 
 

@@ -1,5 +1,7 @@
-"""What only the CUDA backend refuses: before the caches are written. And what splits of the keys
-take there. On emulated cards."""
+"""The CUDA backend's own refusals come before the caches are written. Its splits have limits.
+
+On emulated cards.
+"""
 
 from __future__ import annotations
 

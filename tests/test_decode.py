@@ -1,7 +1,8 @@
-"""Few query rows over a cache, in every head-dim bucket, element type and number of rows that
-kernels for decode have tiles for; windows, sink tokens and pages that end within a block of keys.
+"""The decode kernels' tiles: few query rows over a cache, and splits of the keys.
 
-On Hopper these are csrc/cuda/sm90/decode, elsewhere sm80's decode and prefill tiles.
+Every head-dim bucket, element type and number of rows that they have tiles for; windows, sink
+tokens and pages that end within a block of keys. On Hopper these are csrc/cuda/sm90/decode,
+elsewhere sm80's decode and prefill tiles.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import pytest
 import tolerance
 import torch
 from backends import BACKENDS, Backend
-from cases import FLOAT8, HALF_DTYPES, PagedCase, heads
+from cases import FLOAT8, FLOAT_DTYPES, HALF_DTYPES, PagedCase, heads
 from quantised import INT8, check_read, expected, quantise_inputs, read_as
 from test_paged import attend, check_paged
 
 pytestmark = pytest.mark.sm90
 
-# (head_dim, head_dim_v): each class, full and padded
+# (head_dim, head_dim_v): each bucket, full and padded
 DIMS = ((32, 16), (64, 64), (80, 48), (96, 96), (128, 128), (192, 128), (144, 160), (192, 192),
         (256, 256))  # fmt: skip
 CACHES = ((None, ""), (FLOAT8, "head"), (FLOAT8, "token"), (INT8, "tensor"), (INT8, "token"))
@@ -98,24 +99,34 @@ def test_packed_queries(backend: Backend, stored: torch.dtype | None) -> None:
     tolerance.check(attend(backend, case, inputs, max_seqlen_q=8), wanted)
 
 
-@pytest.mark.parametrize("stored", [None, FLOAT8, INT8], ids=str)
-@pytest.mark.parametrize("seqlen_q", [1, 4])
-def test_many_splits(backend: Backend, stored: torch.dtype | None, seqlen_q: int) -> None:
-    """More of them than blocks of keys: some see none. Joined by one warp, and by four."""
-    for num_splits in (2, 8, 9, 33, 64):
-        case = PagedCase(
-            seqlens_q=(seqlen_q,) * 3,
-            seqlens_k=(700, 1, 0) if seqlen_q == 1 else (700, 64, 5),
-            num_heads_q=8,
-            dtype=torch.bfloat16,
-            causal=True,
-            sink="mixed",
-            num_splits=num_splits,
-        )
-        if stored is None:
-            check_paged(backend, case)
-        else:
-            check_read(backend, case, "token", stored)
+PLAIN = [(dtype, None) for dtype in FLOAT_DTYPES]
+STORED = [(torch.bfloat16, FLOAT8), (torch.bfloat16, INT8)]
+
+
+@pytest.mark.parametrize(("dtype", "stored"), PLAIN + STORED, ids=str)
+@pytest.mark.parametrize("seqlen_q", [1, 6])
+@pytest.mark.parametrize("num_splits", [2, 3, 5, 8, 9, 33, 64])
+def test_splits(
+    backend: Backend, num_splits: int, seqlen_q: int, dtype: torch.dtype, stored: torch.dtype | None
+) -> None:
+    """The sink enters once whatever their number, and rows without a key stay empty.
+
+    More of them than blocks of keys: some see none. Joined by one warp, and by four.
+    """
+    case = PagedCase(
+        seqlens_q=(seqlen_q,) * 4,
+        seqlens_k=(1500, 64, 3, 0),
+        num_heads_q=8,
+        head_dim=64 if dtype in HALF_DTYPES else 16,
+        dtype=dtype,
+        causal=True,
+        sink="mixed",
+        num_splits=num_splits,
+    )
+    if stored is None:
+        check_paged(backend, case)
+    else:
+        check_read(backend, case, "token", stored)
 
 
 @pytest.mark.parametrize("stored", [FLOAT8, INT8], ids=str)

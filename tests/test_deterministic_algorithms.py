@@ -1,5 +1,6 @@
-"""torch.use_deterministic_algorithms(True) is what deterministic=True is, to each function and to
-the operators themselves, if it is on when the backward runs; also in a compiled function.
+"""torch.use_deterministic_algorithms(True) acts like deterministic=True, compiled or not.
+
+It counts when the backward runs, for every function and for the operators themselves.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The ends of the ranges: nothing to attend to, NaN, infinities, huge and tiny numbers."""
+"""The ends of the ranges: nothing to attend to, NaN, infinities, huge and tiny values."""
 
 from __future__ import annotations
 

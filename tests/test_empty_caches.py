@@ -1,4 +1,4 @@
-"""Dense caches without room for a token, and tables without pages: only the sinks are seen."""
+"""Dense caches without room for a token, and tables without pages: only the sinks count."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The tensor cores' kernels over many equal keys: weights and sums are float32, and so exact enough
-for any length.
-"""
+"""Tensor-core kernels over many equal keys: P and sums are float32, exact at any length."""
 
 from __future__ import annotations
 

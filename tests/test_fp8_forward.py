@@ -1,4 +1,4 @@
-"""float8_e4m3fn q, k and v with descales, against the formula in float64 on the numbers that they
+"""float8_e4m3fn q, k and v with descales, against the formula in float64 on the values that they
 stand for.
 
 Dequantised, in float32 or on other cards than Hopper's in bfloat16, results are as exact as others,
@@ -6,11 +6,11 @@ and rounded to bfloat16. Hopper's kernel also rounds P to e4m3, and its tensor
 cores cut sums of 8-bit products (tests/emulator/wgmma_float8.cpp), which bounds its errors as
 follows.
 
-Before it is divided by its sum, a row's largest weight is 2^8 (or less, where a later block held a
-larger score; the division knows). e4m3 has 4 significant bits from 2^-6 on, so rounding is off by a
-factor of up to 1 +- 2^-4; below, its numbers are 2^-9 apart, so it is off by up to 2^-10, that is
-2^-18 of the row's largest weight. The sum is taken of the weights before they are rounded. With
-p the softmax, out = sum_j p_j v_j is off by sum_j d_j v_j where
+Before the division by the row's sum, the largest P of a row is 2^8. It is less where a later block
+held a larger score, which the division corrects. e4m3 has 4 significant bits from 2^-6 on, so
+rounding is off by a factor of up to 1 +- 2^-4. Below, its values are 2^-9 apart, so rounding is off
+by up to 2^-10, that is 2^-18 of the row's largest P. The sum is taken of P before it is rounded.
+With p the softmax, out = sum_j p_j v_j is off by sum_j d_j v_j where
 
     |d_j|  <=  e_j  =  max(2^-4 p_j, 2^-18 max p)
 
@@ -24,7 +24,7 @@ largest one, and the sum so far by 2^-13 of itself. Cuts of terms have their ter
 kinds in these inputs.
 
 * Scores, one sum of head_dim products: to 2^-13 of sum_d |q_d k_d| for each step. (lse, off by the
-  mean of that over the weights, was off by up to 0.91 of it in 2 * 10^5 rows of normal numbers.)
+  mean of that over p, was off by up to 0.91 of it in 2 * 10^5 rows of normal values.)
   out is off by the same mean of what v is off from out.
 * O, a sum for each block of 128 keys or fewer, four steps: with m = sum_j |p_j v_j| the sums take
   4 * 2^-13 m at most, and the terms are 128 more of up to 2^-13 m whose signs are random.
@@ -84,7 +84,7 @@ def check_sequence(
     out: Tensor, lse: Tensor, qkv: tuple[Tensor, ...], s_aux: Tensor | None, on_hopper: bool,
     dtype: torch.dtype, options: dict[str, Any],
 ) -> None:  # fmt: skip
-    """One sequence (seqlen, heads, dim) of dequantised float64 numbers, computed in `dtype`."""
+    """One sequence (seqlen, heads, dim) of dequantised float64 values, computed in `dtype`."""
     q, k, v = (x[None] for x in qkv)
     s_aux = None if s_aux is None else s_aux.double()
 
@@ -163,26 +163,26 @@ def check(
             seen = slice(ends_k[b], ends_k[b] + keys)
             sequences.append((out[rows], lse[:, rows], (q[rows], k[seen], v[seen])))
     for b, (out_b, lse_b, stored) in enumerate(sequences):
-        numbers = [
+        values = [
             times(x, None if f is None else f[b]) for x, f in zip(stored, factors, strict=True)
         ]
         if not hopper:  # which are rounded where they are dequantised
-            numbers = [x.to(dtype).double() for x in numbers]
-        check_sequence(out_b, lse_b, tuple(numbers), inputs.s_aux, hopper, dtype, case.options())
+            values = [x.to(dtype).double() for x in values]
+        check_sequence(out_b, lse_b, tuple(values), inputs.s_aux, hopper, dtype, case.options())
 
 
 def dense(**fields: Any) -> DenseCase:
-    return DenseCase(dtype=torch.bfloat16, **fields)  # of the numbers that become float8
+    return DenseCase(dtype=torch.bfloat16, **fields)  # of the values that become float8
 
 
 CASES = [
-    # Several blocks, so that rings come around, and more works than thread blocks.
+    # Several blocks of keys, so that ring buffers wrap, and more work tiles than thread blocks.
     dense(seqlen_q=70, seqlen_k=650, batch=2, num_heads_q=3, num_heads_kv=3, causal=True, seed=1),
     dense(seqlen_q=33, seqlen_k=450, num_heads_q=5, head_dim=128, causal=True, seed=2),
     dense(seqlen_q=40, seqlen_k=300, num_heads_q=4, num_heads_kv=2, head_dim=256, seed=3),
     dense(seqlen_q=300, seqlen_k=300, head_dim=128, window_size=(40, 0), num_sink_tokens=5, seed=4),
     dense(seqlen_q=20, seqlen_k=200, head_dim=80, head_dim_v=48, softcap=3.0, sink="none", seed=5),
-    dense(  # few weights, and large
+    dense(  # few large P
         seqlen_q=50, seqlen_k=130, head_dim=64, softmax_scale=2.0, causal=True, seed=6
     ),
     dense(seqlen_q=50, seqlen_k=20, head_dim=48, causal=True, sink="none", seed=7),
@@ -341,8 +341,8 @@ def test_rounding_is_torchs(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_small_weights_count(backend: Backend, head_dim: int) -> None:
-    """600 keys of 2^-11 of the largest weight, which e4m3 would round to 0 if that were 1."""
+def test_small_p_counts(backend: Backend, head_dim: int) -> None:
+    """600 keys of 2^-11 of the largest P, which e4m3 would round to 0 if that were 1."""
     q, k, v = (torch.ones(1, n, 1, head_dim).to(FLOAT8).to(backend.device) for n in (3, 601, 601))
     k[:, 1:] = 0
     v[:, 0] = 0
@@ -368,7 +368,7 @@ def test_the_same_bits_alone_and_chunked(backend: Backend) -> None:
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_long_rows_do_not_shrink(backend: Backend, head_dim: int) -> None:
     """Positive values: a single sum over 4100 keys, which the tensor cores cut at each step, would
-    be 7% too small. Rounding the weights is off by 2^-4 of each at most, at random, so by less than
+    be 7% too small. Rounding P is off by 2^-4 of each at most, at random, so by less than
     2^-8 of the sum of so many."""
     rng = cases.generator(11)
     q, k = (torch.randn(1, n, 1, head_dim, generator=rng).to(FLOAT8) for n in (3, 4100))

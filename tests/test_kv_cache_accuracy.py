@@ -1,4 +1,4 @@
-"""benchmarks/kv_cache_accuracy.py on a model that was not trained: its numbers and its table."""
+"""benchmarks/kv_cache_accuracy.py on a model that was not trained: its errors and its table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""flash_attn_with_kvcache: where it appends, what it sees, which layouts it takes."""
+"""flash_attn_with_kvcache appends, then attends: generation in every layout, lengths, packed rows.
+
+In float64 against reference.attention over the tokens themselves. Kernels' tiles are in
+test_decode.py, a cache's bytes in test_cache_writes.py, calls that agree in test_paged_calls.py.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,6 @@ import torch
 from torch import Tensor
 
 from sink_attention_ext import (
-    flash_attn_func,
-    flash_attn_varlen_func,
     flash_attn_with_kvcache,
     reference,
     reshape_and_cache,
@@ -155,54 +157,15 @@ def test_packed_queries_and_keys(max_seqlen_q: int) -> None:
     assert int((~caches[0].isnan()).sum()) == before + 6 * HEADS_KV * HEAD_DIM
 
 
-def test_more_queries_than_new_keys_and_the_other_way_round() -> None:
-    """Bottom-right alignment decides, not the number of new keys."""
-    caches, keys, values = filled_cache([6, 6, 6])
-    for seqlen_q, seqlen_new in ((4, 1), (1, 3)):
-        copies = tuple(cache.clone() for cache in caches)
-        q, k, v = randn(3, seqlen_q, HEADS_Q, HEAD_DIM), *new_tokens(3, seqlen_new)[1:]
-        out = flash_attn_with_kvcache(q, *copies, k, v, int32(6, 6, 6), TABLE, causal=True)
-        every_k = torch.cat([torch.stack(keys), k], dim=1)
-        every_v = torch.cat([torch.stack(values), v], dim=1)
-        assert_close(out, reference.attention(q, every_k, every_v, causal=True)[0])
-
-
-def test_cache_seqlens_as_an_int_and_as_none() -> None:
-    q, k, v = new_tokens(2, 16)
-    q = q[:, :3]
-    for length in (0, 5, 16):
-        out, lse = flash_attn_with_kvcache(q, k, v, cache_seqlens=length, return_lse=True)
-        assert_close((out, lse), reference.attention(q, k[:, :length], v[:, :length]))
-    assert_close(flash_attn_with_kvcache(q, k, v), reference.attention(q, k, v)[0])
+def test_append_at_one_length_of_all() -> None:
+    """cache_seqlens as an int: the new key goes behind that many tokens of every sequence."""
+    _, k, v = new_tokens(2, 16)
     copies = k.clone(), v.clone()
-    new_q, new_k, new_v = new_tokens(2, 1)
-    flash_attn_with_kvcache(new_q, *copies, new_k, new_v, cache_seqlens=7)
-    assert torch.equal(copies[0][:, 7:8], new_k) and torch.equal(copies[1][:, 7:8], new_v)
-    assert torch.equal(copies[0][:, 8:], k[:, 8:])
-
-
-def test_decode_rows_equal_the_training_function() -> None:
-    q, k, v = new_tokens(2, 9)
-    expected = flash_attn_func(q, k, v, causal=True, s_aux=SINKS)
-    for i in range(9):
-        out = flash_attn_with_kvcache(
-            q[:, i : i + 1], k, v, cache_seqlens=i + 1, causal=True, s_aux=SINKS
-        )
-        assert_close(out, expected[:, i : i + 1])
-
-
-@pytest.mark.parametrize("page", [12, 99, -1], ids=["nan", "beyond", "negative"])
-def test_pages_that_a_window_has_left_need_not_exist(page: int) -> None:
-    """A windowed layer may free them: their entries may hold anything. Page 12 is full of NaN."""
-    caches, keys, values = filled_cache([10, 13, 14])
-    table = TABLE.clone()
-    table[:, :2] = page
-    q, k, v = new_tokens(3, 1)
-    options = {"causal": True, "window_size": (2, 0)}
-    out = flash_attn_with_kvcache(q, *caches, k, v, int32(10, 13, 14), table, **options)
-    for b in range(3):
-        every_k, every_v = torch.cat([keys[b], k[b]])[None], torch.cat([values[b], v[b]])[None]
-        assert_close(out[b], reference.attention(q[b : b + 1], every_k, every_v, **options)[0][0])
+    q, new_k, new_v = new_tokens(2, 1)
+    flash_attn_with_kvcache(q, *copies, new_k, new_v, cache_seqlens=7)
+    for copy, before, new in zip(copies, (k, v), (new_k, new_v), strict=True):
+        assert torch.equal(copy[:, 7:8], new)
+        assert torch.equal(copy[:, :7], before[:, :7]) and torch.equal(copy[:, 8:], before[:, 8:])
 
 
 def test_empty_calls() -> None:
@@ -221,57 +184,6 @@ def test_empty_calls() -> None:
     )
     assert out.eq(0).all() and lse.eq(-torch.inf).all()
     assert_close(caches, before, 0.0)
-
-
-FLOAT8_SCALES = {
-    "scalar": (torch.tensor(0.02), torch.tensor(0.03)),
-    "one": (torch.tensor([0.02]), torch.tensor([0.03])),
-    "per_head": (torch.tensor([0.02, 0.5]), torch.tensor([0.03, 0.01])),
-    "mixed": (torch.tensor(0.02), torch.tensor([0.03, 0.01])),
-    "expanded": (torch.tensor([0.02]).expand(2), torch.tensor([0.03]).expand(2)),
-}
-
-
-@pytest.mark.parametrize("scales", FLOAT8_SCALES)
-def test_float8_cache(scales: str) -> None:
-    """Stored as value / scale, saturated, and read back times the scale."""
-    k_scale, v_scale = FLOAT8_SCALES[scales]
-    caches = tuple(cache.float().nan_to_num().to(torch.float8_e4m3fn) for cache in paged_cache())
-    q, k, v = (tensor.float() for tensor in new_tokens(3, 5))
-    k[0, 0, 0, 0] = 1e4  # beyond what float8 holds
-    lengths = int32(0, 0, 0)
-    out = flash_attn_with_kvcache(
-        q, *caches, k, v, lengths, TABLE, causal=True, k_scale=k_scale, v_scale=v_scale
-    )
-
-    def stored(x: Tensor, scale: Tensor) -> Tensor:
-        scale = scale.reshape(-1, 1)
-        return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
-
-    expected, _ = reference.attention(q, stored(k, k_scale), stored(v, v_scale), causal=True)
-    assert_close(out, expected, 1e-5)
-
-
-def test_equals_varlen_over_gathered_keys() -> None:
-    """The paged and the packed function are one computation."""
-    lengths = [3, 9, 14]
-    caches, keys, values = filled_cache(lengths)
-    q = randn(6, HEADS_Q, HEAD_DIM)
-    ends, k_ends = int32(0, 1, 3, 6), int32(0, 3, 12, 26)
-    options = {"causal": True, "window_size": (6, 0), "s_aux": SINKS, "return_lse": True}
-    paged = flash_attn_with_kvcache(
-        q,
-        *caches,
-        cache_seqlens=int32(*lengths),
-        block_table=TABLE,
-        cu_seqlens_q=ends,
-        max_seqlen_q=3,
-        **options,
-    )
-    packed = flash_attn_varlen_func(
-        q, torch.cat(keys), torch.cat(values), ends, k_ends, 3, 14, **options
-    )
-    assert_close(paged, packed)
 
 
 def test_the_callers_tensors_are_not_changed() -> None:

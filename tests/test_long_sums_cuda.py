@@ -1,8 +1,8 @@
-"""Errors of the CUDA kernels' sums do not grow with what is summed. In float32 they are at most
-those of torch's own attention on the CPU, whose matrix products sum in blocks.
+"""Errors of the CUDA kernels' sums do not grow with the number of terms.
 
-A sum of n numbers, one by one, rounds n times a number as large as the result: at 16384 keys 13
-times the error of a sum of sums.
+In float32 they are at most those of torch's own attention on the CPU, whose matrix products sum in
+blocks. A sum of n terms one by one rounds n times at the result's size: at 16384 keys the error is
+13 times that of a sum of block sums.
 """
 
 from __future__ import annotations

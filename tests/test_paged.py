@@ -224,13 +224,27 @@ def test_float8_caches(backend: Backend, dtype: torch.dtype, float8: str) -> Non
         check_paged(backend, case)
 
 
-def test_float8_scales_of_k_and_v_may_differ_in_shape(backend: Backend) -> None:
+@pytest.mark.parametrize("shape", ["scalar", "expanded"])
+def test_float8_scales_of_k_and_v_may_differ_in_shape(backend: Backend, shape: str) -> None:
+    """Read, and appended to: the scale of v is as one of each head, contiguous."""
     case = PagedCase(
         seqlens_q=(3,), seqlens_k=(90,), num_heads_kv=2, dtype=backend.dtype, float8="per head"
     )
     inputs = cases.make_paged(case, backend.device)
-    inputs = replace(inputs, v_scale=torch.tensor(0.75, device=backend.device))
-    actual = attend(backend, case, inputs)
+    scale = torch.tensor(0.75, device=backend.device)
+    inputs = replace(inputs, v_scale=scale if shape == "scalar" else scale.expand(2))
     same = replace(inputs, v_scale=torch.full((2,), 0.75, device=backend.device))
-    expected = attend(backend, case, same)
+    actual, expected = (attend(backend, case, x) for x in (inputs, same))
     assert torch.equal(actual.out, expected.out) and torch.equal(actual.lse, expected.lse)
+    new = {x: torch.randn(1, 3, 2, 64, device=backend.device).to(case.dtype) for x in ("k", "v")}
+    new["v"][0, 0, 0, 0] = 1e4  # beyond 0.75 * 448: saturates
+    caches, results = [], []
+    for x in (inputs, same):
+        x = replace(x, k_cache=x.k_cache.clone(), v_cache=x.v_cache.clone())
+        results.append(attend(backend, case, x, cache_seqlens=inputs.seqlens_k - 3, **new))
+        caches.append(x.v_cache.view(torch.uint8))
+        first = (inputs.block_table[0, 87 // case.page_size], 87 % case.page_size)
+        assert x.v_cache[first][0, 0].float() == 448
+    assert torch.equal(caches[0], caches[1])
+    assert not torch.equal(caches[0], inputs.v_cache.view(torch.uint8))
+    assert torch.equal(results[0].out, results[1].out)

@@ -1,5 +1,8 @@
-"""One function over paged and dense caches, many ways to call it: in chunks, in splits, in a batch,
-without a block table, with pages that are shared or gone, into a given tensor."""
+"""Calls over a cache that must agree: paged, dense, packed, in chunks, row by row, with pages that
+are shared or freed, into a given tensor.
+
+test_batch_invariance.py has what may be computed beside a sequence, test_decode.py the splits.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import tolerance
 import torch
 from backends import Backend
 from cases import FLOAT_DTYPES, PagedCase, int32
-from test_paged import attend, check_paged
+from test_paged import attend
 
 from sink_attention_ext import ops
 
@@ -25,11 +28,11 @@ Threads = Callable[[int], None]
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-@pytest.mark.parametrize("seqlens_k", [(96, 96), (40, 95), (0, 7)], ids=str)
+@pytest.mark.parametrize("seqlens_k", [(96, 96), (40, 95), (0, 7), (40, 40), (0, 0)], ids=str)
 def test_cache_without_a_block_table(
     backend: Backend, seqlens_k: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    """(batch, seqlen_cache, heads, dim), lengths as a tensor, and as None where it is full."""
+    """(batch, seqlen_cache, heads, dim); lengths are a tensor, an int, or None if full."""
     case = PagedCase(seqlens_q=(5, 5), seqlens_k=seqlens_k, num_heads_q=4, causal=True, dtype=dtype)
     inputs = cases.make_paged(case, backend.device)
     k_cache, v_cache = (
@@ -38,8 +41,8 @@ def test_cache_without_a_block_table(
     )
     dense = replace(inputs, k_cache=k_cache, v_cache=v_cache)
     lengths: list[Any] = [inputs.seqlens_k]
-    if seqlens_k == (96, 96):
-        lengths += [None, 96]
+    lengths += [seqlens_k[0]] if seqlens_k[0] == seqlens_k[1] else []
+    lengths += [None] if seqlens_k == (96, 96) else []
     for cache_seqlens in lengths:
         actual = attend(backend, case, dense, block_table=None, cache_seqlens=cache_seqlens)
         tolerance.check(actual, oracle.expected_paged(case))
@@ -77,55 +80,11 @@ def test_prefill_and_decode_equal_the_training_forward(
             q=inputs.q[:, part.start : part.stop],
             seqlens_k=int32([part.stop], backend.device),
         )
-        step = attend(backend, case, piece)
-        assert torch.equal(step.out, trained[:, part.start : part.stop])
-        assert torch.equal(step.lse, trained_lse[:, :, part.start : part.stop])
-
-
-@pytest.mark.parametrize("num_splits", [2, 3, 5, 64])
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-def test_splits_change_nothing_but_rounding(
-    backend: Backend, dtype: torch.dtype, num_splits: int
-) -> None:
-    """The sink enters once whatever the number of splits, and rows without a key stay empty."""
-    case = PagedCase(
-        seqlens_q=(6, 6, 6),
-        seqlens_k=(1500, 3, 0),
-        num_heads_q=10,
-        head_dim=16,
-        dtype=dtype,
-        causal=True,
-        sink="mixed",
-        num_splits=num_splits,
-    )
-    check_paged(backend, case)
-
-
-@pytest.mark.parametrize("seqlen_q", [1, 6])
-@pytest.mark.parametrize("num_splits", [1, 3])
-def test_batch_invariance(backend: Backend, num_splits: int, seqlen_q: int) -> None:
-    """A sequence gets the same bits alone and beside others (a fixed number of splits)."""
-    case = PagedCase(
-        seqlens_q=(seqlen_q,) * 5,
-        seqlens_k=(700, 1, 0, 2049, 384),
-        num_heads_q=8,
-        num_heads_kv=2,
-        dtype=torch.bfloat16,
-        causal=True,
-        num_splits=num_splits,
-    )
-    inputs = cases.make_paged(case, backend.device)
-    together = attend(backend, case, inputs)
-    for b in range(5):
-        own = replace(
-            inputs,
-            q=inputs.q[b : b + 1],
-            block_table=inputs.block_table[b : b + 1],
-            seqlens_k=inputs.seqlens_k[b : b + 1],
-        )
-        alone = attend(backend, case, own)
-        assert torch.equal(alone.out[0], together.out[b])
-        assert torch.equal(alone.lse[0], together.lse[b])
+        whole_caches = {"k_cache": inputs.k[0][None], "v_cache": inputs.v[0][None]}
+        dense = attend(backend, case, replace(piece, **whole_caches), block_table=None)
+        for step in (attend(backend, case, piece), dense):
+            assert torch.equal(step.out, trained[:, part.start : part.stop])
+            assert torch.equal(step.lse, trained_lse[:, :, part.start : part.stop])
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
@@ -134,7 +93,10 @@ def test_batch_invariance(backend: Backend, num_splits: int, seqlen_q: int) -> N
 def test_pages_before_the_window_are_not_used(
     backend: Backend, seqlen_q: int, page_size: int, dtype: torch.dtype
 ) -> None:
-    """A windowed layer frees them: their table entries are garbage, or pages full of NaN."""
+    """A windowed layer frees them: their table entries are garbage, or pages full of NaN.
+
+    The queries' own tokens are also appended once more, which looks up their pages for writing.
+    """
     case = PagedCase(
         seqlens_q=(seqlen_q,) * 2,
         seqlens_k=(700, 530),
@@ -156,8 +118,13 @@ def test_pages_before_the_window_are_not_used(
         table = inputs.block_table.clone()
         for b, seqlen_k in enumerate(case.seqlens_k):
             table[b, : (seqlen_k - seqlen_q - 99) // page_size] = entry
-        actual = attend(backend, case, replace(inputs, block_table=table))
-        assert torch.equal(actual.out, expected.out) and torch.equal(actual.lse, expected.lse)
+        freed = replace(inputs, block_table=table)
+        again = {"cache_seqlens": inputs.seqlens_k - seqlen_q} | {
+            name: torch.stack([x[-seqlen_q:] for x in tokens])
+            for name, tokens in (("k", inputs.k), ("v", inputs.v))
+        }
+        for actual in (attend(backend, case, freed), attend(backend, case, freed, **again)):
+            assert torch.equal(actual.out, expected.out) and torch.equal(actual.lse, expected.lse)
 
 
 def test_sequences_share_pages(backend: Backend) -> None:
@@ -175,6 +142,24 @@ def test_sequences_share_pages(backend: Backend) -> None:
         )
         torch.testing.assert_close(actual.out[b], out[0], **tolerance.short_rows(case.dtype))
         torch.testing.assert_close(actual.lse[b], lse[0], rtol=1e-5, atol=1e-6)
+
+
+def test_packed_queries_equal_the_packed_function(backend: Backend) -> None:
+    """Over a cache, and over the same keys packed without one."""
+    case = PagedCase(
+        seqlens_q=(1, 2, 3), seqlens_k=(3, 90, 140), num_heads_q=4, dtype=backend.dtype,
+        causal=True, window_size=(60, 0), page_size=4, packed_q=True,
+    )  # fmt: skip
+    inputs = cases.make_paged(case, backend.device)
+    paged = attend(backend, case, inputs, max_seqlen_q=3)
+    tolerance.check(paged, oracle.expected_paged(case))
+    cu_seqlens_k = int32(cases.ends(case.seqlens_k), backend.device)
+    out, lse = backend.flash_attn_varlen(
+        inputs.q, torch.cat(inputs.k), torch.cat(inputs.v), inputs.cu_seqlens_q, cu_seqlens_k,
+        3, 140, s_aux=inputs.s_aux, **case.options(),
+    )  # fmt: skip
+    torch.testing.assert_close(paged.out, out, **tolerance.short_rows(case.dtype))
+    torch.testing.assert_close(paged.lse, lse, rtol=1e-5, atol=1e-6)
 
 
 def test_out_overload_writes_where_it_is_told(backend: Backend) -> None:

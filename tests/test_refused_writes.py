@@ -1,5 +1,7 @@
-"""Whatever is raised, a call that writes in place has not: caches, scales, lengths and the pages of
-a PagedKVCache are bit for bit as before."""
+"""A call that writes in place and raises has written nothing.
+
+Caches, scales, lengths and the pages of a PagedKVCache are bit for bit as before.
+"""
 
 from __future__ import annotations
 

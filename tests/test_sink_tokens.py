@@ -101,7 +101,7 @@ def test_a_gap_of_many_blocks(backend: Backend, dtype: torch.dtype) -> None:
         actual = oracle.run(backend.flash_attn, inputs, options)
         tolerance.check(actual, oracle.expected(case))
         assert not actual.dk[:, 5:1040].any() and not actual.dv[:, 5:1040].any()
-        assert (actual.dk[:, :5] != 0).all()  # each sink token is seen by all queries
+        assert (actual.dk[:, :5] != 0).all()  # each sink token is visible to all queries
 
 
 def test_sink_tokens_beyond_the_window_change_nothing(backend: Backend) -> None:

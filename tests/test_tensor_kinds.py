@@ -35,7 +35,7 @@ def nested_strided(tensor: Tensor) -> Tensor:
 
 
 def negated(tensor: Tensor) -> Tensor:
-    """The same numbers, negated with a bit and again in memory."""
+    """The same values, negated with a bit and again in memory."""
     return torch._neg_view(-tensor)
 
 

@@ -14,7 +14,7 @@ the largest element on top: a flash backward subtracts <dout, out> from <dout, v
 softmax multiplies by an exact zero, and float64 has no `pt` beside `ref`. `noise` is what rounding
 does to sums of few or much cancelled terms (oracle.py).
 
-lse is a float32 number made from exact products even where the inputs are bfloat16, so it is
+lse is a float32 value made from exact products even where the inputs are bfloat16, so it is
 compared as such: 2e-5 of 1 + |lse|. That resolves one key in ten thousand, in every row and dtype.
 """
 
@@ -105,7 +105,7 @@ def assert_close(
 
 
 def short_rows(dtype: torch.dtype) -> dict[str, float]:
-    """rtol and atol for an average of a few standard normal numbers, computed in `dtype`."""
+    """rtol and atol for an average of a few standard normal values, computed in `dtype`."""
     bound = max(1e-5, 4 * torch.finfo(dtype).eps)
     return {"rtol": bound, "atol": bound}
 

@@ -1,5 +1,4 @@
-"""What each CUDA kernel takes of a multiprocessor, from what ptxas said when it was compiled, and
-what its machine code holds.
+"""The table of each CUDA kernel's registers, shared memory and spills, and of its machine code.
 
     python tools/cuda_resources.py            the committed table is right, ptxas warns of nothing,
                                               no hot kernel spills, Hopper's use its units, lanes of

@@ -1,5 +1,5 @@
-"""What the machine code of a CUDA kernel holds: which instructions its loops have, what its
-warpgroups do with their registers, and whether lanes part before a shuffle.
+"""Reads the machine code of a CUDA kernel: instructions of its loops, warpgroups' registers, and
+shuffles that lanes of a warp may reach apart.
 
 Read with cuobjdump and nvdisasm, which are on PATH, in the CUDA toolkit, or in the packages of the
 optional dependencies "sass".
@@ -102,7 +102,7 @@ def parted(sass: str) -> list[str]:
 
 
 def exchanging_beside_products(sass: str) -> set[str]:
-    """The symbols of kernels whose warpgroups exchange numbers, as for a softmax's maxima, while a
+    """The symbols of kernels whose warpgroups exchange values, as for a softmax's maxima, while a
     product that they started is under way. ptxas may move the wait for it in front of that."""
     return {
         symbol

@@ -64,7 +64,7 @@ def flashinfer(cache: PagedCache, q: torch.Tensor, _) -> Callable[[], torch.Tens
 
 
 def fa2(cache: PagedCache, q: torch.Tensor, _) -> Callable[[], torch.Tensor]:
-    """The same numbers in larger pages, in order."""
+    """The same keys and values in larger pages, in order."""
     module = load(FA2)
     table = cache.block_tables[0]
     k, v = (

@@ -143,7 +143,7 @@ def flash_attn_with_kvcache(
             Of shape (), (1,) or (num_heads_kv,); or k_cache.shape[:3], one for each token and head:
             then the append writes those of the new tokens (see reshape_and_cache), and those of
             slots that are not read may hold anything. On CUDA stored * scale is then rounded to the
-            dtype of q, but by Hopper's decode, which multiplies scores and weights with scales; the
+            dtype of q, but by Hopper's decode, which multiplies scores and P with scales; the
             CPU computes in float32 (float64 for float64).
         v_scale: the same for v, of the same kind as k_scale.
         tree_mask: the queries are the tokens of a draft tree (SpecInfer, arXiv 2305.09781; Medusa,

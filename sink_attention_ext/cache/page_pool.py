@@ -20,8 +20,8 @@ distance from the last token alone.
 
 With num_sink_tokens (StreamingLLM, arXiv:2309.17453: the first tokens stay visible beside the
 window) the first ``num_sink_pages = ceil(num_sink_tokens / page_size)`` pages are pinned, and the
-row holds them, then the live pages. The kernels' mask over places j in the row, ``j <= p and (j <
-num_sink_tokens or j >= p - window_left)``, remains exact:
+row holds them, then the live pages. The kernels' mask over positions j of the row, ``j <= p and
+(j < num_sink_tokens or j >= p - window_left)``, remains exact:
 
 * a pinned token has its own position for a place, and live ones come after all pinned ones, so the
   first term of the two is right;

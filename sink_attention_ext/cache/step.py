@@ -100,7 +100,7 @@ class CacheStep:
     num_heads_kv, head_dim[_v]). Each layer calls ``attend`` once (or ``write``, then its own
     attention on ``attn_kwargs``).
 
-    The tensors here are views of buffers that the cache keeps and fills anew at every append:
+    The tensors here are views of buffers that the cache keeps and refills at every append:
     a step ends with the next append, fork, truncate or free, also where an exception other than a
     refusal ends that. In a CUDA graph that was captured with this step they are what a later append
     of the same padded sizes has put there.

@@ -36,7 +36,7 @@ void check_sets(const Mask& mask, int64_t q_begin, int64_t q_end) {
       check(keys.holds(key) == (count > 0), name, ": key ", key, " seen by ", count);
     }
     if (all.begin <= key && key < all.end) {
-      check(count == q_end - q_begin, name, ": key ", key, " is not seen by all");
+      check(count == q_end - q_begin, name, ": key ", key, " is not visible to all rows");
     }
   }
   for (const int64_t block_keys : {1, 4, 16}) {

@@ -10,6 +10,7 @@
 #include "gradients.h"
 #include "reference.h"
 #include "scenario.h"
+#include "simt_scenarios.h"
 
 namespace sink_attention::tests {
 namespace {
@@ -49,43 +50,15 @@ void check_backward(Scenario& s, unsigned seed, const std::string& name) {
           std::max(tolerance, tolerance_of(s.params.s_aux_dtype)), name + ": ds_aux");
 }
 
-// Every stride-th scenario of the test matrix; half of them with aligned rows.
-void run_grid(Layout layout, DataType dtype, size_t stride) {
-  unsigned seed = 0;
-  const std::vector<Spec> specs = make_specs(layout, dtype);
-  for (size_t i = 0; i < specs.size(); i += stride) {
-    Scenario s = make_scenario(specs[i], ++seed);
-    if (seed % 4 < 2) close_gaps(s);
-    check_backward(s, seed, s.name);
-  }
-}
-
-void check_scales() {
-  for (const double softmax_scale : {-0.3, 1e-30}) {
-    for (const double softcap : {0.0, 5.0}) {
-      Spec spec;
-      spec.seqlen_q = 9;
-      spec.seqlen_k = 70;
-      spec.window_right = 0;
-      spec.softcap = softcap;
-      spec.sink = 0.25;
-      spec.head_dim = 24;
-      spec.head_dim_v = 8;
-      Scenario s = make_scenario(spec, 3);
-      s.params.softmax_scale = softmax_scale;
-      check_backward(s, 3, s.name + " scale " + std::to_string(softmax_scale));
-    }
-  }
+// Half of the scenarios have aligned rows; of those, half have dlse.
+void check_scenarios(Layout layout, DataType dtype, size_t stride) {
+  for_each_scenario(
+      layout, dtype, stride, [](unsigned seed) { return seed % 4 < 2; },
+      [](Scenario& s, unsigned seed) { check_backward(s, seed, s.name); });
 }
 
 void check_repeats_bitwise() {
-  Spec spec;
-  spec.seqlen_q = spec.seqlen_k = 100;
-  spec.window_right = 0;
-  spec.sink = 0.5;
-  spec.num_heads_q = 4;
-  spec.num_heads_kv = 2;
-  Scenario s = make_scenario(spec, 7);
+  Scenario s = make_scenario(causal_spec(100), 7);
   s.params.total_q = s.q_rows;
   set_reference_results(s);
   std::vector<std::vector<double>> first;
@@ -103,10 +76,11 @@ void check_repeats_bitwise() {
 }  // namespace
 
 SA_SUITE(cuda_simt_bwd) {
-  run_grid(Layout::kDense, DataType::kFloat32, 2);
-  run_grid(Layout::kVarlen, DataType::kFloat32, 4);
-  run_grid(Layout::kDense, DataType::kFloat64, 9);
-  check_scales();
+  check_scenarios(Layout::kDense, DataType::kFloat32, 2);
+  check_scenarios(Layout::kVarlen, DataType::kFloat32, 4);
+  check_scenarios(Layout::kDense, DataType::kFloat64, 9);
+  for_each_scale({-0.3, 1e-30},
+                 [](Scenario& s, const std::string& name) { check_backward(s, 3, name); });
   check_repeats_bitwise();
 }
 

@@ -7,6 +7,7 @@
 #include "emulator/machine.h"
 #include "reference.h"
 #include "scenario.h"
+#include "simt_scenarios.h"
 
 namespace sink_attention::tests {
 namespace {
@@ -27,35 +28,11 @@ void check_forward(Scenario& s, const std::string& name) {
   compare(lse_of(s), expected.lse, tolerance_of(dtype), name + ": lse");
 }
 
-// Every stride-th scenario of the test matrix; half of them with aligned rows.
-void run_grid(Layout layout, DataType dtype, size_t stride) {
-  unsigned seed = 0;
-  const std::vector<Spec> specs = make_specs(layout, dtype);
-  for (size_t i = 0; i < specs.size(); i += stride) {
-    Scenario s = make_scenario(specs[i], ++seed);
-    if (seed % 2 == 0) close_gaps(s);
-    emulator::settings().seed = seed;
-    check_forward(s, s.name);
-  }
-}
-
-// Scales that reverse the order of scores, or make all scores equal.
-void check_scales() {
-  for (const double softmax_scale : {-0.3, 1e-30, 40.0}) {
-    for (const double softcap : {0.0, 5.0}) {
-      Spec spec;
-      spec.seqlen_q = 9;
-      spec.seqlen_k = 70;
-      spec.window_right = 0;
-      spec.softcap = softcap;
-      spec.sink = 0.25;
-      spec.head_dim = 24;
-      spec.head_dim_v = 8;
-      Scenario s = make_scenario(spec, 3);
-      s.params.softmax_scale = softmax_scale;
-      check_forward(s, s.name + " scale " + std::to_string(softmax_scale));
-    }
-  }
+// Half of the scenarios have aligned rows.
+void check_scenarios(Layout layout, DataType dtype, size_t stride) {
+  for_each_scenario(
+      layout, dtype, stride, [](unsigned seed) { return seed % 2 == 0; },
+      [](Scenario& s, unsigned) { check_forward(s, s.name); });
 }
 
 // Logits of 1e8, where float32 has only multiples of 8: P is still exact.
@@ -80,15 +57,15 @@ void check_unused_rows() {
   spec.sink = 0.5;
   spec.seqused_k = true;
   Scenario s = make_scenario(spec, 5);
-  const int64_t row_numbers = s.params.num_heads_kv * s.params.head_dim;
+  const int64_t row_elements = s.params.num_heads_kv * s.params.head_dim;
   for (int64_t row = 0; row < s.k_rows; ++row) {
     bool used = false;
     for (int64_t b = 0; b < s.params.batch; ++b) {
       used |= s.cu_seqlens_k[b] <= row && row < s.cu_seqlens_k[b] + s.seqused_k[b];
     }
-    for (int64_t i = 0; i < row_numbers && !used; ++i) {
-      s.k.set(row * row_numbers + i, NAN);
-      s.v.set(row * row_numbers + i, NAN);
+    for (int64_t i = 0; i < row_elements && !used; ++i) {
+      s.k.set(row * row_elements + i, NAN);
+      s.v.set(row * row_elements + i, NAN);
     }
   }
   check_forward(s, "NaN in unused rows");
@@ -96,13 +73,8 @@ void check_unused_rows() {
 
 // A token's result is bitwise the same as the last of many and alone.
 void check_decode_is_prefill() {
-  Spec spec;
-  spec.seqlen_q = spec.seqlen_k = 150;
+  Spec spec = causal_spec(150);
   spec.window_left = 70;
-  spec.window_right = 0;
-  spec.sink = 0.5;
-  spec.num_heads_q = 4;
-  spec.num_heads_kv = 2;
   Scenario s = make_scenario(spec, 6);
   run_forward(s);
   std::vector<double> prefill, decode;
@@ -129,12 +101,12 @@ void check_decode_is_prefill() {
 }  // namespace
 
 SA_SUITE(cuda_simt_fwd) {
-  run_grid(Layout::kDense, DataType::kFloat32, 1);
-  run_grid(Layout::kVarlen, DataType::kFloat32, 3);
-  run_grid(Layout::kPaged, DataType::kFloat32, 2);
-  run_grid(Layout::kDense, DataType::kFloat64, 5);
-  run_grid(Layout::kPaged, DataType::kFloat64, 7);
-  check_scales();
+  check_scenarios(Layout::kDense, DataType::kFloat32, 1);
+  check_scenarios(Layout::kVarlen, DataType::kFloat32, 3);
+  check_scenarios(Layout::kPaged, DataType::kFloat32, 2);
+  check_scenarios(Layout::kDense, DataType::kFloat64, 5);
+  check_scenarios(Layout::kPaged, DataType::kFloat64, 7);
+  for_each_scale({-0.3, 1e-30, 40.0}, check_forward);
   check_large_logits();
   check_unused_rows();
   check_decode_is_prefill();

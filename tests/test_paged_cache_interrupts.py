@@ -17,7 +17,7 @@ from sink_attention_ext.cache import step as cache_step
 from sink_attention_ext.cache.page_storage import PageStorage
 from sink_attention_ext.cache.step import CacheStep
 
-PACKAGE = cache_step.__file__.removesuffix("cache_step.py")
+PACKAGE = cache_step.__file__.removesuffix("cache/step.py")
 
 
 class Stop(BaseException):

@@ -283,19 +283,18 @@ ReshapeAndCacheParams make_reshape_and_cache_params(const Tensor& k, const Tenso
   check_dtype(v, "v", k.scalar_type());
   check_dtype(v_cache, "v_cache", k_cache.scalar_type());
   params.num_tokens = k.size(0);
-  params.num_heads_kv = k.size(1);
-  params.head_dim = k.size(2);
-  params.head_dim_v = v.size(2);
-  check_head_dim(params.head_dim, k, "k", "head_dim");
-  check_head_dim(params.head_dim_v, v, "v", "head_dim_v");
+  params.num_heads_kv = k_cache.size(2);
+  params.head_dim = k_cache.size(3);
+  params.head_dim_v = v_cache.size(3);
+  check_head_dim(params.head_dim, k_cache, "k_cache", "head_dim");
+  check_head_dim(params.head_dim_v, v_cache, "v_cache", "head_dim_v");
   check_page_size(k_cache);
   params.page_size = k_cache.size(1);
   params.num_pages = k_cache.size(0);
-  check_shape(v, "v", {params.num_tokens, params.num_heads_kv, params.head_dim_v});
-  check_shape(k_cache, "k_cache",
-              {params.num_pages, params.page_size, params.num_heads_kv, params.head_dim});
   check_shape(v_cache, "v_cache",
               {params.num_pages, params.page_size, params.num_heads_kv, params.head_dim_v});
+  check_shape(k, "k", {params.num_tokens, params.num_heads_kv, params.head_dim});
+  check_shape(v, "v", {params.num_tokens, params.num_heads_kv, params.head_dim_v});
   check_dtype(slot_mapping, "slot_mapping", ScalarType::Long);
   check_shape(slot_mapping, "slot_mapping", {params.num_tokens});
   const std::pair<const char*, const Tensor*> tensors[] = {{"k", &k},

@@ -129,7 +129,6 @@ class CacheStep:
         self.positions = cache._buffers.tokens[0, :num_tokens]
         groups = range(len(cache._tables))
         self._plans: list[_GroupPlan | None] = [None for _ in groups]
-        self._longest = list(cache._buffers.longest)
 
     def block_table(self, layer: int) -> Tensor:
         """(num_seqs, max_pages_per_seq) int32; of a windowed layer the pages still kept."""
@@ -158,7 +157,7 @@ class CacheStep:
             buffers.lengths.is_cuda and torch.cuda.is_current_stream_capturing()
         ):
             return capacity
-        return min(self._longest[group], capacity)
+        return min(buffers.longest[group], capacity)
 
     def window_size(self, layer: int) -> tuple[int, int]:
         """``(left, right)`` of a layer, as the cache was made with."""

@@ -1,6 +1,6 @@
 """The bindings of the torch-free C++ (tests/bindings): built where they are asked for first.
 
-Plans and the kernel table, what a query sees, and the blocks of keys that a kernel walks over.
+Plans and the kernel table, what a query sees, and the blocks of keys that a kernel visits.
 """
 
 from __future__ import annotations

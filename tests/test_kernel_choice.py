@@ -55,7 +55,7 @@ def table(bindings: ModuleType) -> str:
 
 def test_the_committed_table_is_what_runs(bindings: ModuleType) -> None:
     assert table(bindings).splitlines() == TABLE.read_text().splitlines(), (
-        "another kernel runs than tests/kernel_choice.txt says; if that is meant, write it anew: "
+        "another kernel runs than tests/kernel_choice.txt says; if that is meant, rewrite it: "
         "python tests/test_kernel_choice.py"
     )
 

@@ -48,7 +48,7 @@ def apply(root: Path, step: Step) -> None:
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tree with the new bucket; what is built in it is built anew only where it differs."""
+    """The tree with the new bucket; only what differs is rebuilt in it."""
     root = tmp_path_factory.mktemp("walkthrough")
     for name in ("csrc", "tools", "tests", "build/bindings"):
         if (ROOT / name).exists():

@@ -5,7 +5,6 @@
 
 namespace sink_attention::binding {
 
-
 // head_dim, which is a size of the tensor, is from 1 to kMaxHeadDim.
 void check_head_dim(int64_t head_dim, const Tensor& tensor, const char* name, const char* dim_name);
 

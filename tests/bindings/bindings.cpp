@@ -184,7 +184,7 @@ PYBIND11_MODULE(_bindings, m) {
            [pair_of](const OwnedMask& m, int64_t begin, int64_t end) {
              return pair_of(m.mask.visible_queries(begin, end));
            })
-      // The blocks of block_keys keys that queries [begin, end) walk over, in their order.
+      // The blocks of block_keys keys that queries [begin, end) visit, in their order.
       .def("blocks", [](const OwnedMask& m, int64_t begin, int64_t end, int64_t block_keys) {
         const auto list = attention::blocks_of(m.mask.visible_keys(begin, end), block_keys);
         std::vector<int64_t> blocks;

@@ -158,11 +158,10 @@ int64_t paged_workspace_bytes(const Tensor& q, const Tensor& k_cache, const Tens
                               int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t window_left,
                               int64_t num_splits) {
   const OptionalTensor none;
-  const attention::FlashFwdParams params =
-      make_paged_params(q, k_cache, v_cache, none,
-                        {block_table, cache_seqlens, none, none, none, max_seqlen_q, max_seqlen_k,
-                         num_splits, none},
-                        {0.1, true, window_left, 0, 0.0, 0});
+  const attention::FlashFwdParams params = make_paged_params(
+      q, k_cache, v_cache, none,
+      {block_table, cache_seqlens, none, none, none, max_seqlen_q, max_seqlen_k, num_splits, none},
+      {0.1, true, window_left, 0, 0.0, 0});
   return cuda::plan_flash_fwd(cuda::shape_of(params), EmulatedBackend::device()).workspace_bytes;
 }
 

@@ -248,8 +248,8 @@ def test_lengths_near_the_largest_int(backend: Backend) -> None:
             q = torch.randn(1, rows, 2, dim).to(dtype)
             for length in (MAX, MAX - 63, MAX - 64, 2**31 - 1024):
                 out, lse = ops.paged_attn(
-                    q, cache, cache, int32([[0, 0]]), int32([length]), None, None, None, None, 1,
-                    2**31 - 1, 0.2, True, 100, 0, 0.0, splits, 0, None,
+                    q, cache, cache, int32([[0, 0]]), int32([length]), None, None, None, None,
+                    q.shape[1], 2**31 - 1, 0.2, True, 100, 0, 0.0, splits, 0, None,
                 )  # fmt: skip
                 assert lse.isfinite().all()
                 torch.testing.assert_close(out, one.expand_as(out), atol=1e-2, rtol=1e-2)

@@ -86,9 +86,9 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     (
         "paged",
         {"cache_seqlens": int32([5, 9])},
-        "seqused_k[1] must be in [0, 8] (max_pages_per_seq",
+        "cache_seqlens[1] must be in [0, 8] (what the cache",
     ),
-    ("paged", {"cache_seqlens": int32([-1, 7])}, "seqused_k[0] must be in [0, 8]"),
+    ("paged", {"cache_seqlens": int32([-1, 7])}, "cache_seqlens[0] must be in [0, 8]"),
     ("paged", {"block_table": BAD_TABLE}, "block_table[1, 1] must be in [0, 6) (k_cache's pages)"),
     ("packed", {"cu_seqlens_q": int32([0, 2, 1])}, "cu_seqlens_q must not fall"),
     ("packed", {"cu_seqlens_q": int32([0, 1, 5])}, "cu_seqlens_q[2] must be at most total_q = 4"),

@@ -287,12 +287,11 @@ def test_refusals() -> None:
     refused(TypeError, "tree_mask must have dtype torch.int64", tree_mask=torch.ones(2, 3).int())
     refused(TypeError, "tree_mask must be a torch.Tensor", tree_mask=[[1, 3, 5]] * 2)
     refused(ValueError, "tree_mask must have 2 dimensions", tree_mask=torch.tensor([1, 3, 5]))
-    refused(ValueError, "tree_mask must have seqlen_q = 3", tree_mask=torch.ones(2, 4).long())
-    refused(ValueError, "tree_mask needs causal=True", causal=False)
-    refused(ValueError, "tree_mask needs causal=True", causal=False, window_size=(5, 1))
+    refused(ValueError, "tree_mask must have shape .2, 3.", tree_mask=torch.ones(2, 4).long())
+    refused(ValueError, "tree_mask needs causal", causal=False)
+    refused(ValueError, "tree_mask needs causal", causal=False, window_size=(5, 1))
     long = {"q": torch.randn(2, 65, 4, 8), "tree_mask": torch.ones(2, 65).long()}
-    refused(ValueError, "max_seqlen_q must be at most 64 with tree_mask.*got 65", **long)
-    refused(ValueError, "max_seqlen_q must be at most 64", max_seqlen_q=65)
+    refused(ValueError, "seqlen_q of q must be at most 64 with tree_mask.*got 65", **long)
     for i, word in ((0, 2), (0, 3), (1, 1), (2, 8), (2, 12), (2, -1), (1, -(2**63) | 2)):
         tree_mask = torch.tensor([[1, 3, 5]] * 2)
         tree_mask[1, i] = word

@@ -70,6 +70,12 @@ struct CacheOps : Ops<Backend> {
     forward_into(call.q, params, std::move(operands), results);
   }
 
+  // What the backend refuses, before anything is allocated or written.
+  static void check_backend(const PagedCall& call, FlashFwdParams params) {
+    if (needs_page_table(params)) params.block_table = params.seqused_k;  // any: there will be one
+    Backend::check_flash_fwd(params, call.q);
+  }
+
   // Attention behind an append; nothing has been written when it throws. scratch: of 2 * batch.
   static void run(const Tensor& q, FlashFwdParams params, AppendKvParams append, Scratch& scratch,
                   Operands operands, Forward& results) {
@@ -87,7 +93,6 @@ struct CacheOps : Ops<Backend> {
       append.out_stride_head = params.out_stride_head;
       append.lse_stride_head = params.lse_stride_head;
     }
-    Backend::check_flash_fwd(params, q);
     scratch.add_to(operands.written);
     operands.written.insert(operands.written.end(), {results.out, results.lse});
     Backend::append_kv(append, operands);
@@ -219,6 +224,7 @@ struct CacheOps : Ops<Backend> {
     const PagedCall call SA_PAGED_CALL;
     const FlashFwdParams params = params_of(call);
     check_append_memory(call, k, v, std::nullopt, std::nullopt);
+    check_backend(call, params);
     Forward results = new_results(q, params);
     append_into(call, params, k, v, results);
     return {results.out, results.lse};
@@ -237,6 +243,7 @@ struct CacheOps : Ops<Backend> {
     const PagedCall call SA_PAGED_CALL;
     const FlashFwdParams params = params_of(call);
     check_append_memory(call, k, v, out, lse);
+    check_backend(call, params);
     Forward results{out, lse};
     append_into(call, params, k, v, results);
   }

@@ -148,6 +148,8 @@ def check_kinds(**arguments: tuple[Any, Sequence[str] | None]) -> None:
             raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
         else:
             check_kind(name, value)
+        if value.is_quantized:
+            raise TypeError(f"{name} must not have a dtype of torch's quantised; got {value.dtype}")
 
 
 def check_attend_kinds(

@@ -15,15 +15,13 @@ Our paged operator reads that as pages of one token:
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sink_attention_ext import checks
-from sink_attention_ext.cache.attention import attend
-from sink_attention_ext.cache.functions import reshape_and_cache
+from sink_attention_ext.cache.functions import flash_attn_with_kvcache, reshape_and_cache
 from sink_attention_ext.integrations.keywords import (
     PAGED_HARMLESS,
     check_keywords,
@@ -107,24 +105,23 @@ def paged_sink_attention(
     old_slots, new_slots = read_index[group], write_index[group]
     k_cache, v_cache = cache.key_cache[index], cache.value_cache[index]
 
-    # What attention refuses, it refuses before the write.
     max_seqlen_k = checks.check_max_seqlen("max_seqlen_k", max_seqlen_k)
-    write = partial(_write, k, v, k_cache, v_cache, new_slots)
     if old_slots.numel() > 0 and (not is_ring or max_seqlen_q == 1):
         if is_ring:  # one row per request: its own slot stands where read_index has the sentinel
             old_slots = _with_new_slots(old_slots, new_slots, cache.sentinel_index)
-        out = attend(
+        # The last slots of a request are those of its new tokens: one operator writes and attends.
+        out = flash_attn_with_kvcache(
             q,
             k_cache[:, None],
             v_cache[:, None],
-            cache_seqlens=cu_seq_lens_k.diff(),
+            k,
+            v,
+            cache_seqlens=cu_seq_lens_k.diff() - cu_seq_lens_q.diff(),
             block_table=_block_table(
                 old_slots, cu_seq_lens_k, min(max_seqlen_k, old_slots.numel())
             ),
             cu_seqlens_q=cu_seq_lens_q,
             max_seqlen_q=max_seqlen_q,
-            write=write,
-            function='"paged|sink_attention"',
             **options,
         )
         return out, None
@@ -136,7 +133,7 @@ def paged_sink_attention(
         keys, values = k, v
     lengths = (cu_seq_lens_q, cu_seq_lens_k, max_seqlen_q, max_seqlen_k)
     out = flash_attn_varlen_func(q, keys, values, *lengths, **options)
-    write()
+    _write(k, v, k_cache, v_cache, new_slots)
     return out, None
 
 

@@ -124,7 +124,16 @@ def attend(
             check_written("out", out)
             written.append(out)
         with _BelowAutograd():
-            out, lse = run(q, k_cache, v_cache, k, v, cache_seqlens, block_table, options, out)
+            if out is not None:
+                out, lse = run(q, k_cache, v_cache, k, v, cache_seqlens, block_table, options, out)
+            elif k is None:
+                out, lse = ops.paged_attn_direct(
+                    q, k_cache, v_cache, block_table, cache_seqlens, *options
+                )
+            else:
+                out, lse = ops.append_and_attend_direct(
+                    q, k_cache, v_cache, k, v, cache_seqlens, block_table, *options
+                )
         if written:
             _increment_version(written)  # not where the operator has refused
         return (out, lse) if return_lse else out
@@ -228,7 +237,9 @@ def write_tokens(
     v_scale: Tensor | None,
 ) -> None:
     """reshape_and_cache, by the operator that reads the scales or by the one that writes them."""
-    op, scales = ops.reshape_and_cache, []
+    op, scales = ops.reshape_and_cache_direct, []
+    if is_compiling:
+        op = ops.reshape_and_cache
     if k_scale is not None and v_scale is not None:
         k_scale, v_scale = cache_checks.of_one_shape(k_scale, v_scale, k_cache)
         scales = written_scales(k_scale, v_scale)

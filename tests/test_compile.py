@@ -272,21 +272,21 @@ def test_compiled_reshape_and_cache_into_a_view() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "table"),
+    ("lengths", "table", "message"),
     [
-        ([2, 24], [[0, 1, 2, 3], [4, 5, 6, 7]]),  # no room
-        ([2, -1], [[0, 1, 2, 3], [4, 5, 6, 7]]),
-        ([2, 3], [[0, 1, 2, 3], [-1, 5, 6, 7]]),  # would be slot -1, which means skip
-        ([2, 3], [[12, 1, 2, 3], [4, 5, 6, 7]]),
+        ([2, 24], [[0, 1, 2, 3], [4, 5, 6, 7]], r"cache_seqlens\[1\].*fit into the 24"),
+        ([2, -1], [[0, 1, 2, 3], [4, 5, 6, 7]], r"cache_seqlens\[1\].*got -1"),
+        ([2, 3], [[0, 1, 2, 3], [-1, 5, 6, 7]], r"block_table\[1, 0\].*got -1"),
+        ([2, 3], [[12, 1, 2, 3], [4, 5, 6, 7]], r"block_table\[0, 0\].*got 12"),
     ],
 )
 def test_compiled_append_refuses_bad_values_before_it_writes(
-    lengths: list[int], table: list[list[int]]
+    lengths: list[int], table: list[list[int]], message: str
 ) -> None:
     call = compiled(decode)
     caches = paged_cache()
     before = tuple(cache.clone() for cache in caches)
-    with torch.no_grad(), pytest.raises(ValueError, match="slot_mapping"):
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
         call(*qkv(2, 1, 1), *caches, int32(*lengths), int32(*table))
     assert_close(caches, before, 0.0)
 
@@ -335,8 +335,9 @@ def call_cache(sinks: Tensor, q: Tensor, k: Tensor, v: Tensor, *tables: Tensor) 
 def call_packed_cache(sinks: Tensor, q: Tensor, k: Tensor, v: Tensor, *tables: Tensor) -> Tensor:
     k_cache, v_cache, cache_seqlens, block_table, ends = tables
     return flash_attn_with_kvcache(
-        q, k_cache, v_cache, k, v, cache_seqlens, block_table, ends, causal=True, s_aux=sinks
-    )
+        q, k_cache, v_cache, k, v, cache_seqlens, block_table, ends, q.shape[0], causal=True,
+        s_aux=sinks,
+    )  # fmt: skip
 
 
 def packed(total: int) -> tuple[Tensor, Tensor, Tensor]:

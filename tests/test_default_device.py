@@ -83,7 +83,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "int length": lambda: flash_attn_with_kvcache(q, *caches.clone(), k, k, 2, causal=True),
         "no length": lambda: flash_attn_with_kvcache(q, *caches + 1),
         "packed append": lambda: flash_attn_with_kvcache(
-            flat[0], *pages.clone(), *flat[1:], lengths - 4, table, starts, causal=True
+            flat[0], *pages.clone(), *flat[1:], lengths - 4, table, starts, 4, causal=True
         ),
         "cascade": lambda: cascade_attn_with_kvcache(q[:, :1], *pages, lengths, table, 2),
         "packed cascade": lambda: cascade_attn_with_kvcache(

@@ -30,14 +30,14 @@ def arguments(stored: torch.dtype = INT8) -> dict[str, Any]:
 
 META = torch.device("meta")
 REFUSED: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
-    ({"k_scale": None}, TypeError, ["k_scale must be a float32 tensor", "int8", "NoneType"]),
-    ({"v_scale": None}, TypeError, ["v_scale must be a float32 tensor", "NoneType"]),
-    ({"v_scale": 0.5}, TypeError, ["v_scale must be a float32 tensor", "float"]),
+    ({"k_scale": None}, ValueError, ["k_scale must be given", "int8"]),
+    ({"v_scale": None}, ValueError, ["v_scale must be given", "int8"]),
+    ({"v_scale": 0.5}, TypeError, ["v_scale must be a torch.Tensor", "float"]),
     ({"k_scale": torch.ones(6, 4, 2).half()}, TypeError, ["k_scale", "float32", "float16"]),
     ({"k_scale": torch.ones(6, 2, 4)}, ValueError, ["k_scale must", "(6, 4, 2)", "(6, 2, 4)"]),
-    ({"v_scale": torch.ones(6, 4)}, ValueError, ["v_scale must have shape", "(6, 4)"]),
-    ({"v_scale": torch.ones(6, 4, 2, 1)}, ValueError, ["v_scale must have", "(6, 4, 2, 1)"]),
-    ({"v_scale": torch.ones(3)}, ValueError, ["v_scale must have shape", "(2,)", "(3,)"]),
+    ({"v_scale": torch.ones(6, 4)}, ValueError, ["v_scale", "one kind", "(6, 4)"]),
+    ({"v_scale": torch.ones(6, 4, 2, 1)}, ValueError, ["v_scale", "one kind", "(6, 4, 2, 1)"]),
+    ({"v_scale": torch.ones(3)}, ValueError, ["v_scale", "one kind", "(3,)"]),
     ({"v_scale": torch.ones(2)}, ValueError, ["k_scale and v_scale", "one kind", "(2,)"]),
     ({"k_scale": torch.ones(())}, ValueError, ["k_scale and v_scale", "one kind", "()"]),
     ({"v_scale": torch.ones(6, 4, 2, device=META)}, ValueError, ["v_scale", "cpu", "meta"]),
@@ -91,7 +91,7 @@ def test_a_slot_out_of_range_writes_nothing(backend: Backend) -> None:
     given["slot_mapping"][2] = 24
     if backend.name != "cpu":
         pytest.skip("values on a device are not read: such a token is left out")
-    with pytest.raises(ValueError, match=r"slot_mapping\[2\] must be .*, got 24"):
+    with pytest.raises(ValueError, match=r"slot_mapping\[2\] must be .*; got 24"):
         backend.reshape_and_cache(**given)
     assert (given["k_cache"] == 0).all() and (given["k_scale"] == 1).all()
 

@@ -86,13 +86,13 @@ def test_decode_reads_the_cache_in_place(model, monkeypatch):
 
         monkeypatch.setattr(paged, name, wrapper)
 
-    for name in ("attend", "flash_attn_varlen_func", "_gather"):
+    for name in ("flash_attn_with_kvcache", "flash_attn_varlen_func", "_gather"):
         record(name)
     serve(model, "paged|sink_attention", prompts((9, 5)))
     layers = model.config.num_hidden_layers
     prefill, decode = calls[:layers], calls[layers:]
     assert {name for name, *_ in prefill} == {"flash_attn_varlen_func"}
-    assert {call for call in decode} == {("attend", 1, 2)}
+    assert {call for call in decode} == {("flash_attn_with_kvcache", 1, 2)}
     assert len(decode) == layers * (GREEDY.max_new_tokens - 1)
 
 

@@ -295,13 +295,13 @@ def test_refusals() -> None:
     for i, word in ((0, 2), (0, 3), (1, 1), (2, 8), (2, 12), (2, -1), (1, -(2**63) | 2)):
         tree_mask = torch.tensor([[1, 3, 5]] * 2)
         tree_mask[1, i] = word
-        match = rf"tree_mask must have bit {i} set and none above it.*tree_mask\[1, {i}\] = {word}"
+        match = rf"tree_mask must have bit {i} set.*of draft token {i} of sequence 1; got {word}$"
         refused(ValueError, match, tree_mask=tree_mask)
         packed = {
             "q": torch.randn(6, 4, 8), "k": torch.randn(6, 2, 8), "v": torch.randn(6, 2, 8),
             "cu_seqlens_q": int32([0, 3, 6]), "max_seqlen_q": 3, "tree_mask": tree_mask.flatten(),
         }  # fmt: skip
-        refused(ValueError, rf"bit {i} set.*tree_mask\[{3 + i}\] = {word}", **packed)
+        refused(ValueError, match, **packed)
 
 
 def test_the_operator_refuses_too() -> None:

@@ -287,7 +287,7 @@ struct CacheOps : Ops<Backend> {
     params.deterministic = deterministic;
     check(k_scale.dim() == 3,
           "k_scale must have shape (num_pages, page_size, num_heads_kv) for "
-          "reshape_and_cache.token_scales, got ",
+          "reshape_and_cache.token_scales; got ",
           shape_of(k_scale));
     check_memory(
         {{"k_cache", k_cache}, {"v_cache", v_cache}, {"k_scale", k_scale}, {"v_scale", v_scale}},

@@ -61,13 +61,13 @@ void check_append(const attention::AppendKvParams& append, int64_t batch_idx, in
   check(first >= 0 && end <= capacity, "cache_seqlens[", batch_idx, "] must be from 0 to ",
         capacity - num_new, ", so that ", num_new, " new tokens fit into the ", capacity,
         " that the sequence's cache holds; got ", first);
-  check(end <= max_seqlen_k, "max_seqlen_k must be at least every sequence's length, got ",
+  check(end <= max_seqlen_k, "max_seqlen_k must be at least every sequence's length; got ",
         max_seqlen_k, " but sequence ", batch_idx, " has ", end, " keys after the append");
   if (append.block_table == nullptr) return;
   const int32_t* pages = append.block_table + batch_idx * append.block_table_stride;
   for (int64_t i = first / append.page_size; i * append.page_size < end && num_new > 0; ++i) {
     check(pages[i] >= 0 && pages[i] < append.num_pages, "block_table[", batch_idx, ", ", i,
-          "] must be in [0, ", append.num_pages, ") (k_cache's pages), got ", pages[i]);
+          "] must be in [0, ", append.num_pages, ") (k_cache's pages); got ", pages[i]);
   }
 }
 

@@ -45,7 +45,7 @@ const float* cache_scale(const Tensor& scale, const char* name, const Tensor& ca
   const bool one = scale.dim() == 0 || (scale.dim() == 1 && scale.size(0) == 1);
   check(one || (scale.dim() == 1 && scale.size(0) == num_heads_kv), name,
         " must have shape (), (1,), (num_heads_kv,) = (", num_heads_kv,
-        ",) or, one for each token and head, (num_pages, page_size, num_heads_kv), got ",
+        ",) or, one for each token and head, (num_pages, page_size, num_heads_kv); got ",
         shape_of(scale));
   if (!one) check_unit_last_stride(scale, name);
   return scale.const_data_ptr<float>();
@@ -81,12 +81,12 @@ void set_cache_scales(Params& params, DataType cache_dtype, const Tensor& k_cach
   }
   if (!attention::is_8_bit(cache_dtype)) return;
   check(are_token_scales(k_scale) == are_token_scales(v_scale),
-        "k_scale and v_scale must be of one kind, both for each token or neither, got shapes ",
+        "k_scale and v_scale must be of one kind, both for each token or neither; got shapes ",
         shape_of(*k_scale), " and ", shape_of(*v_scale));
   if (!are_token_scales(k_scale)) {
     params.k_scale = cache_scale(*k_scale, "k_scale", k_cache);
     params.v_scale = cache_scale(*v_scale, "v_scale", k_cache);
-    check(k_scale->numel() == v_scale->numel(), "k_scale and v_scale must have one shape, got ",
+    check(k_scale->numel() == v_scale->numel(), "k_scale and v_scale must have one shape; got ",
           shape_of(*k_scale), " and ", shape_of(*v_scale));
     params.kv_scale_stride = k_scale->numel() > 1 ? 1 : 0;
     return;
@@ -160,11 +160,11 @@ void set_tree_mask(FlashFwdParams& params, const std::optional<Tensor>& tree_mas
     check_shape(*tree_mask, "tree_mask", {q.size(0), q.size(1)});
   }
   check_unit_last_stride(*tree_mask, "tree_mask");
-  check(params.window_right == 0, "tree_mask needs causal (or window_right = 0), got window_right ",
+  check(params.window_right == 0, "tree_mask needs causal (or window_right = 0); got window_right ",
         params.window_right);
   check(params.seqlen_q <= attention::kMaxDraftTokens,
         packed ? "max_seqlen_q must be at most " : "seqlen_q of q must be at most ",
-        attention::kMaxDraftTokens, " with tree_mask (a bit for each draft token), got ",
+        attention::kMaxDraftTokens, " with tree_mask (a bit for each draft token); got ",
         params.seqlen_q);
   static const int64_t no_words = 0;  // an empty mask is still one
   params.tree_mask = tree_mask->numel() > 0 ? tree_mask->const_data_ptr<int64_t>() : &no_words;
@@ -193,23 +193,23 @@ FlashFwdParams make_paged_params(const Tensor& q, const Tensor& k_cache, const T
 
   if (paged.cu_seqlens_q) {
     check(paged.cu_seqlens_q->dim() == 1 && paged.cu_seqlens_q->numel() >= 1,
-          "cu_seqlens_q must have shape (batch + 1,), got ", shape_of(*paged.cu_seqlens_q));
+          "cu_seqlens_q must have shape (batch + 1,); got ", shape_of(*paged.cu_seqlens_q));
     params.batch = paged.cu_seqlens_q->numel() - 1;
     params.cu_seqlens_q = int32_vector(*paged.cu_seqlens_q, "cu_seqlens_q", params.batch + 1, q);
-    check(paged.max_seqlen_q >= 0, "max_seqlen_q must be >= 0, got ", paged.max_seqlen_q);
+    check(paged.max_seqlen_q >= 0, "max_seqlen_q must be >= 0; got ", paged.max_seqlen_q);
     params.seqlen_q = std::min(paged.max_seqlen_q, q.size(0));
   } else {
     params.batch = q.size(0);
     params.seqlen_q = q.size(1);
     check(paged.max_seqlen_q >= params.seqlen_q,
-          "max_seqlen_q must be at least seqlen_q = ", params.seqlen_q, ", got ",
+          "max_seqlen_q must be at least seqlen_q = ", params.seqlen_q, "; got ",
           paged.max_seqlen_q);
   }
   set_pages(params, k_cache, paged.block_table, q);
   params.seqused_k = int32_vector(paged.cache_seqlens, "cache_seqlens", params.batch, q);
-  check(paged.max_seqlen_k >= 0, "max_seqlen_k must be >= 0, got ", paged.max_seqlen_k);
+  check(paged.max_seqlen_k >= 0, "max_seqlen_k must be >= 0; got ", paged.max_seqlen_k);
   params.seqlen_k = std::min(params.seqlen_k, paged.max_seqlen_k);
-  check(paged.num_splits >= 0, "num_splits must be >= 0 (0: chosen), got ", paged.num_splits);
+  check(paged.num_splits >= 0, "num_splits must be >= 0 (0: chosen); got ", paged.num_splits);
   params.num_splits = paged.num_splits;
   set_mask(params, mask);
   set_tree_mask(params, paged.tree_mask, q);

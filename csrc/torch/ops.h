@@ -227,7 +227,7 @@ struct Ops {
                                                          const MaskArgs& mask) {
     check(args.cu_seqlens_q.has_value() == args.cu_seqlens_k.has_value() &&
               (args.cu_seqlens_q || !args.seqused_k),
-          "cu_seqlens_q and cu_seqlens_k come together, and seqused_k with them");
+          "cu_seqlens_q must be given where cu_seqlens_k or seqused_k is, and cu_seqlens_k with it");
     const FlashFwdParams fwd =
         args.cu_seqlens_q
             ? checked_varlen_params(args.q, args.k, args.v, args.s_aux,

@@ -49,7 +49,7 @@ def check_scales(k_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
         check_dtype(name, scale, torch.float32)
     if (k_scale.dim() == 3) != (v_scale.dim() == 3):
         raise ValueError(
-            "k_scale and v_scale must be of one kind, both for each token or neither, got shapes "
+            "k_scale and v_scale must be of one kind, both for each token or neither; got shapes "
             f"{tuple(k_scale.shape)} and {tuple(v_scale.shape)}"
         )
     for name, scale in named:
@@ -58,7 +58,7 @@ def check_scales(k_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
             continue
         message = (
             f"{name} must have shape (), (1,), (num_heads_kv,) = ({num_heads_kv},) or, one for "
-            "each token and head, (num_pages, page_size, num_heads_kv), got "
+            "each token and head, (num_pages, page_size, num_heads_kv); got "
             f"{tuple(scale.shape)}"
         )
         if scale.dim() > 1:
@@ -69,7 +69,7 @@ def check_scales(k_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
     if k_scale.dim() < 3:
         refuse_if(
             k_scale.numel() != v_scale.numel(),
-            f"k_scale and v_scale must have one shape, got {tuple(k_scale.shape)} and "
+            f"k_scale and v_scale must have one shape; got {tuple(k_scale.shape)} and "
             f"{tuple(v_scale.shape)}",
         )
 
@@ -96,7 +96,7 @@ def check_tree_mask(
     if not causal:
         refuse_if(
             window_right != 0,
-            f"tree_mask needs causal (or window_right = 0), got window_right {window_right}",
+            f"tree_mask needs causal (or window_right = 0); got window_right {window_right}",
         )
     rows = q.shape[-3]
     longest = min(max_seqlen_q, rows) if q.dim() == 3 and isinstance(rows, int) else rows
@@ -104,7 +104,7 @@ def check_tree_mask(
         refuse_if(
             longest > MAX_DRAFT_TOKENS,
             f"seqlen_q of q and max_seqlen_q must be at most {MAX_DRAFT_TOKENS} with tree_mask (a "
-            f"bit for each draft token), got {longest}",
+            f"bit for each draft token); got {longest}",
         )
 
 
@@ -151,7 +151,7 @@ def _check_attend(
     if cu_seqlens_q is not None:
         check_rank("cu_seqlens_q", cu_seqlens_q, 1, "(batch + 1,)")
         entries = cu_seqlens_q.shape[0]
-        refuse_if(entries < 1, "cu_seqlens_q must have shape (batch + 1,), got (0,)")
+        refuse_if(entries < 1, "cu_seqlens_q must have shape (batch + 1,); got (0,)")
         batch = entries - 1
         check_vector("cu_seqlens_q", cu_seqlens_q, entries, q)
         check_at_least_0(max_seqlen_q=max_seqlen_q)
@@ -159,7 +159,7 @@ def _check_attend(
         batch = q.shape[0]
         refuse_if(
             max_seqlen_q < q.shape[1],
-            f"max_seqlen_q must be at least seqlen_q = {q.shape[1]}, got {max_seqlen_q}",
+            f"max_seqlen_q must be at least seqlen_q = {q.shape[1]}; got {max_seqlen_q}",
         )
     if block_table is None:
         check_size("k_cache", k_cache, 0, batch, "without block_table a row for each sequence")
@@ -280,7 +280,7 @@ def _reshape_and_cache(
         raise ValueError(
             "k_scale and v_scale of each token and head are results: "
             "reshape_and_cache.token_scales writes them, reshape_and_cache takes shapes (), (1,) "
-            f"and (num_heads_kv,), got {tuple(k_scale.shape)}"
+            f"and (num_heads_kv,); got {tuple(k_scale.shape)}"
         )
     check_apart("k_cache", k_cache, "v_cache", v_cache)
     _fix_layout(k_cache, v_cache)

@@ -87,7 +87,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         ),
         "cascade": lambda: cascade_attn_with_kvcache(q[:, :1], *pages, lengths, table, 2),
         "packed cascade": lambda: cascade_attn_with_kvcache(
-            flat[0][:2], *pages, lengths, table, 2, starts // 3, s_aux=sinks
+            flat[0][:2], *pages, lengths, table, 2, starts // 3, 1, s_aux=sinks
         ),
         "merge": lambda: merge_attn_states([q, q], [q.new_zeros(2, 4, 3)] * 2, sinks)[0],
         "flash_attention_3": lambda: flash_attention_3.flash_attn_with_kvcache(

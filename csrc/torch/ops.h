@@ -225,9 +225,10 @@ struct Ops {
   // Dense, or varlen with cu_seqlens_q.
   static attention::FlashFwdFp8Params checked_fp8_params(const Fp8Args& args,
                                                          const MaskArgs& mask) {
-    check(args.cu_seqlens_q.has_value() == args.cu_seqlens_k.has_value() &&
-              (args.cu_seqlens_q || !args.seqused_k),
-          "cu_seqlens_q must be given where cu_seqlens_k or seqused_k is, and cu_seqlens_k with it");
+    check(
+        args.cu_seqlens_q.has_value() == args.cu_seqlens_k.has_value() &&
+            (args.cu_seqlens_q || !args.seqused_k),
+        "cu_seqlens_q must be given where cu_seqlens_k or seqused_k is, and cu_seqlens_k with it");
     const FlashFwdParams fwd =
         args.cu_seqlens_q
             ? checked_varlen_params(args.q, args.k, args.v, args.s_aux,

@@ -1,5 +1,9 @@
 """Flash attention with learnable sinks: training, packed sequences, paged key-value caches."""
 
+import importlib as _importlib
+import warnings as _warnings
+from types import ModuleType as _ModuleType
+
 from sink_attention_ext import dispatch_rules as _dispatch_rules  # registers gradients with torch
 from sink_attention_ext import flops as _flops  # registers formulas with torch
 from sink_attention_ext import parallel, reference
@@ -38,3 +42,27 @@ __all__ = [
 ]
 
 del _dispatch_rules, _flops
+
+_MOVED = {  # modules that code of 2026-11 imports from here
+    "autograd": "dispatch_rules",
+    "float8": "fp8",
+    "kvcache": "cache.functions",
+    "cache_attention": "cache.attention",
+    "cache_arguments": "cache.arguments",
+    "cache_checks": "cache.checks",
+    "cache_step": "cache.step",
+    "journal": "cache.journal",
+    "page_pool": "cache.page_pool",
+    "page_storage": "cache.page_storage",
+    "page_tables": "cache.page_tables",
+    "paged_cache": "cache.paged_cache",
+    "sequence_ids": "cache.sequence_ids",
+}
+
+
+def __getattr__(name: str) -> _ModuleType:
+    if name not in _MOVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    target = f"{__name__}.{_MOVED[name]}"
+    _warnings.warn(f"{__name__}.{name} is {target} now", DeprecationWarning, stacklevel=2)
+    return _importlib.import_module(target)

@@ -35,8 +35,6 @@ Q_DENSE = ("batch", "seqlen_q", "num_heads_q", "head_dim")
 K_DENSE = ("batch", "seqlen_k", "num_heads_kv", "head_dim")
 V_DENSE = ("batch", "seqlen_k", "num_heads_kv", "head_dim_v")
 Q_PACKED = ("total_q", "num_heads_q", "head_dim")
-K_PACKED = ("total_k", "num_heads_kv", "head_dim")
-V_PACKED = ("total_k", "num_heads_kv", "head_dim_v")
 
 
 def dim_names(layout: Sequence[str]) -> str:

@@ -59,7 +59,7 @@ def plain_cases() -> list[Case]:
     q, k, v = rows(1, 1)
     sdpa = [x.transpose(1, 2) for x in (q, k, v)]
     packed, starts, sinks = [x[0] for x in (q, k, v)], int32(0, 1), torch.zeros(NUM_HEADS)
-    caches = torch.randn(2, 2, PAGE_SIZE, NUM_HEADS, HEAD_DIM)
+    caches = tuple(torch.randn(2, 2, PAGE_SIZE, NUM_HEADS, HEAD_DIM))
     lengths, table, slots = int32(1), int32([0]), torch.tensor([0])
     outs, lses = [q, k], [torch.zeros(1, NUM_HEADS, 1)] * 2
     return [
@@ -87,7 +87,7 @@ def plain_cases() -> list[Case]:
         ),
         Case(
             "reshape_and_cache", PLAIN,
-            lambda: reshape_and_cache(k[0], v[0], *caches, slots), 1.2,
+            lambda: reshape_and_cache(*packed[1:], *caches, slots), 1.2,
         ),
         Case("merge_attn_states, two parts", PLAIN, lambda: merge_attn_states(outs, lses)),
     ]  # fmt: skip

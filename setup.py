@@ -251,10 +251,9 @@ class NinjaBuild(BuildExtension):
         return [*lines, f"build {LIBRARY}: link {' '.join(map(str, objects))}"]
 
 
-class CheckCuda(Command):
-    """Compiles every .cu file for each architecture; needs nvcc, but neither GPU nor CUDA torch."""
+class PlainCommand(Command):
+    """A command without options."""
 
-    description = "compile each CUDA kernel for each architecture into build/check-cuda"
     user_options = []
 
     def initialize_options(self) -> None:
@@ -263,6 +262,11 @@ class CheckCuda(Command):
     def finalize_options(self) -> None:
         pass
 
+
+class CheckCuda(PlainCommand):
+    """Compiles every .cu file for each architecture; needs nvcc, but neither GPU nor CUDA torch."""
+
+    description = "compile each CUDA kernel for each architecture into build/check-cuda"
     def run(self) -> None:
         root = cuda_toolkit.nvcc_root()
         if not cuda_sources():
@@ -290,18 +294,10 @@ class CheckCuda(Command):
         (folder / "ptxas.log").write_text("".join(logs))
 
 
-class BuildEmulator(Command):
+class BuildEmulator(PlainCommand):
     """Compiles the CUDA kernels with the host's compiler, for the tests' emulator."""
 
     description = "compile the CUDA kernels for the emulator into build/emulator/_emulated.so"
-    user_options = []
-
-    def initialize_options(self) -> None:
-        pass
-
-    def finalize_options(self) -> None:
-        pass
-
     def run(self) -> None:
         cxx_flags, link_flags = torch_flags(self.distribution.ext_modules[0])
         cxx_flags += ["-DSA_EMULATE", "-DSA_OP_NAMESPACE=sink_attention_emulated", "-I../../tests"]
@@ -321,18 +317,10 @@ class BuildEmulator(Command):
         run_ninja(ROOT / "build" / "emulator", lines)
 
 
-class BuildBindings(Command):
+class BuildBindings(PlainCommand):
     """Compiles what decides which kernel runs, without torch and kernels, for tests in Python."""
 
     description = "compile plans and masks for the tests into build/bindings/_bindings.so"
-    user_options = []
-
-    def initialize_options(self) -> None:
-        pass
-
-    def finalize_options(self) -> None:
-        pass
-
     def run(self) -> None:
         try:
             import pybind11

@@ -5,6 +5,18 @@
 
 namespace sink_attention::binding {
 
+// A backend's Scratch in the device's memory, freed in the order of the stream.
+class DeviceScratch {
+ public:
+  DeviceScratch(const Tensor& like, int64_t count)
+      : tensor_(torch::stable::new_empty(like, {count}, ScalarType::Int)) {}
+  int32_t* data() { return static_cast<int32_t*>(tensor_.mutable_data_ptr()); }
+  void add_to(std::vector<TensorRef>& tensors) const { tensors.push_back(tensor_); }
+
+ private:
+  Tensor tensor_;
+};
+
 template <class Backend>
 struct CacheOps : Ops<Backend> {
   using Base = Ops<Backend>;

@@ -49,16 +49,7 @@ class Call {
 };
 
 struct CudaBackend {
-  class Scratch {
-   public:
-    Scratch(const Tensor& like, int64_t count)
-        : tensor_(torch::stable::new_empty(like, {count}, ScalarType::Int)) {}
-    int32_t* data() { return static_cast<int32_t*>(tensor_.mutable_data_ptr()); }
-    void add_to(std::vector<TensorRef>& tensors) const { tensors.push_back(tensor_); }
-
-   private:
-    Tensor tensor_;
-  };
+  using Scratch = DeviceScratch;
 
   static constexpr bool kReadsValues = false;  // not without waiting for the device
   static bool is_capturing(const Tensor& tensor) {

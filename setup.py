@@ -267,6 +267,7 @@ class CheckCuda(PlainCommand):
     """Compiles every .cu file for each architecture; needs nvcc, but neither GPU nor CUDA torch."""
 
     description = "compile each CUDA kernel for each architecture into build/check-cuda"
+
     def run(self) -> None:
         root = cuda_toolkit.nvcc_root()
         if not cuda_sources():
@@ -298,6 +299,7 @@ class BuildEmulator(PlainCommand):
     """Compiles the CUDA kernels with the host's compiler, for the tests' emulator."""
 
     description = "compile the CUDA kernels for the emulator into build/emulator/_emulated.so"
+
     def run(self) -> None:
         cxx_flags, link_flags = torch_flags(self.distribution.ext_modules[0])
         cxx_flags += ["-DSA_EMULATE", "-DSA_OP_NAMESPACE=sink_attention_emulated", "-I../../tests"]
@@ -321,6 +323,7 @@ class BuildBindings(PlainCommand):
     """Compiles what decides which kernel runs, without torch and kernels, for tests in Python."""
 
     description = "compile plans and masks for the tests into build/bindings/_bindings.so"
+
     def run(self) -> None:
         try:
             import pybind11
